@@ -1,0 +1,169 @@
+"""ResNet-10, -18, -50 and -101 as backbones: of DeepLabV3+ at output stride 16, and of SCC's classifier at output stride 32.
+
+Two stems. "deep": three 3x3 convolutions 3→64→64→128, as in UniMatch's ResNet-101. "torchvision": one 7x7 convolution
+3→64, for torchvision's ImageNet weights. ResNet-10, one block a stage and half the width, is for CPUs and small images. Weights are named as in torchvision and in UniMatch's `pretrained/resnet101.pth`,
+so that both kinds of files load.
+"""
+from __future__ import annotations
+
+from collections import OrderedDict
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from model.checkpoint import load_exactly, read_checkpoint, state_dict_in
+from util.run import UserError
+
+STEMS = ("deep", "torchvision")
+
+
+def conv3x3(inputs: int, outputs: int, stride: int = 1, dilation: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, 3, stride, padding=dilation, dilation=dilation, bias=False)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and the identity (ResNet-18)."""
+    expansion = 1
+
+    def __init__(self, inputs: int, width: int, stride: int, dilation: int):
+        super().__init__()
+        self.conv1, self.bn1 = conv3x3(inputs, width, stride, dilation), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = conv3x3(width, width, 1, dilation), nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = _shortcut(inputs, width, stride)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        return self.relu(out + (x if self.downsample is None else self.downsample(x)))
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 (which carries the stride), 1x1 to four times the width, and the identity (ResNet-50 and -101)."""
+    expansion = 4
+
+    def __init__(self, inputs: int, width: int, stride: int, dilation: int):
+        super().__init__()
+        outputs = width * self.expansion
+        self.conv1, self.bn1 = nn.Conv2d(inputs, width, 1, bias=False), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = conv3x3(width, width, stride, dilation), nn.BatchNorm2d(width)
+        self.conv3, self.bn3 = nn.Conv2d(width, outputs, 1, bias=False), nn.BatchNorm2d(outputs)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = _shortcut(inputs, outputs, stride)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.relu(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(out))
+        return self.relu(out + (x if self.downsample is None else self.downsample(x)))
+
+
+def _shortcut(inputs: int, outputs: int, stride: int) -> nn.Sequential | None:
+    if stride == 1 and inputs == outputs:
+        return None
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+
+# Depth: block, blocks in layer1 .. layer4, width of layer1's 3x3 convolutions, which doubles from layer to layer
+# (He et al. 2016, table 1; 10 is ours).
+BLOCKS = {10: (BasicBlock, (1, 1, 1, 1), 32), 18: (BasicBlock, (2, 2, 2, 2), 64), 50: (Bottleneck, (3, 4, 6, 3), 64),
+          101: (Bottleneck, (3, 4, 23, 3), 64)}
+
+
+class ResNet(nn.Module):
+    """Images (B x 3 x H x W, float32) to the outputs (c1, c2, c3, c4) of layer1 .. layer4.
+
+    Strides 4, 8, 16 and, with `dilate_last`, 16 again (layer4 trades its stride for dilation: its first block has
+    dilation 1, the others 2); without, 32. `channels` holds their numbers of channels.
+    """
+
+    def __init__(self, depth: int, stem: str = "deep", dilate_last: bool = True):
+        super().__init__()
+        block, counts, base = BLOCKS[depth]
+        self.depth, self.stem = depth, stem
+        if stem == "deep":
+            inputs = 2 * base
+            self.conv1 = nn.Sequential(conv3x3(3, base, stride=2), nn.BatchNorm2d(base), nn.ReLU(inplace=True),
+                                       conv3x3(base, base), nn.BatchNorm2d(base), nn.ReLU(inplace=True),
+                                       conv3x3(base, 2 * base))
+        else:
+            inputs = base
+            self.conv1 = nn.Conv2d(3, base, 7, stride=2, padding=3, bias=False)
+        self.stem_channels = inputs
+        self.bn1, self.relu = nn.BatchNorm2d(inputs), nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+        widths = [base * 2 ** level for level in range(4)]
+        for number, (width, count) in enumerate(zip(widths, counts), start=1):
+            dilated = dilate_last and number == 4
+            blocks = []
+            for index in range(count):
+                stride = 1 if number == 1 or dilated or index > 0 else 2
+                blocks.append(block(inputs, width, stride, dilation=2 if dilated and index > 0 else 1))
+                inputs = width * block.expansion
+            setattr(self, f"layer{number}", nn.Sequential(*blocks))
+        self.channels = tuple(width * block.expansion for width in widths)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward_stem(self, images: torch.Tensor) -> torch.Tensor:
+        """B x 3 x H x W → B x stem_channels x H/2 x W/2, after convolution, BN and ReLU, before max-pooling."""
+        return self.relu(self.bn1(self.conv1(images)))
+
+    def forward_from_stem(self, activations: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What `forward_stem` gives → (c1, c2, c3, c4)."""
+        c1 = self.layer1(self.maxpool(activations))
+        c2 = self.layer2(c1)
+        c3 = self.layer3(c2)
+        return c1, c2, c3, self.layer4(c3)
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self.forward_from_stem(self.forward_stem(images))
+
+
+def resnet(depth: int, stem: str = "deep", dilate_last: bool = True) -> ResNet:
+    """A randomly initialised ResNet; errors name the choices."""
+    if depth not in BLOCKS:
+        raise UserError(f"backbone resnet{depth}: choose one of {', '.join(f'resnet{d}' for d in BLOCKS)}")
+    if stem not in STEMS:
+        raise UserError(f"stem {stem}: choose one of {', '.join(STEMS)}")
+    return ResNet(depth, stem, dilate_last)
+
+
+def load_backbone(backbone: ResNet, weights: str | Path) -> None:
+    """Load weights into `backbone`: "none" (leave it random), "imagenet" (torchvision's, 7x7 stem only), or a .pth file.
+
+    A file may hold a backbone's state dict, torchvision's (its `fc` is left out), or a whole segmentation checkpoint of
+    ours or of UniMatch, with or without the prefix `module.`, of which the part `backbone.` is taken.
+    """
+    if weights == "none":
+        return
+    if weights == "imagenet":
+        state, path = _imagenet_weights(backbone), "torchvision's ImageNet weights"
+    else:
+        path = weights
+        state = state_dict_in(read_checkpoint(path), path)
+        if any(name.startswith("backbone.") for name in state):
+            state = {name.removeprefix("backbone."): value for name, value in state.items() if name.startswith("backbone.")}
+    state = OrderedDict((name, value) for name, value in state.items() if not name.startswith("fc."))
+    found = "torchvision" if "conv1.weight" in state else "deep" if "conv1.0.weight" in state else None
+    if found and found != backbone.stem:
+        raise UserError(f"{path}: made for the {found} stem, but the network has the {backbone.stem} one; "
+                        f"use --stem {found}")
+    load_exactly(backbone, state, path, f"ResNet-{backbone.depth} with the {backbone.stem} stem")
+
+
+def _imagenet_weights(backbone: ResNet) -> dict[str, torch.Tensor]:
+    """torchvision's IMAGENET1K_V1 weights: the recipe closest to the weights that UniMatch starts from."""
+    if backbone.depth == 10:
+        raise UserError("--backbone-weights imagenet: torchvision has no ResNet-10; use --backbone resnet18, 50 or 101")
+    if backbone.stem != "torchvision":
+        raise UserError("--backbone-weights imagenet: torchvision has weights for its own stem only; use --stem torchvision, "
+                        "or give UniMatch's pretrained/resnet101.pth for the deep stem")
+    from torchvision.models import get_weight
+    try:
+        return get_weight(f"ResNet{backbone.depth}_Weights.IMAGENET1K_V1").get_state_dict(progress=True)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"torchvision's ImageNet weights cannot be downloaded ({error}); download them elsewhere and give "
+                        "the .pth file with --backbone-weights") from None

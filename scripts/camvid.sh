@@ -1,0 +1,63 @@
+#!/usr/bin/env bash
+# SeCo on real images, day → dusk on CamVid: the same stages, tables and pictures as scripts/toy.sh.
+#
+#   CAMVID_ROOT=/path/to/CamVid bash scripts/camvid.sh           reduced run on a CPU with the tiny SAM, about half an hour
+#   SAM_TYPE=vit_h CAMVID_ROOT=… bash scripts/camvid.sh          a real SAM (bash scripts/download.sh sam vit_h)
+#   RECIPE=paper, CONTROLS=1, SEEDS="0 1 2", OUT=…               as in scripts/toy.sh
+#
+# CAMVID_ROOT has train/ and trainannot/ (and test/, testannot/) as SegNet's copy has them (default: data/camvid, where
+# bash scripts/download.sh camvid puts it). Source: the day drives 0006R0 and 0016E5 with labels. Target: the dusk drive
+# 0001TP, without labels. Evaluation: the dusk images of test/, if they are there; else the 20 of the 62 in train/ that
+# splits/camvid/dusk_holdout.txt names, and the other 42 are adapted to. 11 classes; stuff: sky, building, road, pavement,
+# tree, fence; things: pole, sign, car, pedestrian, bicyclist.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+SEEDS="${SEEDS:-0}" RECIPE="${RECIPE:-release}" CONTROLS="${CONTROLS:-0}" SAM_TYPE="${SAM_TYPE:-tiny}"
+OUT="${OUT:-runs/camvid_$RECIPE}" CAMVID_ROOT="${CAMVID_ROOT:-data/camvid}"
+source scripts/setup.sh
+source scripts/pipeline.sh
+for folder in train trainannot; do
+    if [ ! -d "$CAMVID_ROOT/$folder" ]; then
+        echo "error: $CAMVID_ROOT/$folder: no such folder; set CAMVID_ROOT, or fetch CamVid: bash scripts/download.sh camvid" >&2
+        exit 2
+    fi
+done
+
+# Images elsewhere are linked, and prepare_data.py writes its train-ID labels beside the links: CAMVID_ROOT is left as it is.
+if [ ! "$CAMVID_ROOT" -ef data/camvid ]; then
+    mkdir -p data/camvid
+    for folder in train trainannot test testannot; do
+        if [ -d "$CAMVID_ROOT/$folder" ]; then ln -sfn "$(cd "$CAMVID_ROOT/$folder" && pwd)" "data/camvid/$folder"; fi
+    done
+fi
+"$PYTHON" scripts/prepare_data.py camvid --root data/camvid --lists "$OUT/lists"
+if [ -d data/camvid/test ]; then
+    (cd data && for image in camvid/test/0001TP*.png; do echo "$image ${image/test/testlabels}"; done) > "$OUT/lists/dusk_test.txt"
+    target_list() { echo splits/camvid/dusk.txt; }
+    target_gt() { echo splits/camvid/dusk_gt.txt; }
+    val_list() { echo "$OUT/lists/dusk_test.txt"; }
+else
+    target_list() { echo splits/camvid/dusk_adapt.txt; }
+    target_gt() { echo splits/camvid/dusk_adapt_gt.txt; }
+    val_list() { echo splits/camvid/dusk_holdout.txt; }
+fi
+source_list() { echo splits/camvid/day.txt; }
+DATA_LINK=data/camvid
+
+CLASSES=(--class-num 11 --stuff 0 1 3 4 5 7 --things 2 6 8 9 10)
+NETWORK=(--backbone resnet10 --stem torchvision --amp bf16 --crop-size 225 --workers 0 --min-kept 20000 --loss-groups 1 --pictures-every 0)
+SOURCE=("${NETWORK[@]}" --epochs 14 --global-batch 8 --lr 0.05)
+PIXEL=(--top-p 0.5)
+SAM="$SAM_TYPE"
+PSA=(--sam-type "$SAM_TYPE" --amp bf16 --proposal-cache data/proposals)
+if [ "$RECIPE" = paper ]; then
+    SCC=(--backbone resnet10 --amp bf16 --scale 1 --iterations 200)
+else
+    SCC=(--backbone resnet10 --amp bf16 --patch-size 64 128 --iterations 400)
+fi
+SPLIT=(--labeled-fraction 0.5)
+ADAPT=("${NETWORK[@]}" --epochs 30 --global-batch 4 --lr 0.005 --eval-every 5)
+EVAL=(--mode original)
+
+for SEED in $SEEDS; do run_seed; done
+"$PYTHON" scripts/report.py "$OUT" "${CLASSES[@]}"

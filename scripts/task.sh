@@ -1,0 +1,209 @@
+# One of the three reported tasks, stage by stage; gta2cs.sh, synthia2cs.sh and gta2bdd.sh source this file after setting the
+# task's values. Everything is run from the repository's root. Environment variables override paths and hardware:
+#
+#   DATA_ROOT        the target data, unpacked from the official downloads       OUT         folder of the run
+#   CHECKPOINT       source of the starting labels: DT-ST's file, or ours        GPUS        processes (default: all GPUs)
+#   PROBABILITIES    instead of it: a folder of K x H x W arrays of any model    RECIPE      release or paper
+#   SAM_CHECKPOINT   SAM's weights, SAM_TYPE its type                            USE_SCC     0: adapt with PSA's labels
+#   BACKBONE_WEIGHTS ImageNet weights of UniMatch's ResNet-101                   REHEARSE    1: everything in miniature
+#   SCC_WEIGHTS      ImageNet weights of SCC's ResNet-101                        SEED, SPLITS, EXP
+#
+# Exit code: 0 all stages ran and the run is within the tolerance of the shipped log (a rehearsal: all stages ran), 1 it is
+# not, 2 something is missing or wrong.
+
+say() { printf '%s\n' "$*"; }
+
+# ---------------------------------------------------------------------------------------------------------- preflight
+
+missing=()
+lacks() { # lacks WHAT WHERE-TO-GET-IT
+    missing+=("$1" "$2")
+}
+
+count_images() { # count_images FOLDER SUFFIX
+    if [ -d "$1" ]; then find "$1" -type f -name "*$2" | wc -l | tr -d ' '; else echo 0; fi
+}
+
+need_images() { # need_images FOLDER SUFFIX COUNT WHERE
+    local found
+    found="$(count_images "$1" "$2")"
+    [ "$found" = "$3" ] || lacks "$1: $found of $3 files *$2" "$4"
+}
+
+need_cityscapes() {
+    local from="cityscapes-dataset.com (login)"
+    need_images "$DATA_ROOT/leftImg8bit/train" _leftImg8bit.png 2975 "leftImg8bit_trainvaltest.zip of $from, unpacked in $DATA_ROOT"
+    need_images "$DATA_ROOT/leftImg8bit/val" _leftImg8bit.png 500 "the same file"
+    need_images "$DATA_ROOT/gtFine/val" _gtFine_labelIds.png 500 "gtFine_trainvaltest.zip of $from, unpacked in $DATA_ROOT (for evaluation)"
+}
+
+need_bdd() {
+    local from="bdd-data.berkeley.edu (login), unpacked in $DATA_ROOT" images labels ending
+    images="$DATA_ROOT/images/10k" labels="$DATA_ROOT/labels/sem_seg/masks" ending=.png
+    if [ -d "$DATA_ROOT/bdd100k" ]; then
+        images="$DATA_ROOT/bdd100k/images/10k" labels="$DATA_ROOT/bdd100k/labels/sem_seg/masks"
+    fi
+    for base in "$DATA_ROOT/seg" "$DATA_ROOT/bdd100k/seg"; do
+        if [ -d "$base/images" ]; then images="$base/images" labels="$base/labels" ending=_train_id.png; fi
+    done
+    need_images "$images/train" .jpg 7000 "'10K Images' of $from"
+    need_images "$images/val" .jpg 1000 "the same file"
+    need_images "$labels/val" "$ending" 1000 "'Segmentation' of $from (for evaluation)"
+}
+
+need_inputs() {
+    if [ -n "$PROBABILITIES" ]; then
+        [ -d "$PROBABILITIES" ] || lacks "$PROBABILITIES: no such folder of probability arrays (PROBABILITIES)" \
+            "write one K x H x W .npy or .npz per training image there"
+    elif [ ! -f "$CHECKPOINT" ]; then
+        lacks "$CHECKPOINT: the model that the starting labels come from" \
+            "$CHECKPOINT_FROM; another file: CHECKPOINT=…; another model's probabilities: PROBABILITIES=<folder>"
+    fi
+    [ -f "$SAM_CHECKPOINT" ] || lacks "$SAM_CHECKPOINT: SAM's weights ($SAM_TYPE)" "bash scripts/download.sh sam $SAM_TYPE"
+    [ -f "$BACKBONE_WEIGHTS" ] || [ "$BACKBONE_WEIGHTS" = imagenet ] ||
+        lacks "$BACKBONE_WEIGHTS: UniMatch's ImageNet ResNet-101 (deep stem)" \
+            "the link 'ResNet-101' in the README of github.com/LiheYoung/UniMatch; or STEM=torchvision BACKBONE_WEIGHTS=imagenet"
+    [ "$USE_SCC" = 0 ] || [ -f "$SCC_WEIGHTS" ] || [ "$SCC_WEIGHTS" = imagenet ] ||
+        lacks "$SCC_WEIGHTS: ImageNet weights of SCC's ResNet-101" "SCC_WEIGHTS=imagenet (torchvision fetches them), or a .pth"
+}
+
+need_machine() {
+    local found=0 free
+    if command -v nvidia-smi >/dev/null 2>&1; then found="$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)"; fi
+    if [ "$DEVICE" = cpu ]; then GPUS=0; fi
+    GPUS="${GPUS:-$found}"
+    case "$GPUS" in
+        '' | *[!0-9]*) lacks "GPUS=$GPUS: not a number of GPUs" "leave it out, or give how many to use" ;;
+        0) [ "$DEVICE" = cpu ] || lacks "an NVIDIA GPU (nvidia-smi shows none)" "the authors used four; on a CPU, try REHEARSE=1 bash $0" ;;
+        *) [ "$GPUS" -le "$found" ] || lacks "GPUS=$GPUS, but nvidia-smi shows $found" "leave GPUS out, or give at most $found" ;;
+    esac
+    free="$(df -Pk . | awk 'NR == 2 {print int($4 / 1000000)}')"
+    [ "$free" -ge "$DISK_GB" ] || lacks "$DISK_GB GB of free disk here ($free are free)" "make room, or set OUT and DATA_ROOT elsewhere"
+}
+
+need_tools() {
+    local candidate
+    for candidate in ${PYTHON:+"$PYTHON"} python3 python python3.13 python3.12 python3.11 python3.10; do
+        if command -v "$candidate" >/dev/null 2>&1 &&
+            "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+            return
+        fi
+    done
+    lacks "Python 3.10 or newer" "python.org or your system's packages; the Python packages are then set up by this script"
+}
+
+preflight() {
+    local i
+    case "$RECIPE" in release | paper) ;; *) lacks "RECIPE=$RECIPE: no such recipe" "release (default) or paper" ;; esac
+    need_tools
+    if [ "$REHEARSE" != 1 ]; then
+        "need_$DATA"
+        need_inputs
+        need_machine
+    fi
+    if [ "${#missing[@]}" -gt 0 ]; then
+        say "$TITLE: $((${#missing[@]} / 2)) things are missing; nothing was done." >&2
+        for ((i = 0; i < ${#missing[@]}; i += 2)); do
+            printf '  - %s\n      get it: %s\n' "${missing[i]}" "${missing[i + 1]}" >&2
+        done
+        exit 2
+    fi
+}
+
+# ------------------------------------------------------------------------------------------------------------- stages
+
+# The starting labels' own quality: every pixel's prediction on the validation set, at the network's input size.
+before() {
+    if [ -n "$PROBABILITIES" ]; then
+        say "== before: skipped, PROBABILITIES has no arrays of the validation set; evaluate that model where it comes from"
+        return
+    fi
+    stage before_labels "$PYTHON" scripts/make_pseudo_labels.py --image-list "$VAL_LIST" --root-path "$DATA_ROOT" \
+        "${CLASSES[@]}" --checkpoint "$CHECKPOINT" --exp "${EXP}_before" --top-p 1 "${TEST_SIZE[@]}" \
+        --out-list "$SPLITS/${EXP}_before/val.txt" --device "$DEVICE"
+    stage before "$PYTHON" eval.py --labels "$SPLITS/${EXP}_before/val.txt" --id-list-path "$VAL_LIST" \
+        --root-path "$DATA_ROOT" "${CLASSES[@]}" --out "$OUT/eval_before"
+}
+
+run_task() {
+    local labels="$EXP" suffix="$SAM_TYPE" source=(--checkpoint "$CHECKPOINT")
+    [ -z "$PROBABILITIES" ] || source=(--probabilities "$PROBABILITIES")
+    [ "$RECIPE" = release ] || suffix="${SAM_TYPE}_$RECIPE"
+
+    stage data "$PYTHON" scripts/prepare_data.py "${PREPARE[@]}" --root "$DATA_ROOT" --lists "$SPLITS"
+    before
+    stage pixel "${LAUNCH[@]}" scripts/make_pseudo_labels.py --image-list "$TRAIN_LIST" --root-path "$DATA_ROOT" \
+        "${CLASSES[@]}" "${source[@]}" --exp "$EXP" --preset dtst "${TEST_SIZE[@]}" --top-p "$TOP_P" \
+        --out-list "$SPLITS/$EXP/train.txt" --device "$DEVICE"
+    stage psa "${LAUNCH[@]}" seco_sam.py --id-list-path "$SPLITS/$EXP/train.txt" --root-path "$DATA_ROOT" \
+        "${CLASSES[@]}" --sam-type "$SAM_TYPE" --sam-checkpoint "$SAM_CHECKPOINT" --recipe "$RECIPE" --vis 8 \
+        --device "$DEVICE"
+    labels="${EXP}_$suffix"
+    if [ "$USE_SCC" = 1 ]; then
+        stage scc "${LAUNCH[@]}" seco_scc.py --id-list-path "$SPLITS/$labels/train.txt" --root-path "$DATA_ROOT" \
+            "${CLASSES[@]}" --recipe "$RECIPE" "${SCC[@]}" --backbone-weights "$SCC_WEIGHTS" --seed "$SEED" \
+            --device "$DEVICE"
+        if [ "$RECIPE" = release ]; then labels="${labels}_scc"; else labels="${labels}_scc_$RECIPE"; fi
+    fi
+    stage split "$PYTHON" scripts/make_split.py --id-list-path "$SPLITS/$labels/train.txt" --root-path "$DATA_ROOT" \
+        "${CLASSES[@]}" --labeled-fraction "$LABELED_FRACTION" --out "$SPLITS/$labels"
+    stage adapt "${LAUNCH[@]}" train_unimatch.py --labeled-id-path "$SPLITS/$labels/labeled.txt" \
+        --unlabeled-id-path "$SPLITS/$labels/unlabeled.txt" --val-id-path "$VAL_LIST" --root-path "$DATA_ROOT" \
+        "${CLASSES[@]}" "${ADAPT[@]}" --backbone-weights "$BACKBONE_WEIGHTS" --eval-mode "$EVAL_MODE" --seed "$SEED" \
+        --save-path "$OUT/adapt" --device "$DEVICE"
+    stage after "${LAUNCH[@]}" eval.py --checkpoint "$OUT/adapt/latest.pth" --id-list-path "$VAL_LIST" \
+        --root-path "$DATA_ROOT" "${CLASSES[@]}" --mode "$EVAL_MODE" --crop-size "$CROP" --out "$OUT/eval_after" \
+        --device "$DEVICE"
+    say "" "== the run beside the authors' log"
+    if [ "$REHEARSE" = 1 ]; then
+        "$PYTHON" scripts/compare_logs.py "$OUT/adapt" "$SHIPPED_LOG" || [ $? = 1 ]
+        say "rehearsal complete: every stage of $TITLE ran. Its figures mean nothing: $OUT"
+    else
+        "$PYTHON" scripts/compare_logs.py "$OUT/adapt" "$SHIPPED_LOG"
+    fi
+}
+
+# ---------------------------------------------------------------------------------------------------------- rehearsal
+
+# The same stages on miniature inputs. Every value that is smaller than in the real run is set here, and only here.
+rehearse() {
+    DATA_ROOT="$OUT/inputs/data" CHECKPOINT="$OUT/inputs/model_iter020000.pth" PROBABILITIES="" SPLITS="$OUT/splits"
+    SAM_TYPE=tiny SAM_CHECKPOINT=model/sam_tiny.pth BACKBONE_WEIGHTS=none SCC_WEIGHTS=none DEVICE=cpu GPUS=0
+    local scc=(--backbone resnet18 --iterations 4 --patch-size 64 128)
+    local adapt=(--backbone resnet18 --epochs 2 --global-batch 1 --crop-size 257 --eval-every 2 --min-kept 5000 --workers 0)
+    say "rehearsal of $TITLE, smaller than the real run in:" \
+        "  data         4 + 1 toy scenes in the official layout (real: $IMAGES)" \
+        "  checkpoint   DT-ST's format, random backbone, fitted classifier; input 512x256 (real: ${TEST_SIZE[1]}x${TEST_SIZE[2]})" \
+        "  SAM          tiny (real: vit_h)" \
+        "  SCC          ${scc[*]}, random weights" \
+        "  UniMatch     ${adapt[*]}, random weights"
+    TEST_SIZE=(--test-size 512 256)
+    PREPARE=("${PREPARE[@]}" --expect 4 1)
+    SCC=("${SCC[@]}" "${scc[@]}")
+    ADAPT=("${ADAPT[@]}" "${adapt[@]}")  # of an option given twice the later value counts
+    CROP=257
+    stage inputs "$PYTHON" scripts/rehearsal_data.py --layout "$DATA" "${CLASSES[@]}" --out "$OUT/inputs" --images 4 1
+}
+
+# --------------------------------------------------------------------------------------------------------------- main
+
+main() {
+    REHEARSE="${REHEARSE:-0}" RECIPE="${RECIPE:-release}" USE_SCC="${USE_SCC:-1}" SEED="${SEED:-0}" DEVICE="${DEVICE:-auto}"
+    SAM_TYPE="${SAM_TYPE:-vit_h}" PROBABILITIES="${PROBABILITIES:-}"
+    case "$SAM_TYPE" in vit_l) weights=0b3195 ;; vit_b) weights=01ec64 ;; *) weights=4b8939 ;; esac
+    SAM_CHECKPOINT="${SAM_CHECKPOINT:-pretrained/sam_${SAM_TYPE}_$weights.pth}"
+    BACKBONE_WEIGHTS="${BACKBONE_WEIGHTS:-pretrained/resnet101.pth}" SCC_WEIGHTS="${SCC_WEIGHTS:-imagenet}"
+    SPLITS="${SPLITS:-splits/$DATA}"
+    preflight
+    source scripts/setup.sh
+    LAUNCH=("$PYTHON")
+    if [ "$REHEARSE" = 1 ]; then
+        OUT="${OUT:-runs/rehearse/$TASK}" STAGES="${OUT:-runs/rehearse/$TASK}/stages"
+        rehearse
+    else
+        OUT="${OUT:-runs/$TASK}" STAGES="${OUT:-runs/$TASK}/stages"
+        if [ "$GPUS" -gt 1 ]; then LAUNCH=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$GPUS"); fi
+    fi
+    TRAIN_LIST="$SPLITS/train$LIST_SUFFIX.txt" VAL_LIST="$SPLITS/val$LIST_SUFFIX.txt"
+    run_task
+}

@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# SeCo from nothing to an adapted model on the embedded benchmark, on a CPU, with no data set and no checkpoint.
+#
+#   bash scripts/toy.sh                                one seed
+#   SEEDS="0 1 2" CONTROLS=1 bash scripts/toy.sh       three seeds with the paper's ablation and the upper bound
+#   RECIPE=paper bash scripts/toy.sh                   the paper's recipe (default: release), to runs/toy_paper
+#   SMALLEST=1 OUT=/tmp/x bash scripts/toy.sh          every stage in miniature: a test that all of it runs
+#
+# data → source model → pixel-level pseudo-labels → PSA → SCC → split → UniMatch → evaluation, by the same four scripts as
+# the real tasks. Stopped at any moment, the same command goes on. Results: $OUT/results.md, results.json, pictures/.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+SEEDS="${SEEDS:-0}" RECIPE="${RECIPE:-release}" CONTROLS="${CONTROLS:-0}" SMALLEST="${SMALLEST:-0}"
+OUT="${OUT:-runs/toy_$RECIPE}"
+source scripts/setup.sh
+source scripts/pipeline.sh
+
+# The recipes' constants stay as they are. Smaller than in the real tasks, for images of 384 x 192 and a CPU:
+CLASSES=(--class-num 19)
+NETWORK=(--backbone resnet10 --stem torchvision --amp bf16 --crop-size 192 --workers 0 --min-kept 20000 --loss-groups 1 --pictures-every 0)
+SOURCE=("${NETWORK[@]}" --epochs 12 --global-batch 8 --lr 0.05)          # real tasks start from a published model
+PIXEL=(--top-p 0.5)
+SAM=tiny
+PSA=(--sam-type tiny --amp bf16 --proposal-cache data/proposals)                                        # real: vit_h, fp32
+if [ "$RECIPE" = paper ]; then
+    SCC=(--backbone resnet10 --amp bf16 --scale 1 --iterations 200)             # real: ResNet-101, 0.5, 5000
+else
+    SCC=(--backbone resnet10 --amp bf16 --patch-size 64 128 --iterations 400)   # real: ResNet-101, 256 512, 5000
+fi
+SPLIT=(--labeled-fraction 0.5)
+ADAPT=("${NETWORK[@]}" --epochs 20 --global-batch 4 --lr 0.005 --eval-every 4)   # real: ResNet-101, fp32, crop 769, batch 8, 240
+EVAL=(--mode original)
+DATA_ROOT=data SCENES=()
+if [ "$SMALLEST" = 1 ]; then
+    DATA_ROOT="$OUT/data" SCENES=(--scenes 8 6 2)
+    SOURCE+=(--epochs 1) ADAPT+=(--epochs 1 --global-batch 2) SCC+=(--iterations 2)    # of an option the last value counts
+fi
+
+DATA_LINK="$DATA_ROOT/toy"
+source_list() { echo "$DATA_LINK/s$SEED/lists/source_train.txt"; }
+target_list() { echo "$DATA_LINK/s$SEED/lists/target_train.txt"; }
+target_gt() { echo "$DATA_LINK/s$SEED/lists/target_train_gt.txt"; }
+val_list() { echo "$DATA_LINK/s$SEED/lists/target_val.txt"; }
+
+for SEED in $SEEDS; do
+    "$PYTHON" dataset/toy.py --seed "$SEED" --root-path "$DATA_ROOT" ${SCENES[@]+"${SCENES[@]}"}
+    run_seed
+done
+"$PYTHON" scripts/report.py "$OUT" "${CLASSES[@]}"

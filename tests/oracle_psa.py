@@ -1,0 +1,122 @@
+"""PSA written as plainly as possible: one prompt at a time on segment_anything's own predictor and mask generator.
+
+Slow and obvious; tests compare seco_sam.py with it pixel by pixel, scripts/bench_psa.py measures against it. It shares no
+code with the fast path but the constants' values, which are written out again.
+"""
+from __future__ import annotations
+
+import contextlib
+import math
+
+import cv2
+import numpy as np
+import torch
+from segment_anything import SamAutomaticMaskGenerator, SamPredictor
+
+IGNORE = 255
+
+
+def components(mask: np.ndarray) -> list[np.ndarray]:
+    """The 8-connected components of a mask as full-size masks, in raster order of their first pixel."""
+    count, numbers = cv2.connectedComponents(mask.astype(np.uint8), connectivity=8)
+    found = [numbers == k for k in range(1, count)]
+    return sorted(found, key=lambda m: int(np.flatnonzero(m)[0]))
+
+
+def entropy_at(label: np.ndarray, row: int, column: int) -> float:
+    """Entropy of the class histogram in the 17 x 17 window, 255 being one more class, outside the image nothing."""
+    window = label[max(row - 8, 0):row + 9, max(column - 8, 0):column + 9]
+    _, counts = np.unique(window, return_counts=True)
+    shares = counts / window.size
+    return round(float(-sum(p * math.log(p + 1e-6) for p in shares)), 12)
+
+
+def release_prompt(label: np.ndarray, mask: np.ndarray):
+    """(box, points) or None."""
+    height, width = label.shape
+    contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    rectangle = cv2.minAreaRect(max(contours, key=cv2.contourArea))
+    area = rectangle[1][0] * rectangle[1][1]
+    if area == 0:
+        return None
+    distance = 1.25 * area / (2 * (rectangle[1][0] + rectangle[1][1]))
+    corners = cv2.boxPoints(rectangle)
+    box = [max(math.floor(min(c[0] for c in corners) - distance), 0),
+           max(math.floor(min(c[1] for c in corners) - distance), 0),
+           min(math.ceil(max(c[0] for c in corners) + distance), width - 1),
+           min(math.ceil(max(c[1] for c in corners) + distance), height - 1)]
+    pixels = np.argwhere(mask)
+    half = len(pixels) // 2
+    halves = [pixels[:half + 1]] + ([pixels[half + 1:]] if len(pixels) % 2 else [])
+    points = []
+    for part in halves:
+        best = None
+        for row, column in part:
+            value = entropy_at(label, row, column)
+            if best is None or value < best[0]:
+                best = (value, column, row)
+        points.append(best[1:])
+    return np.array(box, dtype=float), np.array(points, dtype=float)
+
+
+def paper_prompt(label: np.ndarray, mask: np.ndarray):
+    height, width = label.shape
+    rows, columns = np.nonzero(mask)
+    w, h = columns.max() - columns.min() + 1, rows.max() - rows.min() + 1
+    more_x, more_y = w * (math.sqrt(1.5) - 1) / 2, h * (math.sqrt(1.5) - 1) / 2
+    box = [max(columns.min() - more_x, 0), max(rows.min() - more_y, 0),
+           min(columns.max() + more_x, width - 1), min(rows.max() + more_y, height - 1)]
+    return np.array(box), np.array([[columns.mean(), rows.mean()]])
+
+
+def paint(painted: np.ndarray, mask: np.ndarray, class_id: int, recipe: str) -> None:
+    if recipe == "paper":
+        taken = (painted != IGNORE) & mask
+        if taken.sum() > 0.5 * mask.sum():
+            return
+        mask = mask & ~taken
+    painted[mask] = class_id
+
+
+def oracle_psa(image: np.ndarray, label: np.ndarray, sam, stuff, things, recipe: str, settings=None,
+               watch=lambda stage: contextlib.nullcontext()) -> np.ndarray:
+    """The aggregated label map. settings: keyword arguments of the mask generator, by default the official ones.
+    watch: times the stages, `with watch(name)`."""
+    generator = SamAutomaticMaskGenerator(sam, **(settings or dict(
+        points_per_side=32, pred_iou_thresh=0.88, stability_score_thresh=0.95, box_nms_thresh=0.7)))
+    over_stuff, over_things = np.full_like(label, IGNORE), np.full_like(label, IGNORE)
+    with watch("proposals, encoding included"):
+        proposals = generator.generate(image)
+    for proposal in proposals:
+        mask = proposal["segmentation"]
+        labeled = label[mask & (label != IGNORE)]
+        if len(labeled) == 0:
+            continue
+        shares = {c: float((labeled == c).sum()) / len(labeled) for c in [*stuff, *things]}
+        if recipe == "paper":
+            best = min(shares, key=lambda c: (-shares[c], c))
+            if best in stuff:
+                paint(over_stuff, mask, best, recipe)
+        else:
+            best = min(stuff, key=lambda c: (-shares[c], c))
+            if shares[best] > 0.20:
+                paint(over_stuff, mask, best, recipe)
+    predictor = SamPredictor(sam)
+    with watch("encode again"):
+        predictor.set_image(image)
+    for class_id in sorted(things):
+        if (label == class_id).sum() <= 10:
+            continue
+        for mask in components(label == class_id):
+            if mask.sum() < 10:
+                continue
+            with watch("make prompts"):
+                prompt = (release_prompt if recipe == "release" else paper_prompt)(label, mask)
+            if prompt is None:
+                continue
+            box, points = prompt
+            with torch.no_grad(), watch("prompts"):
+                masks, _, _ = predictor.predict(point_coords=points, point_labels=np.ones(len(points)), box=box,
+                                                multimask_output=False)
+            paint(over_things, masks[0], class_id, recipe)
+    return np.where(over_things != IGNORE, over_things, over_stuff)

@@ -1,0 +1,299 @@
+"""Training samples: region-only resizing, geometry, strong views, CutMix boxes, order, workers, copy-paste."""
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFilter
+from torchvision.transforms import functional as colour
+
+from dataset.copy_paste import PARTNERS, RARE_CLASSES, RareClassPool, paste_component
+from dataset.semi import Key, MicroBatches, TrainingSamples, batches, epoch_order, iterations_per_epoch
+from dataset.transform import (CUTMIX_AREA, IMAGENET_MEAN, IMAGENET_STD, Crop, adjusted_brightness, adjusted_contrast,
+                               adjusted_hue, adjusted_saturation, blurred, cropped_image, cropped_label, cutmix,
+                               cutmix_box, draw_crop, normalised, padding_mask, strong_view, to_tensor)
+from scripts.bench_data import label_resized_then_cropped, pillow_strong_view, resized_then_cropped
+from util.labels import CITYSCAPES_19, write_label
+
+
+def street(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """Smooth colours with hard-edged boxes and noise, uint8 height x width x 3."""
+    random = np.random.default_rng(seed)
+    image = np.asarray(Image.fromarray(random.integers(0, 256, (6, 9, 3), dtype=np.uint8)).resize((width, height))).copy()
+    for _ in range(20):
+        y, x = random.integers(0, height - 8), random.integers(0, width - 8)
+        image[y:y + random.integers(2, height // 2), x:x + random.integers(2, width // 3)] = random.integers(0, 256, 3)
+    return (image // 2 + random.integers(0, 128, image.shape)).astype(np.uint8)
+
+
+# ------------------------------------------------------------------------------------------------- resize, crop, flip
+
+@pytest.mark.parametrize("seed", range(25))
+def test_resizing_the_region_equals_resizing_the_whole(seed):
+    """Within one grey level, everywhere in the square; crops larger than the image, padding and mirroring included."""
+    random = np.random.default_rng(seed)
+    height, width = (int(n) for n in random.integers(60, 240, 2))
+    image = Image.fromarray(street(height, width, seed))
+    crop = draw_crop(random, height, width, int(random.integers(33, 160)))
+    fast, slow = cropped_image(image, crop), resized_then_cropped(image, crop)
+    assert fast.shape == slow.shape == (crop.size, crop.size, 3)
+    assert np.abs(fast.astype(int) - slow).max() <= 1
+
+
+def test_resizing_the_region_at_full_size():
+    """3600 = 2048 x 225 / 128: in every 225th row and column values lie half-way between two levels."""
+    image = Image.fromarray(street(1024, 2048))
+    for crop in (Crop(512, 1024, 0, 200, 769, False), Crop(1800, 3600, 900, 2600, 769, True), Crop(1024, 2048, 255, 1279, 769, False)):
+        assert np.abs(cropped_image(image, crop).astype(int) - resized_then_cropped(image, crop)).max() <= 1
+
+
+def nearest_slowly(label, crop, padding):
+    """Pixel by pixel, in fractions: the source pixel under the centre of each target pixel."""
+    from fractions import Fraction
+    square = np.full((crop.size, crop.size), padding, dtype=np.uint8)
+    for row in range(crop.size):
+        for column in range(crop.size):
+            y, x = crop.top + row, crop.left + column
+            if y < crop.height and x < crop.width:
+                source_y = (Fraction(2 * y + 1, 2) * label.shape[0] / crop.height).__floor__()
+                source_x = (Fraction(2 * x + 1, 2) * label.shape[1] / crop.width).__floor__()
+                square[row, crop.size - 1 - column if crop.flip else column] = label[source_y, source_x]
+            elif crop.flip:
+                square[row, crop.size - 1 - column] = padding
+    return square
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_labels_are_taken_from_the_nearest_pixel(seed):
+    """Also from a label map of another resolution than its image; and as Pillow does, but for ties."""
+    random = np.random.default_rng(seed)
+    label = random.integers(0, 19, (40, 70), dtype=np.uint8)
+    crop = draw_crop(random, 80 if seed % 2 else 40, 140 if seed % 2 else 70, 45)
+    assert np.array_equal(cropped_label(label, crop, 255), nearest_slowly(label, crop, 255))
+    assert (cropped_label(label, crop, 255) == label_resized_then_cropped(label, crop, 255)).mean() > 0.9
+
+
+def test_padding_is_ignored_and_nothing_else():
+    crop = Crop(20, 30, 0, 0, 40, True)
+    label = np.zeros((20, 30), dtype=np.uint8)
+    mask = padding_mask(crop, 255)
+    assert (mask == 255).sum() == 40 * 40 - 20 * 30
+    assert np.array_equal(mask == 255, cropped_label(label, crop, 254) == 254)
+    assert np.array_equal(mask == 255, (cropped_image(Image.new("RGB", (30, 20), "white"), crop) == 0).all(axis=2))
+
+
+def test_geometry_is_unimatchs():
+    """Long side uniform over the integers of [0.5 M, 2 M], ends included; origins cover all places; half are mirrored."""
+    random = np.random.default_rng(0)
+    crops = [draw_crop(random, 20, 10, 12) for _ in range(4000)]
+    assert {c.height for c in crops} == set(range(10, 41))
+    assert all(c.width == int(10 * c.height / 20 + 0.5) for c in crops)
+    assert {c.top for c in crops if c.height == 20} == set(range(9))
+    assert {c.left for c in crops if c.width <= 12} == {0}
+    assert 0.46 < np.mean([c.flip for c in crops]) < 0.54
+    wide = draw_crop(random, 30, 100, 12)
+    assert wide.height == int(30 * wide.width / 100 + 0.5)
+
+
+def test_normalisation():
+    image = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    expected = (image / 255 - np.array(IMAGENET_MEAN)) / np.array(IMAGENET_STD)
+    np.testing.assert_allclose(to_tensor(image).numpy(), expected.transpose(2, 0, 1), atol=1e-5)
+    assert torch.equal(normalised(torch.from_numpy(image)[None])[0], to_tensor(image))
+
+
+# --------------------------------------------------------------------------------------------------- strong views, boxes
+
+@pytest.mark.parametrize("fast, slow, values, mean, most", [
+    (adjusted_brightness, colour.adjust_brightness, (0.5, 0.9, 1.5), 0.1, 1),
+    (adjusted_contrast, colour.adjust_contrast, (0.5, 0.9, 1.5), 0.6, 2),
+    (adjusted_saturation, colour.adjust_saturation, (0.0, 0.5, 1.5), 0.6, 2),
+    (adjusted_hue, colour.adjust_hue, (-0.25, 0.0, 0.1, 0.25), 1.0, 16),
+    (blurred, lambda image, radius: image.filter(ImageFilter.GaussianBlur(radius)), (0.1, 0.5, 1.0, 2.0), 1.5, 20)])
+def test_colour_and_blur_are_torchvisions_within_rounding(fast, slow, values, mean, most):
+    image = street(96, 128)
+    for value in values:
+        difference = np.abs(fast(image, value).astype(int) - np.asarray(slow(Image.fromarray(image), value)))
+        assert difference.mean() <= mean and difference.max() <= most, value
+
+
+def test_strong_views_draw_as_stated():
+    """The same draws as with torchvision, part by part; and what leaves an image as it was is as rare as it should be."""
+    image = street(48, 64)
+    differences, unchanged = [], 0
+    for seed in range(300):
+        view = strong_view(np.random.default_rng(seed), image)
+        unchanged += np.array_equal(view, image)
+        if seed < 60:
+            differences.append(np.abs(view.astype(int) - pillow_strong_view(np.random.default_rng(seed), image)).mean())
+    assert np.median(differences) < 1.5 and max(differences) < 8
+    assert 0.03 < unchanged / 300 < 0.14  # 0.2 x 0.8 x 0.5 = 0.08
+
+
+def test_cutmix_boxes_have_the_stated_chance_area_and_shape():
+    random = np.random.default_rng(0)
+    boxes = [cutmix_box(random, 100) for _ in range(600)]
+    drawn = [box for box in boxes if box.any()]
+    assert 0.44 < len(drawn) / len(boxes) < 0.56
+    for box in drawn:
+        rows, columns = np.flatnonzero(box.any(axis=1)), np.flatnonzero(box.any(axis=0))
+        height, width = rows[-1] - rows[0] + 1, columns[-1] - columns[0] + 1
+        assert box.sum() == height * width  # one filled rectangle
+        assert CUTMIX_AREA[0] * 1e4 - height - width <= box.sum() <= CUTMIX_AREA[1] * 1e4
+        assert 0.3 - 0.1 < height / width < 1 / 0.3 + 0.8  # both sides are cut down to integers
+    assert max(box.mean() for box in drawn) > 0.35 and min(box.mean() for box in drawn) < 0.05
+
+
+def test_cutmix_equals_a_pixel_loop():
+    random = np.random.default_rng(0)
+    a, b, box = random.random((6, 8)), random.random((6, 8)), cutmix_box(np.random.default_rng(3), 8)[:6]
+    box[1:3, 2:7] = True
+    expected = [[b[y, x] if box[y, x] else a[y, x] for x in range(8)] for y in range(6)]
+    assert np.array_equal(cutmix(a, b, box), expected)
+    assert np.array_equal(cutmix(*(torch.from_numpy(v) for v in (a, b, box))), expected)
+
+
+# --------------------------------------------------------------------------------------------------------------- samples
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Five images with labels: (root, rows)."""
+    root, rows = tmp_path_factory.mktemp("data"), []
+    for number in range(5):
+        Image.fromarray(street(60, 90, number)).save(root / f"{number}.png")
+        label = np.random.default_rng(number).integers(0, 19, (60, 90), dtype=np.uint8)
+        label[:10] = 255
+        write_label(root / f"{number}_label.png", label, CITYSCAPES_19.palette)
+        rows.append((f"{number}.png", f"{number}_label.png"))
+    return root, rows
+
+
+def same(one: dict, other: dict) -> bool:
+    return one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
+
+
+def test_samples_depend_on_seed_epoch_and_position_alone(data):
+    root, rows = data
+    unlabeled = [image for image, _ in rows]
+    samples = TrainingSamples(rows[:2], unlabeled, root, 48, seed=0)
+    key = Key(epoch=3, position=4, index=1)
+    assert same(samples[key], TrainingSamples(rows[:2], unlabeled, root, 48, seed=0)[key])
+    assert not same(samples[key], samples[Key(3, 5, 1)])
+    assert not same(samples[key], samples[Key(2, 4, 1)])
+    assert not same(samples[key], TrainingSamples(rows[:2], unlabeled, root, 48, seed=1)[key])
+    sample = samples[key]
+    assert not np.array_equal(sample["w"], sample["w_mix"])  # the same image, another crop
+    shapes = {name: (value.shape, value.dtype.name) for name, value in sample.items()}
+    assert shapes == {**{name: ((48, 48, 3), "uint8") for name in ("x", "w", "w_mix", "s1", "s2")},
+                      "mask_x": ((48, 48), "uint8"),
+                      **{name: ((48, 48), "bool") for name in ("box1", "box2", "ignore", "ignore_mix")}}
+
+
+def test_strong_views_are_pasted_inside_their_box_alone(data):
+    root, rows = data
+    samples = TrainingSamples(rows, [image for image, _ in rows], root, 48, seed=0)
+    pasted = 0
+    for position in range(12):
+        key = Key(0, position, position % 5)
+        sample = samples[key]
+        random, random_mix = samples.generator(1, key), samples.generator(2, key)
+        for r in (random, random_mix):
+            draw_crop(r, 60, 90, 48)
+        boxes = [cutmix_box(random, 48), cutmix_box(random, 48)]
+        for number, box in enumerate(boxes, start=1):
+            view = strong_view(random, sample["w"])
+            assert np.array_equal(box, sample[f"box{number}"])
+            assert np.array_equal(sample[f"s{number}"][~box], view[~box])
+            if box.any():
+                assert np.array_equal(sample[f"s{number}"][box], strong_view(random_mix, sample["w_mix"])[box])
+                pasted += 1
+    assert pasted > 4
+
+
+def test_workers_and_image_cache_change_nothing(data, tmp_path):
+    root, rows = data
+    unlabeled = [image for image, _ in rows]
+    sampler = MicroBatches(5, 2, 2, 2, 0, 1, seed=0)
+    plain = list(batches(TrainingSamples(rows[:2], unlabeled, root, 40, 0), sampler, 0, torch.device("cpu")))
+    cached = TrainingSamples(rows[:2], unlabeled, root, 40, 0, image_cache=tmp_path)
+    for _ in range(2):  # filling the cache, and reading it
+        others = list(batches(cached, sampler, 2, torch.device("cpu")))
+        assert len(plain) == len(others) == sampler.total
+        assert all(same(a, b) for a, b in zip(plain, others))
+    assert len(list(tmp_path.glob("*.npy"))) == 5
+
+
+def test_labels_alone_when_there_is_no_unlabeled_list(data):
+    root, rows = data
+    assert TrainingSamples(rows, [], root, 40, 0)[Key(0, 0, 2)].keys() == {"x", "mask_x"}
+
+
+def test_iterations_per_epoch_fit_the_shipped_logs():
+    """With the splits that facts/training_logs.md finds: 1487 and 5250 unlabeled images; and in general UniMatch's formula
+    for four processes."""
+    logs = json.loads((Path(__file__).parent / "data" / "shipped_logs.json").read_text())
+    for name, unlabeled, batch in (("seco_synthia", 1487, 8), ("seco_bdd", 5250, 4), ("seco_gta", 1890, 8)):
+        low, high = logs[name]["iterations_per_epoch"]
+        length = iterations_per_epoch(unlabeled, batch)
+        assert low <= length <= high
+        assert set(range(0, length, length // 8)) == set(logs[name]["printed_iterations"])
+    for unlabeled in range(20, 60):
+        assert iterations_per_epoch(unlabeled, 8) == -(-unlabeled // 4) // 2
+    assert iterations_per_epoch(3, 8) == 1
+
+
+@pytest.mark.parametrize("world, batch", [(1, 4), (2, 2), (4, 1), (1, 2), (2, 1)])
+def test_every_distribution_takes_the_same_samples_an_iteration(world, batch):
+    """The union over processes and accumulation steps of an iteration is the global batch of one process."""
+    samples, epochs, global_batch = 13, 2, 4
+    reference = list(MicroBatches(samples, epochs, global_batch, 4, 0, 1, seed=5))
+    assert len(reference) == 2 * (16 // 4)
+    samplers = [MicroBatches(samples, epochs, global_batch, batch, rank, world, seed=5) for rank in range(world)]
+    streams = [list(s) for s in samplers]
+    steps = samplers[0].steps
+    assert steps == global_batch // world // batch and len(streams[0]) == len(samplers[0])
+    for iteration, expected in enumerate(reference):
+        keys = [None] * global_batch
+        for sampler, stream in zip(samplers, streams):
+            for step in range(steps):
+                keys[sampler.slot(step):sampler.slot(step) + batch] = stream[iteration * steps + step]
+        assert keys == expected
+
+
+def test_an_epoch_visits_every_image_and_resuming_goes_on_in_it():
+    order = epoch_order(13, seed=0, epoch=4, length=16)
+    assert sorted(set(order)) == list(range(13)) and not np.array_equal(order[:13], epoch_order(13, 0, 5, 13))
+    whole = list(MicroBatches(13, 3, 4, 4, 0, 1, seed=0))
+    assert list(MicroBatches(13, 3, 4, 4, 0, 1, seed=0, start=6)) == whole[6:]
+
+
+# ------------------------------------------------------------------------------------------------------------ copy-paste
+
+def test_copy_paste_pastes_a_rare_class_and_its_partners(tmp_path):
+    """Source: a rider (12) on a bicycle (18), a car (13). Rider and bicycle are pasted, image and label alike; the car not."""
+    image, label = np.zeros((60, 60, 3), dtype=np.uint8), np.full((60, 60), 255, dtype=np.uint8)
+    for class_id, area in ((12, np.s_[5:15, 5:13]), (18, np.s_[15:22, 3:15]), (13, np.s_[40:50, 40:55])):
+        label[area], image[area] = class_id, 10 * class_id
+    label[30, 30] = 18  # a speck, too small to paste
+    Image.fromarray(image).save(tmp_path / "i.png")
+    write_label(tmp_path / "l.png", label, CITYSCAPES_19.palette)
+    counts = np.bincount(label.ravel(), minlength=256)[None, :19]
+    pool = RareClassPool([("i.png", "l.png")], counts, tmp_path, RARE_CLASSES[19], PARTNERS[19])
+    assert set(pool.sources) == {12, 18}
+    target, target_label = np.full((80, 80, 3), 255, np.uint8), np.zeros((80, 80), np.uint8)
+    for seed in range(5):
+        new, new_label = pool.paste(np.random.default_rng(seed), target, target_label)
+        assert set(np.unique(new_label)) == {0, 12, 18}
+        assert np.array_equal(new[..., 0], np.where(new_label == 0, 255, new_label * 10))
+        assert (new_label == 12).sum() >= 80
+    assert (target_label == 0).all() and (target == 255).all()  # what was given is not changed
+    empty = RareClassPool([("i.png", "l.png")], counts, tmp_path, (4,), {})
+    assert empty.paste(np.random.default_rng(0), target, target_label)[1] is target_label
+
+
+def test_pieces_that_do_not_fit_are_left_out():
+    image, label = np.zeros((20, 20, 3), np.uint8), np.zeros((20, 20), np.uint8)
+    paste_component(np.random.default_rng(0), image, label, np.ones((30, 5, 3), np.uint8), np.ones((30, 5), np.uint8),
+                    np.ones((30, 5), bool))
+    assert not image.any() and not label.any()

@@ -1,0 +1,318 @@
+"""eval.py: windows, modes, means, label maps, processes; beside slow oracles and the official Cityscapes evaluation."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+from dataset.transform import to_tensor
+from eval import center_square, evaluate_checkpoint, figures, main, predict, sliding_windows, table
+from model.deeplabv3plus import DeepLabV3Plus
+from util.labels import CITYSCAPES_19, IDS_13_IN_16, IDS_16_IN_19, SYNTHIA_16, read_label, write_label, write_list
+from util.metrics import confusion_matrix, summary
+from util.run import run_main
+
+CPU = torch.device("cpu")
+
+
+# -------------------------------------------------------------------------------------------------------- prediction
+
+def test_windows_are_the_released_ones():
+    """1024 x 2048 with 769 (stride 512): cut at the border, not shifted back."""
+    rows, columns = [(0, 769), (512, 1024)], [(0, 769), (512, 1281), (1024, 1793), (1536, 2048)]
+    assert sliding_windows(1024, 2048, 769) == [(*r, *c) for r in rows for c in columns]
+    assert sliding_windows(100, 100, 801) == [(0, 100, 0, 100)]
+    assert {window[0] for window in sliding_windows(1024, 2048, 801)} == {0, 534}
+
+
+class Patchy(torch.nn.Module):
+    """A network whose output at a pixel depends on the whole window that it is shown."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.convolution = torch.nn.Conv2d(3, 5, 5, padding=2)
+        self.shapes = []
+
+    def forward(self, images):
+        self.shapes.append(tuple(images.shape))
+        return 3 * self.convolution(images) * images.mean(dim=(1, 2, 3), keepdim=True) + images.std(dim=(2, 3), keepdim=True).sum(1, True)
+
+
+def sliding_slowly(model, image, size):
+    """UniMatch's loop: one window after the other, softmax summed."""
+    height, width = image.shape[-2:]
+    total, row = None, 0
+    while row < height:
+        column = 0
+        while column < width:
+            window = image[:, :, row:min(row + size, height), column:min(column + size, width)]
+            scores = model(window).softmax(dim=1)
+            total = torch.zeros(1, scores.shape[1], height, width) if total is None else total
+            total[:, :, row:row + size, column:column + size] += scores
+            column += int(size * 2 / 3)
+        row += int(size * 2 / 3)
+    return total
+
+
+@pytest.mark.parametrize("height, width, size", [(60, 110, 45), (64, 64, 48), (50, 41, 60)])
+@pytest.mark.parametrize("window_batch", [1, 3, 4])
+def test_sliding_window_equals_the_plain_loop(height, width, size, window_batch):
+    model, image = Patchy(), torch.randn(1, 3, height, width)
+    with torch.no_grad():
+        expected = sliding_slowly(model, image, size)
+        model.shapes.clear()
+        scores = predict(model, image, "sliding_window", size, window_batch)
+    torch.testing.assert_close(scores, expected)
+    windows = sliding_windows(height, width, size)
+    assert sum(shape[0] for shape in model.shapes) == len(windows)
+    assert max(shape[0] for shape in model.shapes) <= window_batch
+    if window_batch > 1 and len(windows) > 4:
+        assert len(model.shapes) < len(windows)  # windows of one shape share a pass
+
+
+def test_images_in_a_batch_do_not_meddle():
+    model, images = Patchy(), torch.randn(2, 3, 60, 110)
+    with torch.no_grad():
+        together = predict(model, images, "sliding_window", 45)
+        for number in range(2):
+            torch.testing.assert_close(together[number:number + 1], predict(model, images[number:number + 1], "sliding_window", 45))
+
+
+def test_original_and_center_crop():
+    model, image = Patchy(), torch.randn(1, 3, 50, 81)
+    with torch.no_grad():
+        torch.testing.assert_close(predict(model, image, "original", None), model(image).softmax(dim=1))
+        torch.testing.assert_close(predict(model, image, "center_crop", 40), model(image[:, :, 5:45, 20:60]).softmax(dim=1))
+    assert center_square(50, 81, 60) == (slice(0, 60), slice(10, 70))
+
+
+# ------------------------------------------------------------------------------------------------------------- figures
+
+def random_maps(random, shape, class_num, missing=0.0):
+    truth = random.integers(0, class_num, shape).astype(np.uint8)
+    prediction = np.where(random.random(shape) < 0.6, truth, random.integers(0, class_num, shape)).astype(np.uint8)
+    truth[random.random(shape) < 0.1] = 255
+    prediction[random.random(shape) < missing] = 255
+    return truth, prediction
+
+
+def iou_slowly(truth, prediction, class_id):
+    """Over pixels with ground truth; a missing prediction is a wrong one."""
+    counted = truth != 255
+    hit = (counted & (truth == class_id) & (prediction == class_id)).sum()
+    union = (counted & ((truth == class_id) | (prediction == class_id))).sum()
+    return 100 * hit / union if union else None
+
+
+@pytest.mark.parametrize("missing", [0.0, 0.3])
+def test_figures_equal_counting_class_by_class(missing):
+    """With two classes absent from the ground truth, of which one (train, 16) is predicted."""
+    truth, prediction = random_maps(np.random.default_rng(0), (60, 80), 19, missing)
+    prediction[np.isin(prediction, (14,)) | np.isin(truth, (14,))] = 0
+    truth[np.isin(truth, (14, 16))] = 255
+    prediction[:2] = 16
+    truth[:2] = 3
+    metrics = figures(confusion_matrix(truth, prediction, 19), CITYSCAPES_19)
+    expected = [iou_slowly(truth, prediction, class_id) for class_id in range(19)]
+    assert list(metrics["iou"].values()) == pytest.approx(expected) and expected[14] is None and expected[16] == 0
+    assert metrics["absent"] == ["truck", "train"]
+    counted = np.array([value or 0 for value in expected])
+    assert metrics["miou"] == pytest.approx(counted.mean())
+    assert metrics["miou_present"] == pytest.approx(np.delete(counted, [14, 16]).mean())
+    sixteen = [0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 11, 12, 13, 15, 17, 18]
+    assert metrics["miou_16"] == pytest.approx(counted[sixteen].mean())
+    assert metrics["miou_13"] == pytest.approx(counted[[c for c in sixteen if c not in (3, 4, 5)]].mean())
+    labeled = (truth != 255) & (prediction != 255)
+    assert metrics["coverage"] == pytest.approx(100 * labeled.sum() / (truth != 255).sum())
+    assert metrics["accuracy"] == pytest.approx(100 * (truth == prediction)[labeled].mean())
+    text = table(metrics, "header")
+    assert "absent from the ground truth" in text and f"mIoU {metrics['miou']:.2f} %  over all 19 classes, one absent" in text
+    assert f"mIoU {metrics['miou_present']:.2f} %  over the 17 classes present" in text
+    assert f"mIoU {metrics['miou_16']:.2f} %  over SYNTHIA's 16" in text and f"{metrics['miou_13']:.2f} %  over SYNTHIA's 13" in text
+
+
+def test_sixteen_classes_and_others():
+    truth, prediction = random_maps(np.random.default_rng(1), (40, 40), 16)
+    metrics = figures(confusion_matrix(truth, prediction, 16), SYNTHIA_16)
+    values = np.array(list(metrics["iou"].values()))
+    assert metrics["miou_13"] == pytest.approx(values[[i for i in range(16) if i not in (3, 4, 5)]].mean())
+    assert "miou_16" not in metrics
+    assert [SYNTHIA_16.names[i] for i in IDS_13_IN_16] == [CITYSCAPES_19.names[IDS_16_IN_19[i]] for i in IDS_13_IN_16]
+
+
+def test_iou_equals_the_official_evaluation(tmp_path):
+    """Package cityscapesscripts, on label maps of official IDs, its own pixel counting and class table."""
+    official = pytest.importorskip("cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling")
+    from cityscapesscripts.helpers.labels import labels as official_labels
+    from cityscapesscripts.helpers.labels import trainId2label
+    to_id = np.zeros(256, dtype=np.uint8)
+    for train_id in range(19):
+        to_id[train_id] = trainId2label[train_id].id
+    random, confusion, pairs = np.random.default_rng(2), 0, []
+    for number in range(3):
+        truth, prediction = random_maps(random, (64, 96), 19)
+        truth[truth == 16] = 255  # a class that is predicted, but not there
+        confusion = confusion + confusion_matrix(truth, prediction, 19)
+        for name, values in (("truth", truth), ("prediction", prediction)):
+            Image.fromarray(to_id[values]).save(tmp_path / f"{number}_{name}.png")
+        pairs.append((str(tmp_path / f"{number}_prediction.png"), str(tmp_path / f"{number}_truth.png")))
+    args = official.args
+    args.quiet, args.evalInstLevelScore, args.evalPixelAccuracy, args.JSONOutput = True, False, False, False
+    try:
+        result = official.evaluateImgLists([p for p, _ in pairs], [t for _, t in pairs], args)
+    except Exception as error:  # its code is older than some versions of numpy
+        pytest.skip(f"cityscapesscripts does not run here: {error!r}")
+    ours = summary(confusion)
+    names = {label.trainId: label.name for label in official_labels if 0 <= label.trainId < 19}
+    assert [names[i] for i in range(19)] == list(CITYSCAPES_19.names)
+    for class_id, name in enumerate(CITYSCAPES_19.names):
+        assert ours["iou"][class_id] / 100 == pytest.approx(result["classScores"][name], abs=1e-6), name
+    # its average takes every class with a pixel in the ground truth or a false positive
+    values = [value for value in ours["iou"] if value is not None]
+    assert np.mean(values) / 100 == pytest.approx(result["averageScoreClasses"], abs=1e-6)
+
+
+# -------------------------------------------------------------------------------------------------------------- command
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Three images with ground truth, label maps of two, a checkpoint of 19 classes; lists val.txt and labels.txt."""
+    root, random = tmp_path_factory.mktemp("eval"), np.random.default_rng(3)
+    rows, labels = [], []
+    for number in range(3):
+        truth, prediction = random_maps(random, (50, 70), 19, 0.2)
+        name = f"val/city/{number}.png"
+        for folder in ("images", "gt", "exp"):
+            (root / folder / "val/city").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random.integers(0, 256, (50, 70, 3), dtype=np.uint8)).save(root / "images" / name)
+        write_label(root / "gt" / name, truth, CITYSCAPES_19.palette)
+        rows.append((f"images/{name}", f"gt/{name}"))
+        if number < 2:
+            write_label(root / "exp" / name, prediction, CITYSCAPES_19.palette)
+            labels.append((f"images/{name}", f"exp/{name}"))
+    write_list(root / "val.txt", rows)
+    write_list(root / "labels.txt", labels)
+    torch.manual_seed(0)
+    model = DeepLabV3Plus(18, 19)
+    torch.save({"model": model.state_dict(), "config": model.config}, root / "model.pth")
+    return root
+
+
+def arguments(data, *more):
+    return ["--id-list-path", str(data / "val.txt"), "--root-path", str(data), "--device", "cpu", *map(str, more)]
+
+
+def test_labels_from_a_list_or_a_folder(data, tmp_path, capsys):
+    main(arguments(data, "--labels", data / "labels.txt", "--out", tmp_path / "list"))
+    out = capsys.readouterr().out
+    assert "1 of them have no label map and count as unlabeled" in out and "coverage" in out
+    main(arguments(data, "--labels", data / "exp", "--out", tmp_path / "folder"))
+    maps = [[read_label(data / folder / f"val/city/{n}.png") for n in range(count)] for folder, count in (("gt", 3), ("exp", 2))]
+    truth, prediction = np.stack(maps[0]), np.stack([*maps[1], np.full((50, 70), 255, np.uint8)])
+    by_list, by_folder = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("list", "folder"))
+    assert by_list == by_folder
+    expected = [iou_slowly(truth, prediction, c) for c in range(19)]
+    assert list(by_list["iou"].values()) == pytest.approx(expected)
+    labeled = (truth != 255) & (prediction != 255)
+    assert by_list["coverage"] == pytest.approx(100 * labeled.sum() / (truth != 255).sum())
+    assert by_list["accuracy"] == pytest.approx(100 * (truth == prediction)[labeled].mean())
+    assert (by_list["images"], by_list["mode"]) == (3, "labels")
+    counts = [line.split(",")[1:] for line in (tmp_path / "list/confusion.csv").read_text().splitlines()[1:]]
+    assert np.array_equal(np.array(counts, int), confusion_matrix(truth, prediction, 19))
+    assert Image.open(tmp_path / "list/confusion.png").width > 300
+    assert (tmp_path / "list/run.json").exists()
+
+
+def test_a_label_map_of_another_size_is_brought_to_the_ground_truths(data, tmp_path, capsys):
+    label = read_label(data / "exp/val/city/0.png")
+    write_label(data / "large/val/city/0.png", label.repeat(2, axis=0).repeat(2, axis=1), CITYSCAPES_19.palette)
+    (tmp_path / "one.txt").write_text("images/val/city/0.png exp/val/city/0.png\n")
+    figures_of = []
+    for labels in (tmp_path / "one.txt", data / "large"):
+        main(arguments(data, "--labels", labels))
+        figures_of.append(capsys.readouterr().out.splitlines()[1:])
+    assert figures_of[0] == figures_of[1]
+
+
+@pytest.mark.parametrize("mode", ["original", "sliding_window", "center_crop"])
+def test_checkpoints_are_evaluated_in_every_mode(data, mode, capsys, tmp_path):
+    main(arguments(data, "--checkpoint", data / "model.pth", "--mode", mode, "--crop-size", 40, "--out", tmp_path))
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    torch.manual_seed(0)
+    model, confusion = DeepLabV3Plus(18, 19).eval(), 0
+    for number in range(3):
+        image = to_tensor(np.asarray(Image.open(data / f"images/val/city/{number}.png")))[None]
+        truth = read_label(data / f"gt/val/city/{number}.png")
+        with torch.no_grad():
+            if mode == "sliding_window":
+                scores = sliding_slowly(model, image, 40)
+            else:
+                image, truth = (image[:, :, 5:45, 15:55], truth[5:45, 15:55]) if mode == "center_crop" else (image, truth)
+                scores = model(image)
+        confusion = confusion + confusion_matrix(truth, scores.argmax(dim=1)[0].numpy(), 19)
+    assert metrics["miou"] == pytest.approx(summary(confusion)["miou"], rel=1e-3)
+    out = capsys.readouterr().out
+    assert f"mode {mode}" in out and metrics["mode"] == mode
+
+
+def test_two_processes_give_the_figures_of_one(data, tmp_path):
+    """Three images on two processes: none is counted twice."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [str(ROOT / "eval.py"), *arguments(data, "--checkpoint", data / "model.pth", "--mode", "sliding_window", "--crop-size", 40)]
+    result = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *command, "--out",
+                             str(tmp_path / "two")], env=environment, timeout=180, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    main([*command[1:], "--out", str(tmp_path / "one")])
+    for name in ("metrics.json", "confusion.csv", "confusion.png"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    assert result.stdout.count("over all 19 classes") == 1
+
+
+def test_bad_input_is_told_in_one_line(data, tmp_path, capsys):
+    write_label(data / "gt/bad.png", np.full((50, 70), 33, np.uint8), CITYSCAPES_19.palette)
+    write_label(data / "gt/small.png", np.zeros((25, 35), np.uint8), CITYSCAPES_19.palette)
+    lists = {"empty": "\n", "gone": "images/val/city/0.png gt/gone.png\n", "bad": "images/val/city/0.png gt/bad.png\n",
+             "small": "images/val/city/0.png gt/small.png\n", "columns": "images/val/city/0.png\n",
+             "others": "images/val/city/9.png exp/val/city/0.png\n"}
+    for name, text in lists.items():
+        (tmp_path / f"{name}.txt").write_text(text)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    model = ("--checkpoint", data / "model.pth")
+    cases = [(("--checkpoint", tmp_path / "no.pth"), None, "no.pth: no such checkpoint"),
+             (("--checkpoint", tmp_path / "file"), None, "not a checkpoint of tensors"),
+             ((*model, "--class-num", 16), None, "predicts 19 classes, but --class-num is 16"),
+             ((*model, "--crop-size", 5), None, "--crop-size 5: give 33 or more"),
+             ((*model, "--out", tmp_path / "file/out"), None, "file/out: cannot write there"),
+             (model, "no", "no.txt: no such list file"), (model, "empty", "empty.txt: the list is empty"),
+             (model, "gone", "gt/gone.png: no such file, named in"), (model, "bad", "bad.png: holds the value 33"),
+             (model, "small", "the label map is 35x25, its image 70x50"), (model, "columns", "line 1: 1 columns where 2 are wanted"),
+             (("--labels", tmp_path / "no.txt"), None, "no.txt: no such list file"),
+             (("--labels", tmp_path / "others.txt"), None, "has none of the images of"),
+             (("--labels", tmp_path / "folder"), None, "has none of the images of")]
+    for options, name, message in cases:
+        argv = arguments(data, *options)
+        if name:
+            argv[1] = str(tmp_path / f"{name}.txt")
+        assert run_main(lambda: main(argv)) == 2, options
+        captured = capsys.readouterr()
+        error = captured.err.replace("\r", "\n").strip().splitlines()
+        assert error[-1].startswith("error: ") and message in error[-1], (options, error[-1])
+        assert "Traceback" not in captured.err and captured.out == ""
+
+
+def test_evaluation_leaves_the_network_as_it_was(data):
+    torch.manual_seed(0)
+    model = DeepLabV3Plus(18, 19).eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    rows = [("images/val/city/0.png", "gt/val/city/0.png")]
+    confusion = evaluate_checkpoint(model, rows, Path(data), 19, "original", 40, CPU)
+    assert confusion.sum() == (read_label(data / rows[0][1]) != 255).sum()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -1,0 +1,276 @@
+"""Labels and lists from the official layouts, and every way a data set is known to be broken."""
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from PIL import Image
+
+from scripts import prepare_data
+from scripts.prepare_data import LABEL_IDS_OF_19, camvid_table, cityscapes_table
+from util.labels import CITYSCAPES_19, IGNORE, SYNTHIA_16, read_label, read_list
+from util.run import run_main
+
+HEIGHT, WIDTH = 1024, 2048
+
+
+def save(path, array, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path, **options)
+
+
+def blocks(values, height, width):
+    """A label map of large blocks, so that its PNG is small."""
+    grid = np.random.default_rng(len(values)).choice(values, (8, 16)).astype(np.uint8)
+    return grid.repeat(height // 8, 0).repeat(width // 16, 1)
+
+
+@pytest.fixture(scope="module")
+def cityscapes_source(tmp_path_factory):
+    """Three training and two validation images in the official layout."""
+    root = tmp_path_factory.mktemp("cityscapes")
+    for split, city, count in (("train", "aachen", 3), ("val", "munster", 2)):
+        for i in range(count):
+            stem = f"{split}/{city}/{city}_{i:06d}_000019"
+            save(root / f"leftImg8bit/{stem}_leftImg8bit.png", np.full((HEIGHT, WIDTH, 3), 40 + i, np.uint8),
+                 compress_level=1)
+            save(root / f"gtFine/{stem}_gtFine_labelIds.png", blocks(range(34), HEIGHT, WIDTH), compress_level=1)
+            (root / f"gtFine/{stem}_gtFine_color.png").write_bytes(b"not read")
+    return root
+
+
+@pytest.fixture
+def cityscapes(cityscapes_source, tmp_path):
+    shutil.copytree(cityscapes_source, tmp_path / "data")
+    return tmp_path / "data"
+
+
+def run(capsys, *arguments):
+    """(exit code, stdout, stderr) of the script."""
+    code = run_main(lambda: prepare_data.main([str(a) for a in arguments]))
+    return code, *capsys.readouterr()
+
+
+def prepare(capsys, root, *extra, data="cityscapes", expect=(3, 2)):
+    return run(capsys, data, "--root", root, "--lists", root / "lists", "--expect", *expect, *extra)
+
+
+def test_tables_are_the_official_ones():
+    table = cityscapes_table(19)
+    for name, label_id in (("road", 7), ("pole", 17), ("sky", 23), ("bicycle", 33), ("train", 31)):
+        assert table[label_id] == CITYSCAPES_19.names.index(name)
+    for void in (0, 6, 9, 10, 14, 15, 16, 18, 29, 30):
+        assert table[void] == IGNORE
+    assert (table[34:] == -1).all()
+    sixteen = cityscapes_table(16)
+    for train_id, label_id in enumerate(LABEL_IDS_OF_19):
+        name = CITYSCAPES_19.names[train_id]
+        expected = SYNTHIA_16.names.index(name) if name in SYNTHIA_16.names else IGNORE
+        assert sixteen[label_id] == expected
+    assert camvid_table()[[0, 10, 11, 12]].tolist() == [0, 10, IGNORE, -1]
+
+
+def test_table_equals_cityscapesscripts():
+    labels = pytest.importorskip("cityscapesscripts.helpers.labels").labels
+    table = cityscapes_table(19)
+    for label in labels:
+        if label.id >= 0:
+            assert table[label.id] == (label.trainId if 0 <= label.trainId < 19 else IGNORE), label.name
+
+
+@pytest.mark.parametrize("class_num, ending, suffix", [(19, "labelTrainIds", ""), (16, "labelTrainIds16", "_16")])
+def test_cityscapes_is_prepared(cityscapes, capsys, class_num, ending, suffix):
+    code, out, err = prepare(capsys, cityscapes, "--class-num", class_num)
+    assert code == 0, err
+    rows = read_list(cityscapes / f"lists/val{suffix}.txt")
+    assert rows[0] == ("leftImg8bit/val/munster/munster_000000_000019_leftImg8bit.png",
+                       f"gtFine/val/munster/munster_000000_000019_gtFine_{ending}.png")
+    assert len(read_list(cityscapes / f"lists/train{suffix}.txt")) == 3
+    official = read_label(cityscapes / rows[0][1].replace(ending, "labelIds"))
+    label = read_label(cityscapes / rows[0][1], class_num)
+    for label_id in range(34):
+        assert (label[official == label_id] == cityscapes_table(class_num)[label_id]).all()
+    assert "road" in out and ("terrain" in out) == (class_num == 19)
+    before = {path: path.stat().st_mtime_ns for path in cityscapes.rglob("*labelTrainIds*")}
+    assert prepare(capsys, cityscapes, "--class-num", class_num)[0] == 0  # again: checks, rewrites nothing
+    assert before == {path: path.stat().st_mtime_ns for path in cityscapes.rglob("*labelTrainIds*")}
+
+
+def test_shipped_lists_are_what_is_prepared(cityscapes):
+    for split, count in (("train", 2975), ("val", 500)):
+        for suffix, ending in (("", "labelTrainIds"), ("_16", "labelTrainIds16")):
+            rows = read_list(ROOT / f"splits/cityscapes/{split}{suffix}.txt")
+            assert len(rows) == len(set(rows)) == count
+            for image, label in rows:
+                stem = image.removeprefix("leftImg8bit/").removesuffix("_leftImg8bit.png")
+                assert stem.startswith(split + "/") and label == f"gtFine/{stem}_gtFine_{ending}.png"
+
+
+def test_training_labels_may_be_absent_as_a_whole(cityscapes, capsys):
+    shutil.rmtree(cityscapes / "gtFine/train")
+    code, out, err = prepare(capsys, cityscapes)
+    assert code == 0, err
+    assert "no labels here" in out and len(read_list(cityscapes / "lists/train.txt")) == 3
+
+
+def label_of(root, split="val", ending="labelIds"):
+    return sorted((root / f"gtFine/{split}").rglob(f"*{ending}.png"))[0]
+
+
+def image_of(root, split="val"):
+    return sorted((root / f"leftImg8bit/{split}").rglob("*.png"))[0]
+
+
+def as_color(path):
+    save(path, np.zeros((HEIGHT, WIDTH, 3), np.uint8))
+
+
+BROKEN = {
+    "missing image": (lambda root: image_of(root).unlink(), ["1 val images", "is the label of no image"]),
+    "missing label": (lambda root: label_of(root).unlink(), ["munster_000000_000019_leftImg8bit.png: has no label"]),
+    "one missing training label": (lambda root: label_of(root, "train").unlink(), ["has no label"]),
+    "label of another size": (lambda root: save(label_of(root), blocks(range(34), 512, 1024)),
+                              ["is 1024x512, its image 2048x1024"]),
+    "small images": (lambda root: save(image_of(root), np.zeros((512, 1024, 3), np.uint8)),
+                     ["is 1024x512, the official images are 2048x1024"]),
+    "RGB label": (lambda root: as_color(label_of(root)), ["this one is RGB"]),
+    "truncated label": (lambda root: label_of(root).write_bytes(label_of(root).read_bytes()[:-300]), ["damaged"]),
+    "truncated image": (lambda root: image_of(root).write_bytes(image_of(root).read_bytes()[:-300]), ["damaged"]),
+    "not an image": (lambda root: image_of(root).write_bytes(b"<html>"), ["not a readable image"]),
+    "unknown label ID": (lambda root: save(label_of(root), np.full((HEIGHT, WIDTH), 77, np.uint8)),
+                         ["the value 77, which no official label ID has"]),
+    "train IDs of something else": (
+        lambda root: save(label_of(root).with_name(label_of(root).name.replace("labelIds", "labelTrainIds")),
+                          np.zeros((HEIGHT, WIDTH), np.uint8)), ["differs from what"]),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_cityscapes_is_told_in_one_line_each(cityscapes, capsys, case):
+    spoil, told = BROKEN[case]
+    spoil(cityscapes)
+    code, _, err = prepare(capsys, cityscapes)
+    assert code == 2 and "Traceback" not in err and not (cityscapes / "lists").exists()
+    lines = [line for line in err.replace("\r", "\n").splitlines() if line.startswith("problem: ")]
+    assert len(lines) == len(told)
+    for text in told:
+        assert any(text in line for line in lines), (text, lines)
+    assert ";" in lines[0] and str(cityscapes) in lines[0]  # the file, and after the semicolon the mend
+
+
+def test_counts_are_the_official_ones_by_default(cityscapes, capsys):
+    code, _, err = run(capsys, "cityscapes", "--root", cityscapes, "--lists", cityscapes / "lists")
+    assert code == 2 and "3 train images, the official set has 2975" in err and "has 500" in err
+    code, _, err = run(capsys, "bdd", "--root", cityscapes / "nothing")
+    assert code == 2 and "no such folder" in err and "berkeley" in err
+
+
+@pytest.mark.parametrize("images, labels, ending", [
+    ("images/10k", "labels/sem_seg/masks", ".png"), ("bdd100k/images/10k", "bdd100k/labels/sem_seg/masks", ".png"),
+    ("seg/images", "seg/labels", "_train_id.png"), ("bdd100k/seg/images", "bdd100k/seg/labels", "_train_id.png")])
+def test_both_layouts_of_bdd(tmp_path, capsys, images, labels, ending):
+    for split in ("train", "val"):
+        for name in ("0004a4c0-d4dff0ad", "00054602-3bf57337"):
+            save(tmp_path / images / split / f"{name}.jpg", np.zeros((720, 1280, 3), np.uint8))
+            save(tmp_path / labels / split / f"{name}{ending}", blocks([0, 8, 18, 255], 720, 1280))
+    code, out, err = prepare(capsys, tmp_path, data="bdd", expect=(2, 2))
+    assert code == 0, err
+    assert read_list(tmp_path / "lists/train.txt")[0] == (f"{images}/train/0004a4c0-d4dff0ad.jpg",
+                                                          f"{labels}/train/0004a4c0-d4dff0ad{ending}")
+    assert "no pixel of it" in out
+    save(tmp_path / labels / "val" / f"00054602-3bf57337{ending}", blocks([7, 33], 720, 1280))
+    code, _, err = prepare(capsys, tmp_path, data="bdd", expect=(2, 2))
+    assert code == 2 and "look like label IDs" in err
+
+
+def test_camvid(tmp_path, capsys):
+    for name in ("a", "b"):
+        save(tmp_path / f"train/{name}.png", np.zeros((360, 480, 3), np.uint8))
+        save(tmp_path / f"trainannot/{name}.png", blocks(range(12), 360, 480))
+    code, out, err = prepare(capsys, tmp_path, data="camvid", expect=(2,))
+    assert code == 0, err
+    (image, label), _ = read_list(tmp_path / "lists/train.txt")
+    made, official = read_label(tmp_path / label, 11), read_label(tmp_path / f"trainannot/{image[6:]}")
+    assert np.array_equal(made, np.where(official == 11, 255, official)) and "bicyclist" in out
+
+
+# ------------------------------------------------------------------------------------------------- lists of our own
+
+@pytest.fixture
+def listed(tmp_path):
+    """A root with two images and pseudo-labels, and the path of their list."""
+    rows = []
+    for name in ("x", "y"):
+        save(tmp_path / f"images/{name}.png", np.zeros((32, 64, 3), np.uint8))
+        save(tmp_path / f"pix/{name}.png", blocks([0, 18, 255], 32, 64))
+        rows.append(f"images/{name}.png pix/{name}.png\n")
+    (tmp_path / "list.txt").write_text("".join(rows))
+    return tmp_path
+
+
+def edit(root, change):
+    path = root / "list.txt"
+    path.write_bytes(change(path.read_bytes()))
+
+
+BROKEN_LISTS = {
+    "missing image": (lambda root: (root / "images/x.png").unlink(), "images/x.png: no such file"),
+    "missing label": (lambda root: (root / "pix/x.png").unlink(), "pix/x.png: no such file"),
+    "label of another size": (lambda root: save(root / "pix/x.png", blocks([0], 32, 32)), "is 32x32, its image 64x32"),
+    "label IDs": (lambda root: save(root / "pix/x.png", blocks([7, 26], 32, 64)), "look like label IDs"),
+    "RGB label": (lambda root: save(root / "pix/x.png", np.zeros((32, 64, 3), np.uint8)), "this one is RGB"),
+    "truncated label": (lambda root: (root / "pix/x.png").write_bytes((root / "pix/x.png").read_bytes()[:60]),
+                        "pix/x.png"),
+    "Windows line ends": (lambda root: edit(root, lambda b: b.replace(b"\n", b"\r\n")), "Windows line ends"),
+    "blank line": (lambda root: edit(root, lambda b: b.replace(b"\n", b"\n\n", 1)), "line 2: is blank"),
+    "three columns": (lambda root: edit(root, lambda b: b.replace(b"\n", b" more\n", 1)), "line 1: 3 columns"),
+    "named twice": (lambda root: edit(root, lambda b: b + b), "twice"),
+    "empty": (lambda root: edit(root, lambda b: b""), "the list is empty"),
+}
+
+
+def test_sound_list(listed, capsys):
+    code, out, err = run(capsys, "list", "--list", listed / "list.txt", "--root", listed)
+    assert code == 0 and "sound" in out, err
+
+
+@pytest.mark.parametrize("case", BROKEN_LISTS)
+def test_broken_lists_are_told_in_one_line(listed, capsys, case):
+    spoil, told = BROKEN_LISTS[case]
+    spoil(listed)
+    code, _, err = run(capsys, "list", "--list", listed / "list.txt", "--root", listed)
+    assert code == 2 and told in err and "Traceback" not in err
+
+
+# --------------------------------------------------------------------------------------------------------- downloads
+
+def download(tmp_path, *arguments, **environment):
+    import os
+    return subprocess.run(["bash", str(ROOT / "scripts/download.sh"), *arguments], cwd=tmp_path, capture_output=True,
+                          text=True, env={**os.environ, "SAM_DIR": str(tmp_path / "sam"), **environment})
+
+
+def test_download_does_nothing_unasked(tmp_path):
+    result = download(tmp_path)
+    assert result.returncode == 0 and "login" in result.stdout and not list(tmp_path.iterdir())
+    assert download(tmp_path, "nonsense").returncode == 2
+
+
+def test_download_checks_what_it_gets(tmp_path):
+    (tmp_path / "server").mkdir()
+    (tmp_path / "server/sam_vit_b_01ec64.pth").write_bytes(b"not the weights")
+    url = f"file://{tmp_path}/server"
+    result = download(tmp_path, "sam", "vit_b", SAM_URL=url)
+    assert result.returncode == 2 and "MD5" in result.stderr and not list((tmp_path / "sam").glob("*.pth"))
+    # A stand-in for md5sum that says what the official file's would: the file is then kept, and not fetched again.
+    (tmp_path / "bin").mkdir()
+    tool = tmp_path / "bin/md5sum"
+    tool.write_text("#!/bin/sh\necho 01ec6400000000000000000000000000\n")
+    tool.chmod(0o755)
+    import os
+    path = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
+    assert download(tmp_path, "sam", "vit_b", SAM_URL=url, **path).returncode == 0
+    assert (tmp_path / "sam/sam_vit_b_01ec64.pth").read_bytes() == b"not the weights"
+    again = download(tmp_path, "sam", "vit_b", SAM_URL="file:///nowhere", **path)
+    assert again.returncode == 0 and "there already" in again.stdout

@@ -1,0 +1,53 @@
+"""The losses of UniMatch's released code, as functions of logits and targets."""
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from util.labels import IGNORE
+
+OHEM_THRESHOLD = 0.7     # of the probability of the true class (UniMatch's configuration)
+OHEM_MIN_KEPT = 200_000  # pixels of the local batch (UniMatch's configuration, for two crops of 801 x 801)
+
+
+def ohem_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, threshold: float = OHEM_THRESHOLD,
+                       min_kept: int = OHEM_MIN_KEPT) -> torch.Tensor:
+    """Mean cross-entropy over the hard pixels (online hard example mining).
+
+    logits: B x K x H x W; labels: B x H x W integers, IGNORE for no label. With fewer than `min_kept` labeled pixels all of
+    them count. Otherwise those count whose probability p of the true class is at most t: t is `threshold`, or, where that
+    would keep fewer than `min_kept`, the `min_kept`-th smallest p (ties are kept).
+
+    Without any labeled pixel the released code gives NaN and ruins the run; here the loss is 0 and its gradient too.
+    """
+    labels = labels.long()
+    losses = cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="none")
+    labeled = labels != IGNORE
+    count = int(labeled.sum())
+    if count == 0:
+        return (logits * 0).sum()
+    if count < min_kept:
+        return losses.sum() / count
+    probability = torch.where(labeled, torch.exp(-losses.detach()), 1.0)
+    limit = threshold
+    if int((labeled & (probability <= threshold)).sum()) < min_kept:
+        limit = probability.flatten().kthvalue(min_kept).values
+    kept = labeled & (probability <= limit)
+    return (losses * kept).sum() / kept.sum()
+
+
+def pseudo_label_loss(logits: torch.Tensor, labels: torch.Tensor, confidence: torch.Tensor, ignored: torch.Tensor,
+                      threshold: float) -> torch.Tensor:
+    """Cross-entropy with pseudo-labels, summed over confident valid pixels, divided by the number of *valid* pixels.
+
+    logits: B x K x H x W; labels, confidence: B x H x W, of the model itself; ignored: bool B x H x W, true on padding.
+    """
+    losses = cross_entropy(logits.float(), labels.long(), reduction="none")
+    kept = (confidence >= threshold) & ~ignored
+    return (losses * kept).sum() / (~ignored).sum().clamp(min=1)
+
+
+def total_loss(loss_x, loss_s1, loss_s2, loss_fp):
+    """UniMatch's weights: half for the labels; of the other half, a half each for strong views and feature perturbation.
+    Equal to (x + 0.5 s + 0.5 w_fp) / 2 with s = (s1 + s2) / 2, as all rows of the shipped logs are."""
+    return (loss_x + 0.25 * loss_s1 + 0.25 * loss_s2 + 0.5 * loss_fp) / 2
