@@ -45,19 +45,16 @@ source_list() { echo splits/camvid/day.txt; }
 DATA_LINK=data/camvid
 
 CLASSES=(--class-num 11 --stuff 0 1 3 4 5 7 --things 2 6 8 9 10)
-NETWORK=(--backbone resnet10 --stem torchvision --amp bf16 --crop-size 225 --workers 0 --min-kept 20000 --loss-groups 1 --pictures-every 0)
+NETWORK=(--backbone resnet10 --stem torchvision --crop-size 225 --workers 0 --min-kept 20000 --loss-groups 1 --pictures-every 0)
 SOURCE=("${NETWORK[@]}" --epochs 14 --global-batch 8 --lr 0.05)
 PIXEL=(--top-p 0.5)
 SAM="$SAM_TYPE"
-PSA=(--sam-type "$SAM_TYPE" --amp bf16 --proposal-cache data/proposals)
-if [ "$RECIPE" = paper ]; then
-    SCC=(--backbone resnet10 --amp bf16 --scale 1 --iterations 200)
-else
-    SCC=(--backbone resnet10 --amp bf16 --patch-size 64 128 --iterations 400)
-fi
+PSA=(--sam-type "$SAM_TYPE" --proposal-cache data/proposals)
+SCC_RELEASE=(--backbone resnet10 --patch-size 64 128 --iterations 400)
+SCC_PAPER=(--backbone resnet10 --scale 1 --iterations 200)
 SPLIT=(--labeled-fraction 0.5)
 ADAPT=("${NETWORK[@]}" --epochs 30 --global-batch 4 --lr 0.005 --eval-every 5)
 EVAL=(--mode original)
 
 for SEED in $SEEDS; do run_seed; done
-"$PYTHON" scripts/report.py "$OUT" "${CLASSES[@]}"
+report

@@ -1,9 +1,10 @@
 # The whole line for one seed, shared by toy.sh and camvid.sh, which source this file after setting:
 #
 #   OUT          folder of the run; everything of a seed goes to $OUT/seed<n>
-#   RECIPE       release or paper; CONTROLS=1 adds the paper's ablation (Tables 6 and 7) and the upper bound
+#   RECIPE       release, paper or both; CONTROLS=1 adds the paper's ablation (Tables 6 and 7) and the upper bound
 #   CLASSES      array: --class-num … options of the class set
-#   SAM SOURCE PIXEL PSA SCC SPLIT ADAPT EVAL   arrays: what the task sets for each stage (its smaller sizes)
+#   SAM          SAM's type
+#   SOURCE PIXEL PSA SCC_RELEASE SCC_PAPER SPLIT ADAPT EVAL   arrays: what the task sets for each stage (its smaller sizes)
 #   DATA_LINK    folder that the lists' image paths start from, linked into the seed's folder
 #   source_list  target_list  target_gt  val_list   functions of the seed: where its lists are
 #
@@ -39,18 +40,49 @@ psa() { # psa NAME SUFFIX OPTION…: PSA of the pixel labels, its quality
     quality "$name" "$W/splits/pix_$suffix/all.txt"
 }
 
+scc() { # scc NAME LIST SUFFIX RECIPE: SCC of the labels in a list, its quality
+    local options=("${SCC_RELEASE[@]}") list
+    if [ "$4" = paper ]; then options=("${SCC_PAPER[@]}"); fi
+    stage "$1" "$PYTHON" seco_scc.py --id-list-path "$2" --root-path "$W" "${CLASSES[@]}" "${options[@]}" --recipe "$4" \
+        --backbone-weights "$W/source/latest.pth" --seed "$SEED"
+    list="$(dirname "$2")_$3/$(basename "$2")"
+    quality "$1" "$list"
+}
+
+# PSA, SCC and adaptation of one recipe. Rows of the paper's recipe carry its name.
+run_recipe() { # run_recipe release|paper
+    local row="" suffix="$SAM" corrected=scc
+    if [ "$1" = paper ]; then row=_paper suffix="${SAM}_paper" corrected=scc_paper; fi
+    psa "psa$row" "$suffix" --recipe "$1" --vis 4
+    scc "scc$row" "$W/splits/pix_$suffix/all.txt" "$corrected" "$1"
+    adapt "seco$row" "$W/splits/pix_${suffix}_$corrected/all.txt"
+}
+
+# The rows of the paper's Tables 6 and 7 between the source model and SeCo, and the upper bound.
+run_controls() { # run_controls release|paper
+    local row="" suffix="$SAM" corrected=scc
+    if [ "$1" = paper ]; then row=_paper suffix="${SAM}_paper" corrected=scc_paper; fi
+    adapt pixel "$W/splits/pix/all.txt"
+    psa prompting "${suffix}_only_prompting" --recipe "$1" --only-prompting
+    adapt prompting "$W/splits/pix_${suffix}_only_prompting/all.txt"
+    psa alignment "${suffix}_only_alignment" --recipe "$1" --only-alignment
+    adapt alignment "$W/splits/pix_${suffix}_only_alignment/all.txt"
+    adapt "psa$row" "$W/splits/pix_$suffix/all.txt"
+    scc scc_pixel "$W/splits/pix/all.txt" "$corrected" "$1"
+    adapt scc_pixel "$W/splits/pix_$corrected/all.txt"
+    # The upper bound sees what no method may see: ground truth of the target's training images.
+    stage adapt_bound "$PYTHON" train_unimatch.py --supervised --labeled-id-path "$(target_gt)" \
+        --val-id-path "$(val_list)" --root-path "$W" "${CLASSES[@]}" "${ADAPT[@]}" \
+        --init-checkpoint "$W/source/latest.pth" --seed "$SEED" --save-path "$W/adapt_bound"
+    validate bound "$W/adapt_bound/latest.pth"
+}
+
 run_seed() {
     # As many processes as cores, one thread each: many small matrices keep one core busier than two.
     LAUNCH=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$(cores)")
-    local sam="${SAM}" recipe_suffix="" scc_suffix="scc"
     W="$OUT/seed$SEED" STAGES="$OUT/seed$SEED/stages"
     mkdir -p "$W"
     ln -sfn "$(cd "$DATA_LINK" && pwd)" "$W/$(basename "$DATA_LINK")"
-    if [ "$RECIPE" = paper ]; then
-        recipe_suffix="_paper"
-        scc_suffix="scc_paper"
-    fi
-    local aggregated="pix_$sam$recipe_suffix"
 
     stage source "$PYTHON" train_unimatch.py --supervised --labeled-id-path "$(source_list)" --root-path "$W" \
         "${CLASSES[@]}" "${SOURCE[@]}" --seed "$SEED" --save-path "$W/source"
@@ -60,25 +92,15 @@ run_seed() {
         --checkpoint "$W/source/latest.pth" --exp pix --out-list "$W/splits/pix/all.txt" "${CLASSES[@]}" "${PIXEL[@]}"
     quality pixel "$W/splits/pix/all.txt"
 
-    psa psa "$sam$recipe_suffix" --recipe "$RECIPE" --vis 4
-
-    stage scc "$PYTHON" seco_scc.py --id-list-path "$W/splits/$aggregated/all.txt" --root-path "$W" "${CLASSES[@]}" \
-        "${SCC[@]}" --recipe "$RECIPE" --backbone-weights "$W/source/latest.pth" --seed "$SEED"
-    quality scc "$W/splits/${aggregated}_$scc_suffix/all.txt"
-
-    adapt seco "$W/splits/${aggregated}_$scc_suffix/all.txt"
-
+    if [ "$RECIPE" != paper ]; then run_recipe release; fi
+    if [ "$RECIPE" != release ]; then run_recipe paper; fi
     if [ "$CONTROLS" = 1 ]; then
-        psa alignment "$sam${recipe_suffix}_only_alignment" --recipe "$RECIPE" --only-alignment
-        psa prompting "$sam${recipe_suffix}_only_prompting" --recipe "$RECIPE" --only-prompting
-        adapt pixel "$W/splits/pix/all.txt"
-        adapt psa "$W/splits/$aggregated/all.txt"
-        adapt alignment "$W/splits/${aggregated}_only_alignment/all.txt"
-        adapt prompting "$W/splits/${aggregated}_only_prompting/all.txt"
-        # The upper bound sees what no method may see: ground truth of the target's training images.
-        stage adapt_bound "$PYTHON" train_unimatch.py --supervised --labeled-id-path "$(target_gt)" \
-            --val-id-path "$(val_list)" --root-path "$W" "${CLASSES[@]}" "${ADAPT[@]}" \
-            --init-checkpoint "$W/source/latest.pth" --seed "$SEED" --save-path "$W/adapt_bound"
-        validate bound "$W/adapt_bound/latest.pth"
+        if [ "$RECIPE" = paper ]; then run_controls paper; else run_controls release; fi
     fi
+}
+
+# Tables and pictures over all seeds.
+report() {
+    if [ "$RECIPE" != release ]; then "$PYTHON" scripts/sweep_thresholds.py "$OUT" "${CLASSES[@]}"; fi
+    "$PYTHON" scripts/report.py "$OUT" "${CLASSES[@]}"
 }

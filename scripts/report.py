@@ -20,10 +20,12 @@ from util.pictures import bar_chart, colour_label, contact_sheet, line_chart, sa
 from util.run import UserError, read_json, run_main, write_json  # noqa: E402
 
 LABEL_ROWS = {"pixel": "pixel-level (no SAM)", "prompting": "prompting only", "alignment": "semantic alignment only",
-              "psa": "PSA", "scc": "PSA + SCC"}
+              "scc_pixel": "SCC without PSA", "psa": "PSA", "scc": "PSA + SCC",
+              "psa_paper": "PSA, paper's recipe", "scc_paper": "PSA + SCC, paper's recipe"}
 MODEL_ROWS = {"before": "before (source model)", "pixel": "UniMatch on pixel-level labels",
               "prompting": "UniMatch on prompting only", "alignment": "UniMatch on semantic alignment only",
-              "psa": "UniMatch on PSA", "seco": "SeCo (UniMatch on PSA + SCC)",
+              "scc_pixel": "UniMatch on SCC without PSA", "psa": "UniMatch on PSA", "seco": "SeCo (UniMatch on PSA + SCC)",
+              "psa_paper": "UniMatch on PSA, paper's recipe", "seco_paper": "SeCo, paper's recipe",
               "bound": "upper bound (target ground truth)"}
 
 
@@ -83,11 +85,12 @@ def side_by_side(seed_folder: Path, classes, count: int) -> None:
     from eval import predict
     from model.deeplabv3plus import load_segmentation_model
     lists = label_lists(seed_folder)
-    columns = [row for row in ("pixel", "psa", "scc") if row in lists]
+    suffix = "" if "psa" in lists else "_paper"
+    columns = [row for row in ("pixel", f"psa{suffix}", f"scc{suffix}") if row in lists]
     labels = {row: dict(read_list(lists[row])) for row in columns}
     command = read_json(seed_folder / "stages" / "quality_pixel.json")["command"]
     truth = dict(read_list(command[command.index("--id-list-path") + 1]))
-    checkpoints = {"before": seed_folder / "source" / "latest.pth", "after": seed_folder / "adapt_seco" / "latest.pth"}
+    checkpoints = {"before": seed_folder / "source" / "latest.pth", "after": seed_folder / f"adapt_seco{suffix}" / "latest.pth"}
     models = {name: load_segmentation_model(path, torch.device("cpu"))[0]
               for name, path in checkpoints.items() if path.is_file()}
     images = sorted(truth)
@@ -102,7 +105,7 @@ def side_by_side(seed_folder: Path, classes, count: int) -> None:
             row.append(colour_label(prediction.numpy().astype("uint8"), classes.palette))
         rows.append(row + [colour_label(read_label(seed_folder / truth[image_path]), classes.palette)])
     titles = {"pixel": "pixel labels", "psa": "PSA", "scc": "SCC"}
-    titles = ["image", *(titles[name] for name in columns), *(f"prediction {name}" for name in models), "ground truth"]
+    titles = ["image", *(titles[name.removesuffix("_paper")] for name in columns), *(f"prediction {name}" for name in models), "ground truth"]
     save_picture(seed_folder.parent / "pictures" / "side_by_side.png",
                  contact_sheet(rows, titles, legend=classes, cell_width=288))
 

@@ -13,9 +13,12 @@ as you like at the constant rate, then resume with the --steps at which it shall
     python scripts/train_sam_tiny.py --resume --steps 6000                # decays over steps 5200..6000, ends
     python scripts/eval_sam_tiny.py                                       # measures it, writes model/sam_tiny.json
 
+The checkpoint is not shipped, the weights are: --init model/sam_tiny.pth trains them further, with a fresh optimizer and
+auxiliary head; steps, minutes and phases go on from the record beside the weights (model/sam_tiny.json).
+
 One step on 2 CPU cores (bf16): 8 images x 15 prompts, about one second. Same seed, options and thread count: same
 weights.
-Needs when copied away: model/sam.py, dataset/toy.py, util/.
+Needs when copied away: model/checkpoint.py, model/sam.py, dataset/toy.py, util/.
 """
 from __future__ import annotations
 
@@ -43,17 +46,18 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from model.checkpoint import load_exactly, read_checkpoint, state_dict_in  # noqa: E402
 from model.sam import TINY_CHECKPOINT, TINY_PE_FREQUENCIES, build_sam_tiny, pixels_to_tokens  # noqa: E402
 from util.connectivity import connectivities  # noqa: E402
 from util.labels import CITYSCAPES_19  # noqa: E402
-from util.run import (UserError, add_run_options, atomic_path, check_writable, manifest, run_main,  # noqa: E402
+from util.run import (UserError, add_run_options, atomic_path, check_writable, manifest, read_json, run_main,  # noqa: E402
                       select_device, write_json)
 
 HEIGHT, WIDTH = 192, 384            # pixels, the toy benchmark's scenes
 FIRST_TRAIN_SEED = 10_000_000       # scene seeds from here up belong to this training
 MIXED_SEED = 100_000                # added for the scenes of style "mixed"
 MIN_AREA = 10                       # pixels: PSA skips connectivities under 10 pixels (released code), so do we
-BOX_PROMPTS, POINT_PROMPTS = (5, 5), 5      # an image and step: box with one point, box with two, one point alone
+BOX_PROMPTS, POINT_PROMPTS = (4, 4), 7      # an image and step: box with one point, box with two, one point alone
 UNCLIP = 1.25                       # PSA's box offset d = 1.25 * area / perimeter (released code)
 EMA_DECAY = 0.998                   # of the weights that are exported
 
@@ -429,9 +433,14 @@ def training_loss(sam, head: AuxiliaryHead, batch: Batch, balance: float, bf16: 
 
 # ----------------------------------------------------------------------------------------------------------- training
 
-def learning_rate(step: int, steps: int, peak: float, warmup: int, decay_steps: int) -> float:
-    """Linear warm-up, constant, linear decay to zero over the last `decay_steps`."""
-    return peak * min(1.0, (step + 1) / warmup, max(0.0, (steps - step) / max(1, decay_steps)))
+def learning_rate(step: int, steps: int, peak: float, warmup: int, decay_steps: int, first: int = 0) -> float:
+    """Linear warm-up from step `first`, constant, linear decay to zero over the last `decay_steps`."""
+    return peak * min(1.0, (step - first + 1) / warmup, max(0.0, (steps - step) / max(1, decay_steps)))
+
+
+def gains(name: str) -> bool:
+    """Is it a parameter of the hypernetworks' last layer, which the logits are proportional to?"""
+    return ".layers.2." in name and "output_hypernetworks_mlps" in name
 
 
 def export(model: nn.Module, logit_gain: float, path: Path) -> None:
@@ -442,11 +451,20 @@ def export(model: nn.Module, logit_gain: float, path: Path) -> None:
     """
     state = {}
     for name, value in model.state_dict().items():
-        if ".layers.2." in name and "output_hypernetworks_mlps" in name:
+        if gains(name):
             value = value * logit_gain
         state[name] = value.clone() if "gaussian_matrix" in name else value.half()
     with atomic_path(path) as temporary:
         torch.save(state, temporary)
+
+
+def load_exported(model: nn.Module, logit_gain: float, path: Path) -> dict:
+    """Load weights that `export` wrote with the same gain; returns the training record beside them ({} if none)."""
+    state = state_dict_in(read_checkpoint(path), path)
+    load_exactly(model, {name: value.float() / (logit_gain if gains(name) else 1) for name, value in state.items()},
+                 path, "the tiny SAM")
+    record = path.with_suffix(".json")
+    return read_json(record)["training"] if record.is_file() else {}
 
 
 def keep_freed_memory() -> None:
@@ -467,6 +485,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--pool", type=Path, default=ROOT / "data/sam_tiny_pool", help="cache of drawn scenes")
     parser.add_argument("--run-folder", type=Path, default=ROOT / "data/sam_tiny_run", help="checkpoint and log")
     parser.add_argument("--resume", action="store_true", help="go on from the run folder's checkpoint")
+    parser.add_argument("--init", type=Path, help="weights to train further, as --out has them (default: from scratch)")
     parser.add_argument("--style", choices=("random", "mixed", "shapes"), default="random",
                         help="street scenes, or abstract shapes for a warm-up (default: %(default)s)")
     parser.add_argument("--scenes", type=int, default=2000, help="scenes in the pool (default: %(default)s)")
@@ -505,6 +524,12 @@ def main(argv=None) -> None:
     torch.manual_seed(args.seed)
     sam = build_sam_tiny()
     initialise(sam, args.seed)
+    step, minutes, phases = 0, 0.0, []
+    if args.init and not args.resume:
+        earlier = load_exported(sam, args.logit_gain, args.init)
+        step, minutes, phases = (earlier.get(name, default) for name, default in
+                                 (("step", 0), ("minutes", 0.0), ("phases", [])))
+    first = step
     sam = sam.to(device).train()
     head = AuxiliaryHead(sam.mask_decoder.transformer_dim).to(device)
     ema = copy.deepcopy(sam).eval()
@@ -512,12 +537,11 @@ def main(argv=None) -> None:
     optimizer = torch.optim.AdamW([{"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.02},
                                    {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}],
                                   lr=args.lr, betas=(0.9, 0.98))
-    step, minutes, phases = 0, 0.0, []
     if args.resume:
         state = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
         for module, name in ((sam, "sam"), (head, "head"), (ema, "ema"), (optimizer, "optimizer")):
             module.load_state_dict(state[name])
-        step, minutes, phases = state["step"], state["minutes"], state["phases"]
+        step, minutes, phases, first = (state[name] for name in ("step", "minutes", "phases", "first"))
     mean, std = sam.pixel_mean.cpu(), sam.pixel_std.cpu()
 
     started, log_lines, record = time.time(), [], manifest(vars(args))
@@ -529,7 +553,7 @@ def main(argv=None) -> None:
         batch = make_batch(pool, args.seed, step, args.images, mean, std)
         for name, value in vars(batch).items():
             setattr(batch, name, [v.to(device) for v in value] if isinstance(value, list) else value.to(device))
-        rate = learning_rate(step, args.steps, args.lr, args.warmup, args.decay_steps)
+        rate = learning_rate(step, args.steps, args.lr, args.warmup, args.decay_steps, first)
         for group in optimizer.param_groups:
             group["lr"] = rate
         loss, log = training_loss(sam, head, batch, max(0.0, 1 - step / args.balance_steps), not args.fp32)
@@ -554,7 +578,7 @@ def main(argv=None) -> None:
         if step % args.save_every == 0 or step == args.steps:
             with atomic_path(checkpoint_path) as temporary:
                 torch.save({"sam": sam.state_dict(), "head": head.state_dict(), "ema": ema.state_dict(),
-                            "optimizer": optimizer.state_dict(), "step": step, "seed": args.seed, "phases": phases,
+                            "optimizer": optimizer.state_dict(), "step": step, "first": first, "seed": args.seed, "phases": phases,
                             "minutes": minutes + (time.time() - started) / 60}, temporary)
             export(ema, args.logit_gain, args.out)
             write_json(args.run_folder / "training.json", record | {
