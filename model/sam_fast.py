@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from torchvision.ops.boxes import batched_nms
 
 from model.sam import (TinyMaskDecoder, TinyPromptEncoder, attend_to_image, attend_to_tokens, conv_transpose_per_token,
-                       occupied_extent)
+                       occupied_extent, tokens_to_pixels)
 from util.run import Stopwatch
 
 
@@ -134,9 +134,9 @@ class FastSam:
         attended = attend_to_image(decoder.transformer.final_attn_token_to_image, queries + tokens, keys + self.pe, keys)
         return decoder.transformer.norm_final_attn(queries + attended)[0].float(), keys[0]
 
-    def _upscaled(self, keys: Tensor) -> Tensor:
-        """Image tokens P x N x C → per-pixel embedding P x h x w x C/8 of the low-resolution masks' part that shows the
-        image: ceil(input / pixels_per_cell) + 1 cells, as many as bilinear enlargement looks at."""
+    def _low_masks(self, queries: Tensor, keys: Tensor, outputs: slice) -> Tensor:
+        """What `_transformer` gives for P prompts → low-resolution logits P x M x h x w of the M mask `outputs`, of the part
+        that shows the image: ceil(input / pixels_per_cell) + 1 cells, as many as bilinear enlargement looks at."""
         cells = [min(4 * have, -(-size // self.pixels_per_cell) + 1) for size, have in zip(self.input_size, self.tokens)]
         rows, columns = (-(-count // 4) for count in cells)
         prompts, _, width = keys.shape
@@ -144,17 +144,13 @@ class FastSam:
         conv1, norm, activation, conv2, _ = self.decoder.output_upscaling
         x = conv_transpose_per_token(conv1, keys)                                          # P x r x c x 4 x C/4
         x = activation(F.layer_norm(x, (width // 4,), norm.weight, norm.bias, norm.eps))
-        x = activation(conv_transpose_per_token(conv2, x))                                 # P x r x c x 4 x 4 x C/8
-        x = x.view(prompts, rows, columns, 2, 2, 2, 2, -1).permute(0, 1, 3, 5, 2, 4, 6, 7)
-        return x.reshape(prompts, 4 * rows, 4 * columns, -1)[:, :cells[0], :cells[1]]
-
-    def _low_masks(self, queries: Tensor, keys: Tensor, outputs: slice) -> Tensor:
-        """What `_transformer` gives for P prompts → low-resolution logits P x M x h x w of the M mask `outputs`."""
+        x = activation(conv_transpose_per_token(conv2, x)).flatten(1, 4)                   # P x r*c*16 x C/8
         heads = list(self.sam.mask_decoder.output_hypernetworks_mlps)[outputs]
         tokens = queries[:, 1:1 + self.sam.mask_decoder.num_mask_tokens][:, outputs]
         hyper = torch.stack([head(tokens[:, i]) for i, head in enumerate(heads)], dim=1)   # P x M x C/8
-        upscaled = self._upscaled(keys)
-        return torch.einsum("phwc,pmc->pmhw", upscaled, hyper.to(upscaled.dtype)).float()
+        # The few masks are put in pixel order, not the many channels of the embedding.
+        low = tokens_to_pixels(hyper.to(x.dtype) @ x.transpose(1, 2), rows, columns)
+        return low[..., :cells[0], :cells[1]].float()
 
     def _full_size(self, low: Tensor) -> Tensor:
         """Low-resolution logits M x h x w → logits M x H x W at the image's size, as `Sam.postprocess_masks` does: first

@@ -23,9 +23,7 @@ Needs when copied away: model/checkpoint.py, model/sam.py, dataset/toy.py, util/
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
-import ctypes
 import json
 import os
 import sys
@@ -50,8 +48,8 @@ from model.checkpoint import load_exactly, read_checkpoint, state_dict_in  # noq
 from model.sam import TINY_CHECKPOINT, TINY_PE_FREQUENCIES, build_sam_tiny, pixels_to_tokens  # noqa: E402
 from util.connectivity import connectivities  # noqa: E402
 from util.labels import CITYSCAPES_19  # noqa: E402
-from util.run import (UserError, add_run_options, atomic_path, check_writable, manifest, read_json, run_main,  # noqa: E402
-                      select_device, write_json)
+from util.run import (UserError, add_run_options, atomic_path, check_writable, keep_freed_memory, manifest, read_json,  # noqa: E402
+                      run_main, select_device, write_json)
 
 HEIGHT, WIDTH = 192, 384            # pixels, the toy benchmark's scenes
 FIRST_TRAIN_SEED = 10_000_000       # scene seeds from here up belong to this training
@@ -205,8 +203,8 @@ def imperfect_box(rng: np.random.Generator, mask: np.ndarray, corner: tuple[int,
 
 
 def sample_prompts(rng: np.random.Generator, segment: np.ndarray, component: np.ndarray, table: np.ndarray) -> Prompts:
-    """Random prompts for one scene: 70 % of the boxes on things, 70 % of the single points uniform over the image as
-    the automatic mask generator's grid is, the others uniform over the segments."""
+    """Random prompts for one scene: 70 % of the boxes on things; half of the single points uniform over the image as the
+    automatic mask generator's grid is, 30 % uniform over the stuff segments, the others over all segments."""
     table = table[table[:, 1] >= MIN_AREA]
     things, stuff = table[table[:, 6] == 1], table[table[:, 6] == 0]
 
@@ -225,10 +223,12 @@ def sample_prompts(rng: np.random.Generator, segment: np.ndarray, component: np.
 
     points, targets, alternatives = [], [], []
     for _ in range(POINT_PROMPTS):
-        if rng.random() < 0.7:
+        kind = rng.random()
+        if kind < 0.5:
             y, x = int(rng.integers(HEIGHT)), int(rng.integers(WIDTH))
         else:
-            index, _, y0, y1, x0, x1, _ = table[rng.integers(len(table))]
+            rows = stuff if kind < 0.8 and len(stuff) else table
+            index, _, y0, y1, x0, x1, _ = rows[rng.integers(len(rows))]
             ys, xs = np.nonzero(segment[y0:y1, x0:x1] == index)
             j = rng.integers(len(ys))
             y, x = ys[j] + y0, xs[j] + x0
@@ -467,17 +467,6 @@ def load_exported(model: nn.Module, logit_gain: float, path: Path) -> dict:
     return read_json(record)["training"] if record.is_file() else {}
 
 
-def keep_freed_memory() -> None:
-    """Tell glibc to keep freed memory for the next step instead of returning it to the kernel.
-
-    The page faults of taking it back took half of a step's time on a small virtual machine. Does nothing elsewhere.
-    """
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        for parameter, value in ((-1, -1), (-2, 2 ** 28), (-4, 0), (-8, 1)):    # never trim; pad, no mmap, one arena
-            mallopt(parameter, value)
-
-
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=TINY_CHECKPOINT,
@@ -510,6 +499,7 @@ def main(argv=None) -> None:
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
     keep_freed_memory()
+    torch.set_flush_denormal(True)      # softmaxes over a thousand tokens are full of them
     device = select_device(args.device)
     check_writable(args.run_folder)
     check_writable(args.out.parent)

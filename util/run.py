@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import json
 import os
@@ -243,3 +244,14 @@ class Stopwatch:
             yield
         finally:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep freed memory for the next step instead of returning it to the kernel.
+
+    The page faults of taking it back took up to half of the time on small virtual machines. Does nothing elsewhere.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        for parameter, value in ((-1, -1), (-2, 2 ** 28), (-4, 0), (-8, 1)):    # never trim; pad, no mmap, one arena
+            mallopt(parameter, value)
