@@ -568,7 +568,7 @@ def _rendered(p: Painter, horizon: float) -> Scene:
 # ----------------------------------------------------------------------------------------------------------- data set
 
 # (domain, split): number of scenes. Each scene's own seed is built from (data seed, split, index), see `scene_seed`.
-SPLITS = {("source", "train"): 600, ("target", "train"): 120, ("target", "val"): 80}
+SPLITS = {("source", "train"): 600, ("target", "train"): 80, ("target", "val"): 80}
 # Seeds from here on are never used for the benchmark: scripts/train_sam_tiny.py takes its scenes from there.
 FIRST_FREE_SEED = 10_000_000
 

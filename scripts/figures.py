@@ -1,6 +1,6 @@
 """The README's pictures and tables, made from runs: nothing in them is typed by hand.
 
-    python scripts/figures.py                     whatever of runs/{toy_release,toy_paper,camvid_release} exists
+    python scripts/figures.py                     whatever of runs/{toy_release,ablation_toy,camvid_release} exists
     python scripts/figures.py --image 2           another image for the pipeline picture
 
 Reads runs/<name>/ (results.md, results.json, pictures/, seed0/), model/sam_tiny.json and training_logs/. Writes
@@ -20,13 +20,16 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from scripts.report import LABEL_ROWS, MODEL_ROWS, markdown_table, mean_and_deviation  # noqa: E402
 from seco_scc import numbered  # noqa: E402
 from util.labels import CITYSCAPES_19, IGNORE, read_image, read_label, read_list  # noqa: E402
 from util.pictures import (class_legend, colour_label, contact_sheet, hatch, heat, line_chart, overlay,  # noqa: E402
                            save_picture)
 from util.run import UserError, atomic_path, read_json, run_main, write_json  # noqa: E402
 
-RUNS = ("toy_release", "toy_paper", "camvid_release")
+RUNS = ("toy_release", "ablation_toy", "camvid_release")
+# The paper's Tables 6 and 7, GTA to Cityscapes, DTST (source-free), mIoU after adaptation; "no SAM" is DTST itself.
+PAPER_ABLATION = {"pixel": 52.1, "prompting": 46.7, "alignment": 56.1, "psa": 57.9, "seco": 60.5}
 
 
 def between_markers(text: str, name: str, content: str) -> str:
@@ -42,8 +45,9 @@ def keep_records(run: Path) -> None:
     """Results, manifests and per-evaluation figures of a run to training_logs/<name>/."""
     folder = ROOT / "training_logs" / run.name
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("results.json", "results.md"):
-        shutil.copyfile(run / name, folder / name)
+    for name in ("results.json", "results.md", "sweep.json", "sweep.md"):
+        if (run / name).is_file():
+            shutil.copyfile(run / name, folder / name)
     for seed in sorted(run.glob("seed*")):
         records = {path.parent.relative_to(seed).as_posix(): read_json(path) for path in sorted(seed.glob("*/manifest.json"))}
         for path in sorted(seed.glob("*/summary.json")) + sorted(seed.glob("*/report/report.json")):
@@ -55,6 +59,23 @@ def keep_records(run: Path) -> None:
             entries = [json.loads(line) for line in path.read_text().splitlines()]
             evaluations[path.parent.name] = [e for e in entries if "eval/mIoU" in e]
         write_json(folder / f"{seed.name}_evaluations.json", evaluations)
+
+
+def ablation_tables(run: Path) -> str:
+    """Labels, adapted models beside the paper's figures, and the threshold sweep of an ablation, as tables."""
+    results = read_json(run / "results.json")
+    labels, models = results["labels"], results["models"]
+    text = f"Seeds: {', '.join(map(str, results['seeds']))}. Figures in %, mean ± standard deviation over the seeds.\n\n"
+    text += markdown_table(["labels of the target's training images", "coverage", "accuracy of labeled pixels", "mIoU"],
+                           [[LABEL_ROWS[row]] + [mean_and_deviation(values[key]) for key in ("coverage", "accuracy", "miou")]
+                            for row, values in labels.items()])
+    before = models["before"]["miou"]
+    text += "\n" + markdown_table(
+        ["adapted with", "target validation mIoU", "gain over before", "paper (DTST, GTA → Cityscapes)"],
+        [[MODEL_ROWS[row], mean_and_deviation(values["miou"]),
+          "" if row == "before" else mean_and_deviation([a - b for a, b in zip(values["miou"], before)]),
+          str(PAPER_ABLATION.get(row, "–"))] for row, values in models.items()])
+    return text + "\n" + (run / "sweep.md").read_text(encoding="utf-8")
 
 
 def pipeline_picture(run: Path, index: int) -> Image.Image:
@@ -141,15 +162,15 @@ def main(argv=None) -> None:
             print(f"{run}: no results yet, left out")
             continue
         keep_records(run)
-        readme = between_markers(readme, name, (run / "results.md").read_text(encoding="utf-8").replace("### ", "#### "))
-    toy, camvid = ROOT / "runs/toy_release", ROOT / "runs/camvid_release"
+        tables = ablation_tables(run) if name == "ablation_toy" else (run / "results.md").read_text(encoding="utf-8")
+        readme = between_markers(readme, name, tables.replace("### ", "#### "))
+    toy, ablation, camvid = (ROOT / "runs" / name for name in RUNS)
     if (toy / "results.md").is_file():
         save_picture(images / "pipeline.png", pipeline_picture(toy, options.image))
-        for name in ("side_by_side", "ablation", "scc_loss_histogram"):
-            if (toy / "pictures" / f"{name}.png").is_file():
-                shutil.copyfile(toy / "pictures" / f"{name}.png", images / f"{name}.png")
-    if (camvid / "pictures/side_by_side.png").is_file():
-        shutil.copyfile(camvid / "pictures/side_by_side.png", images / "camvid.png")
+    for run, picture, name in ((toy, "side_by_side", "side_by_side"), (toy, "scc_loss_histogram", "scc_loss_histogram"),
+                               (ablation, "ablation", "ablation"), (ablation, "sweep", "sweep"), (camvid, "side_by_side", "camvid")):
+        if (run / "pictures" / f"{picture}.png").is_file():
+            shutil.copyfile(run / "pictures" / f"{picture}.png", images / f"{name}.png")
     if (ROOT / "model/sam_tiny.json").is_file():
         readme = between_markers(readme, "sam_tiny", sam_table())
     save_picture(images / "shipped_logs.png", shipped_curves())
