@@ -45,8 +45,9 @@ from util.connectivity import Connectivity, connectivities
 from util.labels import (IGNORE, ClassSet, add_class_options, add_list_options, check_files, class_set, image_size, read_image,
                          read_label, read_list, renamed_experiment, renamed_list, write_label, write_list)
 from util.pictures import COLOURS, colour_label, contact_sheet, overlay, save_picture
-from util.run import (UserError, add_run_options, atomic_path, check_settings, check_writable, exact_mode, keep_freed_memory,
-                      manifest, peak_memory_mb, process_rank, read_json, run_main, select_device, sha256, wait_for, write_json)
+from util.run import (UserError, add_run_options, atomic_path, check_settings, check_writable, exact_mode, manifest,
+                      peak_memory_mb, process_rank, read_json, run_main, select_device, sha256, tune_cpu, wait_for,
+                      write_json)
 
 MIN_SHARE = 0.20            # stuff share that a proposal must exceed (released code)
 MIN_CLASS_PIXELS = 10       # classes with at most so many labeled pixels prompt nothing (released code)
@@ -516,8 +517,7 @@ def main(argv=None) -> None:
     device = select_device(options.device)
     if options.amp == "none":
         exact_mode()
-    keep_freed_memory()
-    torch.set_flush_denormal(True)      # a softmax over a thousand tokens is full of them: half of a CPU's time
+    tune_cpu()
     sam = FastSam(build_sam(options.sam_type, checkpoint, device), prompt_batch=options.prompt_batch,
                   amp=options.amp == "bf16")
     digests = check_inputs(own, root, classes.count, options.id_list_path)

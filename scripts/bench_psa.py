@@ -30,7 +30,7 @@ from seco_sam import aggregate  # noqa: E402
 from tests.oracle_psa import oracle_psa  # noqa: E402
 from util.labels import CITYSCAPES_19, IGNORE  # noqa: E402
 from util.run import (Stopwatch, UserError, add_run_options, exact_mode, peak_memory_mb, run_main,  # noqa: E402
-                      seed_everything, select_device)
+                      seed_everything, select_device, tune_cpu)
 
 
 def pixel_labels(label: np.ndarray, seed: int) -> np.ndarray:
@@ -73,6 +73,7 @@ def main(argv=None) -> None:
     options = parse_args(argv)
     device = select_device(options.device)
     exact_mode()
+    tune_cpu()          # for both: the ratio is that of the algorithms
     seed_everything(options.seed)
     checkpoint = Path(options.sam_checkpoint or default_checkpoint(options.sam_type))
     random_weights = options.sam_checkpoint is None and not checkpoint.is_file()

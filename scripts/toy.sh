@@ -17,15 +17,15 @@ source scripts/pipeline.sh
 
 # The recipes' constants stay as they are. Smaller than in the real tasks, for images of 384 x 192 and a CPU:
 CLASSES=(--class-num 19)
-NETWORK=(--backbone resnet10 --stem torchvision --crop-size 128 --workers 0 --min-kept 10000 --loss-groups 1 --pictures-every 0)
-SOURCE=("${NETWORK[@]}" --epochs 10 --global-batch 8 --lr 0.05)          # real tasks start from a published model
+NETWORK=(--backbone resnet10 --stem torchvision --crop-size 192 --workers 0 --min-kept 20000 --loss-groups 1 --pictures-every 0)
+SOURCE=("${NETWORK[@]}" --epochs 8 --global-batch 8 --lr 0.05)          # real tasks start from a published model
 PIXEL=(--top-p 0.5)
 SAM=tiny
 PSA=(--sam-type tiny --proposal-cache data/proposals)                                        # real: vit_h, fp32
 SCC_RELEASE=(--backbone resnet10 --patch-size 64 128 --iterations 400)   # real: ResNet-101, 256 512, 5000
 SCC_PAPER=(--backbone resnet10 --scale 1 --iterations 200)                # real: ResNet-101, 0.5, 5000
 SPLIT=(--labeled-fraction 0.5)
-ADAPT=("${NETWORK[@]}" --epochs 20 --global-batch 4 --lr 0.001 --eval-every 4)   # real: ResNet-101, fp32, crop 769, batch 8, 240
+ADAPT=("${NETWORK[@]}" --epochs 10 --global-batch 4 --lr 0.002 --eval-every 5)   # real: ResNet-101, fp32, crop 769, batch 8, 240
 EVAL=(--mode original)
 DATA_ROOT=data SCENES=()
 if [ "$SMALLEST" = 1 ]; then

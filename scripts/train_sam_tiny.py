@@ -48,8 +48,8 @@ from model.checkpoint import load_exactly, read_checkpoint, state_dict_in  # noq
 from model.sam import TINY_CHECKPOINT, TINY_PE_FREQUENCIES, build_sam_tiny, pixels_to_tokens  # noqa: E402
 from util.connectivity import connectivities  # noqa: E402
 from util.labels import CITYSCAPES_19  # noqa: E402
-from util.run import (UserError, add_run_options, atomic_path, check_writable, keep_freed_memory, manifest, read_json,  # noqa: E402
-                      run_main, select_device, write_json)
+from util.run import (UserError, add_run_options, atomic_path, check_writable, manifest, read_json,  # noqa: E402
+                      run_main, select_device, tune_cpu, write_json)
 
 HEIGHT, WIDTH = 192, 384            # pixels, the toy benchmark's scenes
 FIRST_TRAIN_SEED = 10_000_000       # scene seeds from here up belong to this training
@@ -498,8 +498,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 def main(argv=None) -> None:
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
-    keep_freed_memory()
-    torch.set_flush_denormal(True)      # softmaxes over a thousand tokens are full of them
+    tune_cpu()
     device = select_device(args.device)
     check_writable(args.run_folder)
     check_writable(args.out.parent)

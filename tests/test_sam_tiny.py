@@ -194,9 +194,28 @@ def test_training_is_deterministic_and_resumes_exactly(tmp_path):
     build_sam("tiny", tmp_path / "a/w.pth")
 
 
+def test_exported_weights_are_trained_further(tmp_path):
+    """--init starts from what --out holds (to fp16), and its record's steps and phases go on."""
+    exported = tiny_run(tmp_path / "a", 2)
+    (tmp_path / "a/training.json").rename(tmp_path / "a/t.json")
+    (tmp_path / "a/w.json").write_text(json.dumps({"training": json.loads((tmp_path / "a/t.json").read_text())}))
+    sam = random_sam()
+    record = train_sam_tiny.load_exported(sam, 4.0, tmp_path / "a/w.pth")
+    for name, value in sam.state_dict().items():
+        gain = 4.0 if train_sam_tiny.gains(name) else 1.0
+        assert torch.equal(value, exported[name].float() / gain)
+    assert any(train_sam_tiny.gains(name) for name in exported) and record["step"] == 2
+    tiny_run(tmp_path / "b", 3, "--init", str(tmp_path / "a/w.pth"))
+    record = json.loads((tmp_path / "b/training.json").read_text())
+    assert record["step"] == 3 and [phase["from_step"] for phase in record["phases"]] == [0, 2]
+    with pytest.raises(UserError, match="no such"):
+        tiny_run(tmp_path / "c", 3, "--init", str(tmp_path / "none.pth"))
+
+
 def test_learning_rate():
     rate = lambda step: train_sam_tiny.learning_rate(step, 100, 1.0, 10, 20)  # noqa: E731
     assert [rate(0), rate(4), rate(9), rate(50), rate(80), rate(90), rate(99)] == [0.1, 0.5, 1, 1, 1, 0.5, 0.05]
+    assert train_sam_tiny.learning_rate(44, 100, 1.0, 10, 20, first=40) == 0.5
 
 
 # ---------------------------------------------------------------------------------------------------- shipped weights
