@@ -27,6 +27,9 @@ from model.sam import (TinyMaskDecoder, TinyPromptEncoder, attend_to_image, atte
 from util.run import Stopwatch
 
 
+FULL_SIZE_PIXELS = {"cpu": 1 << 21, "cuda": 1 << 28}     # of masks that are looked at together at the image's size
+
+
 @dataclass(frozen=True)
 class ProposalSettings:
     """The automatic mask generator's official settings (segment_anything; SeCo uses them unchanged)."""
@@ -176,13 +179,25 @@ class FastSam:
                 torch.cuda.empty_cache()
         return results
 
+    def _stable(self, low: Tensor) -> tuple[Tensor, Tensor]:
+        """Which of M low-resolution masks are stable, bool M, and the boxes of those, int64 x 4; judged at full size, in
+        portions that a CPU's cache holds."""
+        threshold, settings = self.sam.mask_threshold, self.settings
+        pixels = FULL_SIZE_PIXELS["cuda" if self.device.type == "cuda" else "cpu"]
+        stable, boxes = [], []
+        for part in low.split(max(1, pixels // (self.size[0] * self.size[1]))):
+            logits = self._full_size(part)
+            stable.append(calculate_stability_score(logits, threshold, settings.stability_offset) >= settings.stability)
+            boxes.append(batched_mask_to_box(logits[stable[-1]] > threshold).long())
+        return torch.cat(stable), torch.cat(boxes)
+
     @torch.inference_mode()
     def proposals(self) -> Proposals:
         """SAM's automatic masks of the image, in the generator's order.
 
         The generator's test for boxes at the edge of a crop is left out: the only crop is the image, where it never fires.
         """
-        settings, threshold = self.settings, self.sam.mask_threshold
+        settings = self.settings
         grid = build_point_grid(settings.points_per_side) * np.array(self.size)[None, ::-1]
         points = torch.as_tensor(self.transform.apply_coords(grid, self.size), device=self.device)[:, None]
         drawn = self._grid_drawn(points)
@@ -199,9 +214,7 @@ class FastSam:
                 if not prompts.all():
                     queries, keys, iou, kept = queries[prompts], keys[prompts], iou[prompts], kept[prompts]
                 low = self._low_masks(queries, keys, slice(1, None))[kept]
-                logits = self._full_size(low)
-                stable = calculate_stability_score(logits, threshold, settings.stability_offset) >= settings.stability
-                boxes = batched_mask_to_box(logits[stable] > threshold).long()
+                stable, boxes = self._stable(low)
                 return low[stable], boxes, iou[kept][stable]
 
         found = [part for part in self._halving(decode, len(points)) if part is not None]
