@@ -15,6 +15,7 @@ from scipy import ndimage
 
 import seco_sam
 from dataset.toy import draw_scene
+from model import sam_fast
 from model.sam import build_sam
 from model.sam_fast import FastSam, ProposalSettings
 from tests.oracle_psa import components, entropy_at, oracle_psa, paper_prompt, release_prompt
@@ -56,6 +57,17 @@ def test_equals_the_oracle(sam, recipe):
         fast = seco_sam.aggregate(image, label, FastSam(sam, FEW, prompt_batch=7), CITYSCAPES_19, recipe).label
         slow = oracle_psa(image, label, sam, CITYSCAPES_19.stuff, CITYSCAPES_19.things, recipe, FEW_OFFICIAL)
         assert (fast != IGNORE).any() and (fast == slow).mean() >= 0.9999
+
+
+def test_masks_judged_in_small_portions_are_the_same(sam, monkeypatch):
+    fast = FastSam(sam, FEW)
+    fast.set_image(scene(0, 150, 250)[0])
+    together = fast.proposals()
+    monkeypatch.setitem(sam_fast.FULL_SIZE_PIXELS, "cpu", 1)        # one mask at a time
+    alone = fast.proposals()
+    assert len(together.low) > 2
+    for name in ("low", "boxes", "predicted_iou"):
+        assert torch.equal(getattr(together, name), getattr(alone, name))
 
 
 @pytest.mark.slow
