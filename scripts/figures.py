@@ -1,6 +1,6 @@
 """The README's pictures and tables, made from runs: nothing in them is typed by hand.
 
-    python scripts/figures.py                     whatever of runs/{toy_release,ablation_toy,camvid_release} exists
+    python scripts/figures.py                     whatever of runs/{ablation_toy,camvid_release} exists
     python scripts/figures.py --image 2           another image for the pipeline picture
 
 Reads runs/<name>/ (results.md, results.json, pictures/, seed0/), model/sam_tiny.json and training_logs/. Writes
@@ -27,7 +27,7 @@ from util.pictures import (class_legend, colour_label, contact_sheet, hatch, hea
                            save_picture)
 from util.run import UserError, atomic_path, read_json, run_main, write_json  # noqa: E402
 
-RUNS = ("toy_release", "ablation_toy", "camvid_release")
+RUNS = ("ablation_toy", "camvid_release")
 # The paper's Tables 6 and 7, GTA to Cityscapes, DTST (source-free), mIoU after adaptation; "no SAM" is DTST itself.
 PAPER_ABLATION = {"pixel": 52.1, "prompting": 46.7, "alignment": 56.1, "psa": 57.9, "seco": 60.5}
 
@@ -62,7 +62,7 @@ def keep_records(run: Path) -> None:
 
 
 def ablation_tables(run: Path) -> str:
-    """Labels, adapted models beside the paper's figures, and the threshold sweep of an ablation, as tables."""
+    """Labels, adapted models beside the paper's figures, the threshold sweep and the costs of an ablation, as tables."""
     results = read_json(run / "results.json")
     labels, models = results["labels"], results["models"]
     text = f"Seeds: {', '.join(map(str, results['seeds']))}. Figures in %, mean ± standard deviation over the seeds.\n\n"
@@ -75,7 +75,8 @@ def ablation_tables(run: Path) -> str:
         [[MODEL_ROWS[row], mean_and_deviation(values["miou"]),
           "" if row == "before" else mean_and_deviation([a - b for a, b in zip(values["miou"], before)]),
           str(PAPER_ABLATION.get(row, "–"))] for row, values in models.items()])
-    return text + "\n" + (run / "sweep.md").read_text(encoding="utf-8")
+    costs = (run / "results.md").read_text(encoding="utf-8").split("### Cost of each stage")[1]
+    return text + "\n" + (run / "sweep.md").read_text(encoding="utf-8") + "\n" + costs.strip()
 
 
 def pipeline_picture(run: Path, index: int) -> Image.Image:
@@ -164,11 +165,11 @@ def main(argv=None) -> None:
         keep_records(run)
         tables = ablation_tables(run) if name == "ablation_toy" else (run / "results.md").read_text(encoding="utf-8")
         readme = between_markers(readme, name, tables.replace("### ", "#### "))
-    toy, ablation, camvid = (ROOT / "runs" / name for name in RUNS)
+    toy, camvid = (ROOT / "runs" / name for name in RUNS)
     if (toy / "results.md").is_file():
         save_picture(images / "pipeline.png", pipeline_picture(toy, options.image))
     for run, picture, name in ((toy, "side_by_side", "side_by_side"), (toy, "scc_loss_histogram", "scc_loss_histogram"),
-                               (ablation, "ablation", "ablation"), (ablation, "sweep", "sweep"), (camvid, "side_by_side", "camvid")):
+                               (toy, "ablation", "ablation"), (toy, "sweep", "sweep"), (camvid, "side_by_side", "camvid")):
         if (run / "pictures" / f"{picture}.png").is_file():
             shutil.copyfile(run / "pictures" / f"{picture}.png", images / f"{name}.png")
     if (ROOT / "model/sam_tiny.json").is_file():
