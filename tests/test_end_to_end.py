@@ -65,6 +65,12 @@ def test_no_stage_but_evaluation_names_ground_truth_of_the_target(finished):
         assert not any("target_train_gt" in word or "target_val" in word for word in without_validation)
 
 
+@pytest.mark.parametrize("arguments", [[], ["tiny"]])
+def test_ablation_needs_a_known_benchmark(arguments):
+    run = subprocess.run(["bash", str(ROOT / "scripts/ablation.sh"), *arguments], capture_output=True, text=True)
+    assert run.returncode == 2 and run.stderr == "error: bash scripts/ablation.sh toy|camvid\n" and not run.stdout
+
+
 @pytest.mark.slow
 def test_killed_in_every_stage_it_ends_the_same(finished, tmp_path):
     """SIGKILL to everything the command has started, half a second after each stage has begun."""
