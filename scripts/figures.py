@@ -31,6 +31,8 @@ RUNS = ("ablation_toy", "camvid_release")
 # The paper's Tables 6 and 7, GTA to Cityscapes, DTST (source-free), mIoU after adaptation; "no SAM" is DTST itself.
 PAPER_ABLATION = {"pixel": 52.1, "prompting": 46.7, "alignment": 56.1, "psa": 57.9, "seco": 60.5}
 
+MAIN_LINE = ("source", "eval_before", "pixel", "psa", "scc", "split_seco", "adapt_seco", "eval_seco")   # whose costs are shown
+
 
 def between_markers(text: str, name: str, content: str) -> str:
     """`text` with what stands between the markers of `name` replaced."""
@@ -75,8 +77,10 @@ def ablation_tables(run: Path) -> str:
         [[MODEL_ROWS[row], mean_and_deviation(values["miou"]),
           "" if row == "before" else mean_and_deviation([a - b for a, b in zip(values["miou"], before)]),
           str(PAPER_ABLATION.get(row, "–"))] for row, values in models.items()])
-    costs = (run / "results.md").read_text(encoding="utf-8").split("### Cost of each stage")[1]
-    return text + "\n" + (run / "sweep.md").read_text(encoding="utf-8") + "\n" + costs.strip()
+    stages = {stage: results["stages"][stage] for stage in MAIN_LINE}
+    return text + "\n" + (run / "sweep.md").read_text(encoding="utf-8") + markdown_table(
+        ["stage", "seconds", "peak memory (MB)"],
+        [[stage, f"{cost['seconds']:.0f}", str(cost["peak_memory_mb"])] for stage, cost in stages.items()])
 
 
 def pipeline_picture(run: Path, index: int) -> Image.Image:

@@ -175,7 +175,7 @@ def main(argv: list[str] | None = None) -> None:
             {MODEL_ROWS[r].replace("UniMatch on ", "").split(" (")[0]: statistics.mean(v["miou"])
              for r, v in models.items()}, "", "target validation mIoU (%)",
             {MODEL_ROWS[r].replace("UniMatch on ", "").split(" (")[0]: statistics.stdev(v["miou"])
-             for r, v in models.items()} if len(seeds) > 1 else None, size=(1100, 460)))
+             for r, v in models.items()} if len(seeds) > 1 else None, size=(1500, 460)))
     for report in seeds[0].glob("*_scc*/report"):
         for picture in report.glob("*.png"):
             shutil.copyfile(picture, pictures / f"scc_{picture.name}")
