@@ -20,7 +20,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from scripts.report import LABEL_ROWS, MODEL_ROWS, markdown_table, mean_and_deviation  # noqa: E402
+from scripts.report import cost_table, label_table, model_table  # noqa: E402
 from seco_scc import numbered  # noqa: E402
 from util.labels import CITYSCAPES_19, IGNORE, read_image, read_label, read_list  # noqa: E402
 from util.pictures import (class_legend, colour_label, contact_sheet, hatch, heat, line_chart, overlay,  # noqa: E402
@@ -66,21 +66,11 @@ def keep_records(run: Path) -> None:
 def ablation_tables(run: Path) -> str:
     """Labels, adapted models beside the paper's figures, the threshold sweep and the costs of an ablation, as tables."""
     results = read_json(run / "results.json")
-    labels, models = results["labels"], results["models"]
     text = f"Seeds: {', '.join(map(str, results['seeds']))}. Figures in %, mean ± standard deviation over the seeds.\n\n"
-    text += markdown_table(["labels of the target's training images", "coverage", "accuracy of labeled pixels", "mIoU"],
-                           [[LABEL_ROWS[row]] + [mean_and_deviation(values[key]) for key in ("coverage", "accuracy", "miou")]
-                            for row, values in labels.items()])
-    before = models["before"]["miou"]
-    text += "\n" + markdown_table(
-        ["adapted with", "target validation mIoU", "gain over before", "paper (DTST, GTA → Cityscapes)"],
-        [[MODEL_ROWS[row], mean_and_deviation(values["miou"]),
-          "" if row == "before" else mean_and_deviation([a - b for a, b in zip(values["miou"], before)]),
-          str(PAPER_ABLATION.get(row, "–"))] for row, values in models.items()])
-    stages = {stage: results["stages"][stage] for stage in MAIN_LINE}
-    return text + "\n" + (run / "sweep.md").read_text(encoding="utf-8") + markdown_table(
-        ["stage", "seconds", "peak memory (MB)"],
-        [[stage, f"{cost['seconds']:.0f}", str(cost["peak_memory_mb"])] for stage, cost in stages.items()])
+    tables = (label_table(results["labels"]), model_table(results["models"], PAPER_ABLATION, "paper (DTST, GTA → Cityscapes)"),
+              (run / "sweep.md").read_text(encoding="utf-8").rstrip() + "\n",
+              cost_table({stage: results["stages"][stage] for stage in MAIN_LINE}))
+    return text + "\n".join(tables)
 
 
 def pipeline_picture(run: Path, index: int) -> Image.Image:

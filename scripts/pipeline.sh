@@ -49,10 +49,16 @@ scc() { # scc NAME LIST SUFFIX RECIPE: SCC of the labels in a list, its quality
     quality "$1" "$list"
 }
 
-# PSA, SCC and adaptation of one recipe. Rows of the paper's recipe carry its name.
-run_recipe() { # run_recipe release|paper
-    local row="" suffix="$SAM" corrected=scc
+# What a recipe's rows and folders are called, in the caller's row, suffix and corrected. The paper's carry its name.
+recipe_names() { # recipe_names release|paper
+    row="" suffix="$SAM" corrected=scc
     if [ "$1" = paper ]; then row=_paper suffix="${SAM}_paper" corrected=scc_paper; fi
+}
+
+# PSA, SCC and adaptation of one recipe.
+run_recipe() { # run_recipe release|paper
+    local row suffix corrected
+    recipe_names "$1"
     psa "psa$row" "$suffix" --recipe "$1" --vis 4
     scc "scc$row" "$W/splits/pix_$suffix/all.txt" "$corrected" "$1"
     adapt "seco$row" "$W/splits/pix_${suffix}_$corrected/all.txt"
@@ -60,8 +66,8 @@ run_recipe() { # run_recipe release|paper
 
 # The rows of the paper's Tables 6 and 7 between the source model and SeCo, and the upper bound.
 run_controls() { # run_controls release|paper
-    local row="" suffix="$SAM" corrected=scc
-    if [ "$1" = paper ]; then row=_paper suffix="${SAM}_paper" corrected=scc_paper; fi
+    local row suffix corrected
+    recipe_names "$1"
     adapt pixel "$W/splits/pix/all.txt"
     psa prompting "${suffix}_only_prompting" --recipe "$1" --only-prompting
     adapt prompting "$W/splits/pix_${suffix}_only_prompting/all.txt"

@@ -66,6 +66,27 @@ def stage_costs(seed_folders: list[Path]) -> dict[str, dict]:
     return costs
 
 
+def label_table(quality: dict) -> str:
+    return markdown_table(
+        ["labels", "coverage", "accuracy of labeled pixels", "mIoU (unlabeled counts as wrong)"],
+        [[LABEL_ROWS[row]] + [mean_and_deviation(values[key]) for key in ("coverage", "accuracy", "miou")]
+         for row, values in quality.items()])
+
+
+def model_table(models: dict, reported: dict[str, float] | None = None, title: str = "") -> str:
+    """mIoU of every model and its gain over "before"; with a last column `title` of `reported` figures where given."""
+    before = models["before"]["miou"]
+    rows = [[MODEL_ROWS[row], mean_and_deviation(values["miou"]),
+             "" if row == "before" else mean_and_deviation([a - b for a, b in zip(values["miou"], before)])]
+            + ([str(reported.get(row, "–"))] if reported else []) for row, values in models.items()]
+    return markdown_table(["model", "mIoU", "gain over before"] + ([title] if reported else []), rows)
+
+
+def cost_table(costs: dict[str, dict]) -> str:
+    return markdown_table(["stage", "seconds", "peak memory (MB)"],
+                          [[stage, f"{cost['seconds']:.0f}", str(cost["peak_memory_mb"])] for stage, cost in costs.items()])
+
+
 def label_lists(seed_folder: Path) -> dict[str, Path]:
     """The list behind each row of pseudo-labels, read from the commands of the stages that measured them."""
     lists = {}
@@ -105,7 +126,8 @@ def side_by_side(seed_folder: Path, classes, count: int) -> None:
             row.append(colour_label(prediction.numpy().astype("uint8"), classes.palette))
         rows.append(row + [colour_label(read_label(seed_folder / truth[image_path]), classes.palette)])
     titles = {"pixel": "pixel labels", "psa": "PSA", "scc": "SCC"}
-    titles = ["image", *(titles[name.removesuffix("_paper")] for name in columns), *(f"prediction {name}" for name in models), "ground truth"]
+    titles = ["image", *(titles[name.removesuffix("_paper")] for name in columns), *(f"prediction {name}" for name in models),
+              "ground truth"]
     save_picture(seed_folder.parent / "pictures" / "side_by_side.png",
                  contact_sheet(rows, titles, legend=classes, cell_width=288))
 
@@ -146,22 +168,11 @@ def main(argv: list[str] | None = None) -> None:
     names = ", ".join(folder.name[4:] for folder in seeds)
 
     text = f"Seeds: {names}. Figures in %, mean ± standard deviation over the seeds.\n\n"
-    text += "### Pseudo-labels of the target's training images\n\n" + markdown_table(
-        ["labels", "coverage", "accuracy of labeled pixels", "mIoU (unlabeled counts as wrong)"],
-        [[LABEL_ROWS[row]] + [mean_and_deviation(values[key]) for key in ("coverage", "accuracy", "miou")]
-         for row, values in quality.items()])
+    text += "### Pseudo-labels of the target's training images\n\n" + label_table(quality)
     if "before" in models:
-        before = models["before"]["miou"]
-        text += "\n### Target validation mIoU (last checkpoint)\n\n" + markdown_table(
-            ["model", "mIoU", "gain over before"],
-            [[MODEL_ROWS[row], mean_and_deviation(values["miou"]),
-              "" if row == "before" else mean_and_deviation([a - b for a, b in zip(values["miou"], before)])]
-             for row, values in models.items()])
-    text += "\n### Cost of each stage\n\n" + markdown_table(
-        ["stage", "seconds", "peak memory (MB)"],
-        [[stage, f"{cost['seconds']:.0f}", str(cost["peak_memory_mb"])] for stage, cost in costs.items()]
-        + [["total", f"{sum(c['seconds'] for c in costs.values()):.0f}",
-            str(max(c["peak_memory_mb"] for c in costs.values()))]])
+        text += "\n### Target validation mIoU (last checkpoint)\n\n" + model_table(models)
+    total = {"seconds": sum(c["seconds"] for c in costs.values()), "peak_memory_mb": max(c["peak_memory_mb"] for c in costs.values())}
+    text += "\n### Cost of each stage\n\n" + cost_table({**costs, "total": total})
 
     write_json(args.run / "results.json", {"seeds": [int(folder.name[4:]) for folder in seeds], "labels": quality,
                                            "models": models, "stages": costs})

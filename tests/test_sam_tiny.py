@@ -197,8 +197,7 @@ def test_training_is_deterministic_and_resumes_exactly(tmp_path):
 def test_exported_weights_are_trained_further(tmp_path):
     """--init starts from what --out holds (to fp16), and its record's steps and phases go on."""
     exported = tiny_run(tmp_path / "a", 2)
-    (tmp_path / "a/training.json").rename(tmp_path / "a/t.json")
-    (tmp_path / "a/w.json").write_text(json.dumps({"training": json.loads((tmp_path / "a/t.json").read_text())}))
+    (tmp_path / "a/w.json").write_text(json.dumps({"training": json.loads((tmp_path / "a/training.json").read_text())}))
     sam = random_sam()
     record = train_sam_tiny.load_exported(sam, 4.0, tmp_path / "a/w.pth")
     for name, value in sam.state_dict().items():
