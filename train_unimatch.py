@@ -44,13 +44,14 @@ from tqdm import tqdm
 
 from dataset.copy_paste import PARTNERS, RARE_CLASSES, RareClassPool
 from dataset.semi import AUTHORS_PROCESSES, MicroBatches, TrainingSamples, batches
-from dataset.transform import cutmix, normalised
+from dataset.transform import SCALES, cutmix, normalised
 from eval import MODES, evaluate_checkpoint, figures, summed
 from model.checkpoint import load_exactly, read_checkpoint, state_dict_in
 from model.deeplabv3plus import DILATIONS, DeepLabV3Plus, channel_dropout, parameter_count
 from model.resnet import BLOCKS, STEMS, load_backbone
 from util.labels import IGNORE, add_class_options, check_files, class_set, read_label, read_list
-from util.losses import OHEM_MIN_KEPT, OHEM_THRESHOLD, ohem_cross_entropy, pseudo_label_loss, total_loss
+from util.losses import (OHEM_MIN_KEPT, OHEM_THRESHOLD, balanced_cross_entropy, class_weights, ohem_cross_entropy,
+                         pseudo_label_loss, total_loss)
 from util.pictures import colour_label, contact_sheet, line_chart, save_picture
 from util.run import (UserError, add_run_options, atomic_path, check_settings, check_writable, exact_mode, manifest,
                       peak_memory_mb, process_group, process_rank, remove_leftovers, run_main, seed_everything,
@@ -105,16 +106,17 @@ class Trainer:
     """The network with its optimizer, and UniMatch's iteration.
 
     network: what forward and backward go through (DistributedDataParallel, a compiled module or the model itself);
-    model: the DeepLabV3Plus inside. group: samples per loss group.
+    model: the DeepLabV3Plus inside. group: samples per loss group. weights: of the classes, for --class-balance.
     """
 
-    def __init__(self, model: nn.Module, args, device, group: int, total: int):
+    def __init__(self, model: nn.Module, args, device, group: int, total: int, weights: torch.Tensor | None = None):
+        self.weights = None if weights is None else weights.to(device)
         self.model, self.args, self.device, self.group, self.total = model, args, device, group, total
         backbone = list(model.backbone.parameters())
         rest = [p for name, p in model.named_parameters() if not name.startswith("backbone.")]
-        self.optimizer = torch.optim.SGD(
-            [{"params": backbone, "lr": args.lr}, {"params": rest, "lr": args.lr * args.lr_multi}],
-            lr=args.lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
+        groups = [{"params": backbone, "lr": args.lr}, {"params": rest, "lr": args.lr * args.lr_multi}]
+        self.optimizer = torch.optim.AdamW(groups, lr=args.lr) if args.optimizer == "adamw" else \
+            torch.optim.SGD(groups, lr=args.lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
         plain = torch.compile(model) if args.compile else model
         self.plain = self.network = plain
         if process_rank()[1] > 1:
@@ -137,6 +139,8 @@ class Trainer:
         return torch.stack([loss(*chunk) for chunk in chunks]).mean()
 
     def loss_x(self, pred_x: torch.Tensor, mask_x: torch.Tensor) -> torch.Tensor:
+        if self.weights is not None:
+            return self.per_group(lambda p, m: balanced_cross_entropy(p, m, self.weights), pred_x, mask_x)
         return self.per_group(lambda p, m: ohem_cross_entropy(p, m, self.args.ohem_threshold, self.args.min_kept),
                               pred_x, mask_x)
 
@@ -351,7 +355,7 @@ def label_pixel_counts(rows: list[tuple[str, str]], root: Path, class_num: int, 
 # What a run is: changing one of these in a folder that holds a run is an error. Others (workers, pictures, processes) may change.
 SETTINGS = ("supervised", "class_num", "backbone", "stem", "crop_size", "global_batch", "loss_groups", "epochs", "lr",
             "lr_multi", "ohem_threshold", "min_kept", "conf_thresh", "amp", "seed", "copy_paste", "copy_paste_classes",
-            "eval_mode", "eval_every")
+            "eval_mode", "eval_every", "optimizer", "class_balance", "scales")
 
 
 def run_settings(args, counts: np.ndarray, inputs: dict[str, Path]) -> dict:
@@ -573,6 +577,12 @@ def options() -> argparse.ArgumentParser:
     add("--epochs", type=int, default=240, metavar="N", help="passes over the unlabeled list (default: 240)")
     add("--lr", type=float, default=0.005, help="starting learning rate of the backbone (default: 0.005)")
     add("--lr-multi", type=float, default=1.0, metavar="FACTOR", help="learning rate of the rest / --lr (default: 1.0)")
+    add("--optimizer", choices=("sgd", "adamw"), default="sgd",
+        help="adamw learns faster from random weights; UniMatch's is sgd (default: sgd)")
+    add("--scales", type=float, nargs=2, default=SCALES, metavar=("LEAST", "MOST"),
+        help="range of the random resizing before cropping, as factors of the image's size (default: 0.5 2)")
+    add("--class-balance", type=float, default=0.0, metavar="POWER",
+        help="the labels' loss is cross-entropy with class weights frequency^-POWER, instead of OHEM (default: 0, OHEM)")
     add("--ohem-threshold", type=float, default=OHEM_THRESHOLD, metavar="P",
         help="pixels less sure than this are hard, 0 to 1 (default: 0.7)")
     add("--min-kept", type=int, default=OHEM_MIN_KEPT, metavar="PIXELS",
@@ -612,9 +622,12 @@ def checked_options(argv: list[str] | None):
                         ("checkpoint_every", 0), ("pictures_every", 0)):
         if getattr(args, name) < least:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: give {least} or more")
-    for name in ("ohem_threshold", "conf_thresh"):
+    if not 0 < args.scales[0] <= args.scales[1]:
+        raise UserError(f"--scales {args.scales[0]:g} {args.scales[1]:g}: give two factors above 0, the smaller one first")
+    args.scales = list(args.scales)  # as settings.json gives it back
+    for name in ("ohem_threshold", "conf_thresh", "class_balance"):
         if not 0 <= getattr(args, name) <= 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: a probability lies in 0 to 1")
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: it lies in 0 to 1")
     if args.channels_last is None:
         args.channels_last = args.amp == "bf16"
     if args.loss_groups is None:
@@ -654,12 +667,14 @@ def main(argv: list[str] | None = None) -> None:
         remove_leftovers(args.save_path)
     rare = RareClassPool(labeled, counts, args.root_path, tuple(args.copy_paste_classes),
                          PARTNERS.get(classes.count, {})) if args.copy_paste else None
-    samples = TrainingSamples(labeled, unlabeled, args.root_path, args.crop_size, args.seed, rare, args.image_cache)
+    samples = TrainingSamples(labeled, unlabeled, args.root_path, args.crop_size, args.seed, rare, args.image_cache, args.scales)
+    weights = class_weights(counts.sum(axis=0), args.class_balance) if args.class_balance else None
     with process_group(device):
-        run(args, classes, batch, samples, val_rows, model, device, inputs)
+        run(args, classes, batch, samples, val_rows, model, device, inputs, weights)
 
 
-def run(args, classes, batch: int, samples: TrainingSamples, val_rows, model: nn.Module, device, inputs) -> None:
+def run(args, classes, batch: int, samples: TrainingSamples, val_rows, model: nn.Module, device, inputs,
+        weights: torch.Tensor | None) -> None:
     """Resume, train, summarise."""
     rank, world = process_rank()
     latest, progress, content = args.save_path / "latest.pth", Progress(), None
@@ -673,7 +688,7 @@ def run(args, classes, batch: int, samples: TrainingSamples, val_rows, model: nn
             print(f"{args.save_path}: this run is complete ({args.epochs} epochs)")
         return
     trainer = Trainer(to_device(model, args, device, world), args, device, loss_group(args.global_batch, args.loss_groups, batch),
-                      sampler.total)
+                      sampler.total, weights)
     if content:
         trainer.optimizer.load_state_dict(content["optimizer"])
     if rank == 0:

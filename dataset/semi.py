@@ -17,7 +17,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from dataset.copy_paste import RareClassPool
-from dataset.transform import (cropped_image, cropped_label, cutmix, cutmix_box, draw_crop, padding_mask, strong_view)
+from dataset.transform import (SCALES, cropped_image, cropped_label, cutmix, cutmix_box, draw_crop, padding_mask,
+                               strong_view)
 from util.labels import IGNORE, read_image, read_label, read_picture
 from util.run import atomic_path
 
@@ -79,9 +80,10 @@ class TrainingSamples(Dataset):
     """
 
     def __init__(self, labeled: list[tuple[str, str]], unlabeled: list[str], root: Path, crop_size: int, seed: int,
-                 rare: RareClassPool | None = None, image_cache: Path | None = None):
+                 rare: RareClassPool | None = None, image_cache: Path | None = None,
+                 scales: tuple[float, float] = SCALES):
         self.labeled, self.unlabeled, self.root, self.crop_size, self.seed = labeled, unlabeled, root, crop_size, seed
-        self.rare, self.images = rare, ImageCache(image_cache)
+        self.rare, self.images, self.scales = rare, ImageCache(image_cache), tuple(scales)
 
     def __len__(self) -> int:
         """The unlabeled list sets the length of an epoch: a shorter labeled list is repeated, a longer one is cut."""
@@ -100,7 +102,7 @@ class TrainingSamples(Dataset):
     def labeled_crop(self, key: Key) -> tuple[np.ndarray, np.ndarray]:
         image_path, label_path = self.labeled[key.index % len(self.labeled)]
         image, label = self.images.read(self.root / image_path), read_label(self.root / label_path)
-        crop = draw_crop(self.generator(LABELED, key), image.height, image.width, self.crop_size)
+        crop = draw_crop(self.generator(LABELED, key), image.height, image.width, self.crop_size, self.scales)
         x, mask_x = cropped_image(image, crop), cropped_label(label, crop, IGNORE)
         if self.rare is not None:
             x, mask_x = self.rare.paste(self.generator(PASTE, key), x, mask_x)
@@ -111,7 +113,8 @@ class TrainingSamples(Dataset):
         pasted from is the same one in another crop. Strong views to paste are made only where a box was drawn."""
         image = self.images.read(self.root / self.unlabeled[key.index])
         random, random_mix = self.generator(UNLABELED, key), self.generator(UNLABELED_MIX, key)
-        crop, crop_mix = (draw_crop(r, image.height, image.width, self.crop_size) for r in (random, random_mix))
+        crop, crop_mix = (draw_crop(r, image.height, image.width, self.crop_size, self.scales)
+                          for r in (random, random_mix))
         w, w_mix = cropped_image(image, crop), cropped_image(image, crop_mix)
         sample = {"w": w, "w_mix": w_mix, "ignore": padding_mask(crop, 1).astype(bool),
                   "ignore_mix": padding_mask(crop_mix, 1).astype(bool)}

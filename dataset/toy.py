@@ -41,7 +41,7 @@ from util.run import UserError, atomic_path, check_writable, read_json, run_main
 STYLES = ("source", "target", "random")
 SUPERSAMPLING = 2
 HEIGHT, WIDTH = 192, 384                # of the benchmark's images
-VERSION = 2                             # of what is drawn; a cache made by another version is not used
+VERSION = 3                             # of what is drawn; a cache made by another version is not used
 
 # Colours of the classes' materials; one is drawn per object and jittered.
 SOURCE_COLOURS = {
@@ -540,16 +540,16 @@ def _rendered(p: Painter, horizon: float) -> Scene:
         saturation, haze, grain = uniform(.8, 1.2), uniform(0, .12), uniform(1, 4)
         blur, shadow, contrast = 0., uniform(0, .12), uniform(.9, 1.1)
     elif style == "target":
-        gain, cast = uniform(.85, 1.08), (uniform(1, 1.05), uniform(.98, 1.04), uniform(.93, 1.01))
-        saturation, haze, grain = uniform(.75, 1.), uniform(.03, .16), uniform(2, 5)
-        blur, shadow, contrast = uniform(0, .5), uniform(.05, .22), uniform(.9, 1.05)
+        gain, cast = uniform(.75, .98), (uniform(1, 1.07), uniform(.98, 1.04), uniform(.90, .99))
+        saturation, haze, grain = uniform(.6, .9), uniform(.06, .22), uniform(2, 6)
+        blur, shadow, contrast = uniform(0, .6), uniform(.08, .26), uniform(.88, 1.03)
     else:
         gain, cast = uniform(.5, 1.25), tuple(uniform(.75, 1.2, 3))
         saturation, haze, grain = uniform(.2, 1.4), uniform(0, .45), uniform(0, 12)
         blur = uniform(0, 1.0) if rng.random() < .6 else 0.
         shadow, contrast = uniform(0, .35), uniform(.7, 1.2)
     if shadow:
-        picture *= (1 - shadow * (noise(rng, h, w, max(8, h // 4)) > .1))[..., None]
+        picture *= (1 - shadow * ((noise(rng, h, w, max(8, h // 4)) > .1) & (label != SKY)))[..., None]
     grey = picture.mean(axis=2, keepdims=True)
     picture = grey + (picture - grey) * np.float32(saturation)
     picture = (picture - 118) * np.float32(contrast) + 118

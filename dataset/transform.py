@@ -62,11 +62,12 @@ class Crop:
         return min(self.size, self.height - self.top), min(self.size, self.width - self.left)
 
 
-def draw_crop(random: np.random.Generator, height: int, width: int, size: int) -> Crop:
-    """UniMatch's geometry for an image of height x width: long side uniform over the integers of SCALES times itself, both
+def draw_crop(random: np.random.Generator, height: int, width: int, size: int,
+              scales: tuple[float, float] = SCALES) -> Crop:
+    """UniMatch's geometry for an image of height x width: long side uniform over the integers of `scales` times itself, both
     ends included; then a uniform origin; then a mirror with chance 0.5."""
     longest = max(height, width)
-    long_side = int(random.integers(int(longest * SCALES[0]), int(longest * SCALES[1]), endpoint=True))
+    long_side = int(random.integers(int(longest * scales[0]), int(longest * scales[1]), endpoint=True))
     if height > width:
         new_height, new_width = long_side, int(width * long_side / height + 0.5)
     else:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import math
 import pickle
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -304,12 +305,19 @@ def conv_transpose_per_token(conv: nn.ConvTranspose2d, x: Tensor) -> Tensor:
     return F.linear(x, weight, conv.bias.repeat(4)).unflatten(-1, (4, conv.out_channels))
 
 
+@lru_cache(maxsize=16)
+def pixel_order(h: int, w: int, device: torch.device) -> Tensor:
+    """For every pixel of 4h x 4w, in raster order, its place in token order, int64 (see `tokens_to_pixels`)."""
+    with torch.inference_mode(False):           # training may want it too
+        places = torch.arange(h * w * 16, device=device).view(h, w, 2, 2, 2, 2)
+        return places.permute(0, 2, 4, 1, 3, 5).flatten()
+
+
 def tokens_to_pixels(x: Tensor, h: int, w: int) -> Tensor:
     """[..., h*w*16] in token order (token row, token column, half row, half column, quarter row, quarter column) to
     [..., 4h, 4w]."""
-    lead = x.shape[:-1]
-    x = x.reshape(-1, h, w, 2, 2, 2, 2).permute(0, 1, 3, 5, 2, 4, 6)
-    return x.reshape(*lead, 4 * h, 4 * w)
+    # Several times faster than a permuted copy, whose innermost runs are two numbers long.
+    return x.gather(-1, pixel_order(h, w, x.device).expand(x.shape)).unflatten(-1, (4 * h, 4 * w))
 
 
 def pixels_to_tokens(x: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
 import torch
 from segment_anything.modeling import PromptEncoder, Sam
@@ -27,7 +28,7 @@ from model.sam import (TinyMaskDecoder, TinyPromptEncoder, attend_to_image, atte
 from util.run import Stopwatch
 
 
-FULL_SIZE_PIXELS = {"cpu": 1 << 21, "cuda": 1 << 28}     # of masks that are looked at together at the image's size
+FULL_SIZE_PIXELS = 1 << 28      # of masks that a GPU looks at together at the image's size
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Proposals:
 
 def default_prompt_batch(device: torch.device) -> int:
     """Prompts decoded at a time: a CPU's caches like few, a GPU wants many."""
-    return 64 if device.type == "cuda" else 8
+    return 64 if device.type == "cuda" else 4
 
 
 class FastSam:
@@ -181,15 +182,36 @@ class FastSam:
 
     def _stable(self, low: Tensor) -> tuple[Tensor, Tensor]:
         """Which of M low-resolution masks are stable, bool M, and the boxes of those, int64 x 4; judged at full size, in
-        portions that a CPU's cache holds."""
+        portions that fit into memory."""
+        if self.device.type == "cpu":
+            return self._stable_on_cpu(low)
         threshold, settings = self.sam.mask_threshold, self.settings
-        pixels = FULL_SIZE_PIXELS["cuda" if self.device.type == "cuda" else "cpu"]
         stable, boxes = [], []
-        for part in low.split(max(1, pixels // (self.size[0] * self.size[1]))):
+        for part in low.split(max(1, FULL_SIZE_PIXELS // (self.size[0] * self.size[1]))):
             logits = self._full_size(part)
             stable.append(calculate_stability_score(logits, threshold, settings.stability_offset) >= settings.stability)
             boxes.append(batched_mask_to_box(logits[stable[-1]] > threshold).long())
         return torch.cat(stable), torch.cat(boxes)
+
+    def _stable_on_cpu(self, low: Tensor) -> tuple[Tensor, Tensor]:
+        """As `_stable`, one mask at a time, so that it stays in the cache; OpenCV enlarges and numpy counts several times
+        faster than torch does on a CPU. OpenCV rounds other last bits: a score may change by a pixel on its threshold."""
+        threshold, settings = np.float32(self.sam.mask_threshold), self.settings
+        stable, boxes = torch.zeros(len(low), dtype=torch.bool), []
+        for number, mask in enumerate(low.contiguous().numpy()):
+            rows, columns = (side * self.pixels_per_cell for side in mask.shape)
+            logits = cv2.resize(mask, (columns, rows), interpolation=cv2.INTER_LINEAR)
+            logits = logits[:self.input_size[0], :self.input_size[1]]
+            if self.input_size != self.size:
+                logits = cv2.resize(logits, self.size[::-1], interpolation=cv2.INTER_LINEAR)
+            least = np.count_nonzero(logits > threshold + np.float32(settings.stability_offset))
+            most = np.count_nonzero(logits > threshold - np.float32(settings.stability_offset))
+            if most and np.float32(least) / np.float32(most) >= settings.stability:
+                stable[number] = True
+                inside = logits > threshold
+                ys, xs = np.flatnonzero(inside.any(axis=1)), np.flatnonzero(inside.any(axis=0))
+                boxes.append([xs[0], ys[0], xs[-1], ys[-1]] if ys.size else [0] * 4)
+        return stable, torch.tensor(boxes, dtype=torch.long).reshape(-1, 4)
 
     @torch.inference_mode()
     def proposals(self) -> Proposals:

@@ -45,8 +45,9 @@ source_list() { echo splits/camvid/day.txt; }
 DATA_LINK=data/camvid
 
 CLASSES=(--class-num 11 --stuff 0 1 3 4 5 7 --things 2 6 8 9 10)
-NETWORK=(--backbone resnet10 --stem torchvision --crop-size 225 --workers 0 --min-kept 20000 --loss-groups 1 --pictures-every 0)
-SOURCE=("${NETWORK[@]}" --epochs 14 --global-batch 8 --lr 0.05)
+NETWORK=(--backbone resnet10 --stem torchvision --crop-size 225 --scales 0.75 1.5 --class-balance 0.4 --loss-groups 1
+         --channels-last --workers 0 --pictures-every 0)
+SOURCE=("${NETWORK[@]}" --epochs 20 --global-batch 8 --optimizer adamw --lr 0.004)
 PIXEL=(--top-p 0.5)
 SAM="$SAM_TYPE"
 PSA=(--sam-type "$SAM_TYPE" --proposal-cache data/proposals)

@@ -29,7 +29,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from dataset.toy import draw_scene  # noqa: E402
 from model.sam import TINY_CHECKPOINT, build_sam  # noqa: E402
-from scripts.train_sam_tiny import HEIGHT, MIN_AREA, WIDTH, imperfect_box, segment_table, stuff_components  # noqa: E402
+from scripts.train_sam_tiny import (HEIGHT, MIN_AREA, WIDTH, box_target, imperfect_box, segment_table,  # noqa: E402
+                                    stuff_components)
 from util.labels import CITYSCAPES_19  # noqa: E402
 from util.run import UserError, add_run_options, run_main, select_device, write_json  # noqa: E402
 
@@ -55,13 +56,14 @@ def prompt_scene(predictor: SamPredictor, scene, rng: np.random.Generator) -> li
         if area < MIN_AREA:
             continue
         truth = scene.segment == index
-        box, points = imperfect_box(rng, truth[y0:y1, x0:x1], (y0, x0), int(rng.integers(1, 3)))
+        box, points, fragment = imperfect_box(rng, truth[y0:y1, x0:x1], (y0, x0), int(rng.integers(1, 3)))
+        truth = box_target(truth, box, fragment, bool(is_thing))
         masks, predicted, _ = predictor.predict(point_coords=points, point_labels=np.ones(len(points), int), box=box,
                                                 multimask_output=False)
         filled = np.zeros_like(truth)
         bx0, by0, bx1, by1 = box.astype(int)
         filled[by0:by1 + 1, bx0:bx1 + 1] = True
-        rows.append({"area": int(area), "thing": bool(is_thing), "iou": mask_iou(masks[0], truth),
+        rows.append({"area": np.count_nonzero(truth), "thing": bool(is_thing), "iou": mask_iou(masks[0], truth),
                      "fill": mask_iou(filled, truth), "predicted": float(predicted[0])})
     return rows
 

@@ -1,7 +1,8 @@
 """PSA written as plainly as possible: one prompt at a time on segment_anything's own predictor and mask generator.
 
 Slow and obvious; tests compare seco_sam.py with it pixel by pixel, scripts/bench_psa.py measures against it. It shares no
-code with the fast path but the constants' values, which are written out again.
+code with the fast path but the constants' values, which are written out again; of the tiny SAM it shares the image encoder and
+the prompt encoder, which are its definition.
 """
 from __future__ import annotations
 
@@ -12,8 +13,33 @@ import cv2
 import numpy as np
 import torch
 from segment_anything import SamAutomaticMaskGenerator, SamPredictor
+from segment_anything.modeling import MaskDecoder
+from torch.nn import functional as F
+
+from model.sam import TinyMaskDecoder, occupied_extent
 
 IGNORE = 255
+
+
+@contextlib.contextmanager
+def package_decoder(sam):
+    """The tiny SAM with segment_anything's own mask decoder code in the place of its faster one: the same parameters, on the
+    tokens that show the image, the rest repeated from them. Other SAMs have the package's decoder anyway."""
+    decoder = sam.mask_decoder
+    if not isinstance(decoder, TinyMaskDecoder):
+        yield
+        return
+
+    def predict_masks(image_embeddings, image_pe, sparse_prompt_embeddings, dense_prompt_embeddings):
+        full, (h, w) = image_embeddings.shape[-1], occupied_extent(image_embeddings)
+        masks, iou = MaskDecoder.predict_masks(decoder, image_embeddings[..., :h, :w], image_pe[..., :h, :w],
+                                               sparse_prompt_embeddings, dense_prompt_embeddings[..., :h, :w])
+        return F.pad(masks, (0, 4 * (full - w), 0, 4 * (full - h)), mode="replicate"), iou
+    decoder.predict_masks = predict_masks
+    try:
+        yield
+    finally:
+        del decoder.predict_masks
 
 
 def components(mask: np.ndarray) -> list[np.ndarray]:
@@ -82,6 +108,11 @@ def oracle_psa(image: np.ndarray, label: np.ndarray, sam, stuff, things, recipe:
                watch=lambda stage: contextlib.nullcontext()) -> np.ndarray:
     """The aggregated label map. settings: keyword arguments of the mask generator, by default the official ones.
     watch: times the stages, `with watch(name)`."""
+    with package_decoder(sam):
+        return _oracle_psa(image, label, sam, stuff, things, recipe, settings, watch)
+
+
+def _oracle_psa(image, label, sam, stuff, things, recipe, settings, watch) -> np.ndarray:
     generator = SamAutomaticMaskGenerator(sam, **(settings or dict(
         points_per_side=32, pred_iou_thresh=0.88, stability_score_thresh=0.95, box_nms_thresh=0.7)))
     over_stuff, over_things = np.full_like(label, IGNORE), np.full_like(label, IGNORE)

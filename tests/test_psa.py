@@ -6,12 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from scipy import ndimage
+from torch.nn import functional as F
 
 import seco_sam
 from dataset.toy import draw_scene
@@ -59,15 +61,21 @@ def test_equals_the_oracle(sam, recipe):
         assert (fast != IGNORE).any() and (fast == slow).mean() >= 0.9999
 
 
-def test_masks_judged_in_small_portions_are_the_same(sam, monkeypatch):
+@pytest.mark.parametrize("size", [(96, 192), (150, 250), (192, 384), (300, 500)])
+def test_stability_and_boxes_on_a_cpu_are_the_packages(sam, size, monkeypatch):
+    """Against the GPU's path, which is segment_anything's score and boxes of masks enlarged by torch, one at a time."""
     fast = FastSam(sam, FEW)
-    fast.set_image(scene(0, 150, 250)[0])
-    together = fast.proposals()
-    monkeypatch.setitem(sam_fast.FULL_SIZE_PIXELS, "cpu", 1)        # one mask at a time
-    alone = fast.proposals()
-    assert len(together.low) > 2
-    for name in ("low", "boxes", "predicted_iou"):
-        assert torch.equal(getattr(together, name), getattr(alone, name))
+    fast.set_image(scene(0, *size)[0])
+    low = 4 * torch.randn(12, 24, 48, generator=torch.Generator().manual_seed(0))
+    low = F.interpolate(low[:, None], (97, 193), mode="bicubic")[:, 0]        # as smooth as masks are
+    low[0], low[1] = -5, 5                                      # nothing at all; everything
+    fast.settings = replace(FEW, stability=0.5)
+    stable, boxes = fast._stable(low)
+    monkeypatch.setattr(sam_fast, "FULL_SIZE_PIXELS", 1)
+    fast.device = torch.device("meta")                          # whatever is no CPU
+    expected, expected_boxes = fast._stable(low)
+    assert torch.equal(stable, expected) and torch.equal(boxes, expected_boxes)
+    assert not stable[0] and stable[1] and 2 < stable.sum() < 12
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The losses of UniMatch's released code, as functions of logits and targets."""
+"""The losses of UniMatch's released code, and a class-balanced one, as functions of logits and targets."""
 from __future__ import annotations
 
 import torch
@@ -34,6 +34,27 @@ def ohem_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, threshold: fl
         limit = probability.flatten().kthvalue(min_kept).values
     kept = labeled & (probability <= limit)
     return (losses * kept).sum() / kept.sum()
+
+
+def class_weights(pixel_counts, power: float) -> torch.Tensor:
+    """Weights of K classes, float32: frequency^-power, 0 for a class without a pixel, scaled so that the labels' mean weight is 1.
+
+    pixel_counts: K numbers of labeled pixels. ENet's and others' balancing; none of UniMatch's, for training from few images.
+    """
+    frequency = torch.as_tensor(pixel_counts, dtype=torch.float64)
+    frequency = frequency / frequency.sum()
+    weights = torch.where(frequency > 0, frequency.clamp(min=1e-12) ** -power, 0.0)
+    return (weights / (weights * frequency).sum()).float()
+
+
+def balanced_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of all labeled pixels, weighted by the weight of their class, over the sum of the weights; 0 without any.
+
+    logits: B x K x H x W; labels: B x H x W integers, IGNORE for no label; weights: K.
+    """
+    if not bool((labels != IGNORE).any()):
+        return (logits * 0).sum()
+    return cross_entropy(logits.float(), labels.long(), weight=weights, ignore_index=IGNORE)
 
 
 def pseudo_label_loss(logits: torch.Tensor, labels: torch.Tensor, confidence: torch.Tensor, ignored: torch.Tensor,
