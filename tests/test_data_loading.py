@@ -94,6 +94,8 @@ def test_geometry_is_unimatchs():
     assert 0.46 < np.mean([c.flip for c in crops]) < 0.54
     wide = draw_crop(random, 30, 100, 12)
     assert wide.height == int(30 * wide.width / 100 + 0.5)
+    narrower = {draw_crop(random, 20, 10, 12, (0.75, 1.5)).height for _ in range(1000)}
+    assert narrower == set(range(15, 31))
 
 
 def test_normalisation():

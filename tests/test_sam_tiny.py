@@ -211,6 +211,54 @@ def test_exported_weights_are_trained_further(tmp_path):
         tiny_run(tmp_path / "c", 3, "--init", str(tmp_path / "none.pth"))
 
 
+def test_boxes_of_stuff_fragments_stand_for_what_they_show():
+    mask = np.zeros((20, 30), bool)
+    mask[5:15, 5:25] = True
+    box = np.array([10, 2, 12, 9])
+    part = np.zeros_like(mask)
+    for y, x in np.ndindex(mask.shape):
+        part[y, x] = mask[y, x] and 10 <= x <= 12 and 2 <= y <= 9
+    assert np.array_equal(train_sam_tiny.box_target(mask, box, True, False), part) and part.sum() == 15
+    for fragment, is_thing in ((False, False), (False, True), (True, True)):
+        assert train_sam_tiny.box_target(mask, box, fragment, is_thing) is mask
+
+
+def test_iou_head_alone_is_fitted(tmp_path):
+    """Qualities against a slow oracle; the fit moves the IoU head and nothing else, and raises what it says."""
+    tiny_run(tmp_path / "a", 1)
+    pool = train_sam_tiny.load_pool(tmp_path / "pool", "random", 8, 1)
+    sam = build_sam("tiny", tmp_path / "a/w.pth")
+    image, segment, component, tables = (array[0] for array in pool)
+    read, best = train_sam_tiny.judged_masks(sam, pool, 0, np.array([(100, 150), (300, 40), (20, 20)]))
+    assert read.shape == (3, 128) and best.shape == (3, 4)
+    predictor = SamPredictor(sam)
+    predictor.set_image(np.asarray(image))
+    _, predicted, low = predictor.predict(point_coords=np.array([(300, 40)]), point_labels=np.ones(1), multimask_output=True)
+    assert np.allclose(sam.mask_decoder.iou_prediction_head(read[1:2])[0, 1:].detach(), predicted, atol=1e-3)
+    masks = low[:, :96] > 0
+    truths = [segment == row[0] for row in tables if row[1] >= 10]
+    truths += [component == number for number in np.unique(component[component > 0])]
+    for mask, value in zip(masks, best[1, 1:].tolist()):
+        shares = [truth.reshape(96, 2, 192, 2).mean(axis=(1, 3)) for truth in truths]
+        slow = max((mask * share).sum() / (mask.sum() + share.sum() - (mask * share).sum()) for share in shares)
+        assert value == pytest.approx(slow, abs=1e-3)
+
+    options = ["--pool", str(tmp_path / "pool"), "--run-folder", str(tmp_path / "b"), "--scenes", "8", "--threads", "1",
+               "--device", "cpu", "--iou-head", "2"]
+    train_sam_tiny.main([*options, "--init", str(tmp_path / "a/w.pth"), "--out", str(tmp_path / "b.pth")])
+    before, after = (torch.load(path, weights_only=True) for path in (tmp_path / "a/w.pth", tmp_path / "b.pth"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all("iou_prediction_head" in name for name in changed)
+    assert "iou_head" in json.loads((tmp_path / "b/training.json").read_text())
+    head = sam.mask_decoder.iou_prediction_head
+    train_sam_tiny.fit_iou_head(head, read, best, seed=0)
+    again = build_sam("tiny", tmp_path / "a/w.pth").mask_decoder.iou_prediction_head
+    wrong = [float((h(read) - best).abs().mean().detach()) for h in (head, again)]
+    assert wrong[0] < wrong[1]
+    with pytest.raises(UserError, match="--iou-head 2: it needs --init"):
+        train_sam_tiny.main(options)
+
+
 def test_learning_rate():
     rate = lambda step: train_sam_tiny.learning_rate(step, 100, 1.0, 10, 20)  # noqa: E731
     assert [rate(0), rate(4), rate(9), rate(50), rate(80), rate(90), rate(99)] == [0.1, 0.5, 1, 1, 1, 0.5, 0.05]

@@ -23,7 +23,7 @@ from dataset.transform import cutmix_box
 from scripts import bench_data, bench_train
 from train_unimatch import cutmix_targets, learning_rate, loss_group, main, perturbation_factors
 from util.labels import CITYSCAPES_19, write_label, write_list
-from util.losses import ohem_cross_entropy, pseudo_label_loss, total_loss
+from util.losses import balanced_cross_entropy, class_weights, ohem_cross_entropy, pseudo_label_loss, total_loss
 from util.run import UserError, run_main
 from util.training_log import read_text_log, read_training_log
 
@@ -96,6 +96,28 @@ def test_ohem_without_any_label_is_zero_with_zero_gradient():
     loss = ohem_cross_entropy(logits, torch.full((2, 6, 6), 255, dtype=torch.uint8))
     loss.backward()
     assert loss.item() == 0 and not logits.grad.any()
+
+
+def test_class_weights_and_balanced_loss_equal_a_pixel_loop():
+    counts = np.array([800, 100, 0, 100])
+    weights = class_weights(counts, 0.5)
+    by_hand = np.array([0.8 ** -0.5, 0.1 ** -0.5, 0, 0.1 ** -0.5])
+    assert np.allclose(weights, by_hand / (by_hand * counts / 1000).sum(), rtol=1e-6)
+    assert torch.equal(class_weights(counts, 0.0), torch.tensor([1.0, 1, 0, 1]))
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 4, 3, 5, generator=generator, requires_grad=True)
+    labels = torch.randint(0, 4, (2, 3, 5), generator=generator)
+    labels[0, 0] = 255
+    total = share = 0.0
+    for b, y, x in np.ndindex(2, 3, 5):
+        if labels[b, y, x] != 255:
+            weight = float(weights[labels[b, y, x]])
+            total += weight * -float(logits[b, :, y, x].detach().log_softmax(dim=0)[labels[b, y, x]])
+            share += weight
+    assert float(balanced_cross_entropy(logits, labels, weights).detach()) == pytest.approx(total / share, rel=1e-5)
+    nothing = balanced_cross_entropy(logits, torch.full_like(labels, 255), weights)
+    nothing.backward()
+    assert nothing == 0 and torch.equal(logits.grad, torch.zeros_like(logits))
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.6])
@@ -198,6 +220,12 @@ def test_optimizer_is_unimatchs():
     assert (backbone["lr"], rest["lr"]) == (0.005, 0.05)
     for group in (backbone, rest):
         assert (group["momentum"], group["weight_decay"], group["nesterov"]) == (0.9, 1e-4, False)
+
+
+def test_adamw_takes_the_same_rates():
+    trainer = small_trainer(lr_multi=10, optimizer="adamw")
+    assert isinstance(trainer.optimizer, torch.optim.AdamW)
+    assert [group["lr"] for group in trainer.optimizer.param_groups] == [0.005, 0.05]
 
 
 # -------------------------------------------------------------------------------------------------------- small runs
@@ -303,6 +331,16 @@ def test_a_finished_run_is_left_alone(data, whole_run, capsys):
     main(command(data, whole_run))
     assert "complete" in capsys.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in whole_run.iterdir()}
+
+
+def test_training_from_few_images(data, tmp_path, capsys):
+    """AdamW, class weights and other scales, as the embedded benchmark's source model has them; they are settings of the run."""
+    argv = command(data, tmp_path / "run", "--optimizer", "adamw", "--class-balance", 0.4, "--scales", 0.75, 1.5, epochs=1)
+    main(argv)
+    main(argv)
+    assert "this run is complete" in capsys.readouterr().out
+    assert run_main(lambda: main([*argv, "--scales", "0.5", "2"])) == 2
+    assert "scales = [0.75, 1.5], now it is [0.5, 2.0]" in capsys.readouterr().err
 
 
 def test_logs_of_a_run(whole_run):
@@ -470,6 +508,10 @@ def test_bad_input_is_told_in_one_line(data, whole_run, tmp_path, capsys):
     assert run_main(lambda: main(changed(command(data, whole_run), lr=0.1))) == 2
     assert "holds a run with lr = 0.001, now it is 0.1" in capsys.readouterr().err
     assert run_main(lambda: main(["--supervised", *fresh])) == 2
+    for wrong in (("--scales", "2", "1"), ("--scales", "0", "1"), ("--class-balance", "2")):
+        capsys.readouterr()
+        assert run_main(lambda: main([*fresh, *wrong])) == 2
+        assert wrong[0] in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
