@@ -2,7 +2,8 @@
 
     python scripts/stage.py runs/toy/stages psa -- python seco_sam.py --id-list-path …
 
-If `<folder>/<name>.json` says that the same command has succeeded, nothing is run. Else the command runs, and on success
+If `<folder>/<name>.json` says that the same command has succeeded, nothing is run; torchrun's number of processes, which
+results do not depend on, may be another. Else the command runs, and on success
 the record is written: the command, wall seconds over all tries (an interrupted stage is not made to look quick) and the
 peak memory of its largest process in MB. Exit code: the command's. Standard library only, so that skipping is instant.
 """
@@ -23,6 +24,11 @@ def write_record(path: Path, record: dict) -> None:
     os.replace(temporary, path)
 
 
+def identity(command: list[str]) -> list[str]:
+    """The command without torchrun's number of processes, which another machine, or a part of this one, sets otherwise."""
+    return [word for before, word in zip(["", *command], command) if before != "--nproc_per_node"]
+
+
 def main() -> int:
     if len(sys.argv) < 5 or sys.argv[3] != "--":
         print(__doc__, file=sys.stderr)
@@ -30,7 +36,7 @@ def main() -> int:
     folder, name, command = Path(sys.argv[1]), sys.argv[2], sys.argv[4:]
     path = folder / f"{name}.json"
     record = json.loads(path.read_text()) if path.is_file() else {}
-    if record.get("command") != command:
+    if identity(record.get("command", [])) != identity(command):
         record = {"command": command, "done": False, "seconds": 0.0}
     if record["done"]:
         print(f"== {name}: done before")
