@@ -4,13 +4,14 @@
 any `Sam`: the image is encoded once; the image side of the decoder's first layer is computed once for all prompts; the IoU
 head decides before the upscaling layers run, so that a rejected proposal is never upscaled; only the tokens and rows that
 show the image, not its padding, are upscaled; masks stay on the device until they are painted; nothing is run-length
-encoded. The differences to the package are those of floating-point summation order: tests/oracle_psa.py is the oracle.
+encoded; a CPU's cores decode different prompts. The differences to the package are those of floating-point summation order: tests/oracle_psa.py is the oracle.
 
 Needs: model/sam.py, util/run.py, segment_anything.
 """
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import cv2
@@ -67,6 +68,10 @@ class FastSam:
         self.decoder = copy.deepcopy(sam.mask_decoder).bfloat16() if amp else sam.mask_decoder
         self.prompt_batch = prompt_batch or default_prompt_batch(self.device)
         self.watch = watch or Stopwatch()
+        self.threads, self._map = 1, map
+        if self.device.type == "cpu" and torch.get_num_threads() > 1:
+            self.threads = torch.get_num_threads()
+            self._map = ThreadPoolExecutor(self.threads, initializer=torch.set_num_threads, initargs=(1,)).map
         self.transform = ResizeLongestSide(sam.image_encoder.img_size)
 
     @torch.inference_mode()
@@ -167,12 +172,19 @@ class FastSam:
         return masks[:, 0]
 
     def _halving(self, decode, count: int) -> list:
-        """`decode(start, stop)` over 0..count in prompt batches; on out-of-memory the batch is halved, for good."""
+        """`decode(start, stop)` over 0..count in prompt batches; on out-of-memory the batch is halved, for good.
+
+        On a CPU as many batches are decoded side by side as there are cores, one core each: the matrices of a batch are too
+        small to keep several cores busy.
+        """
         results, start = [], 0
         while start < count:
+            starts = range(start, count, self.prompt_batch)
+            stops = (min(begin + self.prompt_batch, count) for begin in starts)
             try:
-                results.append(decode(start, min(start + self.prompt_batch, count)))
-                start += self.prompt_batch
+                for result in self._map(torch.inference_mode()(decode), starts, stops):
+                    results.append(result)
+                    start += self.prompt_batch
             except torch.OutOfMemoryError:
                 if self.prompt_batch == 1:
                     raise
@@ -225,14 +237,14 @@ class FastSam:
         drawn = self._grid_drawn(points)
 
         def decode(start: int, stop: int) -> tuple[Tensor, Tensor, Tensor] | None:
-            with self.watch("decode proposals"):
+            with self.watch("decode proposals", self.threads):
                 queries, keys = self._transformer(points[start:stop], None, drawn(start, stop))
                 iou = self.sam.mask_decoder.iou_prediction_head(queries[:, 0])[:, 1:]
                 kept = iou > settings.predicted_iou
                 prompts = kept.any(dim=1)
                 if not prompts.any():
                     return None
-            with self.watch("upscale and filter"):
+            with self.watch("upscale and filter", self.threads):
                 if not prompts.all():
                     queries, keys, iou, kept = queries[prompts], keys[prompts], iou[prompts], kept[prompts]
                 low = self._low_masks(queries, keys, slice(1, None))[kept]

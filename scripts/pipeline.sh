@@ -10,8 +10,6 @@
 #
 # Every stage is skipped if the same command has succeeded before, so a stopped run goes on where it was.
 
-cores() { "$PYTHON" -c 'import os; print(min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()))'; }
-
 # Pseudo-label quality against ground truth: a diagnostic, nothing that is trained sees it.
 quality() { # quality NAME LIST
     stage "quality_$1" "$PYTHON" eval.py --labels "$2" --id-list-path "$(target_gt)" --root-path "$W" \
@@ -35,7 +33,7 @@ adapt() { # adapt NAME LIST: split the list and train UniMatch with it, from the
 psa() { # psa NAME SUFFIX OPTION…: PSA of the pixel labels, its quality
     local name="$1" suffix="$2"
     shift 2
-    stage "$name" "${LAUNCH[@]}" seco_sam.py --id-list-path "$W/splits/pix/all.txt" --root-path "$W" "${CLASSES[@]}" \
+    stage "$name" "$PYTHON" seco_sam.py --id-list-path "$W/splits/pix/all.txt" --root-path "$W" "${CLASSES[@]}" \
         "${PSA[@]}" "$@"
     quality "$name" "$W/splits/pix_$suffix/all.txt"
 }
@@ -84,8 +82,6 @@ run_controls() { # run_controls release|paper
 }
 
 run_seed() {
-    # As many processes as cores, one thread each: many small matrices keep one core busier than two.
-    LAUNCH=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$(cores)")
     W="$OUT/seed$SEED" STAGES="$OUT/seed$SEED/stages"
     mkdir -p "$W"
     ln -sfn "$(cd "$DATA_LINK" && pwd)" "$W/$(basename "$DATA_LINK")"

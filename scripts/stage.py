@@ -3,9 +3,9 @@
     python scripts/stage.py runs/toy/stages psa -- python seco_sam.py --id-list-path …
 
 If `<folder>/<name>.json` says that the same command has succeeded, nothing is run; torchrun's number of processes, which
-results do not depend on, may be another. Else the command runs, and on success
-the record is written: the command, wall seconds over all tries (an interrupted stage is not made to look quick) and the
-peak memory of its largest process in MB. Exit code: the command's. Standard library only, so that skipping is instant.
+results do not depend on, may be another. Else the command runs, and on success the record is written: the command, wall
+seconds over all tries (an interrupted stage is not made to look quick) and the peak memory of its largest process in MB.
+Exit code: the command's. Standard library only, so that skipping is instant.
 """
 import json
 import os

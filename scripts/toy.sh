@@ -20,14 +20,14 @@ CLASSES=(--class-num 19)
 # (class weights instead of OHEM: rare classes have a few hundred pixels an image here)
 NETWORK=(--backbone resnet10 --stem torchvision --crop-size 192 --scales 0.75 1.5 --class-balance 0.4 --loss-groups 1
          --channels-last --workers 0 --pictures-every 0)
-SOURCE=("${NETWORK[@]}" --epochs 8 --global-batch 8 --optimizer adamw --lr 0.004)   # real tasks start from a published model
+SOURCE=("${NETWORK[@]}" --epochs 6 --global-batch 8 --optimizer adamw --lr 0.004)   # real tasks start from a published model
 PIXEL=(--top-p 0.5)
 SAM=tiny
 PSA=(--sam-type tiny --proposal-cache data/proposals)                                        # real: vit_h, fp32
-SCC_RELEASE=(--backbone resnet10 --patch-size 64 128 --iterations 400 --lr 0.1)   # real: ResNet-101, 256 512, 5000, 0.01
+SCC_RELEASE=(--backbone resnet10 --patch-size 64 128 --iterations 300 --lr 0.1)   # real: ResNet-101, 256 512, 5000, 0.01
 SCC_PAPER=(--backbone resnet10 --scale 1 --iterations 200)                # real: ResNet-101, 0.5, 5000
 SPLIT=(--labeled-fraction 0.5)
-ADAPT=("${NETWORK[@]}" --epochs 10 --global-batch 4 --lr 0.005 --eval-every 5)   # real: ResNet-101, fp32, crop 769, batch 8, 240
+ADAPT=("${NETWORK[@]}" --epochs 14 --global-batch 4 --lr 0.005 --eval-every 7)   # real: ResNet-101, fp32, crop 769, batch 8, 240
 EVAL=(--mode original)
 DATA_ROOT=data SCENES=()
 if [ "$SMALLEST" = 1 ]; then

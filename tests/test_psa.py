@@ -211,7 +211,25 @@ def test_cached_proposals_give_the_same_labels(sam, tmp_path):
         assert (plain.label == taken.label).all() and (plain.label == made.label).all()
 
 
-def test_memory_exhaustion_halves_the_prompt_batch(sam):
+def test_batches_decoded_side_by_side_give_what_one_thread_gives(sam):
+    image, label = scene(9)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            fast = FastSam(sam, FEW, prompt_batch=5)
+            results.append(seco_sam.aggregate(image, label, fast, CITYSCAPES_19))
+            assert fast.threads == threads == torch.get_num_threads()
+            assert all(0 < seconds < 60 for seconds in fast.watch.seconds.values())
+    finally:
+        torch.set_num_threads(before)
+    assert results[0].aligned == results[1].aligned and results[0].prompts
+    assert (results[0].label == results[1].label).mean() >= 0.9999
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_memory_exhaustion_halves_the_prompt_batch(sam, threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     image, label = scene(7)
     whole, halved = FastSam(sam, FEW, prompt_batch=8), FastSam(sam, FEW, prompt_batch=8)
     real = halved._transformer
