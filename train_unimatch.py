@@ -55,7 +55,7 @@ from util.losses import (OHEM_MIN_KEPT, OHEM_THRESHOLD, balanced_cross_entropy, 
 from util.pictures import colour_label, contact_sheet, line_chart, save_picture
 from util.run import (UserError, add_run_options, atomic_path, check_settings, check_writable, exact_mode, manifest,
                       peak_memory_mb, process_group, process_rank, remove_leftovers, run_main, seed_everything,
-                      select_device, sha256, write_json)
+                      select_device, sha256, tune_cpu, write_json)
 from util.training_log import TEXT_LOSSES
 from util.training_log import read_metrics_json_lines, summary as log_summary
 
@@ -654,6 +654,7 @@ def main(argv: list[str] | None = None) -> None:
         check_writable(args.image_cache)
     device = select_device(args.device)
     set_precision(args)
+    tune_cpu()
     counts = label_pixel_counts(labeled, args.root_path, classes.count, quiet=rank > 0)
     inputs = {"labeled": args.labeled_id_path, "unlabeled": args.unlabeled_id_path, "val": args.val_id_path,
               "init_checkpoint": args.init_checkpoint,

@@ -20,7 +20,7 @@ CLASSES=(--class-num 19)
 # (class weights instead of OHEM: rare classes have a few hundred pixels an image here)
 NETWORK=(--backbone resnet10 --stem torchvision --crop-size 192 --scales 0.75 1.5 --class-balance 0.4 --loss-groups 1
          --channels-last --workers 0 --pictures-every 0)
-SOURCE=("${NETWORK[@]}" --epochs 6 --global-batch 8 --optimizer adamw --lr 0.004)   # real tasks start from a published model
+SOURCE=("${NETWORK[@]}" --epochs 12 --global-batch 8 --optimizer adamw --lr 0.004)   # real tasks start from a published model
 PIXEL=(--top-p 0.5)
 SAM=tiny
 PSA=(--sam-type tiny --proposal-cache data/proposals)                                        # real: vit_h, fp32
