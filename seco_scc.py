@@ -31,7 +31,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
@@ -61,6 +61,7 @@ MOMENTUM, WEIGHT_DECAY, LABEL_SMOOTHING = 0.9, 1e-3, 0.1
 POOL = 1024                 # patches in memory, 0.4 GB at 256x512, from which training batches are drawn
 MIN_CONNECTIVITIES = 50     # fewer losses than this are no basis for a mixture
 MIN_SEPARATION = 1.0        # least distance of the mixture's means, in units of their root mean square deviation
+NOT_JUDGED = -100           # class of what cross-entropy leaves out, as torch has it
 SAVE_SECONDS = 60           # between checkpoints of the training
 
 INDEX = np.dtype([("image", "i4"), ("number", "i4"), ("class_id", "u1"), ("area", "i4"),
@@ -204,11 +205,13 @@ def decide(eta: np.ndarray, score: np.ndarray, predicted: np.ndarray, class_id: 
 
 class Data:
     """The images of a list with their connectivities. rows: of the list; index: INDEX; starts: image i has the
-    connectivities index[starts[i]:starts[i + 1]]."""
+    connectivities index[starts[i]:starts[i + 1]]; judged: bool, those of --min-area pixels or more, which are learned from and
+    scored."""
 
     def __init__(self, root: Path, rows: list[tuple[str, str]], index: np.ndarray, class_num: int, options):
         self.root, self.rows, self.index, self.class_num, self.options = root, rows, index, class_num, options
         self.starts = np.searchsorted(index["image"], np.arange(len(rows) + 1))
+        self.judged = index["area"] >= options.min_area
 
     def of_image(self, image: int) -> np.ndarray:
         return self.index[self.starts[image]:self.starts[image + 1]]
@@ -233,7 +236,7 @@ class Data:
 
 
 def release_order(data: Data, epoch: int) -> tuple[np.ndarray, list[np.ndarray]]:
-    """(order of an epoch's connectivities, visits): what each image visited in turn adds to the pool they are drawn from.
+    """(order of an epoch's judged connectivities, visits): what each image visited in turn adds to the pool they are drawn from.
 
     The images come in random order, one with more than POOL connectivities in several visits. Whenever the pool holds more
     than POOL, connectivities are drawn from it at random; what is left at the end is shuffled. So the order is random, each
@@ -242,7 +245,7 @@ def release_order(data: Data, epoch: int) -> tuple[np.ndarray, list[np.ndarray]]
     random = np.random.default_rng([data.options.seed, epoch])
     pool, order, visits = [], [], []
     for image in random.permutation(len(data.rows)):
-        members = np.arange(data.starts[image], data.starts[image + 1])
+        members = data.starts[image] + np.flatnonzero(data.judged[data.starts[image]:data.starts[image + 1]])
         for visit in np.split(members, range(POOL, len(members), POOL)):
             visits.append(visit)
             pool.extend(visit.tolist())
@@ -290,9 +293,10 @@ def patch_batches(data: Data, start: int, stop: int) -> Iterator[tuple[torch.Ten
 
 def image_batches(data: Data, start: int, stop: int) -> Iterator[tuple[torch.Tensor, list[MaskShares], torch.Tensor]]:
     """Training batches start..stop of the paper recipe: whole images uint8 B x H x W x 3 (of one size, the first one's), the
-    masks of all their connectivities, their classes. An incomplete last batch of an epoch is left out."""
+    masks of all their connectivities, their classes (NOT_JUDGED, which cross-entropy ignores, of those not judged). An
+    incomplete last batch of an epoch is left out."""
     options = data.options
-    images = np.flatnonzero(np.diff(data.starts))
+    images = judged_images(data)
     size = min(options.batch_size, len(images))
     per_epoch = len(images) // size
     with ThreadPoolExecutor(max(1, options.workers)) as reader:
@@ -307,7 +311,8 @@ def image_batches(data: Data, start: int, stop: int) -> Iterator[tuple[torch.Ten
                     picture = cv2.resize(picture, pictures[0].shape[1::-1], interpolation=cv2.INTER_AREA)
                 shares.append(mask_shares(numbers, len(data.of_image(image)), picture.shape[:2], mirror))
                 pictures.append(np.ascontiguousarray(picture[:, ::-1]) if mirror else picture)
-                classes.append(data.of_image(image)["class_id"].astype(np.int64))
+                judged = data.judged[data.starts[image]:data.starts[image + 1]]
+                classes.append(np.where(judged, data.of_image(image)["class_id"].astype(np.int64), NOT_JUDGED))
             return torch.from_numpy(np.stack(pictures)), shares, torch.from_numpy(np.concatenate(classes))
 
         ahead = max(1, options.workers)
@@ -327,9 +332,14 @@ def mask_shares(numbers: np.ndarray, count: int, size: tuple[int, int], mirror: 
 def batches_per_epoch(data: Data) -> int:
     """Release: full batches; paper: groups of whole images. At least one."""
     if data.options.recipe == "release":
-        return max(1, len(data.index) // data.options.batch_size)
-    images = int(np.count_nonzero(np.diff(data.starts)))
+        return max(1, int(data.judged.sum()) // data.options.batch_size)
+    images = len(judged_images(data))
     return images // min(data.options.batch_size, images)
+
+
+def judged_images(data: Data) -> np.ndarray:
+    """The images that have a judged connectivity."""
+    return np.unique(data.index["image"][data.judged])
 
 
 def make_classifier(options: argparse.Namespace, class_num: int, device: torch.device):
@@ -398,26 +408,31 @@ def train(data: Data, out: Path, device: torch.device) -> None:
 @torch.inference_mode()
 def score_image(model, data: Data, image: int, read, device: torch.device, pool: ThreadPoolExecutor) -> dict[str, np.ndarray]:
     """loss (cross-entropy against the label, float64), score (largest probability, float64) and prediction (uint8) of the
-    connectivities of image i, given what Data.read or Data.scaled says of it. `pool` cuts the patches.
+    connectivities of image i, given what Data.read or Data.scaled says of it; NaN, 0 and the label of those not judged.
+    `pool` cuts the patches.
 
     Batches never span images, so that the numbers do not depend on which process scores which image.
     """
     options, rows, (picture, numbers) = data.options, data.of_image(image), read
-    classes = torch.from_numpy(rows["class_id"].astype(np.int64))
+    judged = data.judged[data.starts[image]:data.starts[image + 1]]
     amp, logits = options.amp == "bf16", [torch.zeros(0, data.class_num)]
     if options.recipe == "release":
-        for start in range(0, len(rows), options.batch_size):
+        seen = rows[judged]
+        for start in range(0, len(seen), options.batch_size):
             cut = pool.map(lambda row: cut_patch(picture, numbers, row, options.patch_size),
-                           rows[start:start + options.batch_size])
+                           seen[start:start + options.batch_size])
             patches, masks = (torch.from_numpy(np.stack(x)) for x in zip(*cut))
             logits.append(logits_of(model, patches, masks[:, None], device, amp).cpu())
-    elif len(rows):
-        logits.append(logits_of(model, torch.from_numpy(picture)[None],
-                                [mask_shares(numbers, len(rows), picture.shape[:2])], device, amp).cpu())
+    elif judged.any():
+        every = logits_of(model, torch.from_numpy(picture)[None],
+                          [mask_shares(numbers, len(rows), picture.shape[:2])], device, amp)
+        logits.append(every.cpu()[torch.from_numpy(judged)])
     logits = torch.cat(logits).double()
-    score, predicted = logits.softmax(dim=1).max(dim=1)
-    return {"loss": F.cross_entropy(logits, classes, reduction="none").numpy(), "score": score.numpy(),
-            "predicted": predicted.numpy().astype(np.uint8)}
+    loss, certainty, predicted = np.full(len(rows), np.nan), np.zeros(len(rows)), rows["class_id"].copy()
+    classes = torch.from_numpy(rows["class_id"][judged].astype(np.int64))
+    loss[judged] = F.cross_entropy(logits, classes, reduction="none").numpy()
+    certainty[judged], predicted[judged] = (x.numpy() for x in logits.softmax(dim=1).max(dim=1))
+    return {"loss": loss, "score": certainty, "predicted": predicted}
 
 
 def score(data: Data, out: Path, device: torch.device, rank: int, world: int) -> None:
@@ -466,7 +481,10 @@ def judge(data: Data, out: Path) -> Verdicts:
         with np.load(score_path(out, image)) as scores:
             loss[part], certainty[part], predicted[part] = scores["loss"], scores["score"], scores["predicted"]
     if options.recipe == "paper":
-        noise = noise_posterior(loss, options.seed)
+        noise = noise_posterior(loss[data.judged], options.seed)
+        eta = np.ones(len(loss))
+        eta[data.judged] = noise.eta
+        noise = replace(noise, eta=eta)
         decision, final = decide(noise.eta, certainty, predicted, classes, options.tau_ns, options.tau_cr)
         return Verdicts(loss, certainty, predicted, noise.eta, decision, final, noise,
                         {"tau_ns": options.tau_ns, "tau_cr": options.tau_cr})
@@ -539,6 +557,10 @@ def parse_args(argv=None) -> argparse.Namespace:
                              "10000 (SYNTHIA), 50000 (BDD100K); about one pass over the connectivities of 3,000 images, so "
                              "fewer images need fewer. The learning rate decays over 20 epochs, whatever N is "
                              "(default: %(default)s)")
+    parser.add_argument("--min-area", type=int, default=1, metavar="PIXELS",
+                        help="smaller connectivities lose their label unseen: slivers between SAM's masks are hardly better "
+                             "than random and can outnumber the rest in training; the released code has a limit of 100, "
+                             "commented out (default: 1, all are judged)")
     parser.add_argument("--batch-size", type=int, metavar="N",
                         help="connectivities (release, default 64) or whole images (paper, default 4, ours) an iteration")
     parser.add_argument("--lr", type=float, default=0.01, help="learning rate of the classifier; the backbone's is a tenth "
@@ -570,7 +592,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     for name in ("quantile", "tau_ns", "tau_cr"):
         if not 0 <= getattr(options, name) <= 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: give a number from 0 to 1")
-    for name in ("iterations", "batch_size", "lr", "scale", "workers"):
+    for name in ("iterations", "min_area", "batch_size", "lr", "scale", "workers"):
         if getattr(options, name) <= 0:
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: give a number above 0")
     if min(options.patch_size) < 32 or any(side % 2 for side in options.patch_size):
@@ -637,7 +659,7 @@ def main(argv=None) -> None:
         "recipe": options.recipe, "images_sha256": hashlib.sha256("\n".join(image for image, _ in rows).encode()).hexdigest(),
         "backbone": options.backbone, "stem": options.stem,
         "backbone_weights": sha256(weights) if weights.is_file() else options.backbone_weights,
-        "iterations": options.iterations, "batch_size": options.batch_size, "lr": options.lr,
+        "iterations": options.iterations, "min_area": options.min_area, "batch_size": options.batch_size, "lr": options.lr,
         "patch_size": list(options.patch_size) if options.recipe == "release" else None,
         "scale": options.scale if options.recipe == "paper" else None, "amp": options.amp, "seed": options.seed,
         "class_num": classes.count}
@@ -647,9 +669,12 @@ def main(argv=None) -> None:
     if rank > 0:
         wait_for([out / "settings.json"], "the index")
     check_settings(out / "settings.json", settings)         # thresholds are not among them: they may change at will
+    if not (index["area"] >= options.min_area).any():
+        raise UserError(f"--min-area {options.min_area}: the largest connectivity has {index['area'].max()} pixels; give fewer")
     data, watch, checkpoint = Data(root, rows, index, classes.count, options), Stopwatch(), out / "checkpoint.pth"
     if rank == 0:
-        print(f"{len(index)} connectivities in {len(rows)} images")
+        small = len(index) - int(data.judged.sum())
+        print(f"{len(index)} connectivities in {len(rows)} images" + (f", {small} of them under --min-area" if small else ""))
         earlier = read_json(out / "run.json")["seconds"] if (out / "run.json").is_file() else {}
 
     if options.stage in ("all", "train") and rank == 0 and not checkpoint.is_file():

@@ -355,7 +355,7 @@ def label_pixel_counts(rows: list[tuple[str, str]], root: Path, class_num: int, 
 # What a run is: changing one of these in a folder that holds a run is an error. Others (workers, pictures, processes) may change.
 SETTINGS = ("supervised", "class_num", "backbone", "stem", "crop_size", "global_batch", "loss_groups", "epochs", "lr",
             "lr_multi", "ohem_threshold", "min_kept", "conf_thresh", "amp", "seed", "copy_paste", "copy_paste_classes",
-            "eval_mode", "eval_every", "optimizer", "class_balance", "scales")
+            "eval_mode", "eval_every", "optimizer", "class_balance", "scales", "photometric")
 
 
 def run_settings(args, counts: np.ndarray, inputs: dict[str, Path]) -> dict:
@@ -556,6 +556,9 @@ def options() -> argparse.ArgumentParser:
     add("--root-path", type=Path, default=Path("data"), help="folder the lists' paths start from (default: data)")
     add("--save-path", type=Path, required=True, metavar="FOLDER", help="outputs; an unfinished run there goes on")
     add("--supervised", action="store_true", help="train on the labeled list alone")
+    add("--photometric", action="store_true",
+        help="with --supervised: colour jitter, grey and blur as in the strong views, for a source model less bound to its "
+             "domain's colours")
     add_class_options(parser)
     network = parser.add_argument_group("network")
     add = network.add_argument
@@ -618,6 +621,8 @@ def checked_options(argv: list[str] | None):
     args = options().parse_args(argv)
     if args.supervised == bool(args.unlabeled_id_path):
         raise UserError("--unlabeled-id-path: UniMatch needs it, --supervised excludes it; give one of the two")
+    if args.photometric and not args.supervised:
+        raise UserError("--photometric: only with --supervised; UniMatch's labeled images stay as they are")
     for name, least in (("crop_size", 33), ("epochs", 1), ("eval_every", 1), ("workers", 0), ("min_kept", 1),
                         ("checkpoint_every", 0), ("pictures_every", 0)):
         if getattr(args, name) < least:
@@ -668,7 +673,8 @@ def main(argv: list[str] | None = None) -> None:
         remove_leftovers(args.save_path)
     rare = RareClassPool(labeled, counts, args.root_path, tuple(args.copy_paste_classes),
                          PARTNERS.get(classes.count, {})) if args.copy_paste else None
-    samples = TrainingSamples(labeled, unlabeled, args.root_path, args.crop_size, args.seed, rare, args.image_cache, args.scales)
+    samples = TrainingSamples(labeled, unlabeled, args.root_path, args.crop_size, args.seed, rare, args.image_cache, args.scales,
+                              args.photometric)
     weights = class_weights(counts.sum(axis=0), args.class_balance) if args.class_balance else None
     with process_group(device):
         run(args, classes, batch, samples, val_rows, model, device, inputs, weights)

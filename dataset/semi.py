@@ -25,7 +25,7 @@ from util.run import atomic_path
 # The authors ran four processes, whose sampler pads the order of images to a multiple of four. It is done here on any
 # number of processes, so that an epoch has as many iterations as theirs.
 AUTHORS_PROCESSES = 4
-LABELED, UNLABELED, UNLABELED_MIX, PASTE = range(4)  # streams of random numbers
+LABELED, UNLABELED, UNLABELED_MIX, PASTE, PHOTOMETRIC = range(5)  # streams of random numbers
 
 
 def iterations_per_epoch(samples: int, global_batch: int) -> int:
@@ -81,9 +81,11 @@ class TrainingSamples(Dataset):
 
     def __init__(self, labeled: list[tuple[str, str]], unlabeled: list[str], root: Path, crop_size: int, seed: int,
                  rare: RareClassPool | None = None, image_cache: Path | None = None,
-                 scales: tuple[float, float] = SCALES):
+                 scales: tuple[float, float] = SCALES, photometric: bool = False):
+        """photometric: x is a strong view of its crop."""
         self.labeled, self.unlabeled, self.root, self.crop_size, self.seed = labeled, unlabeled, root, crop_size, seed
         self.rare, self.images, self.scales = rare, ImageCache(image_cache), tuple(scales)
+        self.photometric = photometric
 
     def __len__(self) -> int:
         """The unlabeled list sets the length of an epoch: a shorter labeled list is repeated, a longer one is cut."""
@@ -106,6 +108,8 @@ class TrainingSamples(Dataset):
         x, mask_x = cropped_image(image, crop), cropped_label(label, crop, IGNORE)
         if self.rare is not None:
             x, mask_x = self.rare.paste(self.generator(PASTE, key), x, mask_x)
+        if self.photometric:
+            x = strong_view(self.generator(PHOTOMETRIC, key), x)
         return x, mask_x
 
     def unlabeled_views(self, key: Key) -> dict[str, np.ndarray]:

@@ -47,12 +47,12 @@ DATA_LINK=data/camvid
 CLASSES=(--class-num 11 --stuff 0 1 3 4 5 7 --things 2 6 8 9 10)
 NETWORK=(--backbone resnet10 --stem torchvision --crop-size 225 --scales 0.75 1.5 --class-balance 0.4 --loss-groups 1
          --channels-last --workers 0 --pictures-every 0)
-SOURCE=("${NETWORK[@]}" --epochs 20 --global-batch 8 --optimizer adamw --lr 0.004)
+SOURCE=("${NETWORK[@]}" --epochs 30 --global-batch 8 --optimizer adamw --lr 0.004 --photometric)
 PIXEL=(--top-p 0.5)
 SAM="$SAM_TYPE"
 PSA=(--sam-type "$SAM_TYPE" --proposal-cache data/proposals)
-SCC_RELEASE=(--backbone resnet10 --patch-size 64 128 --iterations 400 --lr 0.1)
-SCC_PAPER=(--backbone resnet10 --scale 1 --iterations 200)
+SCC_RELEASE=(--backbone resnet10 --min-area 30 --patch-size 64 128 --iterations 400 --lr 0.1)
+SCC_PAPER=(--backbone resnet10 --min-area 30 --scale 1 --iterations 200)
 SPLIT=(--labeled-fraction 0.5)
 ADAPT=("${NETWORK[@]}" --epochs 30 --global-batch 4 --lr 0.005 --eval-every 5)
 EVAL=(--mode original)

@@ -72,7 +72,7 @@ def figures(data, verdicts, classes: ClassSet) -> dict:
         per_class[name] = {d: int((mine & (verdicts.decision == d)).sum()) for d in DECISIONS}
     noise = verdicts.noise
     return {
-        "images": len(data.rows), "connectivities": len(data.index),
+        "images": len(data.rows), "connectivities": len(data.index), "judged": int(data.judged.sum()),
         **{d: int((verdicts.decision == d).sum()) for d in DECISIONS},
         "changed class": int(((verdicts.final != data.index["class_id"]) & (verdicts.final != IGNORE)).sum()),
         "coverage_before": 100 * float(areas.sum()) / sizes,
@@ -122,7 +122,7 @@ def compare_with_ground_truth(data, verdicts, gt_rows: dict[str, str]) -> dict:
     labeled, changed = verdicts.final != IGNORE, verdicts.final != data.index["class_id"]
     share = lambda part, of: 100 * float(part.sum() / of.sum()) if of.sum() else None  # noqa: E731
     signal = np.where(np.isnan(verdicts.eta), verdicts.loss, verdicts.eta)
-    usable = seen & np.isfinite(signal)
+    usable = seen & data.judged & np.isfinite(signal)
     sure = seen & (verdicts.score > data.options.tau_cr) & (verdicts.predicted != data.index["class_id"])
     return {
         "purity": 100 * float(np.average(purity[seen], weights=data.index["area"][seen])),
@@ -138,23 +138,24 @@ def compare_with_ground_truth(data, verdicts, gt_rows: dict[str, str]) -> dict:
 
 def loss_histogram(data, verdicts) -> Image.Image:
     """The losses by decision; paper: normalised, with both Gaussians and the loss at tau_ns (the paper's Figure 4)."""
-    noise, losses = verdicts.noise, np.where(np.isfinite(verdicts.loss), verdicts.loss, 0)
+    noise, decision = verdicts.noise, verdicts.decision[data.judged]
+    losses = np.where(np.isfinite(verdicts.loss), verdicts.loss, 0)[data.judged]
     colours = (*DECISIONS.values(), COLOURS[2], COLOURS[3])          # the last two: of the Gaussians
     if noise is None:
         limit = verdicts.thresholds["global"]
         threshold = {} if limit is None or data.options.filter == "score" else {"mean of the classes' thresholds": limit}
-        groups = {name: losses[verdicts.decision == name] for name in DECISIONS}
+        groups = {name: losses[decision == name] for name in DECISIONS}
         return histogram(groups, "SCC: losses of the connectivities", "cross-entropy against the label",
                          thresholds=threshold, colours=colours)
     x = (losses - noise.low) / max(noise.high - noise.low, 1e-12)
-    groups = {name: x[verdicts.decision == name] for name in DECISIONS}
+    groups = {name: x[decision == name] for name in DECISIONS}
     curves, thresholds, bins = {}, {}, 60
     if noise.fallback is None:
         grid = np.linspace(0, 1, 300)
         for name, mean, deviation, weight in zip(("clean", "noisy"), noise.means, noise.deviations, noise.weights):
             density = weight / (deviation * np.sqrt(2 * np.pi)) * np.exp(-((grid - mean) / deviation) ** 2 / 2)
             curves[name] = (grid, np.minimum(density * len(x) / bins, len(x)))
-        below = x[noise.eta < verdicts.thresholds["tau_ns"]]
+        below = x[noise.eta[data.judged] < verdicts.thresholds["tau_ns"]]
         thresholds = {"tau_ns": float(below.max())} if len(below) else {}
     return histogram(groups, "SCC: losses of the connectivities", "normalised cross-entropy against the label", bins,
                      curves, thresholds, colours=colours)
