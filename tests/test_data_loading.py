@@ -231,6 +231,18 @@ def test_labels_alone_when_there_is_no_unlabeled_list(data):
     assert TrainingSamples(rows, [], root, 40, 0)[Key(0, 0, 2)].keys() == {"x", "mask_x"}
 
 
+def test_photometric_changes_colours_alone(data):
+    root, rows = data
+    plain, strong = TrainingSamples(rows, [], root, 40, 0), TrainingSamples(rows, [], root, 40, 0, photometric=True)
+    changed = 0
+    for position in range(8):
+        key = Key(0, position, position % 5)
+        before, after = plain[key], strong[key]
+        assert np.array_equal(before["mask_x"], after["mask_x"]) and same(after, strong[key])
+        changed += not np.array_equal(before["x"], after["x"])
+    assert changed > 4
+
+
 def test_iterations_per_epoch_fit_the_shipped_logs():
     """With the splits that facts/training_logs.md finds: 1487 and 5250 unlabeled images; and in general UniMatch's formula
     for four processes."""

@@ -413,6 +413,38 @@ def test_outputs(finished, recipe):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
+def test_small_connectivities_might_as_well_not_be_there(root, recipe):
+    """--min-area on labels with slivers makes what no limit makes on labels whose slivers were erased beforehand."""
+    limit = 12
+    for _, path in read_list(root / "splits/pix/all.txt"):
+        label = read_label(root / path)
+        numbers = scc.numbered(label, 19)
+        for number in range(numbers.max() + 1):
+            if (numbers == number).sum() < limit:
+                label[numbers == number] = IGNORE
+        erased = root / path.replace("pix/", "erased/", 1)
+        erased.parent.mkdir(parents=True, exist_ok=True)
+        write_label(erased, label, CITYSCAPES_19.palette)
+    write_list(root / "splits/erased/all.txt", [(image, path.replace("pix/", "erased/", 1))
+                                                for image, path in read_list(root / "splits/pix/all.txt")])
+    scc.main(command(root, recipe, "--min-area", str(limit)))
+    plain = command(root, recipe)
+    plain[1] = plain[1].replace("splits/pix", "splits/erased")
+    scc.main(plain)
+    found, expected = (list(csv.DictReader(open(root / f"{name}_{suffix(recipe)}/connectivities.csv"))) for name in ("pix", "erased"))
+    small = [row for row in found if int(row["area"]) < limit]
+    assert len(small) > 20 and {(row["decision"], row["loss"], row["final"]) for row in small} == {("dropped", "nan", "255")}
+    found = [row for row in found if int(row["area"]) >= limit]
+    assert len(found) == len(expected) > 20
+    for row, other in zip(found, expected):
+        assert float(row["loss"]) == pytest.approx(float(other["loss"]), rel=1e-4)
+        assert all(row[name] == other[name] for name in ("image", "area", "prediction", "decision", "final"))
+    for _, path in read_list(root / "splits/pix/all.txt"):
+        labels = [read_label(root / path.replace("pix/", f"{name}_{suffix(recipe)}/", 1)) for name in ("pix", "erased")]
+        assert (labels[0] == labels[1]).all()
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_same_bytes_again(finished, root, recipe):
     scc.main(command(root, recipe, "--workers", "1"))
     assert results(root, recipe) == results(finished, recipe)
@@ -537,7 +569,8 @@ def test_diagnostics_against_the_confusion_matrix_and_loops(finished, tmp_path, 
 # ------------------------------------------------------------------------------------------------------------ wrong input
 
 @pytest.mark.parametrize("extra, words", [
-    (("--quantile", "1.5"), "--quantile 1.5"), (("--iterations", "0"), "--iterations 0"), (("--tau-ns", "-1"), "--tau-ns -1.0"),
+    (("--quantile", "1.5"), "--quantile 1.5"), (("--iterations", "0"), "--iterations 0"),
+    (("--min-area", "0"), "--min-area 0"), (("--min-area", "99999"), "the largest connectivity has"), (("--tau-ns", "-1"), "--tau-ns -1.0"),
     (("--patch-size", "31", "64"), "--patch-size 31 64"), (("--workers", "0"), "--workers 0"),
     (("--backbone-weights", "nowhere.pth"), "nowhere.pth"), (("--stage", "score"), "run --stage train first"),
     (("--stage", "correct"), "run --stage score first"), (("--class-num", "11"), "--class-num 11"),

@@ -508,7 +508,7 @@ def test_bad_input_is_told_in_one_line(data, whole_run, tmp_path, capsys):
     assert run_main(lambda: main(changed(command(data, whole_run), lr=0.1))) == 2
     assert "holds a run with lr = 0.001, now it is 0.1" in capsys.readouterr().err
     assert run_main(lambda: main(["--supervised", *fresh])) == 2
-    for wrong in (("--scales", "2", "1"), ("--scales", "0", "1"), ("--class-balance", "2")):
+    for wrong in (("--scales", "2", "1"), ("--scales", "0", "1"), ("--class-balance", "2"), ("--photometric",)):
         capsys.readouterr()
         assert run_main(lambda: main([*fresh, *wrong])) == 2
         assert wrong[0] in capsys.readouterr().err
