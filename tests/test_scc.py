@@ -544,7 +544,7 @@ def test_diagnostics_against_the_confusion_matrix_and_loops(finished, tmp_path, 
         assert report[f"coverage_{when}"] == pytest.approx(100 * covered / sum(a.size for a in labels))
     with open(out / "connectivities.csv") as file:
         lines = list(csv.DictReader(file))
-    rows, place = [], 0
+    rows, place, right, labeled = [], 0, 0, 0
     for i in range(5):
         for c in connectivities(read_label(tmp_path / f"pix/train/{i}.png"), range(19)):
             inside = truth[i][c.window][c.mask]
@@ -552,7 +552,10 @@ def test_diagnostics_against_the_confusion_matrix_and_loops(finished, tmp_path, 
             if len(inside):
                 majority = int(np.bincount(inside).argmax())
                 rows.append((majority != c.class_id, float(lines[place]["eta"] or lines[place]["loss"]), lines[place], majority))
+                if majority == c.class_id:
+                    right, labeled = right + int((inside == c.class_id).sum()), labeled + len(inside)
             place += 1
+    assert report["ground_truth"]["accuracy_wrong_dropped"] == pytest.approx(100 * right / labeled)
     wrong, clean = ([s for w, s, *_ in rows if w == flag] for flag in (True, False))
     pairs = [(a > b) + (a == b) / 2 for a in wrong for b in clean]
     assert report["ground_truth"]["auroc"] == pytest.approx(np.mean(pairs))

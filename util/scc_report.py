@@ -94,7 +94,8 @@ def compare_with_ground_truth(data, verdicts, gt_rows: dict[str, str]) -> dict:
     """Purity, accuracies in percent, and the AUROC of eta (or the loss) for connectivities of a wrong class.
 
     A connectivity's true class is the most frequent ground-truth class in it, its purity that class's share; those on
-    ground-truth 255 alone are left out. accuracy_*: of labeled pixels; the rest counts connectivities: kept_right: the share
+    ground-truth 255 alone are left out. accuracy_*: of labeled pixels, before, after, and if exactly the connectivities
+    of a wrong class were dropped, as a perfect noise model would; the rest counts connectivities: kept_right: the share
     of true labels among those kept, changed_right: of true classes among those given another class, dropped_wrong: of
     wrong labels among those dropped, sure_right: of true classes among predictions other than the label whose probability
     exceeds tau_cr, whatever was decided.
@@ -129,6 +130,7 @@ def compare_with_ground_truth(data, verdicts, gt_rows: dict[str, str]) -> dict:
         "wrong_connectivities": share(wrong[seen], np.ones(seen.sum())),
         "auroc": float(roc_auc_score(wrong[usable], signal[usable])) if 0 < wrong[usable].sum() < usable.sum() else None,
         "accuracy_before": share(right_before, known), "accuracy_after": share(right_after, known[labeled]),
+        "accuracy_wrong_dropped": share(right_before[~wrong], known[~wrong]),
         "kept_right": share((~wrong & (verdicts.decision == "kept"))[seen], (verdicts.decision == "kept")[seen]),
         "changed_right": share((verdicts.final == true)[seen & labeled & changed], np.ones((seen & labeled & changed).sum())),
         "sure_right": share((verdicts.predicted == true)[sure], np.ones(sure.sum())), "sure": int(sure.sum()),
