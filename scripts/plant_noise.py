@@ -9,8 +9,8 @@ SCC must find them; its --gt, given the first list, says how well it did (AUROC,
     python scripts/plant_noise.py --id-list-path data/toy/s0/lists/target_train_gt.txt --out-list splits/planted/all.txt
     python seco_scc.py --id-list-path splits/planted/all.txt --gt data/toy/s0/lists/target_train_gt.txt \\
         --backbone resnet10 --backbone-weights runs/toy_release/seed0/source/latest.pth \\
-        --patch-size 64 128 --iterations 300 --lr 0.1
-    python seco_scc.py … --recipe paper --scale 1 --iterations 600 --lr 0.05
+        --min-area 30 --patch-size 64 128 --iterations 600 --lr 0.1
+    python seco_scc.py … --recipe paper --min-area 30 --scale 1 --iterations 600 --lr 0.05
 """
 from __future__ import annotations
 
