@@ -558,8 +558,8 @@ def parse_args(argv=None) -> argparse.Namespace:
                              "fewer images need fewer. The learning rate decays over 20 epochs, whatever N is "
                              "(default: %(default)s)")
     parser.add_argument("--min-area", type=int, default=1, metavar="PIXELS",
-                        help="smaller connectivities lose their label unseen: slivers between SAM's masks are hardly better "
-                             "than random and can outnumber the rest in training; the released code has a limit of 100, "
+                        help="smaller connectivities lose their label unseen: slivers where SAM's masks meet are mostly "
+                             "mislabeled and can be half of what is learned from; the released code has a limit of 100, "
                              "commented out (default: 1, all are judged)")
     parser.add_argument("--batch-size", type=int, metavar="N",
                         help="connectivities (release, default 64) or whole images (paper, default 4, ours) an iteration")

@@ -415,25 +415,30 @@ def test_outputs(finished, recipe):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_small_connectivities_might_as_well_not_be_there(root, recipe):
     """--min-area on labels with slivers makes what no limit makes on labels whose slivers were erased beforehand."""
-    limit = 12
+    limit, wrong = 12, []
     for _, path in read_list(root / "splits/pix/all.txt"):
-        label = read_label(root / path)
+        label, truth = read_label(root / path), read_label(root / path.replace("pix/", "gt/", 1))
         numbers = scc.numbered(label, 19)
         for number in range(numbers.max() + 1):
             if (numbers == number).sum() < limit:
+                inside = truth[(numbers == number) & (truth != IGNORE)]
+                wrong += [np.bincount(inside).argmax() != label[numbers == number][0]] if len(inside) else []
                 label[numbers == number] = IGNORE
         erased = root / path.replace("pix/", "erased/", 1)
         erased.parent.mkdir(parents=True, exist_ok=True)
         write_label(erased, label, CITYSCAPES_19.palette)
     write_list(root / "splits/erased/all.txt", [(image, path.replace("pix/", "erased/", 1))
                                                 for image, path in read_list(root / "splits/pix/all.txt")])
-    scc.main(command(root, recipe, "--min-area", str(limit)))
+    scc.main(command(root, recipe, "--min-area", str(limit), "--gt", str(root / "splits/gt.txt")))
     plain = command(root, recipe)
     plain[1] = plain[1].replace("splits/pix", "splits/erased")
     scc.main(plain)
     found, expected = (list(csv.DictReader(open(root / f"{name}_{suffix(recipe)}/connectivities.csv"))) for name in ("pix", "erased"))
     small = [row for row in found if int(row["area"]) < limit]
     assert len(small) > 20 and {(row["decision"], row["loss"], row["final"]) for row in small} == {("dropped", "nan", "255")}
+    report = json.loads((root / f"pix_{suffix(recipe)}/report/report.json").read_text())
+    assert report["ground_truth"]["not_judged_wrong"] == pytest.approx(100 * np.mean(wrong))
+    assert report["judged"] == len(found) - len(small)
     found = [row for row in found if int(row["area"]) >= limit]
     assert len(found) == len(expected) > 20
     for row, other in zip(found, expected):
@@ -565,6 +570,7 @@ def test_diagnostics_against_the_confusion_matrix_and_loops(finished, tmp_path, 
             if float(line["score"]) > 0.02 and line["prediction"] != line["class"]]
     assert report["ground_truth"]["sure"] == len(sure) > 0
     assert report["ground_truth"]["sure_right"] == pytest.approx(100 * np.mean(sure))
+    assert report["ground_truth"]["not_judged_wrong"] is None
     changed = [int(line["final"]) == m for _, _, line, m in rows if line["final"] not in (line["class"], str(IGNORE))]
     assert report["ground_truth"]["changed_right"] == (pytest.approx(100 * np.mean(changed)) if changed else None)
 

@@ -98,7 +98,7 @@ def compare_with_ground_truth(data, verdicts, gt_rows: dict[str, str]) -> dict:
     of a wrong class were dropped, as a perfect noise model would; the rest counts connectivities: kept_right: the share
     of true labels among those kept, changed_right: of true classes among those given another class, dropped_wrong: of
     wrong labels among those dropped, sure_right: of true classes among predictions other than the label whose probability
-    exceeds tau_cr, whatever was decided.
+    exceeds tau_cr, whatever was decided, not_judged_wrong: of wrong labels among those under --min-area.
     """
     true, purity, right_before, right_after = (np.zeros(len(data.index)) for _ in range(4))
     known = np.zeros(len(data.index))
@@ -135,6 +135,7 @@ def compare_with_ground_truth(data, verdicts, gt_rows: dict[str, str]) -> dict:
         "changed_right": share((verdicts.final == true)[seen & labeled & changed], np.ones((seen & labeled & changed).sum())),
         "sure_right": share((verdicts.predicted == true)[sure], np.ones(sure.sum())), "sure": int(sure.sum()),
         "dropped_wrong": share((wrong & (verdicts.decision == "dropped"))[seen], (verdicts.decision == "dropped")[seen]),
+        "not_judged_wrong": share((wrong & ~data.judged)[seen], ~data.judged[seen]),
     }
 
 
