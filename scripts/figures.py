@@ -144,7 +144,7 @@ def sam_table() -> str:
 
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--image", type=int, default=4, metavar="N", help="image of the pipeline picture (default: 0)")
+    parser.add_argument("--image", type=int, default=4, metavar="N", help="image of the pipeline picture (default: 4)")
     return parser.parse_args(argv)
 
 
