@@ -31,7 +31,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
@@ -61,7 +61,6 @@ MOMENTUM, WEIGHT_DECAY, LABEL_SMOOTHING = 0.9, 1e-3, 0.1
 POOL = 1024                 # patches in memory, 0.4 GB at 256x512, from which training batches are drawn
 MIN_CONNECTIVITIES = 50     # fewer losses than this are no basis for a mixture
 MIN_SEPARATION = 1.0        # least distance of the mixture's means, in units of their root mean square deviation
-NOT_JUDGED = -100           # class of what cross-entropy leaves out, as torch has it
 SAVE_SECONDS = 60           # between checkpoints of the training
 
 INDEX = np.dtype([("image", "i4"), ("number", "i4"), ("class_id", "u1"), ("area", "i4"),
@@ -204,17 +203,20 @@ def decide(eta: np.ndarray, score: np.ndarray, predicted: np.ndarray, class_id: 
 # ------------------------------------------------------------------------------------------------------------- training
 
 class Data:
-    """The images of a list with their connectivities. rows: of the list; index: INDEX; starts: image i has the
-    connectivities index[starts[i]:starts[i + 1]]; judged: bool, those of --min-area pixels or more, which are learned from and
-    scored."""
+    """The images of a list with their connectivities. rows: of the list; index: INDEX; starts: where each image's begin in it;
+    judged: bool, those of --min-area pixels or more, which are learned from and scored."""
 
     def __init__(self, root: Path, rows: list[tuple[str, str]], index: np.ndarray, class_num: int, options):
         self.root, self.rows, self.index, self.class_num, self.options = root, rows, index, class_num, options
         self.starts = np.searchsorted(index["image"], np.arange(len(rows) + 1))
         self.judged = index["area"] >= options.min_area
 
+    def part(self, image: int) -> slice:
+        """Where the connectivities of image i are in the index, and in all that has one entry for each connectivity."""
+        return slice(self.starts[image], self.starts[image + 1])
+
     def of_image(self, image: int) -> np.ndarray:
-        return self.index[self.starts[image]:self.starts[image + 1]]
+        return self.index[self.part(image)]
 
     def numbers(self, image: int) -> np.ndarray:
         """int32 H x W: the number of each pixel's connectivity in image i, or -1."""
@@ -245,7 +247,7 @@ def release_order(data: Data, epoch: int) -> tuple[np.ndarray, list[np.ndarray]]
     random = np.random.default_rng([data.options.seed, epoch])
     pool, order, visits = [], [], []
     for image in random.permutation(len(data.rows)):
-        members = data.starts[image] + np.flatnonzero(data.judged[data.starts[image]:data.starts[image + 1]])
+        members = data.starts[image] + np.flatnonzero(data.judged[data.part(image)])
         for visit in np.split(members, range(POOL, len(members), POOL)):
             visits.append(visit)
             pool.extend(visit.tolist())
@@ -293,12 +295,12 @@ def patch_batches(data: Data, start: int, stop: int) -> Iterator[tuple[torch.Ten
 
 def image_batches(data: Data, start: int, stop: int) -> Iterator[tuple[torch.Tensor, list[MaskShares], torch.Tensor]]:
     """Training batches start..stop of the paper recipe: whole images uint8 B x H x W x 3 (of one size, the first one's), the
-    masks of all their connectivities, their classes (NOT_JUDGED, which cross-entropy ignores, of those not judged). An
+    masks of all their connectivities, their classes (IGNORE for those not judged). An
     incomplete last batch of an epoch is left out."""
     options = data.options
     images = judged_images(data)
     size = min(options.batch_size, len(images))
-    per_epoch = len(images) // size
+    per_epoch = batches_per_epoch(data)
     with ThreadPoolExecutor(max(1, options.workers)) as reader:
         def load(iteration: int):
             random = np.random.default_rng([options.seed, iteration // per_epoch])
@@ -311,8 +313,7 @@ def image_batches(data: Data, start: int, stop: int) -> Iterator[tuple[torch.Ten
                     picture = cv2.resize(picture, pictures[0].shape[1::-1], interpolation=cv2.INTER_AREA)
                 shares.append(mask_shares(numbers, len(data.of_image(image)), picture.shape[:2], mirror))
                 pictures.append(np.ascontiguousarray(picture[:, ::-1]) if mirror else picture)
-                judged = data.judged[data.starts[image]:data.starts[image + 1]]
-                classes.append(np.where(judged, data.of_image(image)["class_id"].astype(np.int64), NOT_JUDGED))
+                classes.append(np.where(data.judged[data.part(image)], data.of_image(image)["class_id"], IGNORE).astype(np.int64))
             return torch.from_numpy(np.stack(pictures)), shares, torch.from_numpy(np.concatenate(classes))
 
         ahead = max(1, options.workers)
@@ -388,7 +389,7 @@ def train(data: Data, out: Path, device: torch.device) -> None:
         for group, lr in zip(optimizer.param_groups, base):
             group["lr"] = lr * (1 + DECAY * iteration / total) ** -POWER
         loss = F.cross_entropy(logits_of(model, images, second, device, options.amp == "bf16"), classes.to(device),
-                               label_smoothing=smoothing)
+                               ignore_index=IGNORE, label_smoothing=smoothing)
         if not torch.isfinite(loss):
             raise UserError(f"SCC training: the loss is not finite at iteration {iteration}; use a smaller --lr")
         optimizer.zero_grad()
@@ -414,7 +415,7 @@ def score_image(model, data: Data, image: int, read, device: torch.device, pool:
     Batches never span images, so that the numbers do not depend on which process scores which image.
     """
     options, rows, (picture, numbers) = data.options, data.of_image(image), read
-    judged = data.judged[data.starts[image]:data.starts[image + 1]]
+    judged = data.judged[data.part(image)]
     amp, logits = options.amp == "bf16", [torch.zeros(0, data.class_num)]
     if options.recipe == "release":
         seen = rows[judged]
@@ -468,7 +469,7 @@ class Verdicts:
     eta: np.ndarray             # NaN in the release recipe
     decision: np.ndarray        # "kept", "corrected" or "dropped"
     final: np.ndarray           # class or IGNORE
-    noise: NoiseModel | None
+    noise: NoiseModel | None    # fitted to the judged ones, whose eta it has
     thresholds: dict
 
 
@@ -477,16 +478,15 @@ def judge(data: Data, out: Path) -> Verdicts:
     options, classes = data.options, data.index["class_id"]
     loss, certainty, predicted = np.empty(len(classes)), np.empty(len(classes)), np.empty(len(classes), np.uint8)
     for image in range(len(data.rows)):
-        part = slice(data.starts[image], data.starts[image + 1])
+        part = data.part(image)
         with np.load(score_path(out, image)) as scores:
             loss[part], certainty[part], predicted[part] = scores["loss"], scores["score"], scores["predicted"]
     if options.recipe == "paper":
         noise = noise_posterior(loss[data.judged], options.seed)
         eta = np.ones(len(loss))
         eta[data.judged] = noise.eta
-        noise = replace(noise, eta=eta)
-        decision, final = decide(noise.eta, certainty, predicted, classes, options.tau_ns, options.tau_cr)
-        return Verdicts(loss, certainty, predicted, noise.eta, decision, final, noise,
+        decision, final = decide(eta, certainty, predicted, classes, options.tau_ns, options.tau_cr)
+        return Verdicts(loss, certainty, predicted, eta, decision, final, noise,
                         {"tau_ns": options.tau_ns, "tau_cr": options.tau_cr})
     kept, thresholds = filter_connectivities(loss, certainty, predicted, options.filter, options.quantile)
     decision = np.where(kept, np.where(predicted == classes, "kept", "corrected"), "dropped")
@@ -524,7 +524,7 @@ def correct(data: Data, out: Path, classes, suffix: str, list_path: Path) -> Ver
     def write(image: int) -> None:
         label_path = data.rows[image][1]
         label = read_label(data.root / label_path, data.class_num)
-        final = verdicts.final[data.starts[image]:data.starts[image + 1]]
+        final = verdicts.final[data.part(image)]
         write_label(data.root / renamed_experiment(label_path, suffix),
                     corrected_label(label, numbered(label, data.class_num), final), classes.palette)
 
@@ -666,11 +666,11 @@ def main(argv=None) -> None:
     if rank > 0:
         wait_for([out / "index.npz"], "the index")
     index = make_index(rows, root, classes.count, out, options.id_list_path)
+    if not (index["area"] >= options.min_area).any():
+        raise UserError(f"--min-area {options.min_area}: the largest connectivity has {index['area'].max()} pixels; give fewer")
     if rank > 0:
         wait_for([out / "settings.json"], "the index")
     check_settings(out / "settings.json", settings)         # thresholds are not among them: they may change at will
-    if not (index["area"] >= options.min_area).any():
-        raise UserError(f"--min-area {options.min_area}: the largest connectivity has {index['area'].max()} pixels; give fewer")
     data, watch, checkpoint = Data(root, rows, index, classes.count, options), Stopwatch(), out / "checkpoint.pth"
     if rank == 0:
         small = len(index) - int(data.judged.sum())

@@ -589,6 +589,8 @@ def test_wrong_options(root, extra, words):
     with pytest.raises(UserError, match=words):
         scc.main(command(root, "release", *extra))
     assert not (root / "pix_scc/checkpoint.pth").exists()
+    if extra[0] == "--min-area":    # the mistake leaves no settings behind that would refuse the mended command
+        assert not (root / "pix_scc/settings.json").exists()
 
 
 def test_other_settings_or_labels_in_the_same_folder(finished, tmp_path):

@@ -108,7 +108,7 @@ def compare_with_ground_truth(data, verdicts, gt_rows: dict[str, str]) -> dict:
         if truth.shape != numbers.shape:
             raise UserError(f"{data.root / gt_rows[image_path]}: {truth.shape[1]} x {truth.shape[0]} pixels, the label map "
                             f"has {numbers.shape[1]} x {numbers.shape[0]}")
-        part = slice(data.starts[image], data.starts[image + 1])
+        part = data.part(image)
         count, counted = part.stop - part.start, (numbers >= 0) & (truth != IGNORE)
         votes = np.bincount(numbers[counted].astype(np.int64) * data.class_num + truth[counted],
                             minlength=count * data.class_num).reshape(count, data.class_num)
@@ -158,7 +158,7 @@ def loss_histogram(data, verdicts) -> Image.Image:
         for name, mean, deviation, weight in zip(("clean", "noisy"), noise.means, noise.deviations, noise.weights):
             density = weight / (deviation * np.sqrt(2 * np.pi)) * np.exp(-((grid - mean) / deviation) ** 2 / 2)
             curves[name] = (grid, np.minimum(density * len(x) / bins, len(x)))
-        below = x[noise.eta[data.judged] < verdicts.thresholds["tau_ns"]]
+        below = x[noise.eta < verdicts.thresholds["tau_ns"]]
         thresholds = {"tau_ns": float(below.max())} if len(below) else {}
     return histogram(groups, "SCC: losses of the connectivities", "normalised cross-entropy against the label", bins,
                      curves, thresholds, colours=colours)
@@ -188,7 +188,7 @@ def panels(data, verdicts, classes: ClassSet, images: int) -> Image.Image:
     rows = []
     for image in range(min(images, len(data.rows))):
         picture, numbers = data.read(image)
-        part = slice(data.starts[image], data.starts[image + 1])
+        part = data.part(image)
         take = lambda values, empty: np.append(values[part], empty)[numbers]  # noqa: E731
         before = take(data.index["class_id"], IGNORE)
         after = take(verdicts.final, IGNORE)
