@@ -10,7 +10,7 @@ Inputs:  --checkpoint (model/sam_tiny.pth); scenes are drawn by dataset/toy.py f
 Outputs: a table; --out (model/sam_tiny.json) with all numbers, seed, steps, minutes and hardware of the training.
 
     python scripts/eval_sam_tiny.py                                   # about 3 minutes on 2 cores
-    python scripts/eval_sam_tiny.py --scenes 4 --out /tmp/quick.json
+    python scripts/eval_sam_tiny.py --scenes 4 --out quick.json
 
 Needs when copied away: model/sam.py, scripts/train_sam_tiny.py, dataset/toy.py, util/.
 """

@@ -4,7 +4,7 @@
 #   bash scripts/toy.sh                                one seed
 #   SEEDS="0 1 2" CONTROLS=1 bash scripts/toy.sh       three seeds with the paper's ablation and the upper bound
 #   RECIPE=paper bash scripts/toy.sh                   the paper's recipe (default: release), to runs/toy_paper
-#   SMALLEST=1 OUT=/tmp/x bash scripts/toy.sh          every stage in miniature: a test that all of it runs
+#   SMALLEST=1 OUT=runs/smallest bash scripts/toy.sh   every stage in miniature: a test that all of it runs
 #
 # data → source model → pixel-level pseudo-labels → PSA → SCC → split → UniMatch → evaluation, by the same four scripts as
 # the real tasks. Stopped at any moment, the same command goes on. Results: $OUT/results.md, results.json, pictures/.
