@@ -1,23 +1,32 @@
 #!/usr/bin/env python
-"""Evaluate a checkpoint, or a set of pseudo-labels, against ground truth: mean IoU from one confusion matrix.
+"""Evaluate a checkpoint, or a set of pseudo-labels, against ground truth: mean IoU from one
+confusion matrix.
 
-Inputs   --id-list-path   rows `<image path> <ground-truth path>`, relative to --root-path; and one of
+Inputs   --id-list-path   rows `<image path> <ground-truth path>`, relative to --root-path; and one
+         of
          --checkpoint     a DeepLabV3+ checkpoint of train_unimatch.py or of UniMatch
-         --labels         pseudo-labels: a list `<image path> <label path>`, whose rows are matched by image path, or a
-                          folder of PNGs, named as the images are below their first folder. An image of the ground truth
-                          that has no label map counts as unlabeled
-Outputs  the table on screen; in --out: metrics.json, confusion.png, confusion.csv, run.json (manifest)
+         --labels         pseudo-labels: a list `<image path> <label path>`, whose rows are matched
+                          by image path, or a folder of PNGs, named as the images are below their
+                          first folder. An image of the ground truth that has no label map counts as
+                          unlabeled
+Outputs  the table on screen; in --out: metrics.json, confusion.png, confusion.csv, run.json
+         (manifest)
 
-    python eval.py --checkpoint runs/seco/latest.pth --id-list-path splits/cityscapes/val.txt --mode sliding_window
-    python eval.py --labels splits/cityscapes/DTST_vit_h/all.txt --id-list-path splits/cityscapes/train_gt.txt
-    torchrun --nproc_per_node 4 eval.py …                    the same figures, images shared out to four processes
+    python eval.py --checkpoint runs/seco/latest.pth --id-list-path splits/cityscapes/val.txt \\
+        --mode sliding_window
+    python eval.py --labels splits/cityscapes/DTST_vit_h/all.txt \\
+        --id-list-path splits/cityscapes/train_gt.txt
+    # the same figures, images shared out to four processes
+    torchrun --nproc_per_node 4 eval.py …
 
-Modes (UniMatch's): `original`, the whole image in one pass; `sliding_window`, windows of --crop-size every two thirds of it,
-cut at the border, their probabilities summed; `center_crop`, the central square of image and label. The shipped GTA log was
-evaluated with sliding windows, SYNTHIA's and BDD's with original: state the mode with every figure.
+Modes (UniMatch's): `original`, the whole image in one pass; `sliding_window`, windows of
+--crop-size every two thirds of it, cut at the border, their probabilities summed; `center_crop`,
+the central square of image and label. The shipped GTA log was evaluated with sliding windows,
+SYNTHIA's and BDD's with original: state the mode with every figure.
 
-Copied away, this file needs util/, model/ and dataset/transform.py.
+Copied away, this file needs util/, model/ and dataset/augment.py.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -32,25 +41,52 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from dataset.transform import to_tensor
-from util.labels import (IDS_13_IN_16, IDS_16_IN_19, IGNORE, ClassSet, add_class_options, check_files, class_set,
-                         read_image, read_label, read_list)
+from util.images import to_tensor
+from util.labels import (
+    IDS_13_IN_16,
+    IDS_16_IN_19,
+    IGNORE,
+    ClassSet,
+    add_class_options,
+    check_files,
+    class_set,
+    read_image,
+    read_label,
+    read_list,
+)
 from util.metrics import confusion_matrix, summary
 from util.pictures import confusion_picture, save_picture
-from util.run import (UserError, add_run_options, atomic_path, check_writable, exact_mode, manifest, process_group,
-                      process_rank, run_main, select_device, write_json)
+from util.run import (
+    UserError,
+    add_run_options,
+    atomic_path,
+    check_writable,
+    exact_mode,
+    manifest,
+    process_group,
+    process_rank,
+    run_main,
+    select_device,
+    write_json,
+)
 
 MODES = ("original", "sliding_window", "center_crop")
 
 
-# ---------------------------------------------------------------------------------------------------------- prediction
+# --------------------------------------------------------------------------------------- prediction
+
 
 def sliding_windows(height: int, width: int, size: int) -> list[tuple[int, int, int, int]]:
-    """(top, bottom, left, right) of UniMatch's windows: a start every int(2/3 size) while it lies in the image; windows are
-    cut at the border, not shifted back, so that those at the border are smaller."""
+    """(top, bottom, left, right) of UniMatch's windows: a start every int(2/3 size) while it lies
+    in the image; windows are cut at the border, not shifted back, so that those at the border are
+    smaller.
+    """
     stride = max(int(size * 2 / 3), 1)
-    return [(top, min(top + size, height), left, min(left + size, width))
-            for top in range(0, height, stride) for left in range(0, width, stride)]
+    return [
+        (top, min(top + size, height), left, min(left + size, width))
+        for top in range(0, height, stride)
+        for left in range(0, width, stride)
+    ]
 
 
 def center_square(height: int, width: int, size: int) -> tuple[slice, slice]:
@@ -59,12 +95,14 @@ def center_square(height: int, width: int, size: int) -> tuple[slice, slice]:
     return slice(top, top + size), slice(left, left + size)
 
 
-def predict(model: nn.Module, images: torch.Tensor, mode: str, crop_size: int | None,
-            window_batch: int = 4) -> torch.Tensor:
-    """Normalised images, B x 3 x H x W → class scores, float32 B x K x H x W; the largest is the prediction.
+def predict(
+    model: nn.Module, images: torch.Tensor, mode: str, crop_size: int | None, window_batch: int = 4
+) -> torch.Tensor:
+    """Normalised images, B x 3 x H x W → class scores, float32 B x K x H x W; the largest is the
+    prediction.
 
-    Scores are softmax probabilities; of sliding windows their sums. `center_crop` returns the central square alone.
-    Windows of one shape go through the network `window_batch` at a time.
+    Scores are softmax probabilities; of sliding windows their sums. `center_crop` returns the
+    central square alone. Windows of one shape go through the network `window_batch` at a time.
     """
     height, width = images.shape[-2:]
     if mode == "center_crop":
@@ -78,30 +116,49 @@ def predict(model: nn.Module, images: torch.Tensor, mode: str, crop_size: int | 
     scores = None
     for windows in by_shape.values():
         for start in range(0, len(windows), window_batch):
-            share = windows[start:start + window_batch]
-            batch = torch.cat([images[..., t:b, l:r] for t, b, l, r in share])
+            share = windows[start : start + window_batch]
+            batch = torch.cat(
+                [images[..., top:bottom, left:right] for top, bottom, left, right in share]
+            )
             probabilities = model(batch).float().softmax(dim=1).chunk(len(share))
             if scores is None:
-                scores = probabilities[0].new_zeros(len(images), probabilities[0].shape[1], height, width)
-            for (t, b, l, r), values in zip(share, probabilities):
-                scores[..., t:b, l:r] += values
+                scores = probabilities[0].new_zeros(
+                    len(images), probabilities[0].shape[1], height, width
+                )
+            for (top, bottom, left, right), values in zip(share, probabilities):
+                scores[..., top:bottom, left:right] += values
     return scores
 
 
-# ---------------------------------------------------------------------------------------------------------- evaluation
+# --------------------------------------------------------------------------------------- evaluation
 
-def evaluate_checkpoint(model: nn.Module, rows, root: Path, class_num: int, mode: str, crop_size: int, device,
-                        bar: str | None = None) -> np.ndarray:
-    """The confusion matrix of a network (in eval mode) over `rows` (image path, ground-truth path), of this process's share
-    of them; `summed` adds the processes' up. `bar`: title of the progress bar of process 0."""
+
+def evaluate_checkpoint(
+    model: nn.Module,
+    rows,
+    root: Path,
+    class_num: int,
+    mode: str,
+    crop_size: int,
+    device,
+    bar: str | None = None,
+) -> np.ndarray:
+    """The confusion matrix of a network (in eval mode) over `rows` (image path, ground-truth path),
+    of this process's share of them; `summed` adds the processes' up. `bar`: title of the progress
+    bar of process 0.
+    """
     rank, world = process_rank()
     confusion = np.zeros((class_num, class_num + 1), dtype=np.int64)
     share = rows[rank::world]
-    for image_path, truth_path in tqdm(share, desc=bar, unit="image", disable=bar is None or rank > 0, leave=False):
+    for image_path, truth_path in tqdm(
+        share, desc=bar, unit="image", disable=bar is None or rank > 0, leave=False
+    ):
         image, truth = read_image(root / image_path), read_label(root / truth_path, class_num)
         if image.shape[:2] != truth.shape:
-            raise UserError(f"{root / truth_path}: the label map is {truth.shape[1]}x{truth.shape[0]}, its image "
-                            f"{image.shape[1]}x{image.shape[0]}; evaluation needs both in one size")
+            raise UserError(
+                f"{root / truth_path}: the label map is {truth.shape[1]}x{truth.shape[0]}, its"
+                f" image {image.shape[1]}x{image.shape[0]}; evaluation needs both in one size"
+            )
         if mode == "center_crop":
             truth = truth[center_square(*truth.shape, crop_size)]
         with torch.inference_mode():
@@ -112,25 +169,37 @@ def evaluate_checkpoint(model: nn.Module, rows, root: Path, class_num: int, mode
 
 
 def labels_in_folder(folder: Path, rows) -> dict[str, Path]:
-    """{image path: label map} of the images of `rows` that have one: `<folder>/<image path without its first folder>.png`, where
-    make_pseudo_labels.py, seco_sam.py and seco_scc.py put them below `<root>/<exp>`. Absolute paths."""
-    paths = {image: (folder / Path(*Path(image).parts[1:])).with_suffix(".png").resolve() for image, _ in rows}
+    """{image path: label map} of the images of `rows` that have one: `<folder>/<image path without
+    its first folder>.png`, where make_pseudo_labels.py, seco_sam.py and seco_scc.py put them below
+    `<root>/<exp>`. Absolute paths.
+    """
+    paths = {
+        image: (folder / Path(*Path(image).parts[1:])).with_suffix(".png").resolve()
+        for image, _ in rows
+    }
     return {image: path for image, path in paths.items() if path.is_file()}
 
 
-def evaluate_labels(label_of_image: dict[str, str | Path], rows, root: Path, class_num: int) -> np.ndarray:
-    """The confusion matrix of pseudo-label maps over `rows` (image path, ground-truth path), of this process's share.
+def evaluate_labels(
+    label_of_image: dict[str, str | Path], rows, root: Path, class_num: int
+) -> np.ndarray:
+    """The confusion matrix of pseudo-label maps over `rows` (image path, ground-truth path), of
+    this process's share.
 
     A label map of another size than its ground truth is brought to it by nearest neighbour.
     """
     rank, world = process_rank()
     confusion = np.zeros((class_num, class_num + 1), dtype=np.int64)
-    for image_path, truth_path in tqdm(rows[rank::world], desc="labels", unit="image", disable=rank > 0, leave=False):
+    for image_path, truth_path in tqdm(
+        rows[rank::world], desc="labels", unit="image", disable=rank > 0, leave=False
+    ):
         truth = read_label(root / truth_path, class_num)
         if image_path in label_of_image:
             label = read_label(root / label_of_image[image_path], class_num)
             if label.shape != truth.shape:
-                label = np.array(Image.fromarray(label).resize(truth.shape[::-1], Image.Resampling.NEAREST))
+                label = np.array(
+                    Image.fromarray(label).resize(truth.shape[::-1], Image.Resampling.NEAREST)
+                )
         else:
             label = np.full_like(truth, IGNORE)
         confusion += confusion_matrix(truth, label, class_num)
@@ -142,20 +211,25 @@ def summed(confusion: np.ndarray, device) -> np.ndarray:
     if process_rank()[1] == 1:
         return confusion
     import torch.distributed as dist
+
     total = torch.from_numpy(confusion).to(device)
     dist.all_reduce(total)
     return total.cpu().numpy()
 
 
 def figures(confusion: np.ndarray, classes: ClassSet) -> dict:
-    """`util.metrics.summary` with class names, and the means over the 16 and the 13 classes that SYNTHIA papers give (all
-    from the one confusion matrix). Percent."""
+    """`util.metrics.summary` with class names, and the means over the 16 and the 13 classes that
+    SYNTHIA papers give (all from the one confusion matrix). Percent.
+    """
     metrics = summary(confusion)
     per_class, present = metrics.pop("iou"), metrics.pop("present")
-    counted = [value if value is not None and there else 0.0 for value, there in zip(per_class, present)]
+    counted = [
+        value if value is not None and there else 0.0 for value, there in zip(per_class, present)
+    ]
 
     def mean(ids: Iterable[int]) -> float:
         return float(np.mean([counted[i] for i in ids]))
+
     if classes.count == 19:
         metrics["miou_16"] = mean(IDS_16_IN_19)
         metrics["miou_13"] = mean(IDS_16_IN_19[i] for i in IDS_13_IN_16)
@@ -175,32 +249,71 @@ def table(metrics: dict, header: str) -> str:
         absent = "   absent from the ground truth" if name in metrics["absent"] else ""
         lines.append(f"  {number:3d} {name:{width}s} {shown}{absent}")
     count = len(metrics["iou"])
-    lines.append(f"mIoU {metrics['miou']:.2f} %  over all {count} classes, one absent from the ground truth counting 0 "
-                 "(as in the shipped logs)")
-    lines.append(f"mIoU {metrics['miou_present']:.2f} %  over the {count - len(metrics['absent'])} classes present in the "
-                 "ground truth")
-    for key, what in (("miou_16", "over SYNTHIA's 16 classes, absent = 0"),
-                      ("miou_13", "over SYNTHIA's 13 classes (without wall, fence, pole), absent = 0")):
+    lines.append(
+        f"mIoU {metrics['miou']:.2f} %  over all {count} classes, one absent from the ground truth"
+        " counting 0 (as in the shipped logs)"
+    )
+    lines.append(
+        f"mIoU {metrics['miou_present']:.2f} %  over the {count - len(metrics['absent'])} classes"
+        " present in the ground truth"
+    )
+    for key, what in (
+        ("miou_16", "over SYNTHIA's 16 classes, absent = 0"),
+        ("miou_13", "over SYNTHIA's 13 classes (without wall, fence, pole), absent = 0"),
+    ):
         if key in metrics:
             lines.append(f"mIoU {metrics[key]:.2f} %  {what}")
-    lines.append(f"accuracy {metrics['accuracy']:.2f} % of labeled pixels; coverage {metrics['coverage']:.2f} % of the "
-                 "ground truth's pixels are labeled")
+    lines.append(
+        f"accuracy {metrics['accuracy']:.2f} % of labeled pixels; coverage"
+        f" {metrics['coverage']:.2f} % of the ground truth's pixels are labeled"
+    )
     return "\n".join(lines)
 
 
-# ---------------------------------------------------------------------------------------------------------------- main
+# --------------------------------------------------------------------------------------------- main
+
 
 def options() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--checkpoint", type=Path, metavar="FILE", help="evaluate this network")
-    what.add_argument("--labels", type=Path, metavar="LIST|FOLDER", help="evaluate the label maps of this list or folder")
-    parser.add_argument("--id-list-path", type=Path, required=True, metavar="LIST", help="images and their ground truth")
-    parser.add_argument("--root-path", type=Path, default=Path("data"), help="folder the lists' paths start from (default: data)")
-    parser.add_argument("--mode", choices=MODES, default="original", help="how images go through the network (default: original)")
-    parser.add_argument("--crop-size", type=int, default=769, metavar="PIXELS",
-                        help="side of windows and of the central square, 33 or more (default: 769)")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to leave metrics.json and the pictures")
+    what.add_argument(
+        "--labels",
+        type=Path,
+        metavar="LIST|FOLDER",
+        help="evaluate the label maps of this list or folder",
+    )
+    parser.add_argument(
+        "--id-list-path",
+        type=Path,
+        required=True,
+        metavar="LIST",
+        help="images and their ground truth",
+    )
+    parser.add_argument(
+        "--root-path",
+        type=Path,
+        default=Path("data"),
+        help="folder the lists' paths start from (default: data)",
+    )
+    parser.add_argument(
+        "--mode",
+        choices=MODES,
+        default="original",
+        help="how images go through the network (default: original)",
+    )
+    parser.add_argument(
+        "--crop-size",
+        type=int,
+        default=769,
+        metavar="PIXELS",
+        help="side of windows and of the central square, 33 or more (default: 769)",
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="where to leave metrics.json and the pictures"
+    )
     add_class_options(parser)
     add_run_options(parser, seed=False)
     return parser
@@ -208,16 +321,24 @@ def options() -> argparse.ArgumentParser:
 
 def checked_model(checkpoint: Path, class_num: int, device):
     from model.deeplabv3plus import load_segmentation_model
+
     model, config = load_segmentation_model(checkpoint, device)
     if config["class_num"] != class_num:
-        raise UserError(f"{checkpoint}: predicts {config['class_num']} classes, but --class-num is {class_num}")
+        raise UserError(
+            f"{checkpoint}: predicts {config['class_num']} classes, but --class-num is {class_num}"
+        )
     return model
 
 
-def write_results(out: Path, confusion: np.ndarray, metrics: dict, classes: ClassSet, record: dict) -> None:
+def write_results(
+    out: Path, confusion: np.ndarray, metrics: dict, classes: ClassSet, record: dict
+) -> None:
     with atomic_path(out / "confusion.csv") as temporary:
         rows = [",".join(["ground truth \\ prediction", *classes.names, "none"])]
-        rows += [",".join([name, *map(str, counts)]) for name, counts in zip(classes.names, confusion.tolist())]
+        rows += [
+            ",".join([name, *map(str, counts)])
+            for name, counts in zip(classes.names, confusion.tolist())
+        ]
         temporary.write_text("\n".join(rows) + "\n", encoding="utf-8")
     save_picture(out / "confusion.png", confusion_picture(confusion, classes.names))
     write_json(out / "metrics.json", {**metrics, **record})
@@ -229,22 +350,48 @@ def main(argv: list[str] | None = None) -> None:
     if args.crop_size < 33:
         raise UserError(f"--crop-size {args.crop_size}: give 33 or more pixels")
     rows = read_list(args.id_list_path)
-    check_files(args.root_path, [path for row in rows for path in (row if args.checkpoint else row[1:])], args.id_list_path)
+    check_files(
+        args.root_path,
+        [path for row in rows for path in (row if args.checkpoint else row[1:])],
+        args.id_list_path,
+    )
     device = select_device(args.device)
     exact_mode()
     if args.checkpoint:
         model = checked_model(args.checkpoint, classes.count, device)
         measure: Callable[[], np.ndarray] = lambda: evaluate_checkpoint(
-            model, rows, args.root_path, classes.count, args.mode, args.crop_size, device, "evaluation")
+            model,
+            rows,
+            args.root_path,
+            classes.count,
+            args.mode,
+            args.crop_size,
+            device,
+            "evaluation",
+        )
         crop = "" if args.mode == "original" else f" {args.crop_size}"
-        header = f"{args.checkpoint}, {len(rows)} images of {args.id_list_path}, mode {args.mode}{crop}, IoU in percent"
+        header = (
+            f"{args.checkpoint}, {len(rows)} images of {args.id_list_path}, mode {args.mode}{crop},"
+            " IoU in percent"
+        )
     else:
-        label_of_image = labels_in_folder(args.labels, rows) if args.labels.is_dir() else dict(read_list(args.labels))
+        label_of_image = (
+            labels_in_folder(args.labels, rows)
+            if args.labels.is_dir()
+            else dict(read_list(args.labels))
+        )
         missing = [image for image, _ in rows if image not in label_of_image]
         if len(missing) == len(rows):
-            raise UserError(f"{args.labels}: has none of the images of {args.id_list_path} (its first: {rows[0][0]}); lists "
-                            "are matched by image path, a folder's files by that path without its first folder")
-        check_files(args.root_path, [label_of_image[image] for image, _ in rows if image in label_of_image], args.labels)
+            raise UserError(
+                f"{args.labels}: has none of the images of {args.id_list_path} (its first:"
+                f" {rows[0][0]}); lists are matched by image path, a folder's files by that path"
+                " without its first folder"
+            )
+        check_files(
+            args.root_path,
+            [label_of_image[image] for image, _ in rows if image in label_of_image],
+            args.labels,
+        )
         measure = lambda: evaluate_labels(label_of_image, rows, args.root_path, classes.count)
         header = f"{args.labels} against {args.id_list_path}: {len(rows)} images, IoU in percent"
         if missing:
@@ -260,7 +407,11 @@ def main(argv: list[str] | None = None) -> None:
     if args.out:
         inputs = {"list": args.id_list_path, "checkpoint": args.checkpoint, "labels": args.labels}
         inputs = {name: path for name, path in inputs.items() if path and path.is_file()}
-        record = {"mode": args.mode if args.checkpoint else "labels", "images": len(rows), "class_num": classes.count}
+        record = {
+            "mode": args.mode if args.checkpoint else "labels",
+            "images": len(rows),
+            "class_num": classes.count,
+        }
         write_results(args.out, confusion, metrics, classes, record)
         write_json(args.out / "run.json", manifest(vars(args), inputs))
 

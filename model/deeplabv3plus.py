@@ -1,7 +1,10 @@
-"""DeepLabV3+ (Chen et al. 2018) as UniMatch builds it: ResNet at output stride 16, ASPP without dropout, decoder on layer1.
+"""DeepLabV3+ (Chen et al. 2018) as UniMatch builds it: ResNet at output stride 16, ASPP without
+dropout, decoder on layer1.
 
-Weights are named as in UniMatch's checkpoints (backbone, head, reduce, fuse, classifier), so that both load.
+Weights are named as in UniMatch's checkpoints (backbone, head, reduce, fuse, classifier), so that
+both load.
 """
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -14,24 +17,37 @@ from model.checkpoint import load_exactly, read_checkpoint, state_dict_in
 from model.resnet import resnet
 from util.run import UserError
 
-DILATIONS = (6, 12, 18)    # of ASPP at output stride 16 (DeepLabV3, table 5; UniMatch's configuration)
-REDUCED_CHANNELS = 48      # of layer1's output in the decoder (DeepLabV3+, table 1)
-FEATURE_DROPOUT = 0.5      # share of channels dropped by the feature perturbation (UniMatch, section 3.2)
+DILATIONS = (
+    6,
+    12,
+    18,
+)  # of ASPP at output stride 16 (DeepLabV3, table 5; UniMatch's configuration)
+REDUCED_CHANNELS = 48  # of layer1's output in the decoder (DeepLabV3+, table 1)
+FEATURE_DROPOUT = (
+    0.5  # share of channels dropped by the feature perturbation (UniMatch, section 3.2)
+)
 
 
 def upsampled(x: torch.Tensor, size) -> torch.Tensor:
-    """B x C x h x w → B x C x size, bilinear with the corners aligned, as everywhere in this network."""
+    """B x C x h x w → B x C x size, bilinear with the corners aligned, as everywhere in this
+    network.
+    """
     return interpolate(x, size=tuple(size), mode="bilinear", align_corners=True)
 
 
 def conv_bn_relu(inputs: int, outputs: int, kernel: int, dilation: int = 1) -> list[nn.Module]:
     padding = dilation if kernel == 3 else 0
-    return [nn.Conv2d(inputs, outputs, kernel, padding=padding, dilation=dilation, bias=False),
-            nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
+    return [
+        nn.Conv2d(inputs, outputs, kernel, padding=padding, dilation=dilation, bias=False),
+        nn.BatchNorm2d(outputs),
+        nn.ReLU(inplace=True),
+    ]
 
 
 class ImagePooling(nn.Module):
-    """ASPP's branch with the mean over the image, spread over it again: B x inputs x h x w → B x outputs x h x w."""
+    """ASPP's branch with the mean over the image, spread over it again: B x inputs x h x w → B x
+    outputs x h x w.
+    """
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
@@ -47,19 +63,25 @@ class ASPP(nn.Module):
     def __init__(self, inputs: int, outputs: int, dilations: tuple[int, int, int]):
         super().__init__()
         self.b0 = nn.Sequential(*conv_bn_relu(inputs, outputs, 1))
-        self.b1, self.b2, self.b3 = (nn.Sequential(*conv_bn_relu(inputs, outputs, 3, rate)) for rate in dilations)
+        self.b1, self.b2, self.b3 = (
+            nn.Sequential(*conv_bn_relu(inputs, outputs, 3, rate)) for rate in dilations
+        )
         self.b4 = ImagePooling(inputs, outputs)
         self.project = nn.Sequential(*conv_bn_relu(5 * outputs, outputs, 1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.project(torch.cat([branch(x) for branch in (self.b0, self.b1, self.b2, self.b3, self.b4)], dim=1))
+        return self.project(
+            torch.cat(
+                [branch(x) for branch in (self.b0, self.b1, self.b2, self.b3, self.b4)], dim=1
+            )
+        )
 
 
 class DeepLabV3Plus(nn.Module):
     """Images to logits at the images' size.
 
-    backbone: 10, 18, 50 or 101 (depth). ASPP and decoder have c4's channels / 8, at least 64: 256 with ResNet-50 and -101,
-    64 with -18 and -10.
+    backbone: 10, 18, 50 or 101 (depth). ASPP and decoder have c4's channels / 8, at least 64: 256
+    with ResNet-50 and -101, 64 with -18 and -10.
     """
 
     def __init__(self, backbone: int, class_num: int, stem: str = "deep", dilations=DILATIONS):
@@ -69,38 +91,54 @@ class DeepLabV3Plus(nn.Module):
         width = max(64, high // 8)
         self.head = ASPP(high, width, tuple(dilations))
         self.reduce = nn.Sequential(*conv_bn_relu(low, REDUCED_CHANNELS, 1))
-        self.fuse = nn.Sequential(*conv_bn_relu(REDUCED_CHANNELS + width, width, 3), *conv_bn_relu(width, width, 3))
+        self.fuse = nn.Sequential(
+            *conv_bn_relu(REDUCED_CHANNELS + width, width, 3), *conv_bn_relu(width, width, 3)
+        )
         self.classifier = nn.Conv2d(width, class_num, 1)
-        self.config = {"arch": "deeplabv3plus", "backbone": f"resnet{backbone}", "stem": stem, "class_num": class_num,
-                       "dilations": list(dilations)}
+        self.config = {
+            "arch": "deeplabv3plus",
+            "backbone": f"resnet{backbone}",
+            "stem": stem,
+            "class_num": class_num,
+            "dilations": list(dilations),
+        }
 
     def decode(self, c1: torch.Tensor, c4: torch.Tensor) -> torch.Tensor:
         """Stride-4 and stride-16 features → stride-4 features before the classifier."""
         aspp = upsampled(self.head(c4), c1.shape[-2:])
         return self.fuse(torch.cat([self.reduce(c1), aspp], dim=1))
 
-    def forward(self, images: torch.Tensor, perturbation: tuple[torch.Tensor, torch.Tensor] | None = None,
-                fp_from: int = 0):
+    def forward(
+        self,
+        images: torch.Tensor,
+        perturbation: tuple[torch.Tensor, torch.Tensor] | None = None,
+        fp_from: int = 0,
+    ):
         """B x 3 x H x W → logits, B x K x H x W.
 
-        With `perturbation` (factors for the channels of c1 and of c4, B x C x 1 x 1 each, see `channel_dropout`):
-        (logits, logits of images[fp_from:] from perturbed features). The decoder then runs once on both, clean and
-        perturbed, of all B images, because all of them take part in its batch norm statistics, as in UniMatch; logits
-        are computed of those asked for alone.
+        With `perturbation` (factors for the channels of c1 and of c4, B x C x 1 x 1 each, see
+        `channel_dropout`): (logits, logits of images[fp_from:] from perturbed features). The
+        decoder then runs once on both, clean and perturbed, of all B images, because all of them
+        take part in its batch norm statistics, as in UniMatch; logits are computed of those asked
+        for alone.
         """
         size, count = images.shape[-2:], images.shape[0]
         c1, _, _, c4 = self.backbone(images)
         if perturbation is None:
             return upsampled(self.classifier(self.decode(c1, c4)), size)
-        c1, c4 = (torch.cat([c, c * factors.to(c.dtype)]) for c, factors in zip((c1, c4), perturbation))
+        c1, c4 = (
+            torch.cat([c, c * factors.to(c.dtype)]) for c, factors in zip((c1, c4), perturbation)
+        )
         features = self.decode(c1, c4)
-        wanted = torch.cat([features[:count], features[count + fp_from:]])
+        wanted = torch.cat([features[:count], features[count + fp_from :]])
         logits = upsampled(self.classifier(wanted), size)
         return logits[:count], logits[count:]
 
 
 def channel_dropout(generator: torch.Generator, count: int, channels: int) -> torch.Tensor:
-    """Factors, `count` x channels x 1 x 1, of UniMatch's feature perturbation (Dropout2d with 0.5): 0 or 2."""
+    """Factors, `count` x channels x 1 x 1, of UniMatch's feature perturbation (Dropout2d with 0.5):
+    0 or 2.
+    """
     kept = torch.rand(count, channels, 1, 1, generator=generator) >= FEATURE_DROPOUT
     return kept.float() / (1 - FEATURE_DROPOUT)
 
@@ -110,30 +148,57 @@ def parameter_count(model: nn.Module) -> int:
 
 
 def config_of_weights(state: dict[str, torch.Tensor]) -> dict | None:
-    """The configuration that a DeepLabV3+ state dict belongs to, read off its names and shapes; None for other networks."""
+    """The configuration that a DeepLabV3+ state dict belongs to, read off its names and shapes;
+    None for other networks.
+    """
     if "classifier.weight" not in state or "head.project.0.weight" not in state:
         return None
-    depth = 101 if "backbone.layer3.22.conv1.weight" in state else \
-        50 if "backbone.layer1.0.conv3.weight" in state else \
-        18 if "backbone.layer1.1.conv1.weight" in state else 10
-    return {"arch": "deeplabv3plus", "backbone": f"resnet{depth}", "class_num": int(state["classifier.weight"].shape[0]),
-            "stem": "deep" if "backbone.conv1.0.weight" in state else "torchvision", "dilations": list(DILATIONS)}
+    depth = (
+        101
+        if "backbone.layer3.22.conv1.weight" in state
+        else (
+            50
+            if "backbone.layer1.0.conv3.weight" in state
+            else 18
+            if "backbone.layer1.1.conv1.weight" in state
+            else 10
+        )
+    )
+    return {
+        "arch": "deeplabv3plus",
+        "backbone": f"resnet{depth}",
+        "class_num": int(state["classifier.weight"].shape[0]),
+        "stem": "deep" if "backbone.conv1.0.weight" in state else "torchvision",
+        "dilations": list(DILATIONS),
+    }
 
 
 def load_segmentation_model(path: str | Path, device) -> tuple[DeepLabV3Plus, dict]:
-    """The network in a checkpoint of ours or of UniMatch, in eval mode on `device`, and its configuration.
+    """The network in a checkpoint of ours or of UniMatch, in eval mode on `device`, and its
+    configuration.
 
-    Ours carry `config`. Without it (UniMatch's files), depth, stem and number of classes are read off the weights, and
-    ASPP's dilations are taken to be 6, 12, 18.
+    Ours carry `config`. Without it (UniMatch's files), depth, stem and number of classes are read
+    off the weights, and ASPP's dilations are taken to be 6, 12, 18.
     """
     content = read_checkpoint(path)
     state = state_dict_in(content, path)
     config = content.get("config") or config_of_weights(state)
     if not isinstance(config, dict) or config.get("arch") != "deeplabv3plus":
-        raise UserError(f"{path}: not a DeepLabV3+ checkpoint of train_unimatch.py or UniMatch "
-                        f"(first weight: {next(iter(state))})")
-    model = DeepLabV3Plus(int(config["backbone"].removeprefix("resnet")), config["class_num"], config["stem"],
-                          tuple(config["dilations"]))
-    load_exactly(model, state, path, f"DeepLabV3+ with {config['backbone']} ({config['stem']} stem), "
-                                     f"{config['class_num']} classes")
+        raise UserError(
+            f"{path}: not a DeepLabV3+ checkpoint of train_unimatch.py or UniMatch "
+            f"(first weight: {next(iter(state))})"
+        )
+    model = DeepLabV3Plus(
+        int(config["backbone"].removeprefix("resnet")),
+        config["class_num"],
+        config["stem"],
+        tuple(config["dilations"]),
+    )
+    load_exactly(
+        model,
+        state,
+        path,
+        f"DeepLabV3+ with {config['backbone']} ({config['stem']} stem), "
+        f"{config['class_num']} classes",
+    )
     return model.to(device).eval(), config

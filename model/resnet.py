@@ -1,9 +1,12 @@
-"""ResNet-10, -18, -50 and -101 as backbones: of DeepLabV3+ at output stride 16, and of SCC's classifier at output stride 32.
+"""ResNet-10, -18, -50 and -101 as backbones: of DeepLabV3+ at output stride 16, and of SCC's
+classifier at output stride 32.
 
-Two stems. "deep": three 3x3 convolutions 3→64→64→128, as in UniMatch's ResNet-101. "torchvision": one 7x7 convolution
-3→64, for torchvision's ImageNet weights. ResNet-10, one block a stage and half the width, is for CPUs and small images. Weights are named as in torchvision and in UniMatch's `pretrained/resnet101.pth`,
-so that both kinds of files load.
+Two stems. "deep": three 3x3 convolutions 3→64→64→128, as in UniMatch's ResNet-101. "torchvision":
+one 7x7 convolution 3→64, for torchvision's ImageNet weights. ResNet-10, one block a stage and half
+the width, is for CPUs and small images. Weights are named as in torchvision and in UniMatch's
+`pretrained/resnet101.pth`, so that both kinds of files load.
 """
+
 from __future__ import annotations
 
 from collections import OrderedDict
@@ -24,6 +27,7 @@ def conv3x3(inputs: int, outputs: int, stride: int = 1, dilation: int = 1) -> nn
 
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions and the identity (ResNet-18)."""
+
     expansion = 1
 
     def __init__(self, inputs: int, width: int, stride: int, dilation: int):
@@ -40,7 +44,10 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 (which carries the stride), 1x1 to four times the width, and the identity (ResNet-50 and -101)."""
+    """1x1, 3x3 (which carries the stride), 1x1 to four times the width, and the identity (ResNet-50
+    and -101).
+    """
+
     expansion = 4
 
     def __init__(self, inputs: int, width: int, stride: int, dilation: int):
@@ -65,17 +72,22 @@ def _shortcut(inputs: int, outputs: int, stride: int) -> nn.Sequential | None:
     return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
 
 
-# Depth: block, blocks in layer1 .. layer4, width of layer1's 3x3 convolutions, which doubles from layer to layer
-# (He et al. 2016, table 1; 10 is ours).
-BLOCKS = {10: (BasicBlock, (1, 1, 1, 1), 32), 18: (BasicBlock, (2, 2, 2, 2), 64), 50: (Bottleneck, (3, 4, 6, 3), 64),
-          101: (Bottleneck, (3, 4, 23, 3), 64)}
+# Depth: block, blocks in layer1 .. layer4, width of layer1's 3x3 convolutions, which doubles from
+# layer to layer (He et al. 2016, table 1; 10 is ours).
+BLOCKS = {
+    10: (BasicBlock, (1, 1, 1, 1), 32),
+    18: (BasicBlock, (2, 2, 2, 2), 64),
+    50: (Bottleneck, (3, 4, 6, 3), 64),
+    101: (Bottleneck, (3, 4, 23, 3), 64),
+}
 
 
 class ResNet(nn.Module):
     """Images (B x 3 x H x W, float32) to the outputs (c1, c2, c3, c4) of layer1 .. layer4.
 
-    Strides 4, 8, 16 and, with `dilate_last`, 16 again (layer4 trades its stride for dilation: its first block has
-    dilation 1, the others 2); without, 32. `channels` holds their numbers of channels.
+    Strides 4, 8, 16 and, with `dilate_last`, 16 again (layer4 trades its stride for dilation: its
+    first block has dilation 1, the others 2); without, 32. `channels` holds their numbers of
+    channels.
     """
 
     def __init__(self, depth: int, stem: str = "deep", dilate_last: bool = True):
@@ -84,22 +96,30 @@ class ResNet(nn.Module):
         self.depth, self.stem = depth, stem
         if stem == "deep":
             inputs = 2 * base
-            self.conv1 = nn.Sequential(conv3x3(3, base, stride=2), nn.BatchNorm2d(base), nn.ReLU(inplace=True),
-                                       conv3x3(base, base), nn.BatchNorm2d(base), nn.ReLU(inplace=True),
-                                       conv3x3(base, 2 * base))
+            self.conv1 = nn.Sequential(
+                conv3x3(3, base, stride=2),
+                nn.BatchNorm2d(base),
+                nn.ReLU(inplace=True),
+                conv3x3(base, base),
+                nn.BatchNorm2d(base),
+                nn.ReLU(inplace=True),
+                conv3x3(base, 2 * base),
+            )
         else:
             inputs = base
             self.conv1 = nn.Conv2d(3, base, 7, stride=2, padding=3, bias=False)
         self.stem_channels = inputs
         self.bn1, self.relu = nn.BatchNorm2d(inputs), nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
-        widths = [base * 2 ** level for level in range(4)]
+        widths = [base * 2**level for level in range(4)]
         for number, (width, count) in enumerate(zip(widths, counts), start=1):
             dilated = dilate_last and number == 4
             blocks = []
             for index in range(count):
                 stride = 1 if number == 1 or dilated or index > 0 else 2
-                blocks.append(block(inputs, width, stride, dilation=2 if dilated and index > 0 else 1))
+                blocks.append(
+                    block(inputs, width, stride, dilation=2 if dilated and index > 0 else 1)
+                )
                 inputs = width * block.expansion
             setattr(self, f"layer{number}", nn.Sequential(*blocks))
         self.channels = tuple(width * block.expansion for width in widths)
@@ -108,7 +128,9 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward_stem(self, images: torch.Tensor) -> torch.Tensor:
-        """B x 3 x H x W → B x stem_channels x H/2 x W/2, after convolution, BN and ReLU, before max-pooling."""
+        """B x 3 x H x W → B x stem_channels x H/2 x W/2, after convolution, BN and ReLU, before
+        max-pooling.
+        """
         return self.relu(self.bn1(self.conv1(images)))
 
     def forward_from_stem(self, activations: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -125,17 +147,21 @@ class ResNet(nn.Module):
 def resnet(depth: int, stem: str = "deep", dilate_last: bool = True) -> ResNet:
     """A randomly initialised ResNet; errors name the choices."""
     if depth not in BLOCKS:
-        raise UserError(f"backbone resnet{depth}: choose one of {', '.join(f'resnet{d}' for d in BLOCKS)}")
+        raise UserError(
+            f"backbone resnet{depth}: choose one of {', '.join(f'resnet{d}' for d in BLOCKS)}"
+        )
     if stem not in STEMS:
         raise UserError(f"stem {stem}: choose one of {', '.join(STEMS)}")
     return ResNet(depth, stem, dilate_last)
 
 
 def load_backbone(backbone: ResNet, weights: str | Path) -> None:
-    """Load weights into `backbone`: "none" (leave it random), "imagenet" (torchvision's, 7x7 stem only), or a .pth file.
+    """Load weights into `backbone`: "none" (leave it random), "imagenet" (torchvision's, 7x7 stem
+    only), or a .pth file.
 
-    A file may hold a backbone's state dict, torchvision's (its `fc` is left out), or a whole segmentation checkpoint of
-    ours or of UniMatch, with or without the prefix `module.`, of which the part `backbone.` is taken.
+    A file may hold a backbone's state dict, torchvision's (its `fc` is left out), or a whole
+    segmentation checkpoint of ours or of UniMatch, with or without the prefix `module.`, of which
+    the part `backbone.` is taken.
     """
     if weights == "none":
         return
@@ -145,25 +171,47 @@ def load_backbone(backbone: ResNet, weights: str | Path) -> None:
         path = weights
         state = state_dict_in(read_checkpoint(path), path)
         if any(name.startswith("backbone.") for name in state):
-            state = {name.removeprefix("backbone."): value for name, value in state.items() if name.startswith("backbone.")}
-    state = OrderedDict((name, value) for name, value in state.items() if not name.startswith("fc."))
-    found = "torchvision" if "conv1.weight" in state else "deep" if "conv1.0.weight" in state else None
+            state = {
+                name.removeprefix("backbone."): value
+                for name, value in state.items()
+                if name.startswith("backbone.")
+            }
+    state = OrderedDict(
+        (name, value) for name, value in state.items() if not name.startswith("fc.")
+    )
+    found = (
+        "torchvision" if "conv1.weight" in state else "deep" if "conv1.0.weight" in state else None
+    )
     if found and found != backbone.stem:
-        raise UserError(f"{path}: made for the {found} stem, but the network has the {backbone.stem} one; "
-                        f"use --stem {found}")
+        raise UserError(
+            f"{path}: made for the {found} stem, but the network has the {backbone.stem} one; "
+            f"use --stem {found}"
+        )
     load_exactly(backbone, state, path, f"ResNet-{backbone.depth} with the {backbone.stem} stem")
 
 
 def _imagenet_weights(backbone: ResNet) -> dict[str, torch.Tensor]:
-    """torchvision's IMAGENET1K_V1 weights: the recipe closest to the weights that UniMatch starts from."""
+    """torchvision's IMAGENET1K_V1 weights: the recipe closest to the weights that UniMatch starts
+    from.
+    """
     if backbone.depth == 10:
-        raise UserError("--backbone-weights imagenet: torchvision has no ResNet-10; use --backbone resnet18, 50 or 101")
+        raise UserError(
+            "--backbone-weights imagenet: torchvision has no ResNet-10; use --backbone resnet18, 50"
+            " or 101"
+        )
     if backbone.stem != "torchvision":
-        raise UserError("--backbone-weights imagenet: torchvision has weights for its own stem only; use --stem torchvision, "
-                        "or give UniMatch's pretrained/resnet101.pth for the deep stem")
+        raise UserError(
+            "--backbone-weights imagenet: torchvision has weights for its own stem only; use --stem"
+            " torchvision, or give UniMatch's pretrained/resnet101.pth for the deep stem"
+        )
     from torchvision.models import get_weight
+
     try:
-        return get_weight(f"ResNet{backbone.depth}_Weights.IMAGENET1K_V1").get_state_dict(progress=True)
+        return get_weight(f"ResNet{backbone.depth}_Weights.IMAGENET1K_V1").get_state_dict(
+            progress=True
+        )
     except (OSError, RuntimeError) as error:
-        raise UserError(f"torchvision's ImageNet weights cannot be downloaded ({error}); download them elsewhere and give "
-                        "the .pth file with --backbone-weights") from None
+        raise UserError(
+            f"torchvision's ImageNet weights cannot be downloaded ({error}); download them"
+            " elsewhere and give the .pth file with --backbone-weights"
+        ) from None

@@ -14,8 +14,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 SEEDS="${SEEDS:-0}" RECIPE="${RECIPE:-release}" CONTROLS="${CONTROLS:-0}" SAM_TYPE="${SAM_TYPE:-tiny}"
 OUT="${OUT:-runs/camvid_$RECIPE}" CAMVID_ROOT="${CAMVID_ROOT:-data/camvid}"
-source scripts/setup.sh
-source scripts/pipeline.sh
+source scripts/lib/setup.sh
+source scripts/lib/pipeline.sh
 for folder in train trainannot; do
     if [ ! -d "$CAMVID_ROOT/$folder" ]; then
         echo "error: $CAMVID_ROOT/$folder: no such folder; set CAMVID_ROOT, or fetch CamVid: bash scripts/download.sh camvid" >&2
@@ -30,7 +30,7 @@ if [ ! "$CAMVID_ROOT" -ef data/camvid ]; then
         if [ -d "$CAMVID_ROOT/$folder" ]; then ln -sfn "$(cd "$CAMVID_ROOT/$folder" && pwd)" "data/camvid/$folder"; fi
     done
 fi
-"$PYTHON" scripts/prepare_data.py camvid --root data/camvid --lists "$OUT/lists"
+"$PYTHON" -m scripts.prepare_data camvid --root data/camvid --lists "$OUT/lists"
 if [ -d data/camvid/test ]; then
     (cd data && for image in camvid/test/0001TP*.png; do echo "$image ${image/test/testlabels}"; done) > "$OUT/lists/dusk_test.txt"
     target_list() { echo splits/camvid/dusk.txt; }

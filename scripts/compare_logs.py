@@ -1,17 +1,22 @@
 #!/usr/bin/env python
-"""Set a run beside a reference log: same epochs side by side, a tolerance band, pass or fail per row and overall.
+"""Set a run beside a reference log: same epochs side by side, a tolerance band, pass or fail per
+row and overall.
 
-Inputs   RUN and REFERENCE, each one of: a run's folder (metrics.jsonl or event files), a folder of training_logs/, a
-         UniMatch-style text log. The run may still be going: rows it has not reached are "not yet".
-Outputs  a table on the screen; --picture (default: <RUN>/compare_<reference>.png) with mIoU, the band and the losses; the
-         command that lays both in TensorBoard. Exit code 0: all rows reached are in the band, 1: some are not.
+Inputs   RUN and REFERENCE, each one of: a run's folder (metrics.jsonl or event files), a folder of
+         training_logs/, a UniMatch-style text log. The run may still be going: rows it has not
+         reached are "not yet".
+Outputs  a table on the screen; --picture (default: <RUN>/compare_<reference>.png) with mIoU, the
+         band and the losses; the command that lays both in TensorBoard. Exit code 0: all rows
+         reached are in the band, 1: some are not.
 
-    python scripts/compare_logs.py runs/gta2cs/adapt training_logs/seco_gta
+    python -m scripts.compare_logs runs/gta2cs/adapt training_logs/seco_gta
 
-Only what both have is compared: best, last and last-20 mean are taken up to the last epoch that both have reached.
+Only what both have is compared: best, last and last-20 mean are taken up to the last epoch that
+both have reached.
 
 Copied away, this file needs util/.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -23,10 +28,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from util.pictures import COLOURS, Chart, line_chart, save_picture  # noqa: E402
-from util.run import UserError, check_writable, run_main  # noqa: E402
-from util.training_log import LOSS_NAMES, TrainingLog, read_training_log  # noqa: E402
+from util.pictures import COLOURS, Chart, line_chart, save_picture
+from util.run import UserError, check_writable, run_main
+from util.training_log import LOSS_NAMES, TrainingLog, read_training_log
 
 EPOCHS = (0, 1, 2, 5, 10, 20, 30, 40, 50, 75, 100, 125, 150, 175, 200, 225, 239)
 LAST = 20
@@ -36,6 +40,7 @@ BAND_COLOUR = (247, 232, 200)
 @dataclass
 class Row:
     """One compared figure, in percent; run is None while the run has not got there."""
+
     name: str
     reference: float
     run: float | None
@@ -52,36 +57,57 @@ class Row:
 
 
 def jitter(values: dict[int, float], epoch: int, radius: int = 10) -> float:
-    """Standard deviation of the reference around its own running mean (11 epochs) near an epoch: how much two single
-    evaluations differ without any difference between the runs."""
+    """Standard deviation of the reference around its own running mean (11 epochs) near an epoch:
+    how much two single evaluations differ without any difference between the runs.
+    """
     epochs = sorted(e for e in values if abs(e - epoch) <= radius)
-    residuals = [values[e] - np.mean([values[f] for f in values if abs(f - e) <= 5]) for e in epochs]
+    residuals = [
+        values[e] - np.mean([values[f] for f in values if abs(f - e) <= 5]) for e in epochs
+    ]
     return float(np.std(residuals))
 
 
 def band(reference: TrainingLog, epoch: int, tolerance: float) -> float:
-    """Half width of the band at one epoch: the tolerance, and twice the reference's own jitter there."""
+    """Half width of the band at one epoch: the tolerance, and twice the reference's own jitter
+    there.
+    """
     return tolerance + 2 * jitter(reference.miou, epoch)
 
 
 def miou_rows(run: TrainingLog, reference: TrainingLog, tolerance: float) -> list[Row]:
     """Rows at fixed epochs, then last, best and mean of the last 20 up to the last common epoch."""
     common = [epoch for epoch in reference.epochs if epoch in run.miou]
-    rows = [Row(f"epoch {epoch}", reference.miou[epoch], run.miou.get(epoch), band(reference, epoch, tolerance))
-            for epoch in EPOCHS if epoch in reference.miou]
+    rows = [
+        Row(
+            f"epoch {epoch}",
+            reference.miou[epoch],
+            run.miou.get(epoch),
+            band(reference, epoch, tolerance),
+        )
+        for epoch in EPOCHS
+        if epoch in reference.miou
+    ]
     if not common:
         return rows
     end = common[-1]
     a, b = ([log.miou[epoch] for epoch in common] for log in (reference, run))
     rows.append(Row(f"last (epoch {end})", a[-1], b[-1], band(reference, end, tolerance)))
     rows.append(Row(f"best up to epoch {end}", max(a), max(b), tolerance))
-    rows.append(Row(f"mean of the last {min(LAST, len(a))}", float(np.mean(a[-LAST:])), float(np.mean(b[-LAST:])),
-                    tolerance))
+    rows.append(
+        Row(
+            f"mean of the last {min(LAST, len(a))}",
+            float(np.mean(a[-LAST:])),
+            float(np.mean(b[-LAST:])),
+            tolerance,
+        )
+    )
     return rows
 
 
 def class_rows(run: TrainingLog, reference: TrainingLog, tolerance: float) -> list[Row]:
-    """Per class: the mean IoU of the last 20 common epochs; the band widens by twice the class's own deviation there."""
+    """Per class: the mean IoU of the last 20 common epochs; the band widens by twice the class's
+    own deviation there.
+    """
     common = [epoch for epoch in reference.epochs if epoch in run.miou][-LAST:]
     rows = []
     for index, name in enumerate(reference.class_names if common else ()):
@@ -89,7 +115,9 @@ def class_rows(run: TrainingLog, reference: TrainingLog, tolerance: float) -> li
         column = run.class_names.index(name)
         # A class in no picture of the validation set has no IoU; the shipped logs count it 0.
         b = np.nan_to_num([run.class_iou[epoch][column] for epoch in common])
-        rows.append(Row(name, float(np.mean(a)), float(np.mean(b)), tolerance + 2 * float(np.std(a))))
+        rows.append(
+            Row(name, float(np.mean(a)), float(np.mean(b)), tolerance + 2 * float(np.std(a)))
+        )
     return rows
 
 
@@ -97,7 +125,10 @@ def differing_settings(run: TrainingLog, reference: TrainingLog) -> list[str]:
     """Notes on settings that make the two incomparable, as far as the logs tell them."""
     notes = []
     if run.eval_mode and reference.eval_mode and run.eval_mode != reference.eval_mode:
-        notes.append(f"evaluation mode: run {run.eval_mode}, reference {reference.eval_mode}; the numbers are not of one kind")
+        notes.append(
+            f"evaluation mode: run {run.eval_mode}, reference {reference.eval_mode}; the numbers"
+            " are not of one kind"
+        )
     for key in ("epochs", "crop_size", "lr"):
         a, b = reference.config.get(key), run.config.get(key)
         if a is not None and b is not None and a != b:
@@ -117,10 +148,17 @@ def picture(run: TrainingLog, reference: TrainingLog, tolerance: float) -> Image
     widths = [band(reference, epoch, tolerance) for epoch in epochs]
     low, high = ([reference.miou[e] + sign * w for e, w in zip(epochs, widths)] for sign in (-1, 1))
     values = [*low, *high, *run.miou.values()]
-    chart = Chart("mIoU on the validation set", "epoch", "mIoU (%)", (0, max([*epochs, *run.epochs])),
-                  (min(values), max(values)))
-    chart.draw.polygon([(chart.x(e), chart.y(v)) for e, v in [*zip(epochs, high), *reversed([*zip(epochs, low)])]],
-                       BAND_COLOUR)
+    chart = Chart(
+        "mIoU on the validation set",
+        "epoch",
+        "mIoU (%)",
+        (0, max([*epochs, *run.epochs])),
+        (min(values), max(values)),
+    )
+    chart.draw.polygon(
+        [(chart.x(e), chart.y(v)) for e, v in [*zip(epochs, high), *reversed([*zip(epochs, low)])]],
+        BAND_COLOUR,
+    )
     chart.key("band", BAND_COLOUR)
     for name, log, colour in zip(names, (reference, run), COLOURS):
         chart.line(log.epochs, [log.miou[e] for e in log.epochs], colour)
@@ -143,38 +181,68 @@ def print_rows(title: str, rows: list[Row]) -> None:
     for row in rows:
         run = "" if row.run is None else f"{row.run:8.2f}"
         difference = "" if row.run is None else f"{row.run - row.reference:+11.2f}"
-        print(f"{row.name:<24} {run:>8} {row.reference:10.2f} {difference:>11}    ±{row.tolerance:<5.2f} {row.verdict}")
+        print(
+            f"{row.name:<24} {run:>8} {row.reference:10.2f} {difference:>11}   "
+            f" ±{row.tolerance:<5.2f} {row.verdict}"
+        )
 
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("run", type=Path, help="run folder, metrics.jsonl or text log")
     parser.add_argument("reference", type=Path, help="folder of training_logs/, or as RUN")
-    parser.add_argument("--tolerance", type=float, default=1.5, metavar="POINTS",
-                        help="mIoU points that two runs may differ by; at single epochs the reference's own jitter, "
-                             "twice, is added (default: 1.5; no spread over seeds was ever published)")
-    parser.add_argument("--class-tolerance", type=float, default=5.0, metavar="POINTS",
-                        help="the same for the IoU of one class (default: 5)")
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=1.5,
+        metavar="POINTS",
+        help=(
+            "mIoU points that two runs may differ by; at single epochs the reference's own jitter, "
+            "twice, is added (default: 1.5; no spread over seeds was ever published)"
+        ),
+    )
+    parser.add_argument(
+        "--class-tolerance",
+        type=float,
+        default=5.0,
+        metavar="POINTS",
+        help="the same for the IoU of one class (default: 5)",
+    )
     parser.add_argument("--picture", type=Path, help="where the PNG goes")
     options = parser.parse_args(argv)
     for name in ("tolerance", "class_tolerance"):
         if not 0 <= getattr(options, name) < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: give points from 0")
+            raise UserError(
+                f"--{name.replace('_', '-')} {getattr(options, name)}: give points from 0"
+            )
     run, reference = read_training_log(options.run), read_training_log(options.reference)
     if not reference.miou:
-        raise UserError(f"{options.reference}: no evaluation in it, so there is nothing to compare with")
+        raise UserError(
+            f"{options.reference}: no evaluation in it, so there is nothing to compare with"
+        )
     if run.miou and run.class_names != reference.class_names:
-        raise UserError(f"{options.run} has {len(run.class_names)} classes, {options.reference} {len(reference.class_names)} "
-                        "(or other names); take the reference of the same task")
-    target = options.picture or (options.run if options.run.is_dir() else options.run.parent) / \
-        f"compare_{options.reference.stem}.png"
+        raise UserError(
+            f"{options.run} has {len(run.class_names)} classes, {options.reference}"
+            f" {len(reference.class_names)} (or other names); take the reference of the same task"
+        )
+    target = (
+        options.picture
+        or (options.run if options.run.is_dir() else options.run.parent)
+        / f"compare_{options.reference.stem}.png"
+    )
     check_writable(target.parent)
 
     for note in differing_settings(run, reference):
         print(f"note: {note}")
-    print(f"run: {options.run} ({len(run.miou)} evaluations, {run.eval_mode or 'evaluation mode not recorded'}); "
-          f"reference: {options.reference} ({len(reference.miou)}, {reference.eval_mode or 'not recorded'})")
-    rows, classes = miou_rows(run, reference, options.tolerance), class_rows(run, reference, options.class_tolerance)
+    print(
+        f"run: {options.run} ({len(run.miou)} evaluations,"
+        f" {run.eval_mode or 'evaluation mode not recorded'}); reference: {options.reference}"
+        f" ({len(reference.miou)}, {reference.eval_mode or 'not recorded'})"
+    )
+    rows, classes = (
+        miou_rows(run, reference, options.tolerance),
+        class_rows(run, reference, options.class_tolerance),
+    )
     print_rows("mIoU, %", rows)
     if classes:
         print_rows("IoU, mean of the last 20", classes)
@@ -182,14 +250,21 @@ def main(argv=None) -> int:
     reached = [row for row in rows + classes if row.run is not None]
     failed = [row.name for row in reached if row.verdict != "pass"]
     waiting = len(rows) - sum(row.run is not None for row in rows)
-    print(f"\noverall: {'FAIL' if failed else 'pass' if reached else 'nothing to compare yet'}"
-          f" ({len(reached) - len(failed)} of {len(reached)} rows in the band"
-          f"{f', {waiting} not reached yet' if waiting else ''})" + (f"; out: {', '.join(failed)}" if failed else ""))
+    print(
+        f"\noverall: {'FAIL' if failed else 'pass' if reached else 'nothing to compare yet'}"
+        f" ({len(reached) - len(failed)} of {len(reached)} rows in the band"
+        f"{f', {waiting} not reached yet' if waiting else ''})"
+        + (f"; out: {', '.join(failed)}" if failed else "")
+    )
     print(f"picture: {target}")
     if options.run.is_file() and options.run.suffix != ".jsonl":
-        print(f"for TensorBoard, first: python scripts/import_log.py {options.run} --out <folder>")
+        print(
+            f"for TensorBoard, first: python -m scripts.dev.import_log {options.run} --out <folder>"
+        )
     else:
-        folders = [path if path.is_dir() else path.parent for path in (options.run, options.reference)]
+        folders = [
+            path if path.is_dir() else path.parent for path in (options.run, options.reference)
+        ]
         print(f"tensorboard --logdir_spec run:{folders[0]},reference:{folders[1]}")
     return 1 if failed else 0
 

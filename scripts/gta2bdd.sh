@@ -14,7 +14,7 @@
 # Memory     not published and not measured; crop 769 with 1 + 1 images a GPU. Too little memory: raise GPUS.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source scripts/task.sh
+source scripts/lib/task.sh
 
 TASK=gta2bdd TITLE="GTA → BDD100K" SHIPPED_LOG=training_logs/seco_bdd
 DATA=bdd DATA_ROOT="${DATA_ROOT:-data/bdd}" IMAGES="7000 + 1000" DISK_GB=60

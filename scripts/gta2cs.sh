@@ -3,7 +3,7 @@
 #
 #   bash scripts/gta2cs.sh                says what is missing, or runs every stage; stopped at any moment, it goes on
 #   REHEARSE=1 bash scripts/gta2cs.sh     every stage in miniature on a CPU, in minutes, with inputs that it makes itself
-#   CHECKPOINT=my.pth GPUS=2 RECIPE=paper bash scripts/gta2cs.sh        (scripts/task.sh lists all variables)
+#   CHECKPOINT=my.pth GPUS=2 RECIPE=paper bash scripts/gta2cs.sh        (scripts/lib/task.sh lists all variables)
 #
 # Expected   reported: before 55.1 (DT-ST), after 64.6. Shipped log: best 64.63 @ epoch 179, mean of the last 20 epochs
 #            63.74, sliding windows. Nobody has run this script on the real data yet.
@@ -13,7 +13,7 @@
 # Memory     not published and not measured; crop 769 with 2 + 2 images a GPU. Too little memory: raise GPUS.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source scripts/task.sh
+source scripts/lib/task.sh
 
 TASK=gta2cs TITLE="GTA → Cityscapes" SHIPPED_LOG=training_logs/seco_gta
 DATA=cityscapes DATA_ROOT="${DATA_ROOT:-data/cityscapes}" IMAGES="2975 + 500" DISK_GB=60

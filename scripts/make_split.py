@@ -1,17 +1,22 @@
-"""Split the target images into a labeled and an unlabeled subset by how reliable their corrected labels are.
+"""Split the target images into a labeled and an unlabeled subset by how reliable their corrected
+labels are.
 
-Input:   --id-list-path, the list that seco_scc.py wrote (or any list `<image> <label>`); connectivities.csv in the
-         labels' experiment folder, where there is one.
-Output:  in --out (default: the list's folder) labeled.txt (`<image> <label>`) and unlabeled.txt (`<image>`), best first,
-         all.txt (the input's rows) and split.json: the rule, SHA-256 of the lists, images and pixels of each class.
+Input:   --id-list-path, the list that seco_scc.py wrote (or any list `<image> <label>`);
+         connectivities.csv in the labels' experiment folder, where there is one.
+Output:  in --out (default: the list's folder) labeled.txt (`<image> <label>`) and unlabeled.txt
+         (`<image>`), best first, all.txt (the input's rows) and split.json: the rule, SHA-256 of
+         the lists, images and pixels of each class.
 
-    python scripts/make_split.py --id-list-path splits/cityscapes/HRDA_seco_vit_h_scc/all.txt --class-num 19
+    python -m scripts.make_split --id-list-path splits/cityscapes/HRDA_seco_vit_h_scc/all.txt \\
+        --class-num 19
 
-Rule: an image's reliability is its coverage (share of pixels labeled) times the mean trust of its labeled connectivities,
-weighted by area; trust is 1 - eta (paper recipe) or the score (release). Labels that SCC never saw have trust 1. For every
-class, rarest first, the most reliable images that show it are taken until --labeled-fraction of them, at least one, is in;
-the rest of the labeled subset are the most reliable images left. Ties keep the list's order.
+Rule: an image's reliability is its coverage (share of pixels labeled) times the mean trust of its
+labeled connectivities, weighted by area; trust is 1 - eta (paper recipe) or the score (release).
+Labels that SCC never saw have trust 1. For every class, rarest first, the most reliable images that
+show it are taken until --labeled-fraction of them, at least one, is in; the rest of the labeled
+subset are the most reliable images left. Ties keep the list's order.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -22,14 +27,23 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from util.labels import (IGNORE, add_class_options, add_list_options, check_files, class_set, read_label,  # noqa: E402
-                         read_list, write_list)
-from util.run import UserError, check_writable, run_main, sha256, write_json  # noqa: E402
+from util.labels import (
+    IGNORE,
+    add_class_options,
+    add_list_options,
+    check_files,
+    class_set,
+    read_label,
+    read_list,
+    write_list,
+)
+from util.run import UserError, check_writable, run_main, sha256, write_json
 
 
 def mean_trust(path: Path) -> dict[str, float]:
-    """{image path: area-weighted mean trust of its labeled connectivities} from a connectivities.csv; {} without one."""
+    """{image path: area-weighted mean trust of its labeled connectivities} from a
+    connectivities.csv; {} without one.
+    """
     if not path.is_file():
         return {}
     sums: dict[str, list[float]] = {}
@@ -39,7 +53,9 @@ def mean_trust(path: Path) -> dict[str, float]:
                 area, kept = int(row["area"]), int(row["final"]) != IGNORE
                 trust = 1 - float(row["eta"]) if row["eta"] else float(row["score"])
             except (KeyError, TypeError, ValueError):
-                raise UserError(f"{path}, line {number}: not a line of seco_scc.py's; run its correction again") from None
+                raise UserError(
+                    f"{path}, line {number}: not a line of seco_scc.py's; run its correction again"
+                ) from None
             if kept:
                 total = sums.setdefault(row["image"], [0.0, 0.0])
                 total[0] += area * trust
@@ -63,23 +79,38 @@ def choose_labeled(reliability: np.ndarray, pixels: np.ndarray, fraction: float)
     chosen = np.zeros(len(reliability), bool)
     for class_id in np.argsort((pixels > 0).sum(axis=0), kind="stable"):
         showing = ranking[pixels[ranking, class_id] > 0]
-        left = min(max(1, round(fraction * len(showing))) - chosen[showing].sum(), size - chosen.sum())
-        chosen[showing[~chosen[showing]][:max(0, left)]] = True
-    chosen[ranking[~chosen[ranking]][:size - chosen.sum()]] = True
+        left = min(
+            max(1, round(fraction * len(showing))) - chosen[showing].sum(), size - chosen.sum()
+        )
+        chosen[showing[~chosen[showing]][: max(0, left)]] = True
+    chosen[ranking[~chosen[ranking]][: size - chosen.sum()]] = True
     return ranking[chosen[ranking]]
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_list_options(parser, "corrected labels")
     add_class_options(parser)
-    parser.add_argument("--labeled-fraction", type=float, default=0.5, metavar="SHARE",
-                        help="of the images, above 0 and below 1; the authors' logs imply about 3/8 (GTA), 1/2 (SYNTHIA), "
-                             "1/4 (BDD100K) (default: %(default)s)")
-    parser.add_argument("--out", metavar="DIR", help="folder of the three lists (default: the list's own)")
+    parser.add_argument(
+        "--labeled-fraction",
+        type=float,
+        default=0.5,
+        metavar="SHARE",
+        help=(
+            "of the images, above 0 and below 1; the authors' logs imply about 3/8 (GTA), 1/2"
+            " (SYNTHIA), 1/4 (BDD100K) (default: %(default)s)"
+        ),
+    )
+    parser.add_argument(
+        "--out", metavar="DIR", help="folder of the three lists (default: the list's own)"
+    )
     options = parser.parse_args(argv)
     if not 0 < options.labeled_fraction < 1:
-        raise UserError(f"--labeled-fraction {options.labeled_fraction}: give a share above 0 and below 1")
+        raise UserError(
+            f"--labeled-fraction {options.labeled_fraction}: give a share above 0 and below 1"
+        )
     return options
 
 
@@ -88,7 +119,9 @@ def main(argv=None) -> None:
     classes = class_set(options.class_num, options.stuff, options.things)
     root, rows = Path(options.root_path), read_list(options.id_list_path)
     if len(rows) < 2:
-        raise UserError(f"{options.id_list_path}: one image cannot be split; the list needs two or more")
+        raise UserError(
+            f"{options.id_list_path}: one image cannot be split; the list needs two or more"
+        )
     check_files(root, [row[1] for row in rows], options.id_list_path)
     out = Path(options.out) if options.out else Path(options.id_list_path).parent
     check_writable(out)
@@ -99,29 +132,54 @@ def main(argv=None) -> None:
     trusts = mean_trust(root / Path(rows[0][1]).parts[0] / "connectivities.csv")
     for row, covered in zip(rows, coverage):
         if trusts and covered and row[0] not in trusts:
-            raise UserError(f"{root / Path(row[1]).parts[0] / 'connectivities.csv'}: has no labeled connectivity of {row[0]}; "
-                            "it belongs to another list: run seco_scc.py's correction again")
+            raise UserError(
+                f"{root / Path(row[1]).parts[0] / 'connectivities.csv'}: has no labeled"
+                f" connectivity of {row[0]}; it belongs to another list: run seco_scc.py's"
+                " correction again"
+            )
     reliability = coverage * np.array([trusts.get(row[0], 1.0) for row in rows])
     labeled = choose_labeled(reliability, pixels, options.labeled_fraction)
     ranking = np.argsort(-reliability, kind="stable")
     rest = ranking[~np.isin(ranking, labeled)]
     if not len(rest):
-        raise UserError(f"--labeled-fraction {options.labeled_fraction}: leaves no unlabeled image of {len(rows)}")
+        raise UserError(
+            f"--labeled-fraction {options.labeled_fraction}: leaves no unlabeled image of"
+            f" {len(rows)}"
+        )
 
     write_list(out / "labeled.txt", [rows[i] for i in labeled])
     write_list(out / "unlabeled.txt", [(rows[i][0],) for i in rest])
     write_list(out / "all.txt", rows)
-    table = {name: {"images": int((pixels[:, c] > 0).sum()), "labeled_images": int((pixels[labeled, c] > 0).sum()),
-                    "pixels": int(pixels[:, c].sum()), "labeled_pixels": int(pixels[labeled, c].sum())}
-             for c, name in enumerate(classes.names)}
-    write_json(out / "split.json", {
-        "input": {"path": options.id_list_path, "sha256": sha256(options.id_list_path)},
-        "labeled_fraction": options.labeled_fraction, "trust": "SCC" if trusts else "none, labels not seen by SCC",
-        "images": {"labeled": len(labeled), "unlabeled": len(rest)},
-        "sha256": {name: sha256(out / name) for name in ("labeled.txt", "unlabeled.txt", "all.txt")},
-        "reliability": {"labeled": float(reliability[labeled].mean()), "unlabeled": float(reliability[rest].mean())},
-        "classes": table})
-    print(f"{len(labeled)} labeled and {len(rest)} unlabeled images: {out / 'labeled.txt'}, {out / 'unlabeled.txt'}")
+    table = {
+        name: {
+            "images": int((pixels[:, c] > 0).sum()),
+            "labeled_images": int((pixels[labeled, c] > 0).sum()),
+            "pixels": int(pixels[:, c].sum()),
+            "labeled_pixels": int(pixels[labeled, c].sum()),
+        }
+        for c, name in enumerate(classes.names)
+    }
+    write_json(
+        out / "split.json",
+        {
+            "input": {"path": options.id_list_path, "sha256": sha256(options.id_list_path)},
+            "labeled_fraction": options.labeled_fraction,
+            "trust": "SCC" if trusts else "none, labels not seen by SCC",
+            "images": {"labeled": len(labeled), "unlabeled": len(rest)},
+            "sha256": {
+                name: sha256(out / name) for name in ("labeled.txt", "unlabeled.txt", "all.txt")
+            },
+            "reliability": {
+                "labeled": float(reliability[labeled].mean()),
+                "unlabeled": float(reliability[rest].mean()),
+            },
+            "classes": table,
+        },
+    )
+    print(
+        f"{len(labeled)} labeled and {len(rest)} unlabeled images: {out / 'labeled.txt'},"
+        f" {out / 'unlabeled.txt'}"
+    )
 
 
 if __name__ == "__main__":

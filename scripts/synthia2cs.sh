@@ -3,7 +3,7 @@
 #
 #   bash scripts/synthia2cs.sh               says what is missing, or runs every stage; stopped at any moment, it goes on
 #   REHEARSE=1 bash scripts/synthia2cs.sh    every stage in miniature on a CPU, in minutes, with inputs that it makes itself
-#   CHECKPOINT=my.pth GPUS=2 RECIPE=paper bash scripts/synthia2cs.sh    (scripts/task.sh lists all variables)
+#   CHECKPOINT=my.pth GPUS=2 RECIPE=paper bash scripts/synthia2cs.sh    (scripts/lib/task.sh lists all variables)
 #
 # Labels, lists, prompts, networks and evaluation all have 16 classes, renumbered without gaps; eval.py also prints the
 # 13-class mean that SYNTHIA papers call mIoU*.
@@ -16,7 +16,7 @@
 # Memory     not published and not measured; crop 769 with 2 + 2 images a GPU. Too little memory: raise GPUS.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source scripts/task.sh
+source scripts/lib/task.sh
 
 TASK=synthia2cs TITLE="SYNTHIA → Cityscapes" SHIPPED_LOG=training_logs/seco_synthia
 DATA=cityscapes DATA_ROOT="${DATA_ROOT:-data/cityscapes}" IMAGES="2975 + 500" DISK_GB=60

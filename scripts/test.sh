@@ -5,5 +5,5 @@
 #   bash scripts/test.sh tests/test_x.py any option of pytest
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source scripts/setup.sh test
+source scripts/lib/setup.sh test
 exec "$PYTHON" -m pytest -q --durations=15 "$@"

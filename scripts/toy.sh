@@ -12,8 +12,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 SEEDS="${SEEDS:-0}" RECIPE="${RECIPE:-release}" CONTROLS="${CONTROLS:-0}" SMALLEST="${SMALLEST:-0}"
 OUT="${OUT:-runs/toy_$RECIPE}"
-source scripts/setup.sh
-source scripts/pipeline.sh
+source scripts/lib/setup.sh
+source scripts/lib/pipeline.sh
 
 # The recipes' constants stay as they are. Smaller than in the real tasks, for images of 384 x 192 and a CPU:
 CLASSES=(--class-num 19)
@@ -42,7 +42,7 @@ target_gt() { echo "$DATA_LINK/s$SEED/lists/target_train_gt.txt"; }
 val_list() { echo "$DATA_LINK/s$SEED/lists/target_val.txt"; }
 
 for SEED in $SEEDS; do
-    "$PYTHON" dataset/toy.py --seed "$SEED" --root-path "$DATA_ROOT" ${SCENES[@]+"${SCENES[@]}"}
+    "$PYTHON" -m dataset.toy --seed "$SEED" --root-path "$DATA_ROOT" ${SCENES[@]+"${SCENES[@]}"}
     run_seed
 done
 report

@@ -1,17 +1,19 @@
-"""Puts the repository root on the path, so that the tests import the scripts from wherever pytest is started, and keeps
-every process of the tests to one thread: sums depend on the number of threads in their last bits, and many tests compare
-what this process and others have made byte by byte."""
+"""Keeps every process of the tests to one thread.
+
+Sums depend on the number of threads in their last bits, and many tests compare what this process
+and others have made byte by byte.
+"""
+
 import os
-import sys
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"     # before torch is imported, here and in the processes that tests start
+# Before torch is imported, here and in the processes that tests start.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -1,9 +1,12 @@
-"""PSA written as plainly as possible: one prompt at a time on segment_anything's own predictor and mask generator.
+"""PSA written as plainly as possible: one prompt at a time on segment_anything's own predictor and
+mask generator.
 
-Slow and obvious; tests compare seco_sam.py with it pixel by pixel, scripts/bench_psa.py measures against it. It shares no
-code with the fast path but the constants' values, which are written out again; of the tiny SAM it shares the image encoder and
-the prompt encoder, which are its definition.
+Slow and obvious; tests compare seco_sam.py with it pixel by pixel, scripts/dev/bench_psa.py
+measures against it. It shares no code with the fast path but the constants' values, which are
+written out again; of the tiny SAM it shares the image encoder and the prompt encoder, which are its
+definition.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -23,18 +26,28 @@ IGNORE = 255
 
 @contextlib.contextmanager
 def package_decoder(sam):
-    """The tiny SAM with segment_anything's own mask decoder code in the place of its faster one: the same parameters, on the
-    tokens that show the image, the rest repeated from them. Other SAMs have the package's decoder anyway."""
+    """The tiny SAM with segment_anything's own mask decoder code in the place of its faster one:
+    the same parameters, on the tokens that show the image, the rest repeated from them. Other SAMs
+    have the package's decoder anyway.
+    """
     decoder = sam.mask_decoder
     if not isinstance(decoder, TinyMaskDecoder):
         yield
         return
 
-    def predict_masks(image_embeddings, image_pe, sparse_prompt_embeddings, dense_prompt_embeddings):
+    def predict_masks(
+        image_embeddings, image_pe, sparse_prompt_embeddings, dense_prompt_embeddings
+    ):
         full, (h, w) = image_embeddings.shape[-1], occupied_extent(image_embeddings)
-        masks, iou = MaskDecoder.predict_masks(decoder, image_embeddings[..., :h, :w], image_pe[..., :h, :w],
-                                               sparse_prompt_embeddings, dense_prompt_embeddings[..., :h, :w])
+        masks, iou = MaskDecoder.predict_masks(
+            decoder,
+            image_embeddings[..., :h, :w],
+            image_pe[..., :h, :w],
+            sparse_prompt_embeddings,
+            dense_prompt_embeddings[..., :h, :w],
+        )
         return F.pad(masks, (0, 4 * (full - w), 0, 4 * (full - h)), mode="replicate"), iou
+
     decoder.predict_masks = predict_masks
     try:
         yield
@@ -43,15 +56,19 @@ def package_decoder(sam):
 
 
 def components(mask: np.ndarray) -> list[np.ndarray]:
-    """The 8-connected components of a mask as full-size masks, in raster order of their first pixel."""
+    """The 8-connected components of a mask as full-size masks, in raster order of their first
+    pixel.
+    """
     count, numbers = cv2.connectedComponents(mask.astype(np.uint8), connectivity=8)
     found = [numbers == k for k in range(1, count)]
     return sorted(found, key=lambda m: int(np.flatnonzero(m)[0]))
 
 
 def entropy_at(label: np.ndarray, row: int, column: int) -> float:
-    """Entropy of the class histogram in the 17 x 17 window, 255 being one more class, outside the image nothing."""
-    window = label[max(row - 8, 0):row + 9, max(column - 8, 0):column + 9]
+    """Entropy of the class histogram in the 17 x 17 window, 255 being one more class, outside the
+    image nothing.
+    """
+    window = label[max(row - 8, 0) : row + 9, max(column - 8, 0) : column + 9]
     _, counts = np.unique(window, return_counts=True)
     shares = counts / window.size
     return round(float(-sum(p * math.log(p + 1e-6) for p in shares)), 12)
@@ -67,13 +84,15 @@ def release_prompt(label: np.ndarray, mask: np.ndarray):
         return None
     distance = 1.25 * area / (2 * (rectangle[1][0] + rectangle[1][1]))
     corners = cv2.boxPoints(rectangle)
-    box = [max(math.floor(min(c[0] for c in corners) - distance), 0),
-           max(math.floor(min(c[1] for c in corners) - distance), 0),
-           min(math.ceil(max(c[0] for c in corners) + distance), width - 1),
-           min(math.ceil(max(c[1] for c in corners) + distance), height - 1)]
+    box = [
+        max(math.floor(min(c[0] for c in corners) - distance), 0),
+        max(math.floor(min(c[1] for c in corners) - distance), 0),
+        min(math.ceil(max(c[0] for c in corners) + distance), width - 1),
+        min(math.ceil(max(c[1] for c in corners) + distance), height - 1),
+    ]
     pixels = np.argwhere(mask)
     half = len(pixels) // 2
-    halves = [pixels[:half + 1]] + ([pixels[half + 1:]] if len(pixels) % 2 else [])
+    halves = [pixels[: half + 1]] + ([pixels[half + 1 :]] if len(pixels) % 2 else [])
     points = []
     for part in halves:
         best = None
@@ -90,8 +109,12 @@ def paper_prompt(label: np.ndarray, mask: np.ndarray):
     rows, columns = np.nonzero(mask)
     w, h = columns.max() - columns.min() + 1, rows.max() - rows.min() + 1
     more_x, more_y = w * (math.sqrt(1.5) - 1) / 2, h * (math.sqrt(1.5) - 1) / 2
-    box = [max(columns.min() - more_x, 0), max(rows.min() - more_y, 0),
-           min(columns.max() + more_x, width - 1), min(rows.max() + more_y, height - 1)]
+    box = [
+        max(columns.min() - more_x, 0),
+        max(rows.min() - more_y, 0),
+        min(columns.max() + more_x, width - 1),
+        min(rows.max() + more_y, height - 1),
+    ]
     return np.array(box), np.array([[columns.mean(), rows.mean()]])
 
 
@@ -104,17 +127,36 @@ def paint(painted: np.ndarray, mask: np.ndarray, class_id: int, recipe: str) -> 
     painted[mask] = class_id
 
 
-def oracle_psa(image: np.ndarray, label: np.ndarray, sam, stuff, things, recipe: str, settings=None,
-               watch=lambda stage: contextlib.nullcontext()) -> np.ndarray:
-    """The aggregated label map. settings: keyword arguments of the mask generator, by default the official ones.
-    watch: times the stages, `with watch(name)`."""
+def oracle_psa(
+    image: np.ndarray,
+    label: np.ndarray,
+    sam,
+    stuff,
+    things,
+    recipe: str,
+    settings=None,
+    watch=lambda stage: contextlib.nullcontext(),
+) -> np.ndarray:
+    """The aggregated label map. settings: keyword arguments of the mask generator, by default the
+    official ones. watch: times the stages, `with watch(name)`.
+    """
     with package_decoder(sam):
         return _oracle_psa(image, label, sam, stuff, things, recipe, settings, watch)
 
 
 def _oracle_psa(image, label, sam, stuff, things, recipe, settings, watch) -> np.ndarray:
-    generator = SamAutomaticMaskGenerator(sam, **(settings or dict(
-        points_per_side=32, pred_iou_thresh=0.88, stability_score_thresh=0.95, box_nms_thresh=0.7)))
+    generator = SamAutomaticMaskGenerator(
+        sam,
+        **(
+            settings
+            or dict(
+                points_per_side=32,
+                pred_iou_thresh=0.88,
+                stability_score_thresh=0.95,
+                box_nms_thresh=0.7,
+            )
+        ),
+    )
     over_stuff, over_things = np.full_like(label, IGNORE), np.full_like(label, IGNORE)
     with watch("proposals, encoding included"):
         proposals = generator.generate(image)
@@ -147,7 +189,11 @@ def _oracle_psa(image, label, sam, stuff, things, recipe, settings, watch) -> np
                 continue
             box, points = prompt
             with torch.no_grad(), watch("prompts"):
-                masks, _, _ = predictor.predict(point_coords=points, point_labels=np.ones(len(points)), box=box,
-                                                multimask_output=False)
+                masks, _, _ = predictor.predict(
+                    point_coords=points,
+                    point_labels=np.ones(len(points)),
+                    box=box,
+                    multimask_output=False,
+                )
             paint(over_things, masks[0], class_id, recipe)
     return np.where(over_things != IGNORE, over_things, over_stuff)

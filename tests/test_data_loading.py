@@ -1,4 +1,6 @@
-"""Training samples: region-only resizing, geometry, strong views, CutMix boxes, order, workers, copy-paste."""
+"""Training samples: region-only resizing, geometry, strong views, CutMix boxes, order, workers,
+copy-paste."""
+
 import json
 from pathlib import Path
 
@@ -8,30 +10,62 @@ import torch
 from PIL import Image, ImageFilter
 from torchvision.transforms import functional as colour
 
+from dataset.augment import (
+    CUTMIX_AREA,
+    Crop,
+    adjusted_brightness,
+    adjusted_contrast,
+    adjusted_hue,
+    adjusted_saturation,
+    blurred,
+    cropped_image,
+    cropped_label,
+    cutmix,
+    cutmix_box,
+    draw_crop,
+    padding_mask,
+    strong_view,
+)
 from dataset.copy_paste import PARTNERS, RARE_CLASSES, RareClassPool, paste_component
-from dataset.semi import Key, MicroBatches, TrainingSamples, batches, epoch_order, iterations_per_epoch
-from dataset.transform import (CUTMIX_AREA, IMAGENET_MEAN, IMAGENET_STD, Crop, adjusted_brightness, adjusted_contrast,
-                               adjusted_hue, adjusted_saturation, blurred, cropped_image, cropped_label, cutmix,
-                               cutmix_box, draw_crop, normalised, padding_mask, strong_view, to_tensor)
-from scripts.bench_data import label_resized_then_cropped, pillow_strong_view, resized_then_cropped
+from dataset.samples import (
+    Key,
+    MicroBatches,
+    TrainingSamples,
+    batches,
+    epoch_order,
+    iterations_per_epoch,
+)
+from scripts.dev.bench_data import (
+    label_resized_then_cropped,
+    pillow_strong_view,
+    resized_then_cropped,
+)
+from util.images import IMAGENET_MEAN, IMAGENET_STD, normalised, to_tensor
 from util.labels import CITYSCAPES_19, write_label
 
 
 def street(height: int, width: int, seed: int = 0) -> np.ndarray:
     """Smooth colours with hard-edged boxes and noise, uint8 height x width x 3."""
     random = np.random.default_rng(seed)
-    image = np.asarray(Image.fromarray(random.integers(0, 256, (6, 9, 3), dtype=np.uint8)).resize((width, height))).copy()
+    image = np.asarray(
+        Image.fromarray(random.integers(0, 256, (6, 9, 3), dtype=np.uint8)).resize((width, height))
+    ).copy()
     for _ in range(20):
         y, x = random.integers(0, height - 8), random.integers(0, width - 8)
-        image[y:y + random.integers(2, height // 2), x:x + random.integers(2, width // 3)] = random.integers(0, 256, 3)
+        image[y : y + random.integers(2, height // 2), x : x + random.integers(2, width // 3)] = (
+            random.integers(0, 256, 3)
+        )
     return (image // 2 + random.integers(0, 128, image.shape)).astype(np.uint8)
 
 
-# ------------------------------------------------------------------------------------------------- resize, crop, flip
+# ------------------------------------------------------------------------------- resize, crop, flip
+
 
 @pytest.mark.parametrize("seed", range(25))
 def test_resizing_the_region_equals_resizing_the_whole(seed):
-    """Within one grey level, everywhere in the square; crops larger than the image, padding and mirroring included."""
+    """Within one grey level, everywhere in the square; crops larger than the image, padding and
+    mirroring included.
+    """
     random = np.random.default_rng(seed)
     height, width = (int(n) for n in random.integers(60, 240, 2))
     image = Image.fromarray(street(height, width, seed))
@@ -42,15 +76,25 @@ def test_resizing_the_region_equals_resizing_the_whole(seed):
 
 
 def test_resizing_the_region_at_full_size():
-    """3600 = 2048 x 225 / 128: in every 225th row and column values lie half-way between two levels."""
+    """3600 = 2048 x 225 / 128: in every 225th row and column values lie half-way between two
+    levels.
+    """
     image = Image.fromarray(street(1024, 2048))
-    for crop in (Crop(512, 1024, 0, 200, 769, False), Crop(1800, 3600, 900, 2600, 769, True), Crop(1024, 2048, 255, 1279, 769, False)):
-        assert np.abs(cropped_image(image, crop).astype(int) - resized_then_cropped(image, crop)).max() <= 1
+    for crop in (
+        Crop(512, 1024, 0, 200, 769, False),
+        Crop(1800, 3600, 900, 2600, 769, True),
+        Crop(1024, 2048, 255, 1279, 769, False),
+    ):
+        assert (
+            np.abs(cropped_image(image, crop).astype(int) - resized_then_cropped(image, crop)).max()
+            <= 1
+        )
 
 
 def nearest_slowly(label, crop, padding):
     """Pixel by pixel, in fractions: the source pixel under the centre of each target pixel."""
     from fractions import Fraction
+
     square = np.full((crop.size, crop.size), padding, dtype=np.uint8)
     for row in range(crop.size):
         for column in range(crop.size):
@@ -58,7 +102,9 @@ def nearest_slowly(label, crop, padding):
             if y < crop.height and x < crop.width:
                 source_y = (Fraction(2 * y + 1, 2) * label.shape[0] / crop.height).__floor__()
                 source_x = (Fraction(2 * x + 1, 2) * label.shape[1] / crop.width).__floor__()
-                square[row, crop.size - 1 - column if crop.flip else column] = label[source_y, source_x]
+                square[row, crop.size - 1 - column if crop.flip else column] = label[
+                    source_y, source_x
+                ]
             elif crop.flip:
                 square[row, crop.size - 1 - column] = padding
     return square
@@ -66,12 +112,16 @@ def nearest_slowly(label, crop, padding):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_labels_are_taken_from_the_nearest_pixel(seed):
-    """Also from a label map of another resolution than its image; and as Pillow does, but for ties."""
+    """Also from a label map of another resolution than its image; and as Pillow does, but for
+    ties.
+    """
     random = np.random.default_rng(seed)
     label = random.integers(0, 19, (40, 70), dtype=np.uint8)
     crop = draw_crop(random, 80 if seed % 2 else 40, 140 if seed % 2 else 70, 45)
     assert np.array_equal(cropped_label(label, crop, 255), nearest_slowly(label, crop, 255))
-    assert (cropped_label(label, crop, 255) == label_resized_then_cropped(label, crop, 255)).mean() > 0.9
+    assert (
+        cropped_label(label, crop, 255) == label_resized_then_cropped(label, crop, 255)
+    ).mean() > 0.9
 
 
 def test_padding_is_ignored_and_nothing_else():
@@ -80,11 +130,15 @@ def test_padding_is_ignored_and_nothing_else():
     mask = padding_mask(crop, 255)
     assert (mask == 255).sum() == 40 * 40 - 20 * 30
     assert np.array_equal(mask == 255, cropped_label(label, crop, 254) == 254)
-    assert np.array_equal(mask == 255, (cropped_image(Image.new("RGB", (30, 20), "white"), crop) == 0).all(axis=2))
+    assert np.array_equal(
+        mask == 255, (cropped_image(Image.new("RGB", (30, 20), "white"), crop) == 0).all(axis=2)
+    )
 
 
 def test_geometry_is_unimatchs():
-    """Long side uniform over the integers of [0.5 M, 2 M], ends included; origins cover all places; half are mirrored."""
+    """Long side uniform over the integers of [0.5 M, 2 M], ends included; origins cover all places;
+    half are mirrored.
+    """
     random = np.random.default_rng(0)
     crops = [draw_crop(random, 20, 10, 12) for _ in range(4000)]
     assert {c.height for c in crops} == set(range(10, 41))
@@ -105,30 +159,49 @@ def test_normalisation():
     assert torch.equal(normalised(torch.from_numpy(image)[None])[0], to_tensor(image))
 
 
-# --------------------------------------------------------------------------------------------------- strong views, boxes
+# ------------------------------------------------------------------------------ strong views, boxes
 
-@pytest.mark.parametrize("fast, slow, values, mean, most", [
-    (adjusted_brightness, colour.adjust_brightness, (0.5, 0.9, 1.5), 0.1, 1),
-    (adjusted_contrast, colour.adjust_contrast, (0.5, 0.9, 1.5), 0.6, 2),
-    (adjusted_saturation, colour.adjust_saturation, (0.0, 0.5, 1.5), 0.6, 2),
-    (adjusted_hue, colour.adjust_hue, (-0.25, 0.0, 0.1, 0.25), 1.0, 16),
-    (blurred, lambda image, radius: image.filter(ImageFilter.GaussianBlur(radius)), (0.1, 0.5, 1.0, 2.0), 1.5, 20)])
+
+@pytest.mark.parametrize(
+    "fast, slow, values, mean, most",
+    [
+        (adjusted_brightness, colour.adjust_brightness, (0.5, 0.9, 1.5), 0.1, 1),
+        (adjusted_contrast, colour.adjust_contrast, (0.5, 0.9, 1.5), 0.6, 2),
+        (adjusted_saturation, colour.adjust_saturation, (0.0, 0.5, 1.5), 0.6, 2),
+        (adjusted_hue, colour.adjust_hue, (-0.25, 0.0, 0.1, 0.25), 1.0, 16),
+        (
+            blurred,
+            lambda image, radius: image.filter(ImageFilter.GaussianBlur(radius)),
+            (0.1, 0.5, 1.0, 2.0),
+            1.5,
+            20,
+        ),
+    ],
+)
 def test_colour_and_blur_are_torchvisions_within_rounding(fast, slow, values, mean, most):
     image = street(96, 128)
     for value in values:
-        difference = np.abs(fast(image, value).astype(int) - np.asarray(slow(Image.fromarray(image), value)))
+        difference = np.abs(
+            fast(image, value).astype(int) - np.asarray(slow(Image.fromarray(image), value))
+        )
         assert difference.mean() <= mean and difference.max() <= most, value
 
 
 def test_strong_views_draw_as_stated():
-    """The same draws as with torchvision, part by part; and what leaves an image as it was is as rare as it should be."""
+    """The same draws as with torchvision, part by part; and what leaves an image as it was is as
+    rare as it should be.
+    """
     image = street(48, 64)
     differences, unchanged = [], 0
     for seed in range(300):
         view = strong_view(np.random.default_rng(seed), image)
         unchanged += np.array_equal(view, image)
         if seed < 60:
-            differences.append(np.abs(view.astype(int) - pillow_strong_view(np.random.default_rng(seed), image)).mean())
+            differences.append(
+                np.abs(
+                    view.astype(int) - pillow_strong_view(np.random.default_rng(seed), image)
+                ).mean()
+            )
     assert np.median(differences) < 1.5 and max(differences) < 8
     assert 0.03 < unchanged / 300 < 0.14  # 0.2 x 0.8 x 0.5 = 0.08
 
@@ -149,14 +222,19 @@ def test_cutmix_boxes_have_the_stated_chance_area_and_shape():
 
 def test_cutmix_equals_a_pixel_loop():
     random = np.random.default_rng(0)
-    a, b, box = random.random((6, 8)), random.random((6, 8)), cutmix_box(np.random.default_rng(3), 8)[:6]
+    a, b, box = (
+        random.random((6, 8)),
+        random.random((6, 8)),
+        cutmix_box(np.random.default_rng(3), 8)[:6],
+    )
     box[1:3, 2:7] = True
     expected = [[b[y, x] if box[y, x] else a[y, x] for x in range(8)] for y in range(6)]
     assert np.array_equal(cutmix(a, b, box), expected)
     assert np.array_equal(cutmix(*(torch.from_numpy(v) for v in (a, b, box))), expected)
 
 
-# --------------------------------------------------------------------------------------------------------------- samples
+# ------------------------------------------------------------------------------------------ samples
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
@@ -172,7 +250,9 @@ def data(tmp_path_factory):
 
 
 def same(one: dict, other: dict) -> bool:
-    return one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
+    return one.keys() == other.keys() and all(
+        np.array_equal(one[name], other[name]) for name in one
+    )
 
 
 def test_samples_depend_on_seed_epoch_and_position_alone(data):
@@ -187,9 +267,11 @@ def test_samples_depend_on_seed_epoch_and_position_alone(data):
     sample = samples[key]
     assert not np.array_equal(sample["w"], sample["w_mix"])  # the same image, another crop
     shapes = {name: (value.shape, value.dtype.name) for name, value in sample.items()}
-    assert shapes == {**{name: ((48, 48, 3), "uint8") for name in ("x", "w", "w_mix", "s1", "s2")},
-                      "mask_x": ((48, 48), "uint8"),
-                      **{name: ((48, 48), "bool") for name in ("box1", "box2", "ignore", "ignore_mix")}}
+    assert shapes == {
+        **{name: ((48, 48, 3), "uint8") for name in ("x", "w", "w_mix", "s1", "s2")},
+        "mask_x": ((48, 48), "uint8"),
+        **{name: ((48, 48), "bool") for name in ("box1", "box2", "ignore", "ignore_mix")},
+    }
 
 
 def test_strong_views_are_pasted_inside_their_box_alone(data):
@@ -208,7 +290,9 @@ def test_strong_views_are_pasted_inside_their_box_alone(data):
             assert np.array_equal(box, sample[f"box{number}"])
             assert np.array_equal(sample[f"s{number}"][~box], view[~box])
             if box.any():
-                assert np.array_equal(sample[f"s{number}"][box], strong_view(random_mix, sample["w_mix"])[box])
+                assert np.array_equal(
+                    sample[f"s{number}"][box], strong_view(random_mix, sample["w_mix"])[box]
+                )
                 pasted += 1
     assert pasted > 4
 
@@ -217,7 +301,9 @@ def test_workers_and_image_cache_change_nothing(data, tmp_path):
     root, rows = data
     unlabeled = [image for image, _ in rows]
     sampler = MicroBatches(5, 2, 2, 2, 0, 1, seed=0)
-    plain = list(batches(TrainingSamples(rows[:2], unlabeled, root, 40, 0), sampler, 0, torch.device("cpu")))
+    plain = list(
+        batches(TrainingSamples(rows[:2], unlabeled, root, 40, 0), sampler, 0, torch.device("cpu"))
+    )
     cached = TrainingSamples(rows[:2], unlabeled, root, 40, 0, image_cache=tmp_path)
     for _ in range(2):  # filling the cache, and reading it
         others = list(batches(cached, sampler, 2, torch.device("cpu")))
@@ -233,7 +319,10 @@ def test_labels_alone_when_there_is_no_unlabeled_list(data):
 
 def test_photometric_changes_colours_alone(data):
     root, rows = data
-    plain, strong = TrainingSamples(rows, [], root, 40, 0), TrainingSamples(rows, [], root, 40, 0, photometric=True)
+    plain, strong = (
+        TrainingSamples(rows, [], root, 40, 0),
+        TrainingSamples(rows, [], root, 40, 0, photometric=True),
+    )
     changed = 0
     for position in range(8):
         key = Key(0, position, position % 5)
@@ -244,10 +333,15 @@ def test_photometric_changes_colours_alone(data):
 
 
 def test_iterations_per_epoch_fit_the_shipped_logs():
-    """With the splits that facts/training_logs.md finds: 1487 and 5250 unlabeled images; and in general UniMatch's formula
-    for four processes."""
+    """With the splits that facts/training_logs.md finds: 1487 and 5250 unlabeled images; and in
+    general UniMatch's formula for four processes.
+    """
     logs = json.loads((Path(__file__).parent / "data" / "shipped_logs.json").read_text())
-    for name, unlabeled, batch in (("seco_synthia", 1487, 8), ("seco_bdd", 5250, 4), ("seco_gta", 1890, 8)):
+    for name, unlabeled, batch in (
+        ("seco_synthia", 1487, 8),
+        ("seco_bdd", 5250, 4),
+        ("seco_gta", 1890, 8),
+    ):
         low, high = logs[name]["iterations_per_epoch"]
         length = iterations_per_epoch(unlabeled, batch)
         assert low <= length <= high
@@ -259,11 +353,16 @@ def test_iterations_per_epoch_fit_the_shipped_logs():
 
 @pytest.mark.parametrize("world, batch", [(1, 4), (2, 2), (4, 1), (1, 2), (2, 1)])
 def test_every_distribution_takes_the_same_samples_an_iteration(world, batch):
-    """The union over processes and accumulation steps of an iteration is the global batch of one process."""
+    """The union over processes and accumulation steps of an iteration is the global batch of one
+    process.
+    """
     samples, epochs, global_batch = 13, 2, 4
     reference = list(MicroBatches(samples, epochs, global_batch, 4, 0, 1, seed=5))
     assert len(reference) == 2 * (16 // 4)
-    samplers = [MicroBatches(samples, epochs, global_batch, batch, rank, world, seed=5) for rank in range(world)]
+    samplers = [
+        MicroBatches(samples, epochs, global_batch, batch, rank, world, seed=5)
+        for rank in range(world)
+    ]
     streams = [list(s) for s in samplers]
     steps = samplers[0].steps
     assert steps == global_batch // world // batch and len(streams[0]) == len(samplers[0])
@@ -271,23 +370,34 @@ def test_every_distribution_takes_the_same_samples_an_iteration(world, batch):
         keys = [None] * global_batch
         for sampler, stream in zip(samplers, streams):
             for step in range(steps):
-                keys[sampler.slot(step):sampler.slot(step) + batch] = stream[iteration * steps + step]
+                keys[sampler.slot(step) : sampler.slot(step) + batch] = stream[
+                    iteration * steps + step
+                ]
         assert keys == expected
 
 
 def test_an_epoch_visits_every_image_and_resuming_goes_on_in_it():
     order = epoch_order(13, seed=0, epoch=4, length=16)
-    assert sorted(set(order)) == list(range(13)) and not np.array_equal(order[:13], epoch_order(13, 0, 5, 13))
+    assert sorted(set(order)) == list(range(13)) and not np.array_equal(
+        order[:13], epoch_order(13, 0, 5, 13)
+    )
     whole = list(MicroBatches(13, 3, 4, 4, 0, 1, seed=0))
     assert list(MicroBatches(13, 3, 4, 4, 0, 1, seed=0, start=6)) == whole[6:]
 
 
-# ------------------------------------------------------------------------------------------------------------ copy-paste
+# --------------------------------------------------------------------------------------- copy-paste
+
 
 def test_copy_paste_pastes_a_rare_class_and_its_partners(tmp_path):
-    """Source: a rider (12) on a bicycle (18), a car (13). Rider and bicycle are pasted, image and label alike; the car not."""
+    """Source: a rider (12) on a bicycle (18), a car (13). Rider and bicycle are pasted, image and
+    label alike; the car not.
+    """
     image, label = np.zeros((60, 60, 3), dtype=np.uint8), np.full((60, 60), 255, dtype=np.uint8)
-    for class_id, area in ((12, np.s_[5:15, 5:13]), (18, np.s_[15:22, 3:15]), (13, np.s_[40:50, 40:55])):
+    for class_id, area in (
+        (12, np.s_[5:15, 5:13]),
+        (18, np.s_[15:22, 3:15]),
+        (13, np.s_[40:50, 40:55]),
+    ):
         label[area], image[area] = class_id, 10 * class_id
     label[30, 30] = 18  # a speck, too small to paste
     Image.fromarray(image).save(tmp_path / "i.png")
@@ -308,6 +418,12 @@ def test_copy_paste_pastes_a_rare_class_and_its_partners(tmp_path):
 
 def test_pieces_that_do_not_fit_are_left_out():
     image, label = np.zeros((20, 20, 3), np.uint8), np.zeros((20, 20), np.uint8)
-    paste_component(np.random.default_rng(0), image, label, np.ones((30, 5, 3), np.uint8), np.ones((30, 5), np.uint8),
-                    np.ones((30, 5), bool))
+    paste_component(
+        np.random.default_rng(0),
+        image,
+        label,
+        np.ones((30, 5, 3), np.uint8),
+        np.ones((30, 5), np.uint8),
+        np.ones((30, 5), bool),
+    )
     assert not image.any() and not label.any()

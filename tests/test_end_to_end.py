@@ -1,4 +1,6 @@
-"""scripts/toy.sh at its smallest size: the whole line runs, a second call has nothing to do, a killed run ends the same."""
+"""scripts/toy.sh at its smallest size: the whole line runs, a second call has nothing to do, a
+killed run ends the same."""
+
 import json
 import os
 import signal
@@ -20,17 +22,29 @@ def environment(out: Path, **more: str) -> dict[str, str]:
 
 
 def toy(out: Path, **more: str) -> subprocess.CompletedProcess:
-    return subprocess.run(["bash", str(ROOT / "scripts/toy.sh")], env=environment(out, **more), capture_output=True, text=True)
+    return subprocess.run(
+        ["bash", str(ROOT / "scripts/toy.sh")],
+        env=environment(out, **more),
+        capture_output=True,
+        text=True,
+    )
 
 
 def results(out: Path) -> dict[str, bytes]:
-    """What must not depend on how the run went: labels, lists, weights' file sizes aside, figures."""
+    """What must not depend on how the run went: labels, lists, weights' file sizes aside,
+    figures.
+    """
     seed = out / "seed0"
-    files = [*sorted(seed.glob("pix*/**/*.png")), *sorted(seed.glob("splits/**/*.txt")), *sorted(seed.glob("*/connectivities.csv"))]
+    files = [
+        *sorted(seed.glob("pix*/**/*.png")),
+        *sorted(seed.glob("splits/**/*.txt")),
+        *sorted(seed.glob("*/connectivities.csv")),
+    ]
     files = [f for f in files if "report" not in f.parts and "vis" not in f.parts]
     figures = json.loads((out / "results.json").read_text())
     return {str(f.relative_to(seed)): f.read_bytes() for f in files} | {
-        "figures": json.dumps([figures["labels"], figures["models"]]).encode()}
+        "figures": json.dumps([figures["labels"], figures["models"]]).encode()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -43,12 +57,23 @@ def finished(tmp_path_factory):
 
 def test_tables_and_pictures(finished):
     text = (finished / "results.md").read_text()
-    for row in ("pixel-level (no SAM)", "| PSA |", "PSA + SCC", "before (source model)", "SeCo (UniMatch on PSA + SCC)", "peak memory"):
+    for row in (
+        "pixel-level (no SAM)",
+        "| PSA |",
+        "PSA + SCC",
+        "before (source model)",
+        "SeCo (UniMatch on PSA + SCC)",
+        "peak memory",
+    ):
         assert row in text
     pictures = {p.name for p in (finished / "pictures").iterdir()}
-    assert {"side_by_side.png", "miou_curve.png"} <= pictures and any(p.startswith("scc_") for p in pictures)
+    assert {"side_by_side.png", "miou_curve.png"} <= pictures and any(
+        p.startswith("scc_") for p in pictures
+    )
     costs = json.loads((finished / "results.json").read_text())["stages"]
-    assert set(STAGES) <= set(costs) and all(cost["peak_memory_mb"] < 6000 for cost in costs.values())
+    assert set(STAGES) <= set(costs) and all(
+        cost["peak_memory_mb"] < 6000 for cost in costs.values()
+    )
 
 
 def test_a_second_call_does_nothing_again(finished):
@@ -61,23 +86,40 @@ def test_a_second_call_does_nothing_again(finished):
 def test_no_stage_but_evaluation_names_ground_truth_of_the_target(finished):
     for name in STAGES[1:]:
         command = json.loads((finished / f"seed0/stages/{name}.json").read_text())["command"]
-        without_validation = [word for i, word in enumerate(command) if command[i - 1] != "--val-id-path"]
-        assert not any("target_train_gt" in word or "target_val" in word for word in without_validation)
+        without_validation = [
+            word for i, word in enumerate(command) if command[i - 1] != "--val-id-path"
+        ]
+        assert not any(
+            "target_train_gt" in word or "target_val" in word for word in without_validation
+        )
 
 
 @pytest.mark.parametrize("arguments", [[], ["tiny"]])
 def test_ablation_needs_a_known_benchmark(arguments):
-    run = subprocess.run(["bash", str(ROOT / "scripts/ablation.sh"), *arguments], capture_output=True, text=True)
-    assert run.returncode == 2 and run.stderr == "error: bash scripts/ablation.sh toy|camvid\n" and not run.stdout
+    run = subprocess.run(
+        ["bash", str(ROOT / "scripts/ablation.sh"), *arguments], capture_output=True, text=True
+    )
+    assert (
+        run.returncode == 2
+        and run.stderr == "error: bash scripts/ablation.sh toy|camvid\n"
+        and not run.stdout
+    )
 
 
 @pytest.mark.slow
 def test_killed_in_every_stage_it_ends_the_same(finished, tmp_path):
-    """SIGKILL to everything the command has started, two or three seconds after each stage has begun."""
+    """SIGKILL to everything the command has started, two or three seconds after each stage has
+    begun.
+    """
     out = tmp_path / "run"
     for stage in STAGES:
-        process = subprocess.Popen(["bash", str(ROOT / "scripts/toy.sh")], env=environment(out), stdout=subprocess.DEVNULL,
-                                   stderr=subprocess.DEVNULL, start_new_session=True)
+        process = subprocess.Popen(
+            ["bash", str(ROOT / "scripts/toy.sh")],
+            env=environment(out),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         record, deadline = out / f"seed0/stages/{stage}.json", time.time() + 600
         while not record.is_file() and process.poll() is None:
             assert time.time() < deadline
@@ -92,8 +134,19 @@ def test_killed_in_every_stage_it_ends_the_same(finished, tmp_path):
 
 def test_a_stage_done_by_another_number_of_processes_is_done(tmp_path):
     def run(*words):
-        command = [sys.executable, str(ROOT / "scripts/stage.py"), str(tmp_path), "one", "--", sys.executable, "-c", "print('ran')", *words]
+        command = [
+            sys.executable,
+            str(ROOT / "scripts/lib/stage.py"),
+            str(tmp_path),
+            "one",
+            "--",
+            sys.executable,
+            "-c",
+            "print('ran')",
+            *words,
+        ]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
     assert "\nran" in run("--nproc_per_node", "1", "--seed", "1")
     assert "done before" in run("--nproc_per_node", "2", "--seed", "1")
     assert "\nran" in run("--nproc_per_node", "2", "--seed", "2")

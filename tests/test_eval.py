@@ -1,4 +1,6 @@
-"""eval.py: windows, modes, means, label maps, processes; beside slow oracles and the official Cityscapes evaluation."""
+"""eval.py: windows, modes, means, label maps, processes; beside slow oracles and the official
+Cityscapes evaluation."""
+
 import json
 import os
 import subprocess
@@ -11,17 +13,26 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-from dataset.transform import to_tensor
 from eval import center_square, evaluate_checkpoint, figures, main, predict, sliding_windows, table
 from model.deeplabv3plus import DeepLabV3Plus
-from util.labels import CITYSCAPES_19, IDS_13_IN_16, IDS_16_IN_19, SYNTHIA_16, read_label, write_label, write_list
+from util.images import to_tensor
+from util.labels import (
+    CITYSCAPES_19,
+    IDS_13_IN_16,
+    IDS_16_IN_19,
+    SYNTHIA_16,
+    read_label,
+    write_label,
+    write_list,
+)
 from util.metrics import confusion_matrix, summary
 from util.run import run_main
 
 CPU = torch.device("cpu")
 
 
-# -------------------------------------------------------------------------------------------------------- prediction
+# --------------------------------------------------------------------------------------- prediction
+
 
 def test_windows_are_the_released_ones():
     """1024 x 2048 with 769 (stride 512): cut at the border, not shifted back."""
@@ -42,7 +53,9 @@ class Patchy(torch.nn.Module):
 
     def forward(self, images):
         self.shapes.append(tuple(images.shape))
-        return 3 * self.convolution(images) * images.mean(dim=(1, 2, 3), keepdim=True) + images.std(dim=(2, 3), keepdim=True).sum(1, True)
+        return 3 * self.convolution(images) * images.mean(dim=(1, 2, 3), keepdim=True) + images.std(
+            dim=(2, 3), keepdim=True
+        ).sum(1, True)
 
 
 def sliding_slowly(model, image, size):
@@ -52,10 +65,10 @@ def sliding_slowly(model, image, size):
     while row < height:
         column = 0
         while column < width:
-            window = image[:, :, row:min(row + size, height), column:min(column + size, width)]
+            window = image[:, :, row : min(row + size, height), column : min(column + size, width)]
             scores = model(window).softmax(dim=1)
             total = torch.zeros(1, scores.shape[1], height, width) if total is None else total
-            total[:, :, row:row + size, column:column + size] += scores
+            total[:, :, row : row + size, column : column + size] += scores
             column += int(size * 2 / 3)
         row += int(size * 2 / 3)
     return total
@@ -82,22 +95,32 @@ def test_images_in_a_batch_do_not_meddle():
     with torch.no_grad():
         together = predict(model, images, "sliding_window", 45)
         for number in range(2):
-            torch.testing.assert_close(together[number:number + 1], predict(model, images[number:number + 1], "sliding_window", 45))
+            torch.testing.assert_close(
+                together[number : number + 1],
+                predict(model, images[number : number + 1], "sliding_window", 45),
+            )
 
 
 def test_original_and_center_crop():
     model, image = Patchy(), torch.randn(1, 3, 50, 81)
     with torch.no_grad():
-        torch.testing.assert_close(predict(model, image, "original", None), model(image).softmax(dim=1))
-        torch.testing.assert_close(predict(model, image, "center_crop", 40), model(image[:, :, 5:45, 20:60]).softmax(dim=1))
+        torch.testing.assert_close(
+            predict(model, image, "original", None), model(image).softmax(dim=1)
+        )
+        torch.testing.assert_close(
+            predict(model, image, "center_crop", 40), model(image[:, :, 5:45, 20:60]).softmax(dim=1)
+        )
     assert center_square(50, 81, 60) == (slice(0, 60), slice(10, 70))
 
 
-# ------------------------------------------------------------------------------------------------------------- figures
+# ------------------------------------------------------------------------------------------ figures
+
 
 def random_maps(random, shape, class_num, missing=0.0):
     truth = random.integers(0, class_num, shape).astype(np.uint8)
-    prediction = np.where(random.random(shape) < 0.6, truth, random.integers(0, class_num, shape)).astype(np.uint8)
+    prediction = np.where(
+        random.random(shape) < 0.6, truth, random.integers(0, class_num, shape)
+    ).astype(np.uint8)
     truth[random.random(shape) < 0.1] = 255
     prediction[random.random(shape) < missing] = 255
     return truth, prediction
@@ -121,37 +144,56 @@ def test_figures_equal_counting_class_by_class(missing):
     truth[:2] = 3
     metrics = figures(confusion_matrix(truth, prediction, 19), CITYSCAPES_19)
     expected = [iou_slowly(truth, prediction, class_id) for class_id in range(19)]
-    assert list(metrics["iou"].values()) == pytest.approx(expected) and expected[14] is None and expected[16] == 0
+    assert (
+        list(metrics["iou"].values()) == pytest.approx(expected)
+        and expected[14] is None
+        and expected[16] == 0
+    )
     assert metrics["absent"] == ["truck", "train"]
     counted = np.array([value or 0 for value in expected])
     assert metrics["miou"] == pytest.approx(counted.mean())
     assert metrics["miou_present"] == pytest.approx(np.delete(counted, [14, 16]).mean())
     sixteen = [0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 11, 12, 13, 15, 17, 18]
     assert metrics["miou_16"] == pytest.approx(counted[sixteen].mean())
-    assert metrics["miou_13"] == pytest.approx(counted[[c for c in sixteen if c not in (3, 4, 5)]].mean())
+    assert metrics["miou_13"] == pytest.approx(
+        counted[[c for c in sixteen if c not in (3, 4, 5)]].mean()
+    )
     labeled = (truth != 255) & (prediction != 255)
     assert metrics["coverage"] == pytest.approx(100 * labeled.sum() / (truth != 255).sum())
     assert metrics["accuracy"] == pytest.approx(100 * (truth == prediction)[labeled].mean())
     text = table(metrics, "header")
-    assert "absent from the ground truth" in text and f"mIoU {metrics['miou']:.2f} %  over all 19 classes, one absent" in text
+    assert (
+        "absent from the ground truth" in text
+        and f"mIoU {metrics['miou']:.2f} %  over all 19 classes, one absent" in text
+    )
     assert f"mIoU {metrics['miou_present']:.2f} %  over the 17 classes present" in text
-    assert f"mIoU {metrics['miou_16']:.2f} %  over SYNTHIA's 16" in text and f"{metrics['miou_13']:.2f} %  over SYNTHIA's 13" in text
+    assert (
+        f"mIoU {metrics['miou_16']:.2f} %  over SYNTHIA's 16" in text
+        and f"{metrics['miou_13']:.2f} %  over SYNTHIA's 13" in text
+    )
 
 
 def test_sixteen_classes_and_others():
     truth, prediction = random_maps(np.random.default_rng(1), (40, 40), 16)
     metrics = figures(confusion_matrix(truth, prediction, 16), SYNTHIA_16)
     values = np.array(list(metrics["iou"].values()))
-    assert metrics["miou_13"] == pytest.approx(values[[i for i in range(16) if i not in (3, 4, 5)]].mean())
+    assert metrics["miou_13"] == pytest.approx(
+        values[[i for i in range(16) if i not in (3, 4, 5)]].mean()
+    )
     assert "miou_16" not in metrics
-    assert [SYNTHIA_16.names[i] for i in IDS_13_IN_16] == [CITYSCAPES_19.names[IDS_16_IN_19[i]] for i in IDS_13_IN_16]
+    assert [SYNTHIA_16.names[i] for i in IDS_13_IN_16] == [
+        CITYSCAPES_19.names[IDS_16_IN_19[i]] for i in IDS_13_IN_16
+    ]
 
 
 def test_iou_equals_the_official_evaluation(tmp_path):
-    """Package cityscapesscripts, on label maps of official IDs, its own pixel counting and class table."""
+    """Package cityscapesscripts, on label maps of official IDs, its own pixel counting and class
+    table.
+    """
     official = pytest.importorskip("cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling")
     from cityscapesscripts.helpers.labels import labels as official_labels
     from cityscapesscripts.helpers.labels import trainId2label
+
     to_id = np.zeros(256, dtype=np.uint8)
     for train_id in range(19):
         to_id[train_id] = trainId2label[train_id].id
@@ -162,9 +204,16 @@ def test_iou_equals_the_official_evaluation(tmp_path):
         confusion = confusion + confusion_matrix(truth, prediction, 19)
         for name, values in (("truth", truth), ("prediction", prediction)):
             Image.fromarray(to_id[values]).save(tmp_path / f"{number}_{name}.png")
-        pairs.append((str(tmp_path / f"{number}_prediction.png"), str(tmp_path / f"{number}_truth.png")))
+        pairs.append(
+            (str(tmp_path / f"{number}_prediction.png"), str(tmp_path / f"{number}_truth.png"))
+        )
     args = official.args
-    args.quiet, args.evalInstLevelScore, args.evalPixelAccuracy, args.JSONOutput = True, False, False, False
+    args.quiet, args.evalInstLevelScore, args.evalPixelAccuracy, args.JSONOutput = (
+        True,
+        False,
+        False,
+        False,
+    )
     try:
         result = official.evaluateImgLists([p for p, _ in pairs], [t for _, t in pairs], args)
     except Exception as error:  # its code is older than some versions of numpy
@@ -173,17 +222,22 @@ def test_iou_equals_the_official_evaluation(tmp_path):
     names = {label.trainId: label.name for label in official_labels if 0 <= label.trainId < 19}
     assert [names[i] for i in range(19)] == list(CITYSCAPES_19.names)
     for class_id, name in enumerate(CITYSCAPES_19.names):
-        assert ours["iou"][class_id] / 100 == pytest.approx(result["classScores"][name], abs=1e-6), name
+        assert ours["iou"][class_id] / 100 == pytest.approx(
+            result["classScores"][name], abs=1e-6
+        ), name
     # its average takes every class with a pixel in the ground truth or a false positive
     values = [value for value in ours["iou"] if value is not None]
     assert np.mean(values) / 100 == pytest.approx(result["averageScoreClasses"], abs=1e-6)
 
 
-# -------------------------------------------------------------------------------------------------------------- command
+# ------------------------------------------------------------------------------------------ command
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Three images with ground truth, label maps of two, a checkpoint of 19 classes; lists val.txt and labels.txt."""
+    """Three images with ground truth, label maps of two, a checkpoint of 19 classes; lists val.txt
+    and labels.txt.
+    """
     root, random = tmp_path_factory.mktemp("eval"), np.random.default_rng(3)
     rows, labels = [], []
     for number in range(3):
@@ -191,7 +245,9 @@ def data(tmp_path_factory):
         name = f"val/city/{number}.png"
         for folder in ("images", "gt", "exp"):
             (root / folder / "val/city").mkdir(parents=True, exist_ok=True)
-        Image.fromarray(random.integers(0, 256, (50, 70, 3), dtype=np.uint8)).save(root / "images" / name)
+        Image.fromarray(random.integers(0, 256, (50, 70, 3), dtype=np.uint8)).save(
+            root / "images" / name
+        )
         write_label(root / "gt" / name, truth, CITYSCAPES_19.palette)
         rows.append((f"images/{name}", f"gt/{name}"))
         if number < 2:
@@ -206,7 +262,15 @@ def data(tmp_path_factory):
 
 
 def arguments(data, *more):
-    return ["--id-list-path", str(data / "val.txt"), "--root-path", str(data), "--device", "cpu", *map(str, more)]
+    return [
+        "--id-list-path",
+        str(data / "val.txt"),
+        "--root-path",
+        str(data),
+        "--device",
+        "cpu",
+        *map(str, more),
+    ]
 
 
 def test_labels_from_a_list_or_a_folder(data, tmp_path, capsys):
@@ -214,9 +278,14 @@ def test_labels_from_a_list_or_a_folder(data, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "1 of them have no label map and count as unlabeled" in out and "coverage" in out
     main(arguments(data, "--labels", data / "exp", "--out", tmp_path / "folder"))
-    maps = [[read_label(data / folder / f"val/city/{n}.png") for n in range(count)] for folder, count in (("gt", 3), ("exp", 2))]
+    maps = [
+        [read_label(data / folder / f"val/city/{n}.png") for n in range(count)]
+        for folder, count in (("gt", 3), ("exp", 2))
+    ]
     truth, prediction = np.stack(maps[0]), np.stack([*maps[1], np.full((50, 70), 255, np.uint8)])
-    by_list, by_folder = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("list", "folder"))
+    by_list, by_folder = (
+        json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("list", "folder")
+    )
     assert by_list == by_folder
     expected = [iou_slowly(truth, prediction, c) for c in range(19)]
     assert list(by_list["iou"].values()) == pytest.approx(expected)
@@ -224,7 +293,10 @@ def test_labels_from_a_list_or_a_folder(data, tmp_path, capsys):
     assert by_list["coverage"] == pytest.approx(100 * labeled.sum() / (truth != 255).sum())
     assert by_list["accuracy"] == pytest.approx(100 * (truth == prediction)[labeled].mean())
     assert (by_list["images"], by_list["mode"]) == (3, "labels")
-    counts = [line.split(",")[1:] for line in (tmp_path / "list/confusion.csv").read_text().splitlines()[1:]]
+    counts = [
+        line.split(",")[1:]
+        for line in (tmp_path / "list/confusion.csv").read_text().splitlines()[1:]
+    ]
     assert np.array_equal(np.array(counts, int), confusion_matrix(truth, prediction, 19))
     assert Image.open(tmp_path / "list/confusion.png").width > 300
     assert (tmp_path / "list/run.json").exists()
@@ -232,7 +304,11 @@ def test_labels_from_a_list_or_a_folder(data, tmp_path, capsys):
 
 def test_a_label_map_of_another_size_is_brought_to_the_ground_truths(data, tmp_path, capsys):
     label = read_label(data / "exp/val/city/0.png")
-    write_label(data / "large/val/city/0.png", label.repeat(2, axis=0).repeat(2, axis=1), CITYSCAPES_19.palette)
+    write_label(
+        data / "large/val/city/0.png",
+        label.repeat(2, axis=0).repeat(2, axis=1),
+        CITYSCAPES_19.palette,
+    )
     (tmp_path / "one.txt").write_text("images/val/city/0.png exp/val/city/0.png\n")
     figures_of = []
     for labels in (tmp_path / "one.txt", data / "large"):
@@ -243,7 +319,19 @@ def test_a_label_map_of_another_size_is_brought_to_the_ground_truths(data, tmp_p
 
 @pytest.mark.parametrize("mode", ["original", "sliding_window", "center_crop"])
 def test_checkpoints_are_evaluated_in_every_mode(data, mode, capsys, tmp_path):
-    main(arguments(data, "--checkpoint", data / "model.pth", "--mode", mode, "--crop-size", 40, "--out", tmp_path))
+    main(
+        arguments(
+            data,
+            "--checkpoint",
+            data / "model.pth",
+            "--mode",
+            mode,
+            "--crop-size",
+            40,
+            "--out",
+            tmp_path,
+        )
+    )
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     torch.manual_seed(0)
     model, confusion = DeepLabV3Plus(18, 19).eval(), 0
@@ -254,7 +342,11 @@ def test_checkpoints_are_evaluated_in_every_mode(data, mode, capsys, tmp_path):
             if mode == "sliding_window":
                 scores = sliding_slowly(model, image, 40)
             else:
-                image, truth = (image[:, :, 5:45, 15:55], truth[5:45, 15:55]) if mode == "center_crop" else (image, truth)
+                image, truth = (
+                    (image[:, :, 5:45, 15:55], truth[5:45, 15:55])
+                    if mode == "center_crop"
+                    else (image, truth)
+                )
                 scores = model(image)
         confusion = confusion + confusion_matrix(truth, scores.argmax(dim=1)[0].numpy(), 19)
     assert metrics["miou"] == pytest.approx(summary(confusion)["miou"], rel=1e-3)
@@ -265,9 +357,29 @@ def test_checkpoints_are_evaluated_in_every_mode(data, mode, capsys, tmp_path):
 def test_two_processes_give_the_figures_of_one(data, tmp_path):
     """Three images on two processes: none is counted twice."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [str(ROOT / "eval.py"), *arguments(data, "--checkpoint", data / "model.pth", "--mode", "sliding_window", "--crop-size", 40)]
-    result = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *command, "--out",
-                             str(tmp_path / "two")], env=environment, timeout=180, capture_output=True, text=True)
+    command = [
+        str(ROOT / "eval.py"),
+        *arguments(
+            data, "--checkpoint", data / "model.pth", "--mode", "sliding_window", "--crop-size", 40
+        ),
+    ]
+    result = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            "2",
+            *command,
+            "--out",
+            str(tmp_path / "two"),
+        ],
+        env=environment,
+        timeout=180,
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 0, result.stderr
     main([*command[1:], "--out", str(tmp_path / "one")])
     for name in ("metrics.json", "confusion.csv", "confusion.png"):
@@ -278,25 +390,35 @@ def test_two_processes_give_the_figures_of_one(data, tmp_path):
 def test_bad_input_is_told_in_one_line(data, tmp_path, capsys):
     write_label(data / "gt/bad.png", np.full((50, 70), 33, np.uint8), CITYSCAPES_19.palette)
     write_label(data / "gt/small.png", np.zeros((25, 35), np.uint8), CITYSCAPES_19.palette)
-    lists = {"empty": "\n", "gone": "images/val/city/0.png gt/gone.png\n", "bad": "images/val/city/0.png gt/bad.png\n",
-             "small": "images/val/city/0.png gt/small.png\n", "columns": "images/val/city/0.png\n",
-             "others": "images/val/city/9.png exp/val/city/0.png\n"}
+    lists = {
+        "empty": "\n",
+        "gone": "images/val/city/0.png gt/gone.png\n",
+        "bad": "images/val/city/0.png gt/bad.png\n",
+        "small": "images/val/city/0.png gt/small.png\n",
+        "columns": "images/val/city/0.png\n",
+        "others": "images/val/city/9.png exp/val/city/0.png\n",
+    }
     for name, text in lists.items():
         (tmp_path / f"{name}.txt").write_text(text)
     (tmp_path / "file").write_text("")
     (tmp_path / "folder").mkdir()
     model = ("--checkpoint", data / "model.pth")
-    cases = [(("--checkpoint", tmp_path / "no.pth"), None, "no.pth: no such checkpoint"),
-             (("--checkpoint", tmp_path / "file"), None, "not a checkpoint of tensors"),
-             ((*model, "--class-num", 16), None, "predicts 19 classes, but --class-num is 16"),
-             ((*model, "--crop-size", 5), None, "--crop-size 5: give 33 or more"),
-             ((*model, "--out", tmp_path / "file/out"), None, "file/out: cannot write there"),
-             (model, "no", "no.txt: no such list file"), (model, "empty", "empty.txt: the list is empty"),
-             (model, "gone", "gt/gone.png: no such file, named in"), (model, "bad", "bad.png: holds the value 33"),
-             (model, "small", "the label map is 35x25, its image 70x50"), (model, "columns", "line 1: 1 columns where 2 are wanted"),
-             (("--labels", tmp_path / "no.txt"), None, "no.txt: no such list file"),
-             (("--labels", tmp_path / "others.txt"), None, "has none of the images of"),
-             (("--labels", tmp_path / "folder"), None, "has none of the images of")]
+    cases = [
+        (("--checkpoint", tmp_path / "no.pth"), None, "no.pth: no such checkpoint"),
+        (("--checkpoint", tmp_path / "file"), None, "not a checkpoint of tensors"),
+        ((*model, "--class-num", 16), None, "predicts 19 classes, but --class-num is 16"),
+        ((*model, "--crop-size", 5), None, "--crop-size 5: give 33 or more"),
+        ((*model, "--out", tmp_path / "file/out"), None, "file/out: cannot write there"),
+        (model, "no", "no.txt: no such list file"),
+        (model, "empty", "empty.txt: the list is empty"),
+        (model, "gone", "gt/gone.png: no such file, named in"),
+        (model, "bad", "bad.png: holds the value 33"),
+        (model, "small", "the label map is 35x25, its image 70x50"),
+        (model, "columns", "line 1: 1 columns where 2 are wanted"),
+        (("--labels", tmp_path / "no.txt"), None, "no.txt: no such list file"),
+        (("--labels", tmp_path / "others.txt"), None, "has none of the images of"),
+        (("--labels", tmp_path / "folder"), None, "has none of the images of"),
+    ]
     for options, name, message in cases:
         argv = arguments(data, *options)
         if name:

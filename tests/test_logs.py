@@ -1,4 +1,6 @@
-"""The shipped logs against the authors' text logs, their comparison, and the README's results table."""
+"""The shipped logs against the authors' text logs, their comparison, and the README's results
+table."""
+
 import csv
 import json
 import math
@@ -11,26 +13,51 @@ from conftest import ROOT
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from scripts import check_claims, compare_logs, import_log
+from scripts import compare_logs
+from scripts.dev import check_claims, import_log
 from util.run import UserError
-from util.training_log import (LOSS_NAMES, OFFICIAL_NAMES, TrainingLog, iterations_range, read_events, read_text_log,
-                               read_training_log, summary)
+from util.training_log import (
+    LOSS_NAMES,
+    OFFICIAL_NAMES,
+    TrainingLog,
+    iterations_range,
+    read_events,
+    read_text_log,
+    read_training_log,
+    summary,
+)
 
 SHIPPED = ROOT / "training_logs"
-TEXT_LOGS = ROOT.parent / "shared" / "logs"  # the authors' text logs, where this copy of the repository has them
-COUNTS = {"seco_gta": (2118, 235, 236, 236), "seco_synthia": (2160, 240, 240, 186), "seco_bdd": (504, 56, 56, 1313)}
-needs_text_logs = pytest.mark.skipif(not TEXT_LOGS.is_dir(), reason="the authors' text logs are not here")
+TEXT_LOGS = (
+    ROOT.parent / "shared" / "logs"
+)  # the authors' text logs, where this copy of the repository has them
+COUNTS = {
+    "seco_gta": (2118, 235, 236, 236),
+    "seco_synthia": (2160, 240, 240, 186),
+    "seco_bdd": (504, 56, 56, 1313),
+}
+needs_text_logs = pytest.mark.skipif(
+    not TEXT_LOGS.is_dir(), reason="the authors' text logs are not here"
+)
 
 
 def plain_parse(path):
-    """An independent reading of a text log, for what was logged: rows, evaluations, learning rates."""
+    """An independent reading of a text log, for what was logged: rows, evaluations, learning
+    rates.
+    """
     rows, evaluations, rates, epoch, ious = [], [], [], None, []
     for line in path.read_text().split("\n"):
         if "Epoch:" in line:
             epoch = int(line.split("Epoch: ")[1].split(",")[0])
             rates.append((epoch, line.split("LR: ")[1].split(",")[0]))
         if "Iters:" in line:
-            rows.append((epoch, int(re.search(r"Iters: (\d+)", line)[1]), re.findall(r": (\d\.\d{3})", line)))
+            rows.append(
+                (
+                    epoch,
+                    int(re.search(r"Iters: (\d+)", line)[1]),
+                    re.findall(r": (\d\.\d{3})", line),
+                )
+            )
         if "Class [" in line:
             name = re.search(r"Class \[\d+ (.*?)\]", line)[1]
             ious.append((OFFICIAL_NAMES.get(name, name), line.rsplit(" ", 1)[1]))
@@ -49,26 +76,37 @@ def test_every_figure_of_the_text_log_is_in_csv_and_events(name):
 
     with open(SHIPPED / name / "losses.csv", newline="") as file:
         table = list(csv.DictReader(file))
-    assert [(int(r["epoch"]), int(r["iteration"]), [r[n] for n in LOSS_NAMES]) for r in table] == rows
+    assert [
+        (int(r["epoch"]), int(r["iteration"]), [r[n] for n in LOSS_NAMES]) for r in table
+    ] == rows
     with open(SHIPPED / name / "epochs.csv", newline="") as file:
         table = list(csv.DictReader(file))
     assert [(int(r["epoch"]), r["lr"]) for r in table] == rates
-    assert [(int(r["epoch"]), r["mIoU"], [(n, r[n]) for n, _ in ious]) for r, (_, _, ious) in
-            zip((r for r in table if r["mIoU"]), evaluations)] == evaluations
+    assert [
+        (int(r["epoch"]), r["mIoU"], [(n, r[n]) for n, _ in ious])
+        for r, (_, _, ious) in zip((r for r in table if r["mIoU"]), evaluations)
+    ] == evaluations
 
     events = EventAccumulator(str(SHIPPED / name), size_guidance={"scalars": 0})
     events.Reload()
 
     def scalars(tag):
         return [(event.step, float(np.float32(event.value))) for event in events.Scalars(tag)]
+
     for column, loss in enumerate(LOSS_NAMES):
-        assert scalars(f"train/{loss}") == [(epoch * length + i, float(np.float32(values[column])))
-                                            for epoch, i, values in rows]
-    assert scalars("eval/mIoU") == [(epoch, float(np.float32(value))) for epoch, value, _ in evaluations]
+        assert scalars(f"train/{loss}") == [
+            (epoch * length + i, float(np.float32(values[column]))) for epoch, i, values in rows
+        ]
+    assert scalars("eval/mIoU") == [
+        (epoch, float(np.float32(value))) for epoch, value, _ in evaluations
+    ]
     for index, (class_name, _) in enumerate(evaluations[0][2]):
         assert scalars(f"eval/{class_name}_IoU") == [
-            (epoch, float(np.float32(ious[index][1]))) for epoch, _, ious in evaluations]
-    assert scalars("train/lr") == [(epoch * length, float(np.float32(value))) for epoch, value in rates]
+            (epoch, float(np.float32(ious[index][1]))) for epoch, _, ious in evaluations
+        ]
+    assert scalars("train/lr") == [
+        (epoch * length, float(np.float32(value))) for epoch, value in rates
+    ]
     times = [event.wall_time for event in events.Scalars("eval/mIoU")]
     assert times == sorted(times) and times[0] > 1.7e9
 
@@ -77,7 +115,15 @@ def test_every_figure_of_the_text_log_is_in_csv_and_events(name):
 @pytest.mark.parametrize("name", COUNTS)
 def test_importing_again_gives_the_shipped_bytes(name, tmp_path):
     out = tmp_path / name
-    import_log.main([str(TEXT_LOGS / f"{name}.log"), "--out", str(out), "--iterations-per-epoch", str(COUNTS[name][3])])
+    import_log.main(
+        [
+            str(TEXT_LOGS / f"{name}.log"),
+            "--out",
+            str(out),
+            "--iterations-per-epoch",
+            str(COUNTS[name][3]),
+        ]
+    )
     for path in out.iterdir():
         assert path.read_bytes() == (SHIPPED / name / path.name).read_bytes(), path.name
 
@@ -87,15 +133,24 @@ def test_shipped_folders_are_consistent(name):
     log = read_training_log(SHIPPED / name)
     config = json.loads((SHIPPED / name / "config.json").read_text())
     loss_rows, evaluated, _, length = COUNTS[name]
-    assert (len(log.losses), len(log.miou), log.iterations_per_epoch) == (loss_rows, evaluated, length)
+    assert (len(log.losses), len(log.miou), log.iterations_per_epoch) == (
+        loss_rows,
+        evaluated,
+        length,
+    )
     assert iterations_range(log) == tuple(config["iterations_per_epoch_possible"])
     assert log.eval_mode == ("sliding_window" if name == "seco_gta" else "original")
     assert len(log.class_names) == config["options"]["nclass"]
     for epoch in log.miou:  # the mIoU printed is the mean of the classes, to rounding
         assert np.mean(log.class_iou[epoch]) == pytest.approx(log.miou[epoch], abs=0.0101)
     for _, _, row in log.losses:  # UniMatch's weights, to three decimals
-        assert row["loss_all"] == pytest.approx((row["loss_x"] + (row["loss_s"] + row["loss_w_fp"]) / 2) / 2, abs=0.001)
-    for epoch, rate in log.lr.items():  # lr is set after the step, so an epoch starts with the last iteration's
+        assert row["loss_all"] == pytest.approx(
+            (row["loss_x"] + (row["loss_s"] + row["loss_w_fp"]) / 2) / 2, abs=0.001
+        )
+    for (
+        epoch,
+        rate,
+    ) in log.lr.items():  # lr is set after the step, so an epoch starts with the last iteration's
         total, step = 240 * length, max(0, epoch * length - 1)
         assert rate == pytest.approx(0.005 * (1 - step / total) ** 0.9, abs=5.1e-6)
     from_events = read_events(SHIPPED / name)
@@ -105,20 +160,35 @@ def test_shipped_folders_are_consistent(name):
     figures = summary(log)
     for key in ("best", "last", "last_mean"):
         assert f"{figures[key]:.2f}" in text
-    assert f"**{length} was chosen**" in text.replace("\n", " ") and f"@ epoch {figures['best_epoch']}" in text
+    assert (
+        f"**{length} was chosen**" in text.replace("\n", " ")
+        and f"@ epoch {figures['best_epoch']}" in text
+    )
 
 
-def text_log(path, epochs, miou=lambda epoch: 40 + epoch, length=20, classes=("road", "sky"), tail=""):
+def text_log(
+    path, epochs, miou=lambda epoch: 40 + epoch, length=20, classes=("road", "sky"), tail=""
+):
     """A small log in UniMatch's format."""
-    lines = ["nohup: ignoring input", "[2024-01-01 00:00:00,000][    INFO] {'epochs': 9,", " 'nclass': 2}", "",
-             "[0.125 0.125]"]
+    lines = [
+        "nohup: ignoring input",
+        "[2024-01-01 00:00:00,000][    INFO] {'epochs': 9,",
+        " 'nclass': 2}",
+        "",
+        "[0.125 0.125]",
+    ]
     for epoch in range(epochs):
         clock = f"[2024-01-01 {epoch:02d}:00:00,000][    INFO]"
         lines.append(f"{clock} ===========> Epoch: {epoch}, LR: 0.00500, Previous best: 0.00")
-        lines += [f"{clock} Iters: {i}, Total loss: 0.{epoch:03d}, Loss x: 1.000, Loss s: nan, Loss w_fp: 0.500, "
-                  "Mask ratio: 1.000" for i in range(0, length, length // 8)]
-        lines += [f"{clock} ***** Evaluation ***** >>>> Class [{i} {name}] IoU: {miou(epoch):.2f}"
-                  for i, name in enumerate(classes)]
+        lines += [
+            f"{clock} Iters: {i}, Total loss: 0.{epoch:03d}, Loss x: 1.000, Loss s: nan, Loss w_fp:"
+            " 0.500, Mask ratio: 1.000"
+            for i in range(0, length, length // 8)
+        ]
+        lines += [
+            f"{clock} ***** Evaluation ***** >>>> Class [{i} {name}] IoU: {miou(epoch):.2f}"
+            for i, name in enumerate(classes)
+        ]
         lines += [f"{clock} ***** Evaluation original ***** >>>> MeanIoU: {miou(epoch):.2f}", ""]
     path.write_text("\n".join(lines) + tail)
     return path
@@ -127,9 +197,20 @@ def text_log(path, epochs, miou=lambda epoch: 40 + epoch, length=20, classes=("r
 def test_small_log_is_read(tmp_path):
     log = read_text_log(text_log(tmp_path / "a.log", 3))
     assert log.miou == {0: 40, 1: 41, 2: 42} and log.config == {"epochs": 9, "nclass": 2}
-    assert log.class_names == ("road", "sky") and log.class_iou[2] == (42, 42) and len(log.losses) == 30
+    assert (
+        log.class_names == ("road", "sky")
+        and log.class_iou[2] == (42, 42)
+        and len(log.losses) == 30
+    )
     assert math.isnan(log.losses[0][2]["loss_s"]) and log.losses[-1][:2] == (2, 18)
-    assert summary(log) == {"best": 42, "best_epoch": 2, "last": 42, "last_epoch": 2, "last_mean": 41, "evaluations": 3}
+    assert summary(log) == {
+        "best": 42,
+        "best_epoch": 2,
+        "last": 42,
+        "last_epoch": 2,
+        "last_mean": 41,
+        "evaluations": 3,
+    }
 
 
 @pytest.mark.parametrize("length", [16, 17, 20, 186, 233, 239, 240, 1313])
@@ -142,10 +223,14 @@ def test_iterations_range_holds_the_truth(length, tmp_path):
 
 
 def test_cut_line_and_resumed_run(tmp_path):
-    stump = "[2024-01-01 05:00:00,000][    INFO] ===========> Epoch: 2, LR: 0.00500, Previous best: 0.00\n" \
-            "[2024-01-01 05:00:01,000][    INFO] Iters: 0, Total loss: 0.9"
+    stump = (
+        "[2024-01-01 05:00:00,000][    INFO] ===========> Epoch: 2, LR: 0.00500, Previous best:"
+        " 0.00\n[2024-01-01 05:00:01,000][    INFO] Iters: 0, Total loss: 0.9"
+    )
     log = read_text_log(text_log(tmp_path / "a.log", 3, tail="\n" + stump))
-    assert [epoch for epoch, _, _ in log.losses].count(2) == 0  # epoch 2 started again; its old rows are replaced
+    assert [epoch for epoch, _, _ in log.losses].count(
+        2
+    ) == 0  # epoch 2 started again; its old rows are replaced
     assert len(log.losses) == 20
     with pytest.raises(UserError, match="not a UniMatch-style text log"):
         (tmp_path / "b.log").write_text("hello\n")
@@ -154,20 +239,33 @@ def test_cut_line_and_resumed_run(tmp_path):
 
 def test_import_refuses_impossible_iterations(tmp_path):
     with pytest.raises(UserError, match="allow 19 to 20"):
-        import_log.main([str(text_log(tmp_path / "a.log", 2)), "--out", str(tmp_path / "o"),
-                         "--iterations-per-epoch", "30"])
+        import_log.main(
+            [
+                str(text_log(tmp_path / "a.log", 2)),
+                "--out",
+                str(tmp_path / "o"),
+                "--iterations-per-epoch",
+                "30",
+            ]
+        )
 
 
-# ------------------------------------------------------------------------------------------------------- comparing
+# ---------------------------------------------------------------------------------------- comparing
+
 
 def test_a_log_with_itself_passes(tmp_path, capsys):
     for name in COUNTS:
         picture = tmp_path / f"{name}.png"
-        assert compare_logs.main([str(SHIPPED / name), str(SHIPPED / name), "--picture", str(picture)]) == 0
+        assert (
+            compare_logs.main([str(SHIPPED / name), str(SHIPPED / name), "--picture", str(picture)])
+            == 0
+        )
         assert Image.open(picture).size[0] == 860
     printed = capsys.readouterr().out
     assert "FAIL" not in printed and printed.count("overall: pass") == 3
-    assert f"tensorboard --logdir_spec run:{SHIPPED}/seco_bdd,reference:{SHIPPED}/seco_bdd" in printed
+    assert (
+        f"tensorboard --logdir_spec run:{SHIPPED}/seco_bdd,reference:{SHIPPED}/seco_bdd" in printed
+    )
 
 
 def perturbed(tmp_path, change):
@@ -184,9 +282,15 @@ def perturbed(tmp_path, change):
 
 
 def failing_rows(folder, capsys):
-    code = compare_logs.main([str(folder), str(SHIPPED / "seco_gta"), "--picture", str(folder / "x.png")])
+    code = compare_logs.main(
+        [str(folder), str(SHIPPED / "seco_gta"), "--picture", str(folder / "x.png")]
+    )
     printed = capsys.readouterr().out
-    rows = {line[:24].strip() for line in printed.splitlines() if "FAIL (" in line and not line.startswith("overall")}
+    rows = {
+        line[:24].strip()
+        for line in printed.splitlines()
+        if "FAIL (" in line and not line.startswith("overall")
+    }
     assert code == (1 if rows else 0)
     return rows, printed
 
@@ -194,19 +298,30 @@ def failing_rows(folder, capsys):
 def test_perturbed_copies_fail_at_the_right_rows(tmp_path, capsys):
     def one_epoch(row):
         return {**row, "mIoU": "50.00"} if row["epoch"] == "100" else row
+
     assert failing_rows(perturbed(tmp_path / "a", one_epoch), capsys)[0] == {"epoch 100"}
 
     def late_epochs(row):
-        return {**row, "mIoU": f"{float(row['mIoU']) - 2.1:.2f}"} if row["mIoU"] and int(row["epoch"]) >= 215 else row
+        return (
+            {**row, "mIoU": f"{float(row['mIoU']) - 2.1:.2f}"}
+            if row["mIoU"] and int(row["epoch"]) >= 215
+            else row
+        )
+
     assert failing_rows(perturbed(tmp_path / "b", late_epochs), capsys)[0] == {
-        "epoch 225", "last (epoch 234)", "mean of the last 20"}
+        "epoch 225",
+        "last (epoch 234)",
+        "mean of the last 20",
+    }
 
     def one_class(row):
         return {**row, "car": f"{float(row['car']) - 6:.2f}"} if row["mIoU"] else row
+
     assert failing_rows(perturbed(tmp_path / "c", one_class), capsys)[0] == {"car"}
 
     def higher(row):
         return {**row, "mIoU": "66.20"} if row["epoch"] == "179" else row
+
     rows, printed = failing_rows(perturbed(tmp_path / "d", higher), capsys)
     assert rows == {"best up to epoch 234"} and "FAIL (high)" in printed
 
@@ -214,32 +329,50 @@ def test_perturbed_copies_fail_at_the_right_rows(tmp_path, capsys):
 def test_a_run_still_going(tmp_path, capsys):
     def first_30(row):
         return row if int(row["epoch"]) < 30 else None
+
     rows, printed = failing_rows(perturbed(tmp_path, first_30), capsys)
-    assert not rows and "last (epoch 29)" in printed and "overall: pass" in printed and "10 not reached yet" in printed
+    assert (
+        not rows
+        and "last (epoch 29)" in printed
+        and "overall: pass" in printed
+        and "10 not reached yet" in printed
+    )
     assert re.search(r"epoch 30 .* not yet", printed)
 
 
 @pytest.fixture
 def our_run(tmp_path):
-    """A run's folder as train_unimatch.py leaves it, cut in the middle of a line: two epochs of 3 iterations, and a bit."""
+    """A run's folder as train_unimatch.py leaves it, cut in the middle of a line: two epochs of 3
+    iterations, and a bit.
+    """
     from torch.utils.tensorboard import SummaryWriter
+
     names = read_training_log(SHIPPED / "seco_gta").class_names
     lines, writer = [], SummaryWriter(str(tmp_path / "run"))
     for epoch in range(3):
         for i in range(3 if epoch < 2 else 1):
-            values = {"train/lr": 0.005 - 0.001 * epoch, **{f"train/{n}": epoch + i + 0.5 for n in LOSS_NAMES}}
+            values = {
+                "train/lr": 0.005 - 0.001 * epoch,
+                **{f"train/{n}": epoch + i + 0.5 for n in LOSS_NAMES},
+            }
             lines.append(json.dumps({"epoch": epoch, "iteration": i, **values}))
             for tag, value in values.items():
                 writer.add_scalar(tag, value, 3 * epoch + i)
         if epoch < 2:
-            values = {"eval/mIoU": 34.14 + 10 * epoch, **{f"eval/{n}_IoU": float(k) for k, n in enumerate(names)}}
+            values = {
+                "eval/mIoU": 34.14 + 10 * epoch,
+                **{f"eval/{n}_IoU": float(k) for k, n in enumerate(names)},
+            }
             lines.append(json.dumps({"epoch": epoch, "eval_mode": "original", **values}))
             for tag, value in values.items():
                 writer.add_scalar(tag, value, epoch)
     writer.close()
     (tmp_path / "run/metrics.jsonl").write_text("\n".join(lines) + '\n{"epoch": 2, "iter')
-    (tmp_path / "run/manifest.json").write_text(json.dumps({"options": {"epochs": 240, "crop_size": 801, "lr": 0.005},
-                                                            "iterations_per_epoch": 3}))
+    (tmp_path / "run/manifest.json").write_text(
+        json.dumps(
+            {"options": {"epochs": 240, "crop_size": 801, "lr": 0.005}, "iterations_per_epoch": 3}
+        )
+    )
     return tmp_path / "run"
 
 
@@ -250,24 +383,45 @@ def test_our_run_is_read_alike_from_json_lines_and_events(our_run):
     assert lines.class_iou[1] == events.class_iou[1] and lines.eval_mode == "original"
     assert lines.lr == pytest.approx(events.lr) == {0: 0.005, 1: 0.004, 2: 0.003}
     assert [row[:2] for row in lines.losses] == [row[:2] for row in events.losses]
-    assert lines.losses[-2] == (1, 2, {name: 2.5 for name in LOSS_NAMES})  # running mean of 1.5, 2.5, 3.5
+    assert lines.losses[-2] == (
+        1,
+        2,
+        {name: 2.5 for name in LOSS_NAMES},
+    )  # running mean of 1.5, 2.5, 3.5
     assert lines.iterations_per_epoch == events.iterations_per_epoch == 3
 
 
 def test_our_run_beside_a_shipped_log(our_run, capsys):
-    assert compare_logs.main([str(our_run), str(SHIPPED / "seco_gta"), "--class-tolerance", "100"]) == 0
+    assert (
+        compare_logs.main([str(our_run), str(SHIPPED / "seco_gta"), "--class-tolerance", "100"])
+        == 0
+    )
     printed = capsys.readouterr().out
-    assert "the numbers are not of one kind" in printed and "crop_size: run 801, reference 769" in printed
-    assert (our_run / "compare_seco_gta.png").is_file() and "tensorboard --logdir_spec run:" in printed
+    assert (
+        "the numbers are not of one kind" in printed
+        and "crop_size: run 801, reference 769" in printed
+    )
+    assert (
+        our_run / "compare_seco_gta.png"
+    ).is_file() and "tensorboard --logdir_spec run:" in printed
 
 
 def test_tolerance_is_the_stated_one():
     reference = TrainingLog("r", miou={e: 60 + (e % 2) for e in range(40)})
-    wobble = np.std([reference.miou[e] - np.mean([reference.miou[f] for f in range(e - 5, e + 6)])
-                     for e in range(10, 31)])
+    wobble = np.std(
+        [
+            reference.miou[e] - np.mean([reference.miou[f] for f in range(e - 5, e + 6)])
+            for e in range(10, 31)
+        ]
+    )
     assert compare_logs.jitter(reference.miou, 20) == pytest.approx(wobble)
     assert compare_logs.band(reference, 20, 1.5) == pytest.approx(1.5 + 2 * wobble)
-    for run, verdict in ((61.4, "pass"), (61.6, "FAIL (high)"), (58.4, "FAIL (low)"), (None, "not yet")):
+    for run, verdict in (
+        (61.4, "pass"),
+        (61.6, "FAIL (high)"),
+        (58.4, "FAIL (low)"),
+        (None, "not yet"),
+    ):
         assert compare_logs.Row("x", 60, run, 1.5).verdict == verdict
 
 
@@ -279,10 +433,13 @@ def test_comparison_of_unlike_things_is_refused(tmp_path):
     with pytest.raises(UserError, match="holds no epochs.csv"):
         compare_logs.main([str(tmp_path), str(SHIPPED / "seco_gta")])
     with pytest.raises(UserError, match="--tolerance -1"):
-        compare_logs.main([str(SHIPPED / "seco_gta"), str(SHIPPED / "seco_gta"), "--tolerance", "-1"])
+        compare_logs.main(
+            [str(SHIPPED / "seco_gta"), str(SHIPPED / "seco_gta"), "--tolerance", "-1"]
+        )
 
 
-# ---------------------------------------------------------------------------------------------------------- claims
+# ------------------------------------------------------------------------------------------- claims
+
 
 def test_readme_claims_what_the_logs_say(capsys):
     assert check_claims.main([]) == 0, capsys.readouterr().err
@@ -303,9 +460,12 @@ def test_a_wrong_cell_is_named(tmp_path, capsys):
         readme.write_text(f"a\n{check_claims.BEGIN}\n{text}\n{check_claims.END}\nb\n")
         code = check_claims.main(["--readme", str(readme)])
         return code, capsys.readouterr().err
+
     assert check(table) == (0, "")
     code, error = check(table.replace("63.74", "64.74"))
-    assert code == 1 and "GTA → Cityscapes" in error and "last-20 mean" in error and "64.74" in error
+    assert (
+        code == 1 and "GTA → Cityscapes" in error and "last-20 mean" in error and "64.74" in error
+    )
     code, error = check("\n".join(table.splitlines()[:-1]))
     assert code == 1 and "3 rows" in error
     readme.write_text("no table")

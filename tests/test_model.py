@@ -1,9 +1,15 @@
 """ResNet and DeepLabV3+: sizes, shapes, weights from files, feature perturbation."""
+
 import pytest
 import torch
 import torchvision
 
-from model.deeplabv3plus import (DeepLabV3Plus, channel_dropout, load_segmentation_model, parameter_count)
+from model.deeplabv3plus import (
+    DeepLabV3Plus,
+    channel_dropout,
+    load_segmentation_model,
+    parameter_count,
+)
 from model.resnet import load_backbone, resnet
 from util.run import UserError
 
@@ -24,8 +30,15 @@ def test_shapes_at_the_authors_crop():
         model = DeepLabV3Plus(101, 19)
         images = torch.empty(4, 3, 769, 769)
         features = model.backbone(images)
-        logits, perturbed = model(images, (torch.empty(4, 256, 1, 1), torch.empty(4, 2048, 1, 1)), fp_from=2)
-    assert [tuple(f.shape[1:]) for f in features] == [(256, 193, 193), (512, 97, 97), (1024, 49, 49), (2048, 49, 49)]
+        logits, perturbed = model(
+            images, (torch.empty(4, 256, 1, 1), torch.empty(4, 2048, 1, 1)), fp_from=2
+        )
+    assert [tuple(f.shape[1:]) for f in features] == [
+        (256, 193, 193),
+        (512, 97, 97),
+        (1024, 49, 49),
+        (2048, 49, 49),
+    ]
     assert logits.shape == (4, 19, 769, 769) and perturbed.shape == (2, 19, 769, 769)
 
 
@@ -69,11 +82,14 @@ def test_stem_and_rest_are_the_whole():
 
 def test_dilated_layer4_of_resnet18():
     blocks = resnet(18).layer4
-    assert [(b.conv1.stride, b.conv1.dilation, b.conv2.dilation) for b in blocks] == [((1, 1), (1, 1), (1, 1)),
-                                                                                     ((1, 1), (2, 2), (2, 2))]
+    assert [(b.conv1.stride, b.conv1.dilation, b.conv2.dilation) for b in blocks] == [
+        ((1, 1), (1, 1), (1, 1)),
+        ((1, 1), (2, 2), (2, 2)),
+    ]
 
 
-# ------------------------------------------------------------------------------------------------------------- weights
+# ------------------------------------------------------------------------------------------ weights
+
 
 @pytest.fixture(scope="module")
 def small_model():
@@ -84,10 +100,17 @@ def small_model():
 @pytest.mark.parametrize("form", ["ours", "unimatch", "bare", "compiled"])
 def test_checkpoints_load_with_and_without_prefixes(small_model, tmp_path, form):
     state = small_model.state_dict()
-    content = {"ours": {"model": state, "config": small_model.config, "epoch": 3},
-               "unimatch": {"model": {f"module.{k}": v for k, v in state.items()}, "optimizer": {}, "epoch": 1,
-                            "previous_best": 1.0},
-               "bare": state, "compiled": {"model": {f"module._orig_mod.{k}": v for k, v in state.items()}}}[form]
+    content = {
+        "ours": {"model": state, "config": small_model.config, "epoch": 3},
+        "unimatch": {
+            "model": {f"module.{k}": v for k, v in state.items()},
+            "optimizer": {},
+            "epoch": 1,
+            "previous_best": 1.0,
+        },
+        "bare": state,
+        "compiled": {"model": {f"module._orig_mod.{k}": v for k, v in state.items()}},
+    }[form]
     torch.save(content, tmp_path / "c.pth")
     model, config = load_segmentation_model(tmp_path / "c.pth", torch.device("cpu"))
     assert config == small_model.config and not model.training
@@ -103,25 +126,39 @@ def test_other_files_are_refused_in_one_line(small_model, tmp_path):
             action()
         assert "\n" not in str(error.value)
         return str(error.value)
+
     torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "tv.pth")
     assert "--stem torchvision" in message(lambda: load_backbone(resnet(18), tmp_path / "tv.pth"))
-    assert "ResNet-50" in message(lambda: load_backbone(resnet(50, "torchvision"), tmp_path / "tv.pth"))
-    assert "tv.pth: not a DeepLabV3+" in message(lambda: load_segmentation_model(tmp_path / "tv.pth", "cpu"))
+    assert "ResNet-50" in message(
+        lambda: load_backbone(resnet(50, "torchvision"), tmp_path / "tv.pth")
+    )
+    assert "tv.pth: not a DeepLabV3+" in message(
+        lambda: load_segmentation_model(tmp_path / "tv.pth", "cpu")
+    )
     state = dict(small_model.state_dict())
     state["classifier.weight"] = torch.zeros(7, 64, 1, 1)
     torch.save({"model": state, "config": small_model.config}, tmp_path / "wrong.pth")
-    assert "classifier.weight: (7, 64, 1, 1) in the file" in message(lambda: load_segmentation_model(tmp_path / "wrong.pth", "cpu"))
+    assert "classifier.weight: (7, 64, 1, 1) in the file" in message(
+        lambda: load_segmentation_model(tmp_path / "wrong.pth", "cpu")
+    )
     (tmp_path / "text.pth").write_text("hello")
-    assert "not a checkpoint" in message(lambda: load_segmentation_model(tmp_path / "text.pth", "cpu"))
+    assert "not a checkpoint" in message(
+        lambda: load_segmentation_model(tmp_path / "text.pth", "cpu")
+    )
     torch.save({"epoch": 3}, tmp_path / "empty.pth")
-    assert "no table of weights" in message(lambda: load_segmentation_model(tmp_path / "empty.pth", "cpu"))
-    assert "no such checkpoint" in message(lambda: load_segmentation_model(tmp_path / "none.pth", "cpu"))
+    assert "no table of weights" in message(
+        lambda: load_segmentation_model(tmp_path / "empty.pth", "cpu")
+    )
+    assert "no such checkpoint" in message(
+        lambda: load_segmentation_model(tmp_path / "none.pth", "cpu")
+    )
     assert "--stem torchvision" in message(lambda: load_backbone(resnet(18), "imagenet"))
     assert "resnet34" in message(lambda: resnet(34))
     assert "stem wide" in message(lambda: resnet(18, "wide"))
 
 
-# ------------------------------------------------------------------------------------------------- feature perturbation
+# ----------------------------------------------------------------------------- feature perturbation
+
 
 def test_channel_dropout_drops_half_of_the_channels_and_doubles_the_rest():
     factors = channel_dropout(torch.Generator().manual_seed(0), 20, 500)
@@ -138,7 +175,9 @@ def test_perturbed_logits_are_those_of_perturbed_features(small_model):
         clean, perturbed = small_model(images, factors, fp_from=1)
         c1, _, _, c4 = small_model.backbone(images)
         expected = small_model.classifier(small_model.decode(c1 * factors[0], c4 * factors[1]))
-        expected = torch.nn.functional.interpolate(expected, (64, 64), mode="bilinear", align_corners=True)
+        expected = torch.nn.functional.interpolate(
+            expected, (64, 64), mode="bilinear", align_corners=True
+        )
         torch.testing.assert_close(clean, small_model(images))
     torch.testing.assert_close(perturbed, expected[1:])
     assert (perturbed - clean[1:]).abs().max() > 1e-3

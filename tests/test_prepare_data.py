@@ -1,4 +1,5 @@
 """Labels and lists from the official layouts, and every way a data set is known to be broken."""
+
 import shutil
 import subprocess
 
@@ -33,9 +34,16 @@ def cityscapes_source(tmp_path_factory):
     for split, city, count in (("train", "aachen", 3), ("val", "munster", 2)):
         for i in range(count):
             stem = f"{split}/{city}/{city}_{i:06d}_000019"
-            save(root / f"leftImg8bit/{stem}_leftImg8bit.png", np.full((HEIGHT, WIDTH, 3), 40 + i, np.uint8),
-                 compress_level=1)
-            save(root / f"gtFine/{stem}_gtFine_labelIds.png", blocks(range(34), HEIGHT, WIDTH), compress_level=1)
+            save(
+                root / f"leftImg8bit/{stem}_leftImg8bit.png",
+                np.full((HEIGHT, WIDTH, 3), 40 + i, np.uint8),
+                compress_level=1,
+            )
+            save(
+                root / f"gtFine/{stem}_gtFine_labelIds.png",
+                blocks(range(34), HEIGHT, WIDTH),
+                compress_level=1,
+            )
             (root / f"gtFine/{stem}_gtFine_color.png").write_bytes(b"not read")
     return root
 
@@ -76,16 +84,22 @@ def test_table_equals_cityscapesscripts():
     table = cityscapes_table(19)
     for label in labels:
         if label.id >= 0:
-            assert table[label.id] == (label.trainId if 0 <= label.trainId < 19 else IGNORE), label.name
+            assert table[label.id] == (label.trainId if 0 <= label.trainId < 19 else IGNORE), (
+                label.name
+            )
 
 
-@pytest.mark.parametrize("class_num, ending, suffix", [(19, "labelTrainIds", ""), (16, "labelTrainIds16", "_16")])
+@pytest.mark.parametrize(
+    "class_num, ending, suffix", [(19, "labelTrainIds", ""), (16, "labelTrainIds16", "_16")]
+)
 def test_cityscapes_is_prepared(cityscapes, capsys, class_num, ending, suffix):
     code, out, err = prepare(capsys, cityscapes, "--class-num", class_num)
     assert code == 0, err
     rows = read_list(cityscapes / f"lists/val{suffix}.txt")
-    assert rows[0] == ("leftImg8bit/val/munster/munster_000000_000019_leftImg8bit.png",
-                       f"gtFine/val/munster/munster_000000_000019_gtFine_{ending}.png")
+    assert rows[0] == (
+        "leftImg8bit/val/munster/munster_000000_000019_leftImg8bit.png",
+        f"gtFine/val/munster/munster_000000_000019_gtFine_{ending}.png",
+    )
     assert len(read_list(cityscapes / f"lists/train{suffix}.txt")) == 3
     official = read_label(cityscapes / rows[0][1].replace(ending, "labelIds"))
     label = read_label(cityscapes / rows[0][1], class_num)
@@ -93,7 +107,9 @@ def test_cityscapes_is_prepared(cityscapes, capsys, class_num, ending, suffix):
         assert (label[official == label_id] == cityscapes_table(class_num)[label_id]).all()
     assert "road" in out and ("terrain" in out) == (class_num == 19)
     before = {path: path.stat().st_mtime_ns for path in cityscapes.rglob("*labelTrainIds*")}
-    assert prepare(capsys, cityscapes, "--class-num", class_num)[0] == 0  # again: checks, rewrites nothing
+    assert (
+        prepare(capsys, cityscapes, "--class-num", class_num)[0] == 0
+    )  # again: checks, rewrites nothing
     assert before == {path: path.stat().st_mtime_ns for path in cityscapes.rglob("*labelTrainIds*")}
 
 
@@ -104,7 +120,9 @@ def test_shipped_lists_are_what_is_prepared(cityscapes):
             assert len(rows) == len(set(rows)) == count
             for image, label in rows:
                 stem = image.removeprefix("leftImg8bit/").removesuffix("_leftImg8bit.png")
-                assert stem.startswith(split + "/") and label == f"gtFine/{stem}_gtFine_{ending}.png"
+                assert (
+                    stem.startswith(split + "/") and label == f"gtFine/{stem}_gtFine_{ending}.png"
+                )
 
 
 def test_training_labels_may_be_absent_as_a_whole(cityscapes, capsys):
@@ -127,22 +145,44 @@ def as_color(path):
 
 
 BROKEN = {
-    "missing image": (lambda root: image_of(root).unlink(), ["1 val images", "is the label of no image"]),
-    "missing label": (lambda root: label_of(root).unlink(), ["munster_000000_000019_leftImg8bit.png: has no label"]),
+    "missing image": (
+        lambda root: image_of(root).unlink(),
+        ["1 val images", "is the label of no image"],
+    ),
+    "missing label": (
+        lambda root: label_of(root).unlink(),
+        ["munster_000000_000019_leftImg8bit.png: has no label"],
+    ),
     "one missing training label": (lambda root: label_of(root, "train").unlink(), ["has no label"]),
-    "label of another size": (lambda root: save(label_of(root), blocks(range(34), 512, 1024)),
-                              ["is 1024x512, its image 2048x1024"]),
-    "small images": (lambda root: save(image_of(root), np.zeros((512, 1024, 3), np.uint8)),
-                     ["is 1024x512, the official images are 2048x1024"]),
+    "label of another size": (
+        lambda root: save(label_of(root), blocks(range(34), 512, 1024)),
+        ["is 1024x512, its image 2048x1024"],
+    ),
+    "small images": (
+        lambda root: save(image_of(root), np.zeros((512, 1024, 3), np.uint8)),
+        ["is 1024x512, the official images are 2048x1024"],
+    ),
     "RGB label": (lambda root: as_color(label_of(root)), ["this one is RGB"]),
-    "truncated label": (lambda root: label_of(root).write_bytes(label_of(root).read_bytes()[:-300]), ["damaged"]),
-    "truncated image": (lambda root: image_of(root).write_bytes(image_of(root).read_bytes()[:-300]), ["damaged"]),
+    "truncated label": (
+        lambda root: label_of(root).write_bytes(label_of(root).read_bytes()[:-300]),
+        ["damaged"],
+    ),
+    "truncated image": (
+        lambda root: image_of(root).write_bytes(image_of(root).read_bytes()[:-300]),
+        ["damaged"],
+    ),
     "not an image": (lambda root: image_of(root).write_bytes(b"<html>"), ["not a readable image"]),
-    "unknown label ID": (lambda root: save(label_of(root), np.full((HEIGHT, WIDTH), 77, np.uint8)),
-                         ["the value 77, which no official label ID has"]),
+    "unknown label ID": (
+        lambda root: save(label_of(root), np.full((HEIGHT, WIDTH), 77, np.uint8)),
+        ["the value 77, which no official label ID has"],
+    ),
     "train IDs of something else": (
-        lambda root: save(label_of(root).with_name(label_of(root).name.replace("labelIds", "labelTrainIds")),
-                          np.zeros((HEIGHT, WIDTH), np.uint8)), ["differs from what"]),
+        lambda root: save(
+            label_of(root).with_name(label_of(root).name.replace("labelIds", "labelTrainIds")),
+            np.zeros((HEIGHT, WIDTH), np.uint8),
+        ),
+        ["differs from what"],
+    ),
 }
 
 
@@ -156,7 +196,9 @@ def test_broken_cityscapes_is_told_in_one_line_each(cityscapes, capsys, case):
     assert len(lines) == len(told)
     for text in told:
         assert any(text in line for line in lines), (text, lines)
-    assert ";" in lines[0] and str(cityscapes) in lines[0]  # the file, and after the semicolon the mend
+    assert (
+        ";" in lines[0] and str(cityscapes) in lines[0]
+    )  # the file, and after the semicolon the mend
 
 
 def test_counts_are_the_official_ones_by_default(cityscapes, capsys):
@@ -166,9 +208,15 @@ def test_counts_are_the_official_ones_by_default(cityscapes, capsys):
     assert code == 2 and "no such folder" in err and "berkeley" in err
 
 
-@pytest.mark.parametrize("images, labels, ending", [
-    ("images/10k", "labels/sem_seg/masks", ".png"), ("bdd100k/images/10k", "bdd100k/labels/sem_seg/masks", ".png"),
-    ("seg/images", "seg/labels", "_train_id.png"), ("bdd100k/seg/images", "bdd100k/seg/labels", "_train_id.png")])
+@pytest.mark.parametrize(
+    "images, labels, ending",
+    [
+        ("images/10k", "labels/sem_seg/masks", ".png"),
+        ("bdd100k/images/10k", "bdd100k/labels/sem_seg/masks", ".png"),
+        ("seg/images", "seg/labels", "_train_id.png"),
+        ("bdd100k/seg/images", "bdd100k/seg/labels", "_train_id.png"),
+    ],
+)
 def test_both_layouts_of_bdd(tmp_path, capsys, images, labels, ending):
     for split in ("train", "val"):
         for name in ("0004a4c0-d4dff0ad", "00054602-3bf57337"):
@@ -176,8 +224,10 @@ def test_both_layouts_of_bdd(tmp_path, capsys, images, labels, ending):
             save(tmp_path / labels / split / f"{name}{ending}", blocks([0, 8, 18, 255], 720, 1280))
     code, out, err = prepare(capsys, tmp_path, data="bdd", expect=(2, 2))
     assert code == 0, err
-    assert read_list(tmp_path / "lists/train.txt")[0] == (f"{images}/train/0004a4c0-d4dff0ad.jpg",
-                                                          f"{labels}/train/0004a4c0-d4dff0ad{ending}")
+    assert read_list(tmp_path / "lists/train.txt")[0] == (
+        f"{images}/train/0004a4c0-d4dff0ad.jpg",
+        f"{labels}/train/0004a4c0-d4dff0ad{ending}",
+    )
     assert "no pixel of it" in out
     save(tmp_path / labels / "val" / f"00054602-3bf57337{ending}", blocks([7, 33], 720, 1280))
     code, _, err = prepare(capsys, tmp_path, data="bdd", expect=(2, 2))
@@ -191,11 +241,15 @@ def test_camvid(tmp_path, capsys):
     code, out, err = prepare(capsys, tmp_path, data="camvid", expect=(2,))
     assert code == 0, err
     (image, label), _ = read_list(tmp_path / "lists/train.txt")
-    made, official = read_label(tmp_path / label, 11), read_label(tmp_path / f"trainannot/{image[6:]}")
+    made, official = (
+        read_label(tmp_path / label, 11),
+        read_label(tmp_path / f"trainannot/{image[6:]}"),
+    )
     assert np.array_equal(made, np.where(official == 11, 255, official)) and "bicyclist" in out
 
 
-# ------------------------------------------------------------------------------------------------- lists of our own
+# --------------------------------------------------------------------------------- lists of our own
+
 
 @pytest.fixture
 def listed(tmp_path):
@@ -217,14 +271,34 @@ def edit(root, change):
 BROKEN_LISTS = {
     "missing image": (lambda root: (root / "images/x.png").unlink(), "images/x.png: no such file"),
     "missing label": (lambda root: (root / "pix/x.png").unlink(), "pix/x.png: no such file"),
-    "label of another size": (lambda root: save(root / "pix/x.png", blocks([0], 32, 32)), "is 32x32, its image 64x32"),
-    "label IDs": (lambda root: save(root / "pix/x.png", blocks([7, 26], 32, 64)), "look like label IDs"),
-    "RGB label": (lambda root: save(root / "pix/x.png", np.zeros((32, 64, 3), np.uint8)), "this one is RGB"),
-    "truncated label": (lambda root: (root / "pix/x.png").write_bytes((root / "pix/x.png").read_bytes()[:60]),
-                        "pix/x.png"),
-    "Windows line ends": (lambda root: edit(root, lambda b: b.replace(b"\n", b"\r\n")), "Windows line ends"),
-    "blank line": (lambda root: edit(root, lambda b: b.replace(b"\n", b"\n\n", 1)), "line 2: is blank"),
-    "three columns": (lambda root: edit(root, lambda b: b.replace(b"\n", b" more\n", 1)), "line 1: 3 columns"),
+    "label of another size": (
+        lambda root: save(root / "pix/x.png", blocks([0], 32, 32)),
+        "is 32x32, its image 64x32",
+    ),
+    "label IDs": (
+        lambda root: save(root / "pix/x.png", blocks([7, 26], 32, 64)),
+        "look like label IDs",
+    ),
+    "RGB label": (
+        lambda root: save(root / "pix/x.png", np.zeros((32, 64, 3), np.uint8)),
+        "this one is RGB",
+    ),
+    "truncated label": (
+        lambda root: (root / "pix/x.png").write_bytes((root / "pix/x.png").read_bytes()[:60]),
+        "pix/x.png",
+    ),
+    "Windows line ends": (
+        lambda root: edit(root, lambda b: b.replace(b"\n", b"\r\n")),
+        "Windows line ends",
+    ),
+    "blank line": (
+        lambda root: edit(root, lambda b: b.replace(b"\n", b"\n\n", 1)),
+        "line 2: is blank",
+    ),
+    "three columns": (
+        lambda root: edit(root, lambda b: b.replace(b"\n", b" more\n", 1)),
+        "line 1: 3 columns",
+    ),
     "named twice": (lambda root: edit(root, lambda b: b + b), "twice"),
     "empty": (lambda root: edit(root, lambda b: b""), "the list is empty"),
 }
@@ -243,12 +317,19 @@ def test_broken_lists_are_told_in_one_line(listed, capsys, case):
     assert code == 2 and told in err and "Traceback" not in err
 
 
-# --------------------------------------------------------------------------------------------------------- downloads
+# ---------------------------------------------------------------------------------------- downloads
+
 
 def download(tmp_path, *arguments, **environment):
     import os
-    return subprocess.run(["bash", str(ROOT / "scripts/download.sh"), *arguments], cwd=tmp_path, capture_output=True,
-                          text=True, env={**os.environ, "SAM_DIR": str(tmp_path / "sam"), **environment})
+
+    return subprocess.run(
+        ["bash", str(ROOT / "scripts/download.sh"), *arguments],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "SAM_DIR": str(tmp_path / "sam"), **environment},
+    )
 
 
 def test_download_does_nothing_unasked(tmp_path):
@@ -262,13 +343,19 @@ def test_download_checks_what_it_gets(tmp_path):
     (tmp_path / "server/sam_vit_b_01ec64.pth").write_bytes(b"not the weights")
     url = f"file://{tmp_path}/server"
     result = download(tmp_path, "sam", "vit_b", SAM_URL=url)
-    assert result.returncode == 2 and "MD5" in result.stderr and not list((tmp_path / "sam").glob("*.pth"))
-    # A stand-in for md5sum that says what the official file's would: the file is then kept, and not fetched again.
+    assert (
+        result.returncode == 2
+        and "MD5" in result.stderr
+        and not list((tmp_path / "sam").glob("*.pth"))
+    )
+    # A stand-in for md5sum that says what the official file's would: the file is then kept, and not
+    # fetched again.
     (tmp_path / "bin").mkdir()
     tool = tmp_path / "bin/md5sum"
     tool.write_text("#!/bin/sh\necho 01ec6400000000000000000000000000\n")
     tool.chmod(0o755)
     import os
+
     path = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
     assert download(tmp_path, "sam", "vit_b", SAM_URL=url, **path).returncode == 0
     assert (tmp_path / "sam/sam_vit_b_01ec64.pth").read_bytes() == b"not the weights"

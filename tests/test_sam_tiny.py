@@ -1,4 +1,6 @@
-"""The tiny SAM: same numbers as the package's decoder, weights that work, clear errors, reproducible training."""
+"""The tiny SAM: same numbers as the package's decoder, weights that work, clear errors,
+reproducible training."""
+
 import argparse
 import json
 from pathlib import Path
@@ -11,9 +13,16 @@ from segment_anything.modeling import MaskDecoder
 
 from dataset.toy import draw_scene
 from model import sam as model_sam
-from model.sam import (OFFICIAL_CHECKPOINTS, TINY_CHECKPOINT, build_sam, build_sam_tiny, occupied_extent,
-                       pixels_to_tokens, tokens_to_pixels)
-from scripts import eval_sam_tiny, train_sam_tiny
+from model.sam import (
+    OFFICIAL_CHECKPOINTS,
+    TINY_CHECKPOINT,
+    build_sam,
+    build_sam_tiny,
+    occupied_extent,
+    pixels_to_tokens,
+    tokens_to_pixels,
+)
+from scripts.dev import eval_sam_tiny, train_sam_tiny
 from util.run import UserError
 
 
@@ -35,7 +44,8 @@ def random_sam():
     return sam
 
 
-# ------------------------------------------------------------------------------------------------------- architecture
+# ------------------------------------------------------------------------------------- architecture
+
 
 def test_size_and_parts():
     sam = build_sam_tiny()
@@ -49,8 +59,15 @@ def test_token_order_is_a_bijection():
     x = torch.arange(3 * 16 * 24.0).view(3, 16, 24)
     assert torch.equal(tokens_to_pixels(pixels_to_tokens(x), 4, 6), x)
     # slow oracle: token row, token column, then half and quarter rows and columns inside a 4x4 cell
-    order = [x[0, 4 * ty + 2 * i + k, 4 * tx + 2 * j + m] for ty in range(4) for tx in range(6)
-             for i in range(2) for j in range(2) for k in range(2) for m in range(2)]
+    order = [
+        x[0, 4 * ty + 2 * i + k, 4 * tx + 2 * j + m]
+        for ty in range(4)
+        for tx in range(6)
+        for i in range(2)
+        for j in range(2)
+        for k in range(2)
+        for m in range(2)
+    ]
     assert torch.equal(pixels_to_tokens(x)[0], torch.stack(order))
 
 
@@ -60,7 +77,9 @@ def test_padding_is_found_and_changes_nothing():
     padded = sam.preprocess(image)
     assert occupied_extent(padded) == (192, 384)
     assert occupied_extent(torch.ones(1, 3, 40, 70), 32) == (40, 70)
-    assert occupied_extent(torch.nn.functional.pad(torch.ones(1, 3, 40, 70), (0, 58, 0, 88)), 32) == (64, 96)
+    assert occupied_extent(
+        torch.nn.functional.pad(torch.ones(1, 3, 40, 70), (0, 58, 0, 88)), 32
+    ) == (64, 96)
     with torch.no_grad():
         embedding = sam.image_encoder(padded)
         tokens = sam.image_encoder.tokens(padded[:, :, :192])
@@ -70,62 +89,96 @@ def test_padding_is_found_and_changes_nothing():
 
 @pytest.mark.parametrize("with_box", [False, True])
 def test_decoder_equals_the_package(with_box):
-    """The fast decoder on a padded embedding equals MaskDecoder.predict_masks on the tokens of the image."""
+    """The fast decoder on a padded embedding equals MaskDecoder.predict_masks on the tokens of the
+    image.
+    """
     sam = random_sam()
     with torch.no_grad():
-        embedding = sam.image_encoder(sam.preprocess(torch.randint(0, 256, (1, 3, 192, 384)).float()))
+        embedding = sam.image_encoder(
+            sam.preprocess(torch.randint(0, 256, (1, 3, 192, 384)).float())
+        )
         points = torch.rand(5, 2, 2) * torch.tensor([384.0, 192.0])
         boxes = torch.tensor([[10.0, 20, 90, 100]]).repeat(5, 1) if with_box else None
         sparse, dense = sam.prompt_encoder((points, torch.ones(5, 2, dtype=torch.int)), boxes, None)
         pe = sam.prompt_encoder.get_dense_pe()
         masks, iou = sam.mask_decoder.predict_masks(embedding, pe, sparse, dense)
         expected, expected_iou = MaskDecoder.predict_masks(
-            sam.mask_decoder, embedding[..., :24, :], pe[..., :24, :], sparse, dense[..., :24, :])
+            sam.mask_decoder, embedding[..., :24, :], pe[..., :24, :], sparse, dense[..., :24, :]
+        )
     assert masks.shape == (5, 4, 192, 192)
-    assert torch.allclose(masks[:, :, :96], expected, atol=1e-5) and torch.allclose(iou, expected_iou, atol=1e-5)
+    assert torch.allclose(masks[:, :, :96], expected, atol=1e-5) and torch.allclose(
+        iou, expected_iou, atol=1e-5
+    )
     assert torch.equal(masks[:, :, 96:], masks[:, :, 95:96].expand(-1, -1, 96, -1))
 
 
 def test_mask_prompts_too_equal_the_package():
     sam = random_sam()
     with torch.no_grad():
-        embedding = sam.image_encoder(sam.preprocess(torch.randint(0, 256, (1, 3, 192, 384)).float()))
-        sparse, dense = sam.prompt_encoder(None, torch.tensor([[10.0, 20, 90, 100]] * 2), torch.randn(2, 1, 192, 192))
+        embedding = sam.image_encoder(
+            sam.preprocess(torch.randint(0, 256, (1, 3, 192, 384)).float())
+        )
+        sparse, dense = sam.prompt_encoder(
+            None, torch.tensor([[10.0, 20, 90, 100]] * 2), torch.randn(2, 1, 192, 192)
+        )
         pe = sam.prompt_encoder.get_dense_pe()
         masks, _ = sam.mask_decoder.predict_masks(embedding, pe, sparse, dense)
-        expected, _ = MaskDecoder.predict_masks(sam.mask_decoder, embedding[..., :24, :], pe[..., :24, :], sparse,
-                                                dense[..., :24, :])
+        expected, _ = MaskDecoder.predict_masks(
+            sam.mask_decoder, embedding[..., :24, :], pe[..., :24, :], sparse, dense[..., :24, :]
+        )
     assert torch.allclose(masks[:, :, :96], expected, atol=1e-4)
 
 
 def test_batched_training_forward_equals_library_forward():
-    """Several images with several prompts at once give what Sam.forward gives one image at a time."""
+    """Several images with several prompts at once give what Sam.forward gives one image at a
+    time.
+    """
     sam = random_sam()
     images = torch.randint(0, 256, (2, 3, 192, 384)).float()
     points = torch.rand(2, 3, 1, 2) * torch.tensor([384.0, 192.0])
-    boxes = torch.tensor([[10.0, 20, 90, 100], [50, 5, 60, 60], [200, 100, 383, 191]]).repeat(2, 1, 1)
-    library = sam([{"image": image, "original_size": (192, 384), "boxes": box, "point_coords": point,
-                    "point_labels": torch.ones(3, 1)} for image, point, box in zip(images, points, boxes)], True)
+    boxes = torch.tensor([[10.0, 20, 90, 100], [50, 5, 60, 60], [200, 100, 383, 191]]).repeat(
+        2, 1, 1
+    )
+    library = sam(
+        [
+            {
+                "image": image,
+                "original_size": (192, 384),
+                "boxes": box,
+                "point_coords": point,
+                "point_labels": torch.ones(3, 1),
+            }
+            for image, point, box in zip(images, points, boxes)
+        ],
+        True,
+    )
     with torch.no_grad():
         tokens = sam.image_encoder.tokens((images - sam.pixel_mean) / sam.pixel_std)
         keys, sparse = train_sam_tiny.prompted(sam, tokens, points, boxes)
         pe = sam.prompt_encoder.get_dense_pe()[..., :24, :].flatten(2).transpose(1, 2)
         logits, iou = sam.mask_decoder.decode(keys, pe, sparse, slice(1, None))
     for i, expected in enumerate(library):
-        assert torch.allclose(tokens_to_pixels(logits[i], 24, 48), expected["low_res_logits"][:, :, :96], atol=1e-5)
+        assert torch.allclose(
+            tokens_to_pixels(logits[i], 24, 48), expected["low_res_logits"][:, :, :96], atol=1e-5
+        )
         assert torch.allclose(iou[i], expected["iou_predictions"], atol=1e-5)
 
 
 def test_other_image_shapes(shipped):
-    """A portrait image and one whose sides are no multiples of 32 pass through predictor and generator."""
+    """A portrait image and one whose sides are no multiples of 32 pass through predictor and
+    generator.
+    """
     predictor = SamPredictor(shipped)
     for shape in ((70, 50, 3), (97, 203, 3)):
         predictor.set_image(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
-        masks, _, _ = predictor.predict(point_coords=np.array([[10, 10]]), point_labels=np.array([1]))
+        masks, _, _ = predictor.predict(
+            point_coords=np.array([[10, 10]]), point_labels=np.array([1])
+        )
         assert masks.shape == (3, *shape[:2])
 
 
-# ------------------------------------------------------------------------------------------------------------- losses
+# ------------------------------------------------------------------------------------------- losses
+
 
 def test_pair_losses_against_a_slow_oracle():
     generator = torch.Generator().manual_seed(0)
@@ -136,12 +189,16 @@ def test_pair_losses_against_a_slow_oracle():
         for m in range(3):
             for t in range(2):
                 x, y = logits[0, k, m], targets[0, k, t]
-                entropy = torch.nn.functional.binary_cross_entropy_with_logits(x, y, reduction="none")
+                entropy = torch.nn.functional.binary_cross_entropy_with_logits(
+                    x, y, reduction="none"
+                )
                 area, p = y.sum(), torch.sigmoid(x)
                 balanced = 0.5 * entropy[y > 0].mean() + 0.5 * entropy[y == 0].mean()
                 plain = entropy.sum() / (area * 40).sqrt()
                 dice = 1 - (2 * (p * y).sum() + 1) / (p.sum() + area + 1)
-                assert torch.isclose(losses[0, k, m, t], 0.25 * balanced + 0.75 * plain + dice, atol=1e-5)
+                assert torch.isclose(
+                    losses[0, k, m, t], 0.25 * balanced + 0.75 * plain + dice, atol=1e-5
+                )
                 a, b = x > 0, y > 0
                 assert torch.isclose(iou[0, k, m, t], (a & b).sum() / (a | b).sum(), atol=1e-6)
 
@@ -149,7 +206,9 @@ def test_pair_losses_against_a_slow_oracle():
 def test_low_resolution_is_the_area_mean():
     mask = np.random.default_rng(0).random((16, 24)) > 0.5
     expected = mask.reshape(8, 2, 12, 2).mean(axis=(1, 3))
-    assert np.array_equal(tokens_to_pixels(train_sam_tiny.low_resolution(mask), 2, 3).numpy(), expected)
+    assert np.array_equal(
+        tokens_to_pixels(train_sam_tiny.low_resolution(mask), 2, 3).numpy(), expected
+    )
 
 
 def test_prompts_belong_to_their_targets(scenes):
@@ -163,31 +222,64 @@ def test_prompts_belong_to_their_targets(scenes):
     p = train_sam_tiny.sample_prompts(np.random.default_rng(0), segment, component, table)
     for boxes, points, targets in zip(p.boxes, p.box_points, p.box_targets):
         for box, pair, target in zip(boxes, points, targets):
-            assert (box >= 0).all() and box[2] <= 383 and box[3] <= 191 and (box[2:] > box[:2]).all()
+            assert (
+                (box >= 0).all() and box[2] <= 383 and box[3] <= 191 and (box[2:] > box[:2]).all()
+            )
             assert all(target[y, x] for x, y in pair)
     for ((x, y),), target, alternative in zip(p.points, p.targets, p.alternatives):
         assert target[y, x] and alternative[y, x]
 
 
-# ----------------------------------------------------------------------------------------------------------- training
+# ----------------------------------------------------------------------------------------- training
+
 
 def tiny_run(folder: Path, steps: int, *options: str) -> dict:
-    train_sam_tiny.main(["--pool", str(folder.parent / "pool"), "--run-folder", str(folder),
-                         "--out", str(folder / "w.pth"), "--scenes", "8", "--images", "2", "--warmup", "1", "--decay-steps", "1", "--save-every", "1",
-                         "--threads", "1", "--device", "cpu", "--steps", str(steps), *options])
+    train_sam_tiny.main(
+        [
+            "--pool",
+            str(folder.parent / "pool"),
+            "--run-folder",
+            str(folder),
+            "--out",
+            str(folder / "w.pth"),
+            "--scenes",
+            "8",
+            "--images",
+            "2",
+            "--warmup",
+            "1",
+            "--decay-steps",
+            "1",
+            "--save-every",
+            "1",
+            "--threads",
+            "1",
+            "--device",
+            "cpu",
+            "--steps",
+            str(steps),
+            *options,
+        ]
+    )
     return torch.load(folder / "w.pth", weights_only=True)
 
 
 def test_training_is_deterministic_and_resumes_exactly(tmp_path):
-    """Two runs of three steps agree bit for bit, and so does one stopped after two. (--decay-steps 1 keeps the learning
-    rate of the first steps independent of --steps.)"""
+    """Two runs of three steps agree bit for bit, and so does one stopped after two. (--decay-steps
+    1 keeps the learning rate of the first steps independent of --steps.)
+    """
     first = tiny_run(tmp_path / "a", 3)
     again = tiny_run(tmp_path / "b", 3)
     tiny_run(tmp_path / "c", 2)
     resumed = tiny_run(tmp_path / "c", 3, "--resume")
     start = random_sam().state_dict()
-    assert all(torch.equal(first[name], again[name]) and torch.equal(first[name], resumed[name]) for name in first)
-    assert not torch.equal(first["image_encoder.stem.0.weight"].float(), start["image_encoder.stem.0.weight"])
+    assert all(
+        torch.equal(first[name], again[name]) and torch.equal(first[name], resumed[name])
+        for name in first
+    )
+    assert not torch.equal(
+        first["image_encoder.stem.0.weight"].float(), start["image_encoder.stem.0.weight"]
+    )
     assert json.loads((tmp_path / "a/training.json").read_text())["step"] == 3
     with pytest.raises(UserError, match="--resume"):
         tiny_run(tmp_path / "a", 3)
@@ -197,7 +289,9 @@ def test_training_is_deterministic_and_resumes_exactly(tmp_path):
 def test_exported_weights_are_trained_further(tmp_path):
     """--init starts from what --out holds (to fp16), and its record's steps and phases go on."""
     exported = tiny_run(tmp_path / "a", 2)
-    (tmp_path / "a/w.json").write_text(json.dumps({"training": json.loads((tmp_path / "a/training.json").read_text())}))
+    (tmp_path / "a/w.json").write_text(
+        json.dumps({"training": json.loads((tmp_path / "a/training.json").read_text())})
+    )
     sam = random_sam()
     record = train_sam_tiny.load_exported(sam, 4.0, tmp_path / "a/w.pth")
     for name, value in sam.state_dict().items():
@@ -218,35 +312,64 @@ def test_boxes_of_stuff_fragments_stand_for_what_they_show():
     part = np.zeros_like(mask)
     for y, x in np.ndindex(mask.shape):
         part[y, x] = mask[y, x] and 10 <= x <= 12 and 2 <= y <= 9
-    assert np.array_equal(train_sam_tiny.box_target(mask, box, True, False), part) and part.sum() == 15
+    assert (
+        np.array_equal(train_sam_tiny.box_target(mask, box, True, False), part) and part.sum() == 15
+    )
     for fragment, is_thing in ((False, False), (False, True), (True, True)):
         assert train_sam_tiny.box_target(mask, box, fragment, is_thing) is mask
 
 
 def test_iou_head_alone_is_fitted(tmp_path):
-    """Qualities against a slow oracle; the fit moves the IoU head and nothing else, and raises what it says."""
+    """Qualities against a slow oracle; the fit moves the IoU head and nothing else, and raises what
+    it says.
+    """
     tiny_run(tmp_path / "a", 1)
     pool = train_sam_tiny.load_pool(tmp_path / "pool", "random", 8, 1)
     sam = build_sam("tiny", tmp_path / "a/w.pth")
     image, segment, component, tables = (array[0] for array in pool)
-    read, best = train_sam_tiny.judged_masks(sam, pool, 0, np.array([(100, 150), (300, 40), (20, 20)]))
+    read, best = train_sam_tiny.judged_masks(
+        sam, pool, 0, np.array([(100, 150), (300, 40), (20, 20)])
+    )
     assert read.shape == (3, 128) and best.shape == (3, 4)
     predictor = SamPredictor(sam)
     predictor.set_image(np.asarray(image))
-    _, predicted, low = predictor.predict(point_coords=np.array([(300, 40)]), point_labels=np.ones(1), multimask_output=True)
-    assert np.allclose(sam.mask_decoder.iou_prediction_head(read[1:2])[0, 1:].detach(), predicted, atol=1e-3)
+    _, predicted, low = predictor.predict(
+        point_coords=np.array([(300, 40)]), point_labels=np.ones(1), multimask_output=True
+    )
+    assert np.allclose(
+        sam.mask_decoder.iou_prediction_head(read[1:2])[0, 1:].detach(), predicted, atol=1e-3
+    )
     masks = low[:, :96] > 0
     truths = [segment == row[0] for row in tables if row[1] >= 10]
     truths += [component == number for number in np.unique(component[component > 0])]
     for mask, value in zip(masks, best[1, 1:].tolist()):
         shares = [truth.reshape(96, 2, 192, 2).mean(axis=(1, 3)) for truth in truths]
-        slow = max((mask * share).sum() / (mask.sum() + share.sum() - (mask * share).sum()) for share in shares)
+        slow = max(
+            (mask * share).sum() / (mask.sum() + share.sum() - (mask * share).sum())
+            for share in shares
+        )
         assert value == pytest.approx(slow, abs=1e-3)
 
-    options = ["--pool", str(tmp_path / "pool"), "--run-folder", str(tmp_path / "b"), "--scenes", "8", "--threads", "1",
-               "--device", "cpu", "--iou-head", "2"]
-    train_sam_tiny.main([*options, "--init", str(tmp_path / "a/w.pth"), "--out", str(tmp_path / "b.pth")])
-    before, after = (torch.load(path, weights_only=True) for path in (tmp_path / "a/w.pth", tmp_path / "b.pth"))
+    options = [
+        "--pool",
+        str(tmp_path / "pool"),
+        "--run-folder",
+        str(tmp_path / "b"),
+        "--scenes",
+        "8",
+        "--threads",
+        "1",
+        "--device",
+        "cpu",
+        "--iou-head",
+        "2",
+    ]
+    train_sam_tiny.main(
+        [*options, "--init", str(tmp_path / "a/w.pth"), "--out", str(tmp_path / "b.pth")]
+    )
+    before, after = (
+        torch.load(path, weights_only=True) for path in (tmp_path / "a/w.pth", tmp_path / "b.pth")
+    )
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and all("iou_prediction_head" in name for name in changed)
     assert "iou_head" in json.loads((tmp_path / "b/training.json").read_text())
@@ -261,45 +384,81 @@ def test_iou_head_alone_is_fitted(tmp_path):
 
 def test_learning_rate():
     rate = lambda step: train_sam_tiny.learning_rate(step, 100, 1.0, 10, 20)  # noqa: E731
-    assert [rate(0), rate(4), rate(9), rate(50), rate(80), rate(90), rate(99)] == [0.1, 0.5, 1, 1, 1, 0.5, 0.05]
+    assert [rate(0), rate(4), rate(9), rate(50), rate(80), rate(90), rate(99)] == [
+        0.1,
+        0.5,
+        1,
+        1,
+        1,
+        0.5,
+        0.05,
+    ]
     assert train_sam_tiny.learning_rate(44, 100, 1.0, 10, 20, first=40) == 0.5
 
 
-# ---------------------------------------------------------------------------------------------------- shipped weights
+# ---------------------------------------------------------------------------------- shipped weights
+
 
 def test_box_and_points_beat_filling_the_box(shipped, scenes):
     predictor = SamPredictor(shipped)
-    rows = [row for i, scene in enumerate(scenes)
-            for row in eval_sam_tiny.prompt_scene(predictor, scene, np.random.default_rng(i)) if row["thing"]]
+    rows = [
+        row
+        for i, scene in enumerate(scenes)
+        for row in eval_sam_tiny.prompt_scene(predictor, scene, np.random.default_rng(i))
+        if row["thing"]
+    ]
     assert len(rows) >= 10
     assert np.mean([row["iou"] for row in rows]) > np.mean([row["fill"] for row in rows]) + 0.1
 
 
 def test_proposals_at_the_official_thresholds(shipped, scenes):
-    """The generator's coarse grid (8 points a side, for speed) proposes masks that fit the scene."""
-    found = eval_sam_tiny.propose_scene(SamAutomaticMaskGenerator(shipped, points_per_side=8), scenes[0])
+    """The generator's coarse grid (8 points a side, for speed) proposes masks that fit the
+    scene.
+    """
+    found = eval_sam_tiny.propose_scene(
+        SamAutomaticMaskGenerator(shipped, points_per_side=8), scenes[0]
+    )
     assert found["number"] >= 3 and np.mean(found["iou"]) > 0.8 and found["covered"] > 0.5
 
 
 def test_evaluation_summary(tmp_path, shipped, scenes, monkeypatch):
     monkeypatch.setattr(eval_sam_tiny, "draw_scene", lambda *_: scenes[0])
-    monkeypatch.setattr(eval_sam_tiny, "SamAutomaticMaskGenerator",
-                        lambda sam: SamAutomaticMaskGenerator(sam, points_per_side=2))
-    eval_sam_tiny.main(["--scenes", "1", "--styles", "target", "--out", str(tmp_path / "r.json"), "--device", "cpu"])
+    monkeypatch.setattr(
+        eval_sam_tiny,
+        "SamAutomaticMaskGenerator",
+        lambda sam: SamAutomaticMaskGenerator(sam, points_per_side=2),
+    )
+    eval_sam_tiny.main(
+        [
+            "--scenes",
+            "1",
+            "--styles",
+            "target",
+            "--out",
+            str(tmp_path / "r.json"),
+            "--device",
+            "cpu",
+        ]
+    )
     prompts = json.loads((tmp_path / "r.json").read_text())["results"]["target"]["prompts"]
     bins = prompts["all"]
     assert bins["every size"]["n"] == sum(v["n"] for k, v in bins.items() if k != "every size") > 0
 
 
-# ------------------------------------------------------------------------------------------------------------- errors
+# ------------------------------------------------------------------------------------------- errors
+
 
 def small_official(monkeypatch):
-    """Replace the official builders by a model of one layer, so that the tests need no gigabytes."""
+    """Replace the official builders by a model of one layer, so that the tests need no
+    gigabytes.
+    """
+
     class Small(torch.nn.Module):
         def __init__(self):
             super().__init__()
             self.image_encoder = torch.nn.Module()
             self.image_encoder.pos_embed = torch.nn.Parameter(torch.zeros(1, 2, 2, 768))
+
     monkeypatch.setitem(sam_model_registry, "vit_b", Small)
     return Small().state_dict()
 
@@ -333,20 +492,31 @@ def test_bad_checkpoints(tmp_path, monkeypatch):
     (tmp_path / "text.pth").write_text("not a weight file\n")
     (tmp_path / "cut.pth").write_bytes(TINY_CHECKPOINT.read_bytes()[:100_000])
     torch.save(argparse.Namespace(a=1), tmp_path / "object.pth")
-    cases = [("vit_b", OFFICIAL_CHECKPOINTS["vit_b"], "MD5"),
-             ("tiny", "b.pth", "weights of vit_b, not of --sam-type tiny"),
-             ("vit_h", "b.pth", "give --sam-type vit_b"), ("vit_b", "other.pth", "no plain state dict"),
-             ("vit_b", "unknown.pth", "unknown model"), ("vit_b", "more.pth", "does not fit"),
-             ("tiny", "text.pth", "cut short or no PyTorch"), ("tiny", "cut.pth", "cut short or no PyTorch"),
-             ("tiny", "object.pth", "cut short or no PyTorch"), ("tiny", "missing.pth", "no such file"),
-             ("vit_x", "b.pth", "choose one of vit_h, vit_l, vit_b, tiny")]
+    cases = [
+        ("vit_b", OFFICIAL_CHECKPOINTS["vit_b"], "MD5"),
+        ("tiny", "b.pth", "weights of vit_b, not of --sam-type tiny"),
+        ("vit_h", "b.pth", "give --sam-type vit_b"),
+        ("vit_b", "other.pth", "no plain state dict"),
+        ("vit_b", "unknown.pth", "unknown model"),
+        ("vit_b", "more.pth", "does not fit"),
+        ("tiny", "text.pth", "cut short or no PyTorch"),
+        ("tiny", "cut.pth", "cut short or no PyTorch"),
+        ("tiny", "object.pth", "cut short or no PyTorch"),
+        ("tiny", "missing.pth", "no such file"),
+        ("vit_x", "b.pth", "choose one of vit_h, vit_l, vit_b, tiny"),
+    ]
     for sam_type, name, message in cases:
         with pytest.raises(UserError) as error:
             build_sam(sam_type, tmp_path / name)
-        assert message in str(error.value) and "\n" not in str(error.value), (name, str(error.value))
+        assert message in str(error.value) and "\n" not in str(error.value), (
+            name,
+            str(error.value),
+        )
 
 
 def test_tiny_weights_in_the_wrong_type(monkeypatch):
-    with pytest.raises(UserError, match="weights of tiny, not of --sam-type vit_h; give --sam-type tiny"):
+    with pytest.raises(
+        UserError, match="weights of tiny, not of --sam-type vit_h; give --sam-type tiny"
+    ):
         build_sam("vit_h", TINY_CHECKPOINT)
     assert model_sam.default_checkpoint("tiny") == TINY_CHECKPOINT

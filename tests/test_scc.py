@@ -1,4 +1,6 @@
-"""SCC: its parts against slow oracles, and whole runs: the same bytes however they went, no ground truth opened."""
+"""SCC: its parts against slow oracles, and whole runs: the same bytes however they went, no ground
+truth opened."""
+
 import csv
 import itertools
 import json
@@ -19,10 +21,10 @@ from torch.nn import functional as F
 
 import seco_scc as scc
 from dataset.toy import draw_scene
-from dataset.transform import normalised
 from model.scc import MaskShares, PatchClassifier, PooledClassifier, pooled_features
-from scripts import plant_noise
+from scripts.dev import plant_noise
 from util.connectivity import connectivities
+from util.images import normalised
 from util.labels import CITYSCAPES_19, IGNORE, read_label, read_list, write_label, write_list
 from util.run import UserError
 
@@ -32,14 +34,18 @@ RECIPES = ("release", "paper")
 def speckled(label, random, share=0.3):
     """A label map as a model's raw output has it: blocks of other classes, and of no label."""
     blocks = random.integers(0, 20, tuple(-(-side // 12) for side in label.shape))
-    blocks = np.where(random.random(blocks.shape) < share, np.where(blocks == 19, IGNORE, blocks), 254).astype(np.uint8)
-    blocks = np.kron(blocks, np.ones((12, 12), np.uint8))[:label.shape[0], :label.shape[1]]
+    blocks = np.where(
+        random.random(blocks.shape) < share, np.where(blocks == 19, IGNORE, blocks), 254
+    ).astype(np.uint8)
+    blocks = np.kron(blocks, np.ones((12, 12), np.uint8))[: label.shape[0], : label.shape[1]]
     return np.where(blocks == 254, label, blocks)
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A root with five toy scenes 64 x 128, raw labels (one map wholly unlabeled), ground truth, and lists."""
+    """A root with five toy scenes 64 x 128, raw labels (one map wholly unlabeled), ground truth,
+    and lists.
+    """
     root, random, rows, truths = tmp_path_factory.mktemp("scc"), np.random.default_rng(0), [], []
     for index in range(5):
         scene = draw_scene(index, "target", 64, 128)
@@ -63,9 +69,29 @@ def root(made, tmp_path):
 
 
 def command(root, recipe, *extra):
-    sizes = ["--patch-size", "32", "64", "--batch-size", "8"] if recipe == "release" else ["--batch-size", "2", "--scale", "0.5"]
-    return ["--id-list-path", str(root / "splits/pix/all.txt"), "--root-path", str(root), "--recipe", recipe, "--backbone",
-            "resnet18", "--backbone-weights", "none", "--iterations", "4", "--device", "cpu", *sizes, *extra]
+    sizes = (
+        ["--patch-size", "32", "64", "--batch-size", "8"]
+        if recipe == "release"
+        else ["--batch-size", "2", "--scale", "0.5"]
+    )
+    return [
+        "--id-list-path",
+        str(root / "splits/pix/all.txt"),
+        "--root-path",
+        str(root),
+        "--recipe",
+        recipe,
+        "--backbone",
+        "resnet18",
+        "--backbone-weights",
+        "none",
+        "--iterations",
+        "4",
+        "--device",
+        "cpu",
+        *sizes,
+        *extra,
+    ]
 
 
 def suffix(recipe):
@@ -73,10 +99,16 @@ def suffix(recipe):
 
 
 def results(root, recipe):
-    """Bytes of all that must not depend on how the run went (a .pth file's bytes hold the name of its temporary file)."""
+    """Bytes of all that must not depend on how the run went (a .pth file's bytes hold the name of
+    its temporary file).
+    """
     folders = (root / f"pix_{suffix(recipe)}", root / f"splits/pix_{suffix(recipe)}")
-    found = {str(p.relative_to(root)): p.read_bytes() for f in folders for p in sorted(f.rglob("*"))
-             if p.is_file() and p.suffix != ".pth" and p.name != "run.json"}
+    found = {
+        str(p.relative_to(root)): p.read_bytes()
+        for f in folders
+        for p in sorted(f.rglob("*"))
+        if p.is_file() and p.suffix != ".pth" and p.name != "run.json"
+    }
     assert len(found) > 10
     return found
 
@@ -101,7 +133,8 @@ def data_of(root, recipe="release", **changes):
     return scc.Data(root, rows, index, 19, options)
 
 
-# ------------------------------------------------------------------------------------------------ connectivities, patches
+# -------------------------------------------------------------------------- connectivities, patches
+
 
 def test_index_and_numbers_agree_with_the_masks(made):
     for _, path in read_list(made / "splits/pix/all.txt"):
@@ -111,13 +144,21 @@ def test_index_and_numbers_agree_with_the_masks(made):
         assert len(rows) == numbers.max() + 1
         for row in rows:
             ys, xs = np.nonzero(numbers == row["number"])
-            assert (label[ys, xs] == row["class_id"]).all() and len(ys) == row["area"] and row["image"] == 7
-            assert (xs.min(), ys.min(), np.ptp(xs) + 1, np.ptp(ys) + 1) == tuple(row[["x", "y", "width", "height"]].item())
+            assert (
+                (label[ys, xs] == row["class_id"]).all()
+                and len(ys) == row["area"]
+                and row["image"] == 7
+            )
+            assert (xs.min(), ys.min(), np.ptp(xs) + 1, np.ptp(ys) + 1) == tuple(
+                row[["x", "y", "width", "height"]].item()
+            )
 
 
 @pytest.mark.parametrize("size", [(96, 192), (40, 300)])
 def test_patch_window_is_the_best_of_all_windows(size):
-    """Of all windows of the right size in the image, the one whose centre is nearest to the box's."""
+    """Of all windows of the right size in the image, the one whose centre is nearest to the
+    box's.
+    """
     height, width = size
     random, patch = np.random.default_rng(1), (32, 64)
     for _ in range(300):
@@ -125,10 +166,20 @@ def test_patch_window_is_the_best_of_all_windows(size):
         w, h = int(random.integers(1, width - x + 1)), int(random.integers(1, height - y + 1))
         y0, x0, y1, x1 = scc.patch_window((x, y, w, h), height, width, patch)
         grow = max(1, h / 32, w / 64)
-        for low, high, box_low, length, side, full in ((y0, y1, y, h, 32, height), (x0, x1, x, w, 64, width)):
+        for low, high, box_low, length, side, full in (
+            (y0, y1, y, h, 32, height),
+            (x0, x1, x, w, 64, width),
+        ):
             assert high - low == min(full, round(side * grow))
-            distances = [abs(start + (high - low) / 2 - (box_low + length / 2)) for start in range(full - (high - low) + 1)]
-            assert distances[low] <= min(distances) + 0.5 and low <= box_low and high >= box_low + length
+            distances = [
+                abs(start + (high - low) / 2 - (box_low + length / 2))
+                for start in range(full - (high - low) + 1)
+            ]
+            assert (
+                distances[low] <= min(distances) + 0.5
+                and low <= box_low
+                and high >= box_low + length
+            )
 
 
 def test_cut_patch_of_a_small_and_of_a_large_connectivity():
@@ -136,24 +187,40 @@ def test_cut_patch_of_a_small_and_of_a_large_connectivity():
     image = random.integers(0, 256, (96, 192, 3), dtype=np.uint8)
     numbers = random.integers(-1, 3, (96, 192)).astype(np.int32)
     row = np.array([(0, 2, 5, 9, 80, 40, 20, 10)], scc.INDEX)[0]
-    patch, mask = scc.cut_patch(image, numbers, row, (32, 64))          # box centre (90, 45): rows 29 to 61, columns 58 to 122
-    assert (patch == image[29:61, 58:122]).all() and (mask == (numbers == 2)[29:61:2, 58:122:2]).all()
-    row = np.array([(0, 1, 5, 9, 0, 0, 128, 64)], scc.INDEX)[0]         # twice the patch: every fourth pixel of the mask
+    patch, mask = scc.cut_patch(
+        image, numbers, row, (32, 64)
+    )  # box centre (90, 45): rows 29 to 61, columns 58 to 122
+    assert (patch == image[29:61, 58:122]).all() and (
+        mask == (numbers == 2)[29:61:2, 58:122:2]
+    ).all()
+    row = np.array([(0, 1, 5, 9, 0, 0, 128, 64)], scc.INDEX)[
+        0
+    ]  # twice the patch: every fourth pixel of the mask
     patch, mask = scc.cut_patch(image, numbers, row, (32, 64))
     assert patch.shape == (32, 64, 3) and (mask == (numbers == 1)[0:64:4, 0:128:4]).all()
-    assert abs(patch.astype(int) - image[0:64, 0:128].reshape(32, 2, 64, 2, 3).mean(axis=(1, 3))).max() <= 1
+    assert (
+        abs(patch.astype(int) - image[0:64, 0:128].reshape(32, 2, 64, 2, 3).mean(axis=(1, 3))).max()
+        <= 1
+    )
 
 
-# -------------------------------------------------------------------------------------------------------------- networks
+# ----------------------------------------------------------------------------------------- networks
+
 
 def test_masked_stem_is_torchvisions_network_with_one_product_more():
     torch.manual_seed(0)
-    model, oracle = PatchClassifier(18, "torchvision", 19).eval(), torchvision.models.resnet18(num_classes=19).eval()
+    model, oracle = (
+        PatchClassifier(18, "torchvision", 19).eval(),
+        torchvision.models.resnet18(num_classes=19).eval(),
+    )
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_mean.uniform_(-1, 1)
             module.running_var.uniform_(0.5, 2)
-    state = {k.removeprefix("backbone.").replace("classifier.", "fc."): v for k, v in model.state_dict().items()}
+    state = {
+        k.removeprefix("backbone.").replace("classifier.", "fc."): v
+        for k, v in model.state_dict().items()
+    }
     oracle.load_state_dict(state)
     patches, masks = torch.randn(3, 3, 64, 128), torch.rand(3, 1, 32, 64) > 0.5
     x = oracle.relu(oracle.bn1(oracle.conv1(patches))) * masks
@@ -166,13 +233,18 @@ def test_masked_stem_is_torchvisions_network_with_one_product_more():
 @pytest.mark.parametrize("size, mirror", [((64, 96), False), ((64, 96), True), ((50, 77), False)])
 def test_masked_average_pooling_against_a_loop_over_pixels(size, mirror):
     random = np.random.default_rng(3)
-    numbers = np.kron(random.integers(-1, 12, (20, 20)), np.ones((5, 5), int))[:size[0], :size[1]].astype(np.int32)
-    numbers[numbers == 4] = -1                                    # a number without a pixel is never asked for, but harmless
-    numbers[3, 3] = 4                                             # one pixel
+    numbers = np.kron(random.integers(-1, 12, (20, 20)), np.ones((5, 5), int))[
+        : size[0], : size[1]
+    ].astype(np.int32)
+    numbers[numbers == 4] = -1  # a number without a pixel is never asked for, but harmless
+    numbers[3, 3] = 4  # one pixel
     height, width = -(-size[0] // 16), -(-size[1] // 16)
     features = torch.randn(6, height, width)
     seen = numbers[:, ::-1] if mirror else numbers
-    cells = [[(y * height // size[0], x * width // size[1]) for x in range(size[1])] for y in range(size[0])]
+    cells = [
+        [(y * height // size[0], x * width // size[1]) for x in range(size[1])]
+        for y in range(size[0])
+    ]
     pixels = {}
     for cell in itertools.chain(*cells):
         pixels[cell] = pixels.get(cell, 0) + 1
@@ -184,7 +256,9 @@ def test_masked_average_pooling_against_a_loop_over_pixels(size, mirror):
             weights[number] += 1 / pixels[cell]
     pooled = pooled_features(features, MaskShares(numbers, 12, height, width, mirror))
     assert np.allclose(pooled.numpy(), expected / weights[:, None], atol=1e-5)
-    assert np.allclose(pooled[4], features[:, 0, -1 if mirror else 0])   # one pixel weighs as much as any
+    assert np.allclose(
+        pooled[4], features[:, 0, -1 if mirror else 0]
+    )  # one pixel weighs as much as any
 
 
 def test_one_pass_serves_all_connectivities():
@@ -197,17 +271,22 @@ def test_one_pass_serves_all_connectivities():
         logits = model(normalised(images), [scc.mask_shares(n, 5, (64, 96)) for n in numbers])
         features = model.features(normalised(images))
         for image, number in np.ndindex(2, 5):
-            weight = F.avg_pool2d(torch.from_numpy(numbers[image] == number).float()[None, None], 16)
+            weight = F.avg_pool2d(
+                torch.from_numpy(numbers[image] == number).float()[None, None], 16
+            )
             pooled = (features[image] * weight[0]).sum(dim=(1, 2)) / weight.sum()
             assert torch.allclose(logits[image * 5 + number], model.classifier(pooled), atol=1e-4)
 
 
-# -------------------------------------------------------------------------------------------------- thresholds, the mixture
+# -------------------------------------------------------------------------- thresholds, the mixture
 
-@pytest.mark.parametrize("rule, quantile", [("both_loss", 0.5), ("loss", 0.3), ("score", 0.5), ("loss", 1.0)])
+
+@pytest.mark.parametrize(
+    "rule, quantile", [("both_loss", 0.5), ("loss", 0.3), ("score", 0.5), ("loss", 1.0)]
+)
 def test_filter_against_loops(rule, quantile):
     random = np.random.default_rng(5)
-    loss, score = random.integers(0, 12, 200) / 4, random.integers(1, 9, 200) / 8           # many ties
+    loss, score = random.integers(0, 12, 200) / 4, random.integers(1, 9, 200) / 8  # many ties
     predicted = random.integers(0, 5, 200)
     kept, thresholds = scc.filter_connectivities(loss, score, predicted, rule, quantile)
     values = score if rule == "score" else loss
@@ -217,8 +296,11 @@ def test_filter_against_loops(rule, quantile):
         local[c] = ranked[min(int(len(ranked) * quantile), len(ranked) - 1)]
     overall = sum(local[p] for p in predicted) / 200
     for i, p in enumerate(predicted):
-        dropped = {"both_loss": loss[i] > local[p] and loss[i] > overall, "loss": loss[i] > local[p],
-                   "score": score[i] < local[p]}[rule]
+        dropped = {
+            "both_loss": loss[i] > local[p] and loss[i] > overall,
+            "loss": loss[i] > local[p],
+            "score": score[i] < local[p],
+        }[rule]
         assert kept[i] == (not dropped)
     assert thresholds["per_class"] == local and thresholds["global"] == pytest.approx(overall)
     assert 0 < kept.sum() and (kept.sum() < 200 or quantile == 1)
@@ -229,16 +311,25 @@ def test_filter_drops_losses_that_are_not_finite_and_leaves_the_rest_alone():
     score, predicted = np.array([0.9, 0.8, 0.7, np.nan, 0.9]), np.array([1, 1, 1, 1, 2])
     kept, thresholds = scc.filter_connectivities(loss, score, predicted, "both_loss", 0.5)
     alone, same = scc.filter_connectivities(loss[:3], score[:3], predicted[:3], "both_loss", 0.5)
-    assert kept.tolist() == [*alone, False, False] == [True, True, False, False, False] and thresholds == same
-    kept, thresholds = scc.filter_connectivities(np.full(4, np.nan), np.ones(4), np.zeros(4, int), "both_loss", 0.5)
+    assert (
+        kept.tolist() == [*alone, False, False] == [True, True, False, False, False]
+        and thresholds == same
+    )
+    kept, thresholds = scc.filter_connectivities(
+        np.full(4, np.nan), np.ones(4), np.zeros(4, int), "both_loss", 0.5
+    )
     assert not kept.any() and thresholds["global"] is None
 
 
 def test_decisions_at_and_around_the_thresholds():
-    eta, score = (x.ravel() for x in np.meshgrid([0, 0.59, 0.6, 0.61, 1], [0.94, 0.95, 0.96, np.nan]))
+    eta, score = (
+        x.ravel() for x in np.meshgrid([0, 0.59, 0.6, 0.61, 1], [0.94, 0.95, 0.96, np.nan])
+    )
     decision, final = scc.decide(eta, score, np.full(20, 3), np.full(20, 8), 0.6, 0.95)
     for e, s, d, f in zip(eta, score, decision, final):
-        assert (d, f) == (("kept", 8) if e < 0.6 else ("corrected", 3) if s > 0.95 else ("dropped", IGNORE))
+        assert (d, f) == (
+            ("kept", 8) if e < 0.6 else ("corrected", 3) if s > 0.95 else ("dropped", IGNORE)
+        )
 
 
 def two_groups(random, clean=900, noisy=300):
@@ -250,17 +341,25 @@ def test_noise_posterior_is_bayes_rule_on_the_fitted_mixture():
     model = scc.noise_posterior(loss, 0)
     assert model.fallback is None and model.low == loss.min() and model.high == loss.max()
     x = (loss - loss.min()) / (loss.max() - loss.min())
-    density = [w / d * np.exp(-((x - m) / d) ** 2 / 2) for w, d, m in zip(model.weights, model.deviations, model.means)]
+    density = [
+        w / d * np.exp(-(((x - m) / d) ** 2) / 2)
+        for w, d, m in zip(model.weights, model.deviations, model.means)
+    ]
     expected = density[1] / (density[0] + density[1])
     right = x >= model.means[0]
     assert np.allclose(model.eta[right], expected[right], atol=1e-6)
     assert (model.eta[:900] < 0.6).mean() > 0.98 and (model.eta[900:] >= 0.6).mean() > 0.97
-    assert sum(model.weights) == pytest.approx(1) and model.weights[1] == pytest.approx(0.25, abs=0.03)
-    # EM has converged: one more step by hand leaves the parameters where they are (reg_covar 5e-4 is on the variance).
+    assert sum(model.weights) == pytest.approx(1) and model.weights[1] == pytest.approx(
+        0.25, abs=0.03
+    )
+    # EM has converged: one more step by hand leaves the parameters where they are (reg_covar 5e-4
+    # is on the variance).
     for k, share in enumerate((1 - expected, expected)):
         mean = (share * x).sum() / share.sum()
         assert mean == pytest.approx(model.means[k], abs=0.01)
-        assert np.sqrt((share * (x - mean) ** 2).sum() / share.sum() + 5e-4) == pytest.approx(model.deviations[k], abs=0.01)
+        assert np.sqrt((share * (x - mean) ** 2).sum() / share.sum() + 5e-4) == pytest.approx(
+            model.deviations[k], abs=0.01
+        )
 
 
 def test_a_wide_noisy_component_does_not_claim_the_lowest_losses():
@@ -269,16 +368,21 @@ def test_a_wide_noisy_component_does_not_claim_the_lowest_losses():
     model = scc.noise_posterior(loss, 0)
     assert model.fallback is None and model.eta[-1] < 0.5
     below = loss < model.low + model.means[0] * (model.high - model.low)
-    assert below.sum() > 100 and (model.eta[below] < 0.5).all() and (model.eta[loss > 9] > 0.6).all()
+    assert (
+        below.sum() > 100 and (model.eta[below] < 0.5).all() and (model.eta[loss > 9] > 0.6).all()
+    )
 
 
-@pytest.mark.parametrize("loss, words", [
-    (np.linspace(0, 5, scc.MIN_CONNECTIVITIES - 1), "fewer than"),
-    (np.full(200, 1.5), "equal"),
-    (np.random.default_rng(8).normal(3, 1, 4000), "one Gaussian"),
-    (np.random.default_rng(8).standard_t(2, 4000), "distance"),      # one mean, two widths
-    (np.full(100, np.nan), "not finite"),
-])
+@pytest.mark.parametrize(
+    "loss, words",
+    [
+        (np.linspace(0, 5, scc.MIN_CONNECTIVITIES - 1), "fewer than"),
+        (np.full(200, 1.5), "equal"),
+        (np.random.default_rng(8).normal(3, 1, 4000), "one Gaussian"),
+        (np.random.default_rng(8).standard_t(2, 4000), "distance"),  # one mean, two widths
+        (np.full(100, np.nan), "not finite"),
+    ],
+)
 def test_without_a_mixture_the_labels_are_kept_and_it_says_why(loss, words):
     model = scc.noise_posterior(loss, 0)
     assert words in model.fallback
@@ -287,8 +391,15 @@ def test_without_a_mixture_the_labels_are_kept_and_it_says_why(loss, words):
 
 def test_losses_that_are_not_finite_are_noisy_and_have_no_part_in_the_fit():
     loss = two_groups(np.random.default_rng(9))
-    model, alone = scc.noise_posterior(np.append(loss, [np.nan, np.inf]), 0), scc.noise_posterior(loss, 0)
-    assert (model.eta[-2:] == 1).all() and (model.eta[:-2] == alone.eta).all() and model.means == alone.means
+    model, alone = (
+        scc.noise_posterior(np.append(loss, [np.nan, np.inf]), 0),
+        scc.noise_posterior(loss, 0),
+    )
+    assert (
+        (model.eta[-2:] == 1).all()
+        and (model.eta[:-2] == alone.eta).all()
+        and model.means == alone.means
+    )
 
 
 def test_corrected_label_against_a_loop():
@@ -300,7 +411,8 @@ def test_corrected_label_against_a_loop():
         assert corrected[y, x] == (IGNORE if numbers[y, x] < 0 else final[numbers[y, x]])
 
 
-# ---------------------------------------------------------------------------------------------------------- training data
+# ------------------------------------------------------------------------------------ training data
+
 
 def test_an_epoch_has_every_connectivity_once_and_the_pool_is_bounded(made, monkeypatch):
     monkeypatch.setattr(scc, "POOL", 20)
@@ -308,7 +420,9 @@ def test_an_epoch_has_every_connectivity_once_and_the_pool_is_bounded(made, monk
     order, visits = scc.release_order(data, 0)
     assert sorted(order) == list(range(len(data.index))) and max(map(len, visits)) <= 20
     assert len(visits) == sum(-(-len(data.of_image(i)) // 20) for i in range(5))
-    assert order.tolist() != sorted(order) and order.tolist() != scc.release_order(data, 1)[0].tolist()
+    assert (
+        order.tolist() != sorted(order) and order.tolist() != scc.release_order(data, 1)[0].tolist()
+    )
     assert order.tolist() == scc.release_order(data, 0)[0].tolist()
     # Taking visits only when they are needed never has more than the pool and one visit in memory.
     pool, coming = set(), iter(visits)
@@ -323,32 +437,43 @@ def test_release_batches_against_opening_the_image_for_each_connectivity(made, m
     monkeypatch.setattr(scc, "POOL", 40)
     data = data_of(made, workers=3)
     reads = []
-    monkeypatch.setattr(data, "read", lambda image, read=data.read: reads.append(image) or read(image))
+    monkeypatch.setattr(
+        data, "read", lambda image, read=data.read: reads.append(image) or read(image)
+    )
     per_epoch = scc.batches_per_epoch(data)
     batches = list(scc.patch_batches(data, 0, per_epoch + 1))
     assert len(batches) == per_epoch + 1 == len(data.index) // 8 + 1
     visits = scc.release_order(data, 0)[1]
     assert len(reads) <= 2 * len(visits) and reads.count(0) <= 2 * -(-len(data.of_image(0)) // 40)
-    seen = scc.release_order(data, 0)[0][:per_epoch * 8].tolist() + scc.release_order(data, 1)[0][:8].tolist()
+    seen = (
+        scc.release_order(data, 0)[0][: per_epoch * 8].tolist()
+        + scc.release_order(data, 1)[0][:8].tolist()
+    )
     mirrored = 0
     for place, member in enumerate(seen):
         patches, masks, classes = (x[place % 8] for x in batches[place // 8])
         row = data.index[member]
         image = cv2.imread(str(made / data.rows[row["image"]][0]))[..., ::-1]
-        found = [c for c in connectivities(read_label(made / data.rows[row["image"]][1]), range(19))][row["number"]]
+        found = [
+            c for c in connectivities(read_label(made / data.rows[row["image"]][1]), range(19))
+        ][row["number"]]
         y0, x0, y1, x1 = scc.patch_window(found.box, *image.shape[:2], (32, 64))
         full = np.zeros(image.shape[:2], np.uint8)
         full[found.window] = found.mask
         patch = cv2.resize(image[y0:y1, x0:x1], (64, 32), interpolation=cv2.INTER_LINEAR)
         mask = cv2.resize(full[y0:y1, x0:x1], (32, 16), interpolation=cv2.INTER_NEAREST)
         plain = (patches.numpy() == patch).all() and (masks[0].numpy() == mask).all()
-        flipped = (patches.numpy() == patch[:, ::-1]).all() and (masks[0].numpy() == mask[:, ::-1]).all()
+        flipped = (patches.numpy() == patch[:, ::-1]).all() and (
+            masks[0].numpy() == mask[:, ::-1]
+        ).all()
         assert (plain or flipped) and classes == found.class_id
         mirrored += not plain
     assert 0.3 < mirrored / len(seen) < 0.7
 
 
-@pytest.mark.parametrize("recipe, batches_of", [("release", scc.patch_batches), ("paper", scc.image_batches)])
+@pytest.mark.parametrize(
+    "recipe, batches_of", [("release", scc.patch_batches), ("paper", scc.image_batches)]
+)
 def test_batches_follow_from_their_number_alone(made, recipe, batches_of):
     """Starting in the middle of an epoch, or with other workers, gives the same batches."""
     whole = list(batches_of(data_of(made, recipe), 0, 9))
@@ -360,7 +485,10 @@ def test_batches_follow_from_their_number_alone(made, recipe, batches_of):
             if recipe == "release":
                 assert torch.equal(a[1], b[1])
             else:
-                assert all(torch.equal(x.share, y.share) and torch.equal(x.cell, y.cell) for x, y in zip(a[1], b[1]))
+                assert all(
+                    torch.equal(x.share, y.share) and torch.equal(x.cell, y.cell)
+                    for x, y in zip(a[1], b[1])
+                )
 
 
 def test_scores_against_one_connectivity_at_a_time(made):
@@ -373,20 +501,27 @@ def test_scores_against_one_connectivity_at_a_time(made):
     for place, row in list(enumerate(data.of_image(1)))[::9]:
         patch, mask = scc.cut_patch(picture, numbers, row, (32, 64))
         with torch.no_grad():
-            logits = model(normalised(torch.from_numpy(patch)[None]), torch.from_numpy(mask)[None, None])[0].double()
+            logits = model(
+                normalised(torch.from_numpy(patch)[None]), torch.from_numpy(mask)[None, None]
+            )[0].double()
         probability = torch.softmax(logits, 0)
-        assert found["loss"][place] == pytest.approx(-float(probability[row["class_id"]].log()), abs=1e-4)
+        assert found["loss"][place] == pytest.approx(
+            -float(probability[row["class_id"]].log()), abs=1e-4
+        )
         assert found["score"][place] == pytest.approx(float(probability.max()), abs=1e-4)
         assert found["predicted"][place] == int(probability.argmax())
 
 
-# -------------------------------------------------------------------------------------------------------------- whole runs
+# --------------------------------------------------------------------------------------- whole runs
+
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_outputs(finished, recipe):
     out = finished / f"pix_{suffix(recipe)}"
     rows = read_list(finished / f"splits/pix_{suffix(recipe)}/all.txt")
-    assert rows == [(f"images/train/{i}.png", f"pix_{suffix(recipe)}/train/{i}.png") for i in range(5)]
+    assert rows == [
+        (f"images/train/{i}.png", f"pix_{suffix(recipe)}/train/{i}.png") for i in range(5)
+    ]
     with open(out / "connectivities.csv") as file:
         lines = list(csv.DictReader(file))
     report = json.loads((out / "report/report.json").read_text())
@@ -406,7 +541,11 @@ def test_outputs(finished, recipe):
             expected[c.window][c.mask] = int(line["final"])
         assert (after == expected).all()
     assert {k: report[k] for k in decisions} == decisions and "ground_truth" not in report
-    assert sum(sum(counts.values()) for counts in report["per_class"].values()) == len(lines) == report["connectivities"]
+    assert (
+        sum(sum(counts.values()) for counts in report["per_class"].values())
+        == len(lines)
+        == report["connectivities"]
+    )
     page = (out / "report/index.html").read_text()
     for name in ("loss_histogram", "decisions", "panels", "thumbnails"):
         assert (out / f"report/{name}.png").is_file() and f"{name}.png" in page
@@ -414,7 +553,9 @@ def test_outputs(finished, recipe):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_small_connectivities_might_as_well_not_be_there(root, recipe):
-    """--min-area on labels with slivers makes what no limit makes on labels whose slivers were erased beforehand."""
+    """--min-area on labels with slivers makes what no limit makes on labels whose slivers were
+    erased beforehand.
+    """
     limit, wrong = 12, []
     for _, path in read_list(root / "splits/pix/all.txt"):
         label, truth = read_label(root / path), read_label(root / path.replace("pix/", "gt/", 1))
@@ -422,20 +563,34 @@ def test_small_connectivities_might_as_well_not_be_there(root, recipe):
         for number in range(numbers.max() + 1):
             if (numbers == number).sum() < limit:
                 inside = truth[(numbers == number) & (truth != IGNORE)]
-                wrong += [np.bincount(inside).argmax() != label[numbers == number][0]] if len(inside) else []
+                wrong += (
+                    [np.bincount(inside).argmax() != label[numbers == number][0]]
+                    if len(inside)
+                    else []
+                )
                 label[numbers == number] = IGNORE
         erased = root / path.replace("pix/", "erased/", 1)
         erased.parent.mkdir(parents=True, exist_ok=True)
         write_label(erased, label, CITYSCAPES_19.palette)
-    write_list(root / "splits/erased/all.txt", [(image, path.replace("pix/", "erased/", 1))
-                                                for image, path in read_list(root / "splits/pix/all.txt")])
+    write_list(
+        root / "splits/erased/all.txt",
+        [
+            (image, path.replace("pix/", "erased/", 1))
+            for image, path in read_list(root / "splits/pix/all.txt")
+        ],
+    )
     scc.main(command(root, recipe, "--min-area", str(limit), "--gt", str(root / "splits/gt.txt")))
     plain = command(root, recipe)
     plain[1] = plain[1].replace("splits/pix", "splits/erased")
     scc.main(plain)
-    found, expected = (list(csv.DictReader(open(root / f"{name}_{suffix(recipe)}/connectivities.csv"))) for name in ("pix", "erased"))
+    found, expected = (
+        list(csv.DictReader(open(root / f"{name}_{suffix(recipe)}/connectivities.csv")))
+        for name in ("pix", "erased")
+    )
     small = [row for row in found if int(row["area"]) < limit]
-    assert len(small) > 20 and {(row["decision"], row["loss"], row["final"]) for row in small} == {("dropped", "nan", "255")}
+    assert len(small) > 20 and {(row["decision"], row["loss"], row["final"]) for row in small} == {
+        ("dropped", "nan", "255")
+    }
     report = json.loads((root / f"pix_{suffix(recipe)}/report/report.json").read_text())
     assert report["ground_truth"]["not_judged_wrong"] == pytest.approx(100 * np.mean(wrong))
     assert report["judged"] == len(found) - len(small)
@@ -443,9 +598,15 @@ def test_small_connectivities_might_as_well_not_be_there(root, recipe):
     assert len(found) == len(expected) > 20
     for row, other in zip(found, expected):
         assert float(row["loss"]) == pytest.approx(float(other["loss"]), rel=1e-4)
-        assert all(row[name] == other[name] for name in ("image", "area", "prediction", "decision", "final"))
+        assert all(
+            row[name] == other[name]
+            for name in ("image", "area", "prediction", "decision", "final")
+        )
     for _, path in read_list(root / "splits/pix/all.txt"):
-        labels = [read_label(root / path.replace("pix/", f"{name}_{suffix(recipe)}/", 1)) for name in ("pix", "erased")]
+        labels = [
+            read_label(root / path.replace("pix/", f"{name}_{suffix(recipe)}/", 1))
+            for name in ("pix", "erased")
+        ]
         assert (labels[0] == labels[1]).all()
 
 
@@ -455,17 +616,26 @@ def test_same_bytes_again(finished, root, recipe):
     assert results(root, recipe) == results(finished, recipe)
 
 
-@pytest.mark.parametrize("recipe, thresholds", [("release", ("--quantile", "0.2")), ("paper", ("--tau-ns", "0", "--tau-cr", "0.1"))])
-def test_other_thresholds_run_only_the_correction(finished, tmp_path, monkeypatch, recipe, thresholds):
+@pytest.mark.parametrize(
+    "recipe, thresholds",
+    [("release", ("--quantile", "0.2")), ("paper", ("--tau-ns", "0", "--tau-cr", "0.1"))],
+)
+def test_other_thresholds_run_only_the_correction(
+    finished, tmp_path, monkeypatch, recipe, thresholds
+):
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
 
     def refuse(*_):
         raise AssertionError("not to be called")
+
     for name in ("train", "score_image", "index_image"):
         monkeypatch.setattr(scc, name, refuse)
     scc.main(command(tmp_path, recipe, *thresholds))
     other = results(tmp_path, recipe)
-    assert other[f"pix_{suffix(recipe)}/connectivities.csv"] != results(finished, recipe)[f"pix_{suffix(recipe)}/connectivities.csv"]
+    assert (
+        other[f"pix_{suffix(recipe)}/connectivities.csv"]
+        != results(finished, recipe)[f"pix_{suffix(recipe)}/connectivities.csv"]
+    )
     scc.main(command(tmp_path, recipe, "--stage", "correct"))
     assert results(tmp_path, recipe) == results(finished, recipe)
 
@@ -487,14 +657,23 @@ scc.main(sys.argv[3:])
 
 
 def test_killed_in_every_stage_and_started_again(finished, root):
-    """SIGKILL in training after three iterations, in scoring after two images, in correction after two labels."""
+    """SIGKILL in training after three iterations, in scoring after two images, in correction after
+    two labels.
+    """
     for name, calls in (("logits_of", 3), ("score_image", 2), ("corrected_label", 2)):
-        killed = subprocess.run([sys.executable, "-c", KILLED, name, str(calls), *command(root, "release")], cwd=ROOT,
-                                capture_output=True, text=True)
+        killed = subprocess.run(
+            [sys.executable, "-c", KILLED, name, str(calls), *command(root, "release")],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
         assert killed.returncode == -9, killed.stderr
         out = root / "pix_scc"
-        state = {"logits_of": (out / "training.pth").is_file(), "score_image": len(list((out / "scores").glob("*.npz"))) == 2,
-                 "corrected_label": not (root / "splits/pix_scc/all.txt").exists()}
+        state = {
+            "logits_of": (out / "training.pth").is_file(),
+            "score_image": len(list((out / "scores").glob("*.npz"))) == 2,
+            "corrected_label": not (root / "splits/pix_scc/all.txt").exists(),
+        }
         assert state[name]
     scc.main(command(root, "release"))
     assert results(root, "release") == results(finished, "release")
@@ -503,8 +682,23 @@ def test_killed_in_every_stage_and_started_again(finished, root):
 
 def test_two_processes_make_what_one_makes(finished, root):
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29541",
-                    "seco_scc.py", *command(root, "paper")], cwd=ROOT, check=True, capture_output=True, env=environment)
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node",
+            "2",
+            "--master_port",
+            "29541",
+            "seco_scc.py",
+            *command(root, "paper"),
+        ],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        env=environment,
+    )
     assert results(root, "paper") == results(finished, "paper")
 
 
@@ -515,6 +709,7 @@ def test_ground_truth_is_opened_for_gt_alone(root):
     def note(event, arguments):
         if event == "open" and OPENED is not None:
             OPENED.append(str(arguments[0]))
+
     global OPENED
     sys.addaudithook(note)
     try:
@@ -528,14 +723,27 @@ def test_ground_truth_is_opened_for_gt_alone(root):
     finally:
         OPENED = None
     after = results(root, "paper")
-    assert {name for name in after if after[name] != before[name]} == {"pix_scc_paper/report/report.json",
-                                                                       "pix_scc_paper/report/index.html"}
+    assert {name for name in after if after[name] != before[name]} == {
+        "pix_scc_paper/report/report.json",
+        "pix_scc_paper/report/index.html",
+    }
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_diagnostics_against_the_confusion_matrix_and_loops(finished, tmp_path, recipe):
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
-    scc.main(command(tmp_path, recipe, "--gt", str(tmp_path / "splits/gt.txt"), "--tau-cr", "0.02", "--tau-ns", "0"))
+    scc.main(
+        command(
+            tmp_path,
+            recipe,
+            "--gt",
+            str(tmp_path / "splits/gt.txt"),
+            "--tau-cr",
+            "0.02",
+            "--tau-ns",
+            "0",
+        )
+    )
     out = tmp_path / f"pix_{suffix(recipe)}"
     report = json.loads((out / "report/report.json").read_text())
     truth = [read_label(tmp_path / f"gt/train/{i}.png") for i in range(5)]
@@ -546,7 +754,9 @@ def test_diagnostics_against_the_confusion_matrix_and_loops(finished, tmp_path, 
         labeled = sum(int(((a != IGNORE) & k).sum()) for a, k in zip(labels, known))
         assert report["ground_truth"][f"accuracy_{when}"] == pytest.approx(100 * right / labeled)
         covered = sum(int((a != IGNORE).sum()) for a in labels)
-        assert report[f"coverage_{when}"] == pytest.approx(100 * covered / sum(a.size for a in labels))
+        assert report[f"coverage_{when}"] == pytest.approx(
+            100 * covered / sum(a.size for a in labels)
+        )
     with open(out / "connectivities.csv") as file:
         lines = list(csv.DictReader(file))
     rows, place, right, labeled = [], 0, 0, 0
@@ -556,40 +766,73 @@ def test_diagnostics_against_the_confusion_matrix_and_loops(finished, tmp_path, 
             inside = inside[inside != IGNORE]
             if len(inside):
                 majority = int(np.bincount(inside).argmax())
-                rows.append((majority != c.class_id, float(lines[place]["eta"] or lines[place]["loss"]), lines[place], majority))
+                rows.append(
+                    (
+                        majority != c.class_id,
+                        float(lines[place]["eta"] or lines[place]["loss"]),
+                        lines[place],
+                        majority,
+                    )
+                )
                 if majority == c.class_id:
-                    right, labeled = right + int((inside == c.class_id).sum()), labeled + len(inside)
+                    right, labeled = (
+                        right + int((inside == c.class_id).sum()),
+                        labeled + len(inside),
+                    )
             place += 1
     assert report["ground_truth"]["accuracy_wrong_dropped"] == pytest.approx(100 * right / labeled)
     wrong, clean = ([s for w, s, *_ in rows if w == flag] for flag in (True, False))
     pairs = [(a > b) + (a == b) / 2 for a in wrong for b in clean]
     assert report["ground_truth"]["auroc"] == pytest.approx(np.mean(pairs))
     kept = [not w for w, _, line, _ in rows if line["decision"] == "kept"]
-    assert report["ground_truth"]["kept_right"] == (pytest.approx(100 * np.mean(kept)) if kept else None)
-    sure = [int(line["prediction"]) == m for _, _, line, m in rows
-            if float(line["score"]) > 0.02 and line["prediction"] != line["class"]]
+    assert report["ground_truth"]["kept_right"] == (
+        pytest.approx(100 * np.mean(kept)) if kept else None
+    )
+    sure = [
+        int(line["prediction"]) == m
+        for _, _, line, m in rows
+        if float(line["score"]) > 0.02 and line["prediction"] != line["class"]
+    ]
     assert report["ground_truth"]["sure"] == len(sure) > 0
     assert report["ground_truth"]["sure_right"] == pytest.approx(100 * np.mean(sure))
     assert report["ground_truth"]["not_judged_wrong"] is None
-    changed = [int(line["final"]) == m for _, _, line, m in rows if line["final"] not in (line["class"], str(IGNORE))]
-    assert report["ground_truth"]["changed_right"] == (pytest.approx(100 * np.mean(changed)) if changed else None)
+    changed = [
+        int(line["final"]) == m
+        for _, _, line, m in rows
+        if line["final"] not in (line["class"], str(IGNORE))
+    ]
+    assert report["ground_truth"]["changed_right"] == (
+        pytest.approx(100 * np.mean(changed)) if changed else None
+    )
 
 
-# ------------------------------------------------------------------------------------------------------------ wrong input
+# -------------------------------------------------------------------------------------- wrong input
 
-@pytest.mark.parametrize("extra, words", [
-    (("--quantile", "1.5"), "--quantile 1.5"), (("--iterations", "0"), "--iterations 0"),
-    (("--min-area", "0"), "--min-area 0"), (("--min-area", "99999"), "the largest connectivity has"), (("--tau-ns", "-1"), "--tau-ns -1.0"),
-    (("--patch-size", "31", "64"), "--patch-size 31 64"), (("--workers", "0"), "--workers 0"),
-    (("--backbone-weights", "nowhere.pth"), "nowhere.pth"), (("--stage", "score"), "run --stage train first"),
-    (("--stage", "correct"), "run --stage score first"), (("--class-num", "11"), "--class-num 11"),
-    (("--backbone-weights", "imagenet", "--stem", "deep"), "imagenet"),
-])
+
+@pytest.mark.parametrize(
+    "extra, words",
+    [
+        (("--quantile", "1.5"), "--quantile 1.5"),
+        (("--iterations", "0"), "--iterations 0"),
+        (("--min-area", "0"), "--min-area 0"),
+        (("--min-area", "99999"), "the largest connectivity has"),
+        (("--tau-ns", "-1"), "--tau-ns -1.0"),
+        (("--patch-size", "31", "64"), "--patch-size 31 64"),
+        (("--workers", "0"), "--workers 0"),
+        (("--backbone-weights", "nowhere.pth"), "nowhere.pth"),
+        (("--stage", "score"), "run --stage train first"),
+        (("--stage", "correct"), "run --stage score first"),
+        (("--class-num", "11"), "--class-num 11"),
+        (("--backbone-weights", "imagenet", "--stem", "deep"), "imagenet"),
+    ],
+)
 def test_wrong_options(root, extra, words):
     with pytest.raises(UserError, match=words):
         scc.main(command(root, "release", *extra))
     assert not (root / "pix_scc/checkpoint.pth").exists()
-    if extra[0] == "--min-area":    # the mistake leaves no settings behind that would refuse the mended command
+    if (
+        extra[0] == "--min-area"
+    ):  # the mistake leaves no settings behind that would refuse the mended command
         assert not (root / "pix_scc/settings.json").exists()
 
 
@@ -625,11 +868,22 @@ def test_no_label_at_all(root):
         scc.main(command(root, "paper"))
 
 
-# ---------------------------------------------------------------------------------------------------------- planted noise
+# ------------------------------------------------------------------------------------ planted noise
+
 
 def test_planted_noise_changes_the_class_of_whole_connectivities(root):
-    command = ["--id-list-path", str(root / "splits/gt.txt"), "--root-path", str(root), "--out-list",
-               str(root / "splits/planted/all.txt"), "--share", "0.3", "--min-area", "5"]
+    command = [
+        "--id-list-path",
+        str(root / "splits/gt.txt"),
+        "--root-path",
+        str(root),
+        "--out-list",
+        str(root / "splits/planted/all.txt"),
+        "--share",
+        "0.3",
+        "--min-area",
+        "5",
+    ]
     plant_noise.main(command)
     rows, large, wrong = read_list(root / "splits/planted/all.txt"), 0, 0
     assert rows == [(f"images/train/{i}.png", f"planted/train/{i}.png") for i in range(5)]

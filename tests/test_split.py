@@ -1,4 +1,6 @@
-"""scripts/make_split.py: the ranking and the choice against a slow oracle, rare classes, files, wrong input."""
+"""scripts/make_split.py: the ranking and the choice against a slow oracle, rare classes, files,
+wrong input."""
+
 import csv
 import hashlib
 import json
@@ -16,11 +18,15 @@ COUNT = 24
 
 @pytest.fixture
 def root(tmp_path):
-    """24 small label maps of different coverage; a train (16) in images 5, 11 and 20 only, which have few labels."""
+    """24 small label maps of different coverage; a train (16) in images 5, 11 and 20 only, which
+    have few labels.
+    """
     random, rows = np.random.default_rng(0), []
     for i in range(COUNT):
         label = random.choice([0, 2, 8, 10, 13], (20, 30)).astype(np.uint8)
-        label[random.random(label.shape) < (0.9 if i in (5, 11, 20) else random.random() * 0.6)] = IGNORE
+        label[random.random(label.shape) < (0.9 if i in (5, 11, 20) else random.random() * 0.6)] = (
+            IGNORE
+        )
         if i in (5, 11, 20):
             label[3:6, 4:9] = 16
         rows.append((f"images/a/{i:02d}.png", f"pix_scc/a/{i:02d}.png"))
@@ -30,7 +36,9 @@ def root(tmp_path):
 
 
 def write_csv(root, recipe):
-    """A connectivities.csv with three connectivities an image, one of them dropped; returns {image: expected trust}."""
+    """A connectivities.csv with three connectivities an image, one of them dropped; returns {image:
+    expected trust}.
+    """
     random, expected = np.random.default_rng(1), {}
     with open(root / "pix_scc/connectivities.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, ["image", "area", "score", "eta", "final"])
@@ -39,16 +47,38 @@ def write_csv(root, recipe):
             areas, values = random.integers(1, 90, 3), random.random(3)
             for area, value, final in zip(areas, values, (8, 10, IGNORE)):
                 eta = value if recipe == "paper" else ""
-                writer.writerow({"image": f"images/a/{i:02d}.png", "area": area, "score": value, "eta": eta, "final": final})
+                writer.writerow(
+                    {
+                        "image": f"images/a/{i:02d}.png",
+                        "area": area,
+                        "score": value,
+                        "eta": eta,
+                        "final": final,
+                    }
+                )
             trusts = 1 - values if recipe == "paper" else values
-            expected[f"images/a/{i:02d}.png"] = (areas[0] * trusts[0] + areas[1] * trusts[1]) / (areas[0] + areas[1])
+            expected[f"images/a/{i:02d}.png"] = (areas[0] * trusts[0] + areas[1] * trusts[1]) / (
+                areas[0] + areas[1]
+            )
     return expected
 
 
 def split(root, *extra, out="out"):
-    make_split.main(["--id-list-path", str(root / "splits/pix_scc/train.txt"), "--root-path", str(root),
-                     "--out", str(root / out), *extra])
-    return tuple(read_list(root / out / name, columns=(1, 2)) for name in ("labeled.txt", "unlabeled.txt", "all.txt"))
+    make_split.main(
+        [
+            "--id-list-path",
+            str(root / "splits/pix_scc/train.txt"),
+            "--root-path",
+            str(root),
+            "--out",
+            str(root / out),
+            *extra,
+        ]
+    )
+    return tuple(
+        read_list(root / out / name, columns=(1, 2))
+        for name in ("labeled.txt", "unlabeled.txt", "all.txt")
+    )
 
 
 @pytest.mark.parametrize("recipe", ["release", "paper"])
@@ -56,23 +86,29 @@ def test_trust_of_the_labeled_connectivities_weighted_by_area(root, recipe):
     assert make_split.mean_trust(root / "pix_scc/connectivities.csv") == {}
     expected = write_csv(root, recipe)
     found = make_split.mean_trust(root / "pix_scc/connectivities.csv")
-    assert set(found) == set(expected) and all(found[k] == pytest.approx(expected[k]) for k in expected)
+    assert set(found) == set(expected) and all(
+        found[k] == pytest.approx(expected[k]) for k in expected
+    )
 
 
 def test_choice_against_an_oracle():
-    """Only common classes: simply the most reliable. With a rare one: its share first, from the most reliable of its images."""
+    """Only common classes: simply the most reliable. With a rare one: its share first, from the
+    most reliable of its images.
+    """
     random = np.random.default_rng(2)
     for _ in range(50):
-        reliability, pixels = random.random(20).round(1), np.zeros((20, 3), int)         # many ties
+        reliability, pixels = random.random(20).round(1), np.zeros((20, 3), int)  # many ties
         pixels[:, 0] = 5
         best = sorted(range(20), key=lambda i: (-reliability[i], i))
         assert make_split.choose_labeled(reliability, pixels, 0.3).tolist() == best[:6]
         rare = random.choice(20, 5, replace=False)
         pixels[rare, 2] = 1
-        first = sorted(rare, key=lambda i: (-reliability[i], i))[:2]                  # round(0.3 x 5)
-        rest = [i for i in best if i not in first][:6 - len(first)]
+        first = sorted(rare, key=lambda i: (-reliability[i], i))[:2]  # round(0.3 x 5)
+        rest = [i for i in best if i not in first][: 6 - len(first)]
         expected = {*first, *rest}
-        assert make_split.choose_labeled(reliability, pixels, 0.3).tolist() == [i for i in best if i in expected]
+        assert make_split.choose_labeled(reliability, pixels, 0.3).tolist() == [
+            i for i in best if i in expected
+        ]
 
 
 def test_a_class_of_one_image_is_in_the_labeled_subset():
@@ -96,16 +132,29 @@ def test_files(root, recipe):
         values = [reliability[row[0]] for row in part]
         assert values == sorted(values, reverse=True)
     trains = {f"images/a/{i:02d}.png" for i in (5, 11, 20)}
-    best = max(trains, key=reliability.get)                       # of the rare class's three images a quarter: its best one
+    best = max(
+        trains, key=reliability.get
+    )  # of the rare class's three images a quarter: its best one
     others = sorted((image for image in reliability if image != best), key=reliability.get)
     assert {row[0] for row in labeled} == {best, *others[-5:]} and not trains & set(others[-5:])
 
     summary = json.loads((root / "out/split.json").read_text())
     for name in ("labeled.txt", "unlabeled.txt", "all.txt"):
-        assert summary["sha256"][name] == hashlib.sha256((root / "out" / name).read_bytes()).hexdigest()
+        assert (
+            summary["sha256"][name]
+            == hashlib.sha256((root / "out" / name).read_bytes()).hexdigest()
+        )
     assert summary["images"] == {"labeled": 6, "unlabeled": 18}
-    assert summary["classes"]["train"]["images"] == 3 and summary["classes"]["train"]["labeled_images"] == 1
-    assert summary["classes"]["rider"] == {"images": 0, "labeled_images": 0, "pixels": 0, "labeled_pixels": 0}
+    assert (
+        summary["classes"]["train"]["images"] == 3
+        and summary["classes"]["train"]["labeled_images"] == 1
+    )
+    assert summary["classes"]["rider"] == {
+        "images": 0,
+        "labeled_images": 0,
+        "pixels": 0,
+        "labeled_pixels": 0,
+    }
     assert (summary["trust"] == "SCC") == (recipe is not None)
 
 
@@ -114,11 +163,16 @@ def test_same_input_same_files_and_the_default_folder(root):
     first = split(root)
     files = {p.name: p.read_bytes() for p in (root / "out").iterdir()}
     shutil.rmtree(root / "out")
-    assert split(root) == first and {p.name: p.read_bytes() for p in (root / "out").iterdir()} == files
-    # The list that is read may lie where the lists are written, and be called all.txt: it keeps its rows.
+    assert (
+        split(root) == first and {p.name: p.read_bytes() for p in (root / "out").iterdir()} == files
+    )
+    # The list that is read may lie where the lists are written, and be called all.txt: it keeps its
+    # rows.
     shutil.move(root / "splits/pix_scc/train.txt", root / "splits/pix_scc/all.txt")
     rows = read_list(root / "splits/pix_scc/all.txt")
-    make_split.main(["--id-list-path", str(root / "splits/pix_scc/all.txt"), "--root-path", str(root)])
+    make_split.main(
+        ["--id-list-path", str(root / "splits/pix_scc/all.txt"), "--root-path", str(root)]
+    )
     assert read_list(root / "splits/pix_scc/all.txt") == rows
     assert (root / "splits/pix_scc/labeled.txt").read_bytes() == files["labeled.txt"]
 
@@ -130,7 +184,10 @@ def test_wrong_input(root):
     with pytest.raises(UserError, match="no unlabeled image"):
         split(root, "--labeled-fraction", "0.99")
     write_csv(root, "paper")
-    write_list(root / "splits/pix_scc/train.txt", [*read_list(root / "splits/pix_scc/train.txt"), ("new.png", "pix_scc/a/00.png")])
+    write_list(
+        root / "splits/pix_scc/train.txt",
+        [*read_list(root / "splits/pix_scc/train.txt"), ("new.png", "pix_scc/a/00.png")],
+    )
     with pytest.raises(UserError, match="no labeled connectivity of new.png"):
         split(root)
     with open(root / "pix_scc/connectivities.csv", "a") as file:

@@ -1,4 +1,6 @@
-"""The three task scripts: preflight on an empty machine, and rehearsals of every stage (`-m slow` for all three)."""
+"""The three task scripts: preflight on an empty machine, and rehearsals of every stage (`-m slow`
+for all three)."""
+
 import json
 import os
 import shutil
@@ -12,12 +14,43 @@ from conftest import ROOT
 
 from util.labels import read_label, read_list
 
-TASKS = {"gta2cs": ("cityscapes", 19, "DTST_gta", "", "seco_gta"),
-         "synthia2cs": ("cityscapes", 16, "DTST_synthia", "_16", "seco_synthia"),
-         "gta2bdd": ("bdd", 19, "DTST_bdd", "", "seco_bdd")}
-STAGES = ("inputs", "data", "before_labels", "before", "pixel", "psa", "scc", "split", "adapt", "after")
-OVERRIDES = ("DATA_ROOT", "CHECKPOINT", "PROBABILITIES", "SAM_CHECKPOINT", "SAM_TYPE", "BACKBONE_WEIGHTS", "SCC_WEIGHTS",
-             "OUT", "GPUS", "RECIPE", "USE_SCC", "SEED", "SPLITS", "EXP", "DEVICE", "STEM", "REHEARSE", "PYTHON")
+TASKS = {
+    "gta2cs": ("cityscapes", 19, "DTST_gta", "", "seco_gta"),
+    "synthia2cs": ("cityscapes", 16, "DTST_synthia", "_16", "seco_synthia"),
+    "gta2bdd": ("bdd", 19, "DTST_bdd", "", "seco_bdd"),
+}
+STAGES = (
+    "inputs",
+    "data",
+    "before_labels",
+    "before",
+    "pixel",
+    "psa",
+    "scc",
+    "split",
+    "adapt",
+    "after",
+)
+OVERRIDES = (
+    "DATA_ROOT",
+    "CHECKPOINT",
+    "PROBABILITIES",
+    "SAM_CHECKPOINT",
+    "SAM_TYPE",
+    "BACKBONE_WEIGHTS",
+    "SCC_WEIGHTS",
+    "OUT",
+    "GPUS",
+    "RECIPE",
+    "USE_SCC",
+    "SEED",
+    "SPLITS",
+    "EXP",
+    "DEVICE",
+    "STEM",
+    "REHEARSE",
+    "PYTHON",
+)
 
 
 def environment(**values):
@@ -26,23 +59,35 @@ def environment(**values):
 
 
 def run(task, folder=ROOT, timeout=60, **values):
-    return subprocess.run(["bash", f"scripts/{task}.sh"], cwd=folder, env=environment(**values), capture_output=True,
-                          text=True, timeout=timeout)
+    return subprocess.run(
+        ["bash", f"scripts/{task}.sh"],
+        cwd=folder,
+        env=environment(**values),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
 
 
 @pytest.fixture
 def empty_machine(tmp_path):
-    """A copy of the scripts, without data, checkpoints or a GPU; PATH has the standard tools alone, no Python.
+    """A copy of the scripts, without data, checkpoints or a GPU; PATH has the standard tools alone,
+    no Python.
 
-    `df` is played by a script that reports the gigabytes in FREE_GB, so that the tests do not depend on this machine's disk.
+    `df` is played by a script that reports the gigabytes in FREE_GB, so that the tests do not
+    depend on this machine's disk.
     """
-    shutil.copytree(ROOT / "scripts", tmp_path / "kit/scripts", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        ROOT / "scripts", tmp_path / "kit/scripts", ignore=shutil.ignore_patterns("__pycache__")
+    )
     tools = tmp_path / "bin"
     tools.mkdir()
     for tool in ("bash", "dirname", "find", "wc", "tr", "grep", "awk", "cat", "sed", "env"):
         (tools / tool).symlink_to(shutil.which(tool))
-    (tools / "df").write_text('#!/bin/sh\necho Filesystem 1024-blocks Used Available Capacity Mounted\n'
-                              'echo disk 0 0 "${FREE_GB:-500}000000" 0% /\n')
+    (tools / "df").write_text(
+        "#!/bin/sh\necho Filesystem 1024-blocks Used Available Capacity Mounted\n"
+        'echo disk 0 0 "${FREE_GB:-500}000000" 0% /\n'
+    )
     (tools / "df").chmod(0o755)
     return tmp_path / "kit", tools
 
@@ -55,8 +100,17 @@ def test_preflight_names_everything_at_once_and_writes_nothing(empty_machine, ta
     assert result.returncode == 2 and result.stdout == ""
     lines = result.stderr.splitlines()
     assert len(lines) <= 24 and "8 things are missing; nothing was done" in lines[0]
-    for wanted in ("/train: 0 of", "/val: 0 of", "login", "sam_vit_h_4b8939.pth", "download.sh sam vit_h", "Python 3.10",
-                   "pretrained/resnet101.pth", "an NVIDIA GPU", "the model that the starting labels come from"):
+    for wanted in (
+        "/train: 0 of",
+        "/val: 0 of",
+        "login",
+        "sam_vit_h_4b8939.pth",
+        "download.sh sam vit_h",
+        "Python 3.10",
+        "pretrained/resnet101.pth",
+        "an NVIDIA GPU",
+        "the model that the starting labels come from",
+    ):
         assert wanted in result.stderr, wanted
     assert "Traceback" not in result.stderr and "command not found" not in result.stderr
     assert sorted(folder.rglob("*")) == before
@@ -67,17 +121,38 @@ def test_preflight_is_about_what_is_missing_only(empty_machine, tmp_path):
     for name in ("model.pth", "sam.pth", "resnet.pth"):
         (tmp_path / name).touch()
     for number in range(500):
-        for path in (f"data/leftImg8bit/val/a/{number}_leftImg8bit.png", f"data/gtFine/val/a/{number}_gtFine_labelIds.png"):
+        for path in (
+            f"data/leftImg8bit/val/a/{number}_leftImg8bit.png",
+            f"data/gtFine/val/a/{number}_gtFine_labelIds.png",
+        ):
             (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / path).touch()
-    result = run("gta2cs", folder, PATH=f"{tools}:{os.environ['PATH']}", DATA_ROOT=tmp_path / "data", CHECKPOINT=tmp_path / "model.pth",
-                 SAM_CHECKPOINT=tmp_path / "sam.pth", BACKBONE_WEIGHTS=tmp_path / "resnet.pth", GPUS="two", RECIPE="cake")
+    result = run(
+        "gta2cs",
+        folder,
+        PATH=f"{tools}:{os.environ['PATH']}",
+        DATA_ROOT=tmp_path / "data",
+        CHECKPOINT=tmp_path / "model.pth",
+        SAM_CHECKPOINT=tmp_path / "sam.pth",
+        BACKBONE_WEIGHTS=tmp_path / "resnet.pth",
+        GPUS="two",
+        RECIPE="cake",
+    )
     assert result.returncode == 2 and "3 things are missing" in result.stderr, result.stderr
-    for wanted in ("leftImg8bit/train: 0 of 2975", "GPUS=two: not a number", "RECIPE=cake: no such recipe"):
+    for wanted in (
+        "leftImg8bit/train: 0 of 2975",
+        "GPUS=two: not a number",
+        "RECIPE=cake: no such recipe",
+    ):
         assert wanted in result.stderr
-    result = run("gta2bdd", folder, PATH=tools, FREE_GB=7, PROBABILITIES=tmp_path / "none", USE_SCC="0")
+    result = run(
+        "gta2bdd", folder, PATH=tools, FREE_GB=7, PROBABILITIES=tmp_path / "none", USE_SCC="0"
+    )
     assert "60 GB of free disk here (7 are free)" in result.stderr
-    assert "no such folder of probability arrays" in result.stderr and "bdd_source_free" not in result.stderr
+    assert (
+        "no such folder of probability arrays" in result.stderr
+        and "bdd_source_free" not in result.stderr
+    )
 
 
 def rehearse(task, out):
@@ -85,7 +160,9 @@ def rehearse(task, out):
     data, class_num, experiment, suffix, log = TASKS[task]
     result = run(task, timeout=480, REHEARSE=1, OUT=out, PYTHON=sys.executable)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    assert f"reference: training_logs/{log}" in result.stdout and "rehearsal complete" in result.stdout
+    assert (
+        f"reference: training_logs/{log}" in result.stdout and "rehearsal complete" in result.stdout
+    )
     records = {name: json.loads((out / f"stages/{name}.json").read_text()) for name in STAGES}
     assert all(record["done"] for record in records.values())
 
@@ -96,9 +173,15 @@ def rehearse(task, out):
         rows = read_list(lists / exp / "train.txt")
         assert {image for image, _ in rows} == images
         labels = [read_label(root / label, class_num) for _, label in rows]
-        assert all(label.shape == ((1024, 2048) if data == "cityscapes" else (720, 1280)) for label in labels)
+        assert all(
+            label.shape == ((1024, 2048) if data == "cityscapes" else (720, 1280))
+            for label in labels
+        )
         assert len(np.unique(np.concatenate([label.ravel() for label in labels]))) > 3, exp
-    split = [read_list(lists / f"{experiment}_tiny_scc" / name) for name in ("labeled.txt", "unlabeled.txt")]
+    split = [
+        read_list(lists / f"{experiment}_tiny_scc" / name)
+        for name in ("labeled.txt", "unlabeled.txt")
+    ]
     assert {row[0] for rows in split for row in rows} == images and all(split)
     for name in ("eval_before", "eval_after"):
         metrics = json.loads((out / name / "metrics.json").read_text())

@@ -1,4 +1,5 @@
 """The embedded benchmark: what is drawn, and the data set made of it."""
+
 import hashlib
 
 import numpy as np
@@ -12,13 +13,19 @@ SMALL = {("source", "train"): 3, ("target", "train"): 3, ("target", "val"): 2}
 
 
 def digest(scene) -> str:
-    return hashlib.sha256(scene.image.tobytes() + scene.label.tobytes() + scene.segment.tobytes()).hexdigest()[:16]
+    return hashlib.sha256(
+        scene.image.tobytes() + scene.label.tobytes() + scene.segment.tobytes()
+    ).hexdigest()[:16]
 
 
-@pytest.mark.parametrize("style, expected", [
-    ("source", "eac8b2d9b3dc18c6"),
-    ("target", "e919804331eb637f"),
-    ("random", "feab66f634d50b6e")])
+@pytest.mark.parametrize(
+    "style, expected",
+    [
+        ("source", "eac8b2d9b3dc18c6"),
+        ("target", "e919804331eb637f"),
+        ("random", "feab66f634d50b6e"),
+    ],
+)
 def test_pinned_pixels(style, expected):
     assert digest(draw_scene(7, style)) == expected
 
@@ -27,7 +34,9 @@ def test_all_classes_occur_with_a_long_tail():
     for style in ("source", "target"):
         pixels, images = np.zeros(19), np.zeros(19)
         for index in range(60):
-            counts = np.bincount(draw_scene(scene_seed(0, "val", index), style).label.ravel(), minlength=19)
+            counts = np.bincount(
+                draw_scene(scene_seed(0, "val", index), style).label.ravel(), minlength=19
+            )
             assert counts.size == 19
             pixels, images = pixels + counts, images + (counts > 0)
         assert (images > 0).all()
@@ -55,19 +64,26 @@ def test_styles_differ():
     def mean_saturation(style):
         images = [draw_scene(i, style).image.astype(int) for i in range(8)]
         return np.mean([image.max(2) - image.min(2) for image in images])
+
     assert mean_saturation("source") > 1.5 * mean_saturation("target")
 
 
 def test_seeds_never_coincide():
-    seeds = {scene_seed(seed, split, index) for seed in (0, 1, 99) for split in ("train", "val")
-             for index in (0, max(SPLITS.values()) - 1)}
+    seeds = {
+        scene_seed(seed, split, index)
+        for seed in (0, 1, 99)
+        for split in ("train", "val")
+        for index in (0, max(SPLITS.values()) - 1)
+    }
     assert len(seeds) == 12 and max(seeds) < FIRST_FREE_SEED
 
 
 def test_data_set(tmp_path):
     folder = make_toy(tmp_path, 1, SMALL)
     rows = read_list(folder / "lists" / "target_val.txt")
-    assert np.array_equal(read_label(tmp_path / rows[1][1], 19), draw_scene(scene_seed(1, "val", 1), "target").label)
+    assert np.array_equal(
+        read_label(tmp_path / rows[1][1], 19), draw_scene(scene_seed(1, "val", 1), "target").label
+    )
     # Nothing that trains on the target gets to see where its ground truth is.
     assert all(len(row) == 1 for row in read_list(folder / "lists" / "target_train.txt", 1))
 

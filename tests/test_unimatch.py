@@ -1,4 +1,6 @@
-"""train_unimatch.py: schedule, losses and iteration against slow oracles, resuming, processes, logs, bad input."""
+"""train_unimatch.py: schedule, losses and iteration against slow oracles, resuming, processes,
+logs, bad input."""
+
 import json
 import math
 import os
@@ -18,12 +20,18 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train_unimatch
-from dataset.semi import iterations_per_epoch
-from dataset.transform import cutmix_box
-from scripts import bench_data, bench_train
+from dataset.augment import cutmix_box
+from dataset.samples import iterations_per_epoch
+from scripts.dev import bench_data, bench_train
 from train_unimatch import cutmix_targets, learning_rate, loss_group, main, perturbation_factors
 from util.labels import CITYSCAPES_19, write_label, write_list
-from util.losses import balanced_cross_entropy, class_weights, ohem_cross_entropy, pseudo_label_loss, total_loss
+from util.losses import (
+    balanced_cross_entropy,
+    class_weights,
+    ohem_cross_entropy,
+    pseudo_label_loss,
+    total_loss,
+)
 from util.run import UserError, run_main
 from util.training_log import read_text_log, read_training_log
 
@@ -31,42 +39,65 @@ LOGS = json.loads((ROOT / "tests/data/shipped_logs.json").read_text())
 EPOCHS, LR = 240, 0.005  # of all three shipped logs
 
 
-# ------------------------------------------------------------------------------------------------- the shipped logs
+# --------------------------------------------------------------------------------- the shipped logs
+
 
 @pytest.mark.parametrize("name", LOGS)
 def test_learning_rate_is_the_one_printed_at_every_epoch_start(name):
     printed, (low, high) = LOGS[name]["lr"], LOGS[name]["iterations_per_epoch"]
     assert len(printed) >= 56
     for length in range(low, high + 1):
-        assert [round(learning_rate(epoch * length, EPOCHS * length, LR), 5) for epoch in range(len(printed))] == printed
+        assert [
+            round(learning_rate(epoch * length, EPOCHS * length, LR), 5)
+            for epoch in range(len(printed))
+        ] == printed
 
 
 def test_learning_rate_is_one_step_late_as_in_the_logs():
-    """The first two steps use the starting rate; a schedule that is on time does not give the printed figures."""
+    """The first two steps use the starting rate; a schedule that is on time does not give the
+    printed figures.
+    """
     assert learning_rate(0, 100, LR) == learning_rate(1, 100, LR) == LR
     assert learning_rate(7, 100, LR) == LR * (1 - 6 / 100) ** 0.9
     printed, length = LOGS["seco_synthia"]["lr"], LOGS["seco_synthia"]["iterations_per_epoch"][0]
     on_time = [round(LR * (1 - epoch / EPOCHS) ** 0.9, 5) for epoch in range(len(printed))]
-    late = [round(learning_rate(epoch * length, EPOCHS * length, LR), 5) for epoch in range(len(printed))]
+    late = [
+        round(learning_rate(epoch * length, EPOCHS * length, LR), 5)
+        for epoch in range(len(printed))
+    ]
     assert on_time != printed and late == printed
 
 
 @pytest.mark.parametrize("name", LOGS)
 def test_loss_identity_holds_for_every_shipped_row(name):
-    """All four values are rounded to three decimals: the total may be off by 0.0005 x (1 + (1 + 0.5 + 0.5) / 2)."""
+    """All four values are rounded to three decimals: the total may be off by 0.0005 x (1 + (1 + 0.5
+    + 0.5) / 2).
+    """
     rows = read_training_log(ROOT / "training_logs" / name).losses
     assert len(rows) > 500
-    total, x, s, w_fp = (np.array([values[loss] for _, _, values in rows]) for loss in ("loss_all", "loss_x", "loss_s", "loss_w_fp"))
+    total, x, s, w_fp = (
+        np.array([values[loss] for _, _, values in rows])
+        for loss in ("loss_all", "loss_x", "loss_s", "loss_w_fp")
+    )
     assert np.abs(total_loss(x, s, s, w_fp) - total).max() <= 0.001 + 1e-9
 
 
-# ------------------------------------------------------------------------------------------------------------- losses
+# ------------------------------------------------------------------------------------------- losses
+
 
 def ohem_slowly(logits, labels, threshold, min_kept):
     """Pixel by pixel, from the text of the released criterion."""
-    pixels = [(logits[b, :, y, x], int(labels[b, y, x])) for b in range(labels.shape[0]) for y in range(labels.shape[1])
-              for x in range(labels.shape[2])]
-    labeled = [(torch.softmax(values.double(), 0)[label].item()) for values, label in pixels if label != 255]
+    pixels = [
+        (logits[b, :, y, x], int(labels[b, y, x]))
+        for b in range(labels.shape[0])
+        for y in range(labels.shape[1])
+        for x in range(labels.shape[2])
+    ]
+    labeled = [
+        (torch.softmax(values.double(), 0)[label].item())
+        for values, label in pixels
+        if label != 255
+    ]
     if not labeled:
         return 0.0
     kept = labeled
@@ -77,9 +108,13 @@ def ohem_slowly(logits, labels, threshold, min_kept):
     return sum(-math.log(p) for p in kept) / len(kept)
 
 
-@pytest.mark.parametrize("spread, min_kept", [(1, 1000), (1, 30), (8, 30), (8, 60), (8, 90), (8, 1)])
+@pytest.mark.parametrize(
+    "spread, min_kept", [(1, 1000), (1, 30), (8, 30), (8, 60), (8, 90), (8, 1)]
+)
 def test_ohem_equals_a_pixel_loop(spread, min_kept):
-    """Too few labels to mine, more hard pixels than min_kept, fewer (the limit rises above the threshold)."""
+    """Too few labels to mine, more hard pixels than min_kept, fewer (the limit rises above the
+    threshold).
+    """
     generator = torch.Generator().manual_seed(spread + min_kept)
     logits = spread * torch.randn(2, 5, 8, 7, generator=generator)
     labels = logits.argmax(dim=1)
@@ -88,7 +123,9 @@ def test_ohem_equals_a_pixel_loop(spread, min_kept):
     labels[torch.rand(labels.shape, generator=generator) < 0.1] = 255
     loss = ohem_cross_entropy(logits, labels, 0.7, min_kept).item()
     assert loss == pytest.approx(ohem_slowly(logits, labels, 0.7, min_kept), rel=1e-5)
-    assert loss == pytest.approx(bench_train.ohem_by_sorting(logits, labels, 0.7, min_kept).item(), rel=1e-5)
+    assert loss == pytest.approx(
+        bench_train.ohem_by_sorting(logits, labels, 0.7, min_kept).item(), rel=1e-5
+    )
 
 
 def test_ohem_without_any_label_is_zero_with_zero_gradient():
@@ -101,7 +138,7 @@ def test_ohem_without_any_label_is_zero_with_zero_gradient():
 def test_class_weights_and_balanced_loss_equal_a_pixel_loop():
     counts = np.array([800, 100, 0, 100])
     weights = class_weights(counts, 0.5)
-    by_hand = np.array([0.8 ** -0.5, 0.1 ** -0.5, 0, 0.1 ** -0.5])
+    by_hand = np.array([0.8**-0.5, 0.1**-0.5, 0, 0.1**-0.5])
     assert np.allclose(weights, by_hand / (by_hand * counts / 1000).sum(), rtol=1e-6)
     assert torch.equal(class_weights(counts, 0.0), torch.tensor([1.0, 1, 0, 1]))
     generator = torch.Generator().manual_seed(0)
@@ -112,9 +149,13 @@ def test_class_weights_and_balanced_loss_equal_a_pixel_loop():
     for b, y, x in np.ndindex(2, 3, 5):
         if labels[b, y, x] != 255:
             weight = float(weights[labels[b, y, x]])
-            total += weight * -float(logits[b, :, y, x].detach().log_softmax(dim=0)[labels[b, y, x]])
+            total += weight * -float(
+                logits[b, :, y, x].detach().log_softmax(dim=0)[labels[b, y, x]]
+            )
             share += weight
-    assert float(balanced_cross_entropy(logits, labels, weights).detach()) == pytest.approx(total / share, rel=1e-5)
+    assert float(balanced_cross_entropy(logits, labels, weights).detach()) == pytest.approx(
+        total / share, rel=1e-5
+    )
     nothing = balanced_cross_entropy(logits, torch.full_like(labels, 255), weights)
     nothing.backward()
     assert nothing == 0 and torch.equal(logits.grad, torch.zeros_like(logits))
@@ -124,7 +165,10 @@ def test_class_weights_and_balanced_loss_equal_a_pixel_loop():
 def test_pseudo_label_loss_equals_a_pixel_loop(threshold):
     """Divided by the valid pixels, not by the confident ones; none valid gives 0."""
     generator = torch.Generator().manual_seed(0)
-    logits, confidence = torch.randn(2, 4, 5, 6, generator=generator), torch.rand(2, 5, 6, generator=generator)
+    logits, confidence = (
+        torch.randn(2, 4, 5, 6, generator=generator),
+        torch.rand(2, 5, 6, generator=generator),
+    )
     labels = torch.randint(0, 4, (2, 5, 6), generator=generator)
     ignored = torch.rand(2, 5, 6, generator=generator) < 0.3
     total = valid = 0
@@ -135,8 +179,13 @@ def test_pseudo_label_loss_equals_a_pixel_loop(threshold):
                     valid += 1
                     if confidence[b, y, x] >= threshold:
                         total -= torch.log_softmax(logits[b, :, y, x], 0)[labels[b, y, x]].item()
-    assert pseudo_label_loss(logits, labels, confidence, ignored, threshold).item() == pytest.approx(total / valid, rel=1e-5)
-    assert pseudo_label_loss(logits, labels, confidence, torch.ones_like(ignored), threshold).item() == 0
+    assert pseudo_label_loss(
+        logits, labels, confidence, ignored, threshold
+    ).item() == pytest.approx(total / valid, rel=1e-5)
+    assert (
+        pseudo_label_loss(logits, labels, confidence, torch.ones_like(ignored), threshold).item()
+        == 0
+    )
 
 
 def test_cutmix_targets_equal_a_pixel_loop():
@@ -145,8 +194,12 @@ def test_cutmix_targets_equal_a_pixel_loop():
     assert box.any() and not box.flatten(1).any(dim=1).all()  # with and without a box
 
     def targets():
-        return {"label": torch.from_numpy(random.integers(0, 19, box.shape)), "confidence": torch.from_numpy(random.random(box.shape)),
-                "ignore": torch.from_numpy(random.random(box.shape) < 0.5)}
+        return {
+            "label": torch.from_numpy(random.integers(0, 19, box.shape)),
+            "confidence": torch.from_numpy(random.random(box.shape)),
+            "ignore": torch.from_numpy(random.random(box.shape) < 0.5),
+        }
+
     w, mix = targets(), targets()
     mixed = cutmix_targets(w, mix, box)
     for name in ("label", "confidence", "ignore"):
@@ -155,19 +208,46 @@ def test_cutmix_targets_equal_a_pixel_loop():
 
 
 def test_loss_groups_are_the_authors_processes():
-    assert loss_group(8, 4, 8) == loss_group(8, 4, 4) == loss_group(8, 4, 2) == 2  # 1, 2 and 4 processes, two samples each
+    assert (
+        loss_group(8, 4, 8) == loss_group(8, 4, 4) == loss_group(8, 4, 2) == 2
+    )  # 1, 2 and 4 processes, two samples each
     assert loss_group(4, 4, 4) == 1  # the BDD run
     assert loss_group(8, 4, 1) == 1  # eight processes cannot count together
 
 
-# ------------------------------------------------------------------------------------------------------ one iteration
+# ------------------------------------------------------------------------------------ one iteration
+
 
 def small_trainer(batch=3, group=None, **options):
-    argv = ["--labeled-id-path", "-", "--unlabeled-id-path", "-", "--save-path", "-", "--backbone", "resnet18", "--class-num",
-            "19", "--crop-size", "64", "--global-batch", str(batch), "--min-kept", "300", "--loss-groups", "1"]
-    argv += [str(word) for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)]
+    argv = [
+        "--labeled-id-path",
+        "-",
+        "--unlabeled-id-path",
+        "-",
+        "--save-path",
+        "-",
+        "--backbone",
+        "resnet18",
+        "--class-num",
+        "19",
+        "--crop-size",
+        "64",
+        "--global-batch",
+        str(batch),
+        "--min-kept",
+        "300",
+        "--loss-groups",
+        "1",
+    ]
+    argv += [
+        str(word)
+        for name, value in options.items()
+        for word in (f"--{name.replace('_', '-')}", value)
+    ]
     args = train_unimatch.checked_options(argv)
-    return train_unimatch.Trainer(train_unimatch.build_model(args, 19), args, torch.device("cpu"), group or batch, total=10)
+    return train_unimatch.Trainer(
+        train_unimatch.build_model(args, 19), args, torch.device("cpu"), group or batch, total=10
+    )
 
 
 def flat_factors(iteration, batch):
@@ -176,9 +256,14 @@ def flat_factors(iteration, batch):
 
 @pytest.mark.parametrize("group, conf_thresh", [(3, 0.0), (1, 0.077)])
 def test_losses_and_gradients_equal_the_literal_iteration(group, conf_thresh):
-    """Beside bench_train.plain_losses, which follows the released step; also with several loss groups and a threshold."""
+    """Beside bench_train.plain_losses, which follows the released step; also with several loss
+    groups and a threshold.
+    """
     batch, factors = bench_train.random_batch(3, 64, 19, seed=1), flat_factors(0, 3)
-    one, other = small_trainer(group=group, conf_thresh=conf_thresh), small_trainer(group=group, conf_thresh=conf_thresh)
+    one, other = (
+        small_trainer(group=group, conf_thresh=conf_thresh),
+        small_trainer(group=group, conf_thresh=conf_thresh),
+    )
     loss, values, _ = one.unimatch_losses(batch, factors)
     loss.backward()
     plain = bench_train.plain_losses(other.model, batch, factors, other.args, group)
@@ -186,11 +271,17 @@ def test_losses_and_gradients_equal_the_literal_iteration(group, conf_thresh):
     assert values.keys() == {*plain, "mask_ratio"}
     for name in plain:
         assert values[name].item() == pytest.approx(plain[name].item(), rel=1e-5), name
-    assert values["mask_ratio"].item() == 1 if conf_thresh == 0 else 0 < values["mask_ratio"].item() < 1
+    assert (
+        values["mask_ratio"].item() == 1
+        if conf_thresh == 0
+        else 0 < values["mask_ratio"].item() < 1
+    )
     for (name, a), b in zip(one.model.named_parameters(), other.model.parameters()):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-5, msg=name)
     for (name, a), b in zip(one.model.named_buffers(), other.model.buffers()):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)  # the same images went through batch norm
+        torch.testing.assert_close(
+            a, b, rtol=1e-4, atol=1e-5, msg=name
+        )  # the same images went through batch norm
 
 
 def test_crops_without_a_label_and_of_padding_alone_stay_finite():
@@ -216,7 +307,9 @@ def test_optimizer_is_unimatchs():
     trainer = small_trainer(lr_multi=10)
     backbone, rest = trainer.optimizer.param_groups
     assert len(backbone["params"]) + len(rest["params"]) == len(list(trainer.model.parameters()))
-    assert {id(p) for p in backbone["params"]} == {id(p) for p in trainer.model.backbone.parameters()}
+    assert {id(p) for p in backbone["params"]} == {
+        id(p) for p in trainer.model.backbone.parameters()
+    }
     assert (backbone["lr"], rest["lr"]) == (0.005, 0.05)
     for group in (backbone, rest):
         assert (group["momentum"], group["weight_decay"], group["nesterov"]) == (0.9, 1e-4, False)
@@ -228,17 +321,24 @@ def test_adamw_takes_the_same_rates():
     assert [group["lr"] for group in trainer.optimizer.param_groups] == [0.005, 0.05]
 
 
-# -------------------------------------------------------------------------------------------------------- small runs
+# --------------------------------------------------------------------------------------- small runs
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """root with four labeled images, seven without any label map, two with ground truth, and the lists."""
+    """root with four labeled images, seven without any label map, two with ground truth, and the
+    lists.
+    """
     root, random = tmp_path_factory.mktemp("unimatch"), np.random.default_rng(0)
 
     def image(name):
         path = root / "images" / f"{name}.png"
         path.parent.mkdir(exist_ok=True)
-        Image.fromarray(np.kron(random.integers(0, 256, (9, 14, 3), dtype=np.uint8), np.ones((8, 8, 1), np.uint8))).save(path)
+        Image.fromarray(
+            np.kron(
+                random.integers(0, 256, (9, 14, 3), dtype=np.uint8), np.ones((8, 8, 1), np.uint8)
+            )
+        ).save(path)
         return f"images/{name}.png"
 
     def label(folder, name):
@@ -246,18 +346,47 @@ def data(tmp_path_factory):
         values[:8] = 255
         write_label(root / folder / f"{name}.png", values, CITYSCAPES_19.palette)
         return f"{folder}/{name}.png"
-    write_list(root / "labeled.txt", [(image(f"x{i}"), label("corrected", f"x{i}")) for i in range(4)])
+
+    write_list(
+        root / "labeled.txt", [(image(f"x{i}"), label("corrected", f"x{i}")) for i in range(4)]
+    )
     write_list(root / "unlabeled.txt", [(image(f"u{i}"),) for i in range(7)])
-    write_list(root / "val.txt", [(image(f"v{i}"), label("ground_truth", f"v{i}")) for i in range(2)])
+    write_list(
+        root / "val.txt", [(image(f"v{i}"), label("ground_truth", f"v{i}")) for i in range(2)]
+    )
     return root
 
 
 def command(data, save, *more, val=True, epochs=2):
     """The options of a run of 2 x 4 iterations at 40 pixels."""
-    return ["--labeled-id-path", str(data / "labeled.txt"), "--unlabeled-id-path", str(data / "unlabeled.txt"), "--root-path",
-            str(data), "--save-path", str(save), "--backbone", "resnet18", "--crop-size", "40", "--global-batch", "2", "--epochs",
-            str(epochs), "--workers", "0", "--device", "cpu", "--lr", "0.001", "--checkpoint-every", "1",
-            *(["--val-id-path", str(data / "val.txt")] if val else []), *map(str, more)]
+    return [
+        "--labeled-id-path",
+        str(data / "labeled.txt"),
+        "--unlabeled-id-path",
+        str(data / "unlabeled.txt"),
+        "--root-path",
+        str(data),
+        "--save-path",
+        str(save),
+        "--backbone",
+        "resnet18",
+        "--crop-size",
+        "40",
+        "--global-batch",
+        "2",
+        "--epochs",
+        str(epochs),
+        "--workers",
+        "0",
+        "--device",
+        "cpu",
+        "--lr",
+        "0.001",
+        "--checkpoint-every",
+        "1",
+        *(["--val-id-path", str(data / "val.txt")] if val else []),
+        *map(str, more),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -276,7 +405,10 @@ def assert_same_run(one: Path, other: Path):
         assert a["model"].keys() == b["model"].keys()
         assert all(torch.equal(a["model"][key], b["model"][key]) for key in a["model"])
         if name == "latest.pth":
-            momentum = [[state["momentum_buffer"] for state in content["optimizer"]["state"].values()] for content in (a, b)]
+            momentum = [
+                [state["momentum_buffer"] for state in content["optimizer"]["state"].values()]
+                for content in (a, b)
+            ]
             assert len(momentum[0]) == len(momentum[1]) > 50
             assert all(torch.equal(x, y) for x, y in zip(*momentum))
             assert a["progress"] == b["progress"] and a["epoch"] == b["epoch"]
@@ -292,7 +424,9 @@ class Stopped(Exception):
 
 
 @pytest.mark.parametrize("iteration", [0, 2, 4])
-def test_stopped_and_resumed_equals_uninterrupted(data, whole_run, tmp_path, monkeypatch, iteration):
+def test_stopped_and_resumed_equals_uninterrupted(
+    data, whole_run, tmp_path, monkeypatch, iteration
+):
     """Stopped before anything was saved, in the middle of an epoch, and after an epoch's end."""
     usual = train_unimatch.Trainer.iteration
 
@@ -300,6 +434,7 @@ def test_stopped_and_resumed_equals_uninterrupted(data, whole_run, tmp_path, mon
         if number == iteration:
             raise Stopped
         return usual(self, number, *rest)
+
     with monkeypatch.context() as patch:
         patch.setattr(train_unimatch.Trainer, "iteration", stops)
         with pytest.raises(Stopped):
@@ -312,8 +447,12 @@ def test_stopped_and_resumed_equals_uninterrupted(data, whole_run, tmp_path, mon
 def test_killed_and_resumed_equals_uninterrupted(data, whole_run, tmp_path):
     """SIGKILL, at whatever it is doing then."""
     save = tmp_path / "run"
-    process = subprocess.Popen([sys.executable, str(ROOT / "train_unimatch.py"), *command(data, save)], cwd=ROOT,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train_unimatch.py"), *command(data, save)],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     lines, deadline = save / "metrics.jsonl", time.monotonic() + 120
     while process.poll() is None and not (lines.exists() and lines.read_bytes().count(b"\n") >= 3):
         assert time.monotonic() < deadline
@@ -334,8 +473,21 @@ def test_a_finished_run_is_left_alone(data, whole_run, capsys):
 
 
 def test_training_from_few_images(data, tmp_path, capsys):
-    """AdamW, class weights and other scales, as the embedded benchmark's source model has them; they are settings of the run."""
-    argv = command(data, tmp_path / "run", "--optimizer", "adamw", "--class-balance", 0.4, "--scales", 0.75, 1.5, epochs=1)
+    """AdamW, class weights and other scales, as the embedded benchmark's source model has them;
+    they are settings of the run.
+    """
+    argv = command(
+        data,
+        tmp_path / "run",
+        "--optimizer",
+        "adamw",
+        "--class-balance",
+        0.4,
+        "--scales",
+        0.75,
+        1.5,
+        epochs=1,
+    )
     main(argv)
     main(argv)
     assert "this run is complete" in capsys.readouterr().out
@@ -344,33 +496,62 @@ def test_training_from_few_images(data, tmp_path, capsys):
 
 
 def test_logs_of_a_run(whole_run):
-    """Three forms of one record, the tags of the released code, and a text log that reads as the shipped ones do."""
+    """Three forms of one record, the tags of the released code, and a text log that reads as the
+    shipped ones do.
+    """
     events = EventAccumulator(str(whole_run))
     events.Reload()
     tags = set(events.Tags()["scalars"])
-    assert tags == {*(f"train/{name}" for name in ("loss_all", "loss_x", "loss_s", "loss_w_fp", "mask_ratio", "lr")), "eval/mIoU",
-                    *(f"eval/{name}_IoU" for name in CITYSCAPES_19.names)}
+    assert tags == {
+        *(
+            f"train/{name}"
+            for name in ("loss_all", "loss_x", "loss_s", "loss_w_fp", "mask_ratio", "lr")
+        ),
+        "eval/mIoU",
+        *(f"eval/{name}_IoU" for name in CITYSCAPES_19.names),
+    }
     lines = [json.loads(line) for line in (whole_run / "metrics.jsonl").read_text().splitlines()]
-    rows, evaluations = [line for line in lines if "iteration" in line], [line for line in lines if "eval_mode" in line]
-    assert [(row["epoch"], row["iteration"]) for row in rows] == [(epoch, i) for epoch in range(2) for i in range(4)]
+    rows, evaluations = (
+        [line for line in lines if "iteration" in line],
+        [line for line in lines if "eval_mode" in line],
+    )
+    assert [(row["epoch"], row["iteration"]) for row in rows] == [
+        (epoch, i) for epoch in range(2) for i in range(4)
+    ]
     for tag in ("train/loss_all", "train/lr"):
-        assert [event.value for event in events.Scalars(tag)] == pytest.approx([row[tag] for row in rows])
+        assert [event.value for event in events.Scalars(tag)] == pytest.approx(
+            [row[tag] for row in rows]
+        )
         assert [event.step for event in events.Scalars(tag)] == list(range(8))
-    assert [event.value for event in events.Scalars("eval/mIoU")] == pytest.approx([line["eval/mIoU"] for line in evaluations])
+    assert [event.value for event in events.Scalars("eval/mIoU")] == pytest.approx(
+        [line["eval/mIoU"] for line in evaluations]
+    )
     for row in rows:
         assert row["train/loss_all"] == pytest.approx(
-            (row["train/loss_x"] + 0.5 * row["train/loss_s"] + 0.5 * row["train/loss_w_fp"]) / 2, rel=1e-5)
+            (row["train/loss_x"] + 0.5 * row["train/loss_s"] + 0.5 * row["train/loss_w_fp"]) / 2,
+            rel=1e-5,
+        )
         assert row["train/mask_ratio"] == 1
     assert [row["train/lr"] for row in rows] == [learning_rate(i, 8, 0.001) for i in range(8)]
     log = read_text_log(whole_run / "train.log")
     assert log.config["crop_size"] == 40 and log.config["criterion"]["name"] == "OHEM"
-    assert [log.lr[epoch] for epoch in (0, 1)] == [round(learning_rate(4 * epoch, 8, 0.001), 5) for epoch in (0, 1)]
-    assert [log.miou[epoch] for epoch in (0, 1)] == [round(line["eval/mIoU"], 2) for line in evaluations]
+    assert [log.lr[epoch] for epoch in (0, 1)] == [
+        round(learning_rate(4 * epoch, 8, 0.001), 5) for epoch in (0, 1)
+    ]
+    assert [log.miou[epoch] for epoch in (0, 1)] == [
+        round(line["eval/mIoU"], 2) for line in evaluations
+    ]
     manifest = json.loads((whole_run / "manifest.json").read_text())
     assert {"command", "options", "versions", "git", "hardware", "inputs"} <= manifest.keys()
     assert manifest["inputs"].keys() == {"labeled", "unlabeled", "val"}
-    assert (manifest["iterations_per_epoch"], manifest["parameters"]) == (iterations_per_epoch(7, 2), 12_402_547)
-    assert Image.open(whole_run / "pictures" / "epoch_002.png").width > 500 and Image.open(whole_run / "curves.png").width > 100
+    assert (manifest["iterations_per_epoch"], manifest["parameters"]) == (
+        iterations_per_epoch(7, 2),
+        12_402_547,
+    )
+    assert (
+        Image.open(whole_run / "pictures" / "epoch_002.png").width > 500
+        and Image.open(whole_run / "curves.png").width > 100
+    )
     best = torch.load(whole_run / "best.pth", weights_only=True)
     miou = [line["eval/mIoU"] for line in evaluations]
     assert best["epoch"] == miou.index(max(miou))
@@ -378,44 +559,88 @@ def test_logs_of_a_run(whole_run):
 
 def test_checkpoint_evaluates_to_the_logged_figures(data, whole_run, capsys):
     import eval as evaluation
-    evaluation.main(["--checkpoint", str(whole_run / "latest.pth"), "--id-list-path", str(data / "val.txt"), "--root-path", str(data),
-                     "--device", "cpu"])
+
+    evaluation.main(
+        [
+            "--checkpoint",
+            str(whole_run / "latest.pth"),
+            "--id-list-path",
+            str(data / "val.txt"),
+            "--root-path",
+            str(data),
+            "--device",
+            "cpu",
+        ]
+    )
     last = [json.loads(line) for line in (whole_run / "metrics.jsonl").read_text().splitlines()][-1]
     assert f"mIoU {last['eval/mIoU']:.2f} %  over all 19" in capsys.readouterr().out
 
 
 def test_training_opens_no_ground_truth(data, tmp_path, monkeypatch):
-    """Without a validation list, images and corrected labels alone are opened: the unlabeled list has one column. With copy-paste,
-    from the source's weights, bf16 and channels-last, in several accumulation steps."""
+    """Without a validation list, images and corrected labels alone are opened: the unlabeled list
+    has one column. With copy-paste, from the source's weights, bf16 and channels-last, in several
+    accumulation steps.
+    """
     source, opened, usual = tmp_path / "source", [], Image.open
-    main(["--supervised", *[word for word in command(data, source, val=False, epochs=1)
-                            if word not in ("--unlabeled-id-path", str(data / "unlabeled.txt"))]])
-    monkeypatch.setattr(Image, "open", lambda path, *rest: opened.append(str(path)) or usual(path, *rest))
-    main(command(data, tmp_path / "run", "--init-checkpoint", source / "latest.pth", "--copy-paste", "--amp", "bf16",
-                 "--batch-per-process", 1, val=False, epochs=1))
+    main(
+        [
+            "--supervised",
+            *[
+                word
+                for word in command(data, source, val=False, epochs=1)
+                if word not in ("--unlabeled-id-path", str(data / "unlabeled.txt"))
+            ],
+        ]
+    )
+    monkeypatch.setattr(
+        Image, "open", lambda path, *rest: opened.append(str(path)) or usual(path, *rest)
+    )
+    main(
+        command(
+            data,
+            tmp_path / "run",
+            "--init-checkpoint",
+            source / "latest.pth",
+            "--copy-paste",
+            "--amp",
+            "bf16",
+            "--batch-per-process",
+            1,
+            val=False,
+            epochs=1,
+        )
+    )
     folders = {Path(path).relative_to(data).parts[0] for path in opened}
     assert folders == {"images", "corrected"}
-    assert not (tmp_path / "run" / "best.pth").exists() and (tmp_path / "run" / "latest.pth").exists()
+    assert (
+        not (tmp_path / "run" / "best.pth").exists() and (tmp_path / "run" / "latest.pth").exists()
+    )
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["mIoU"] is None
 
 
 def test_dry_run_reports_and_leaves_nothing(data, tmp_path, capsys):
     main(command(data, tmp_path / "run", "--dry-run", "--batch-per-process", 1))
     out = capsys.readouterr().out
-    for line in ("global batch 2 = 1 process x 1 samples x 2 accumulation steps", "warning: batch norm sees 1 samples",
-                 "losses after two iterations: loss_all", "evaluation, original:", "projected time of 8 iterations", "peak memory"):
+    for line in (
+        "global batch 2 = 1 process x 1 samples x 2 accumulation steps",
+        "warning: batch norm sees 1 samples",
+        "losses after two iterations: loss_all",
+        "evaluation, original:",
+        "projected time of 8 iterations",
+        "peak memory",
+    ):
         assert line in out, line
     assert list(tmp_path.iterdir()) == []
 
 
-# ---------------------------------------------------------------------------------------------------- several processes
+# -------------------------------------------------------------------------------- several processes
 
 GRADIENTS = """
 import sys
 sys.path.insert(0, {root!r})
 import torch
 import train_unimatch as t
-from dataset.semi import MicroBatches, TrainingSamples, batches
+from dataset.samples import MicroBatches, TrainingSamples, batches
 from util.labels import read_list
 from util.run import process_group, process_rank
 args = t.checked_options({command!r})
@@ -425,42 +650,72 @@ device = torch.device("cpu")
 with process_group(device):
     model = t.build_model(args, 19)
     batch = t.batch_per_process(args, world)
-    samples = TrainingSamples(read_list(args.labeled_id_path), [r[0] for r in read_list(args.unlabeled_id_path, 1)], args.root_path,
-                              args.crop_size, args.seed)
-    sampler = MicroBatches(len(samples), 1, args.global_batch, batch, rank, world, args.seed)
-    trainer = t.Trainer(model, args, device, t.loss_group(args.global_batch, args.loss_groups, batch), sampler.total)
+    unlabeled = [row[0] for row in read_list(args.unlabeled_id_path, 1)]
+    samples = TrainingSamples(
+        read_list(args.labeled_id_path), unlabeled, args.root_path, args.crop_size, args.seed
+    )
+    share = (batch, rank, world, args.seed)
+    sampler = MicroBatches(len(samples), 1, args.global_batch, *share)
+    group = t.loss_group(args.global_batch, args.loss_groups, batch)
+    trainer = t.Trainer(model, args, device, group, sampler.total)
     model.train = lambda mode=True: type(model).train(model, False)  # batch norm frozen
     model.eval()
     values, _ = trainer.iteration(0, iter(batches(samples, sampler, 0, device)), sampler, step=False)
     gradients = {{name: p.grad for name, p in model.named_parameters()}}
     del model.train
     model.train()
-    trainer.iteration(1, iter(batches(samples, sampler, 0, device)), sampler)  # a whole step, batch norm learning
-    torch.save({{"values": values, "gradients": gradients, "after": model.state_dict()}}, f"{out}/{{world}}_{{rank}}.pt")
+    # a whole step, batch norm learning
+    trainer.iteration(1, iter(batches(samples, sampler, 0, device)), sampler)
+    found = {{"values": values, "gradients": gradients, "after": model.state_dict()}}
+    torch.save(found, f"{out}/{{world}}_{{rank}}.pt")
 """
 
 
 def test_two_processes_give_the_gradients_of_one(data, tmp_path):
-    """gloo, one global batch of four, batch norm frozen; the two accumulate as well, two samples each, one at a time. Then, after a
-    step with batch norm learning, both hold the same network."""
+    """gloo, one global batch of four, batch norm frozen; the two accumulate as well, two samples
+    each, one at a time. Then, after a step with batch norm learning, both hold the same network.
+    """
     script = tmp_path / "gradients.py"
-    argv = [word if word != "2" else "4" for word in command(data, tmp_path / "run", "--min-kept", 100, val=False, epochs=1)]
+    argv = [
+        word if word != "2" else "4"
+        for word in command(data, tmp_path / "run", "--min-kept", 100, val=False, epochs=1)
+    ]
     script.write_text(GRADIENTS.format(root=str(ROOT), command=argv, out=str(tmp_path)))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)], check=True,
-                   env=environment, timeout=180, capture_output=True)
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            "2",
+            str(script),
+        ],
+        check=True,
+        env=environment,
+        timeout=180,
+        capture_output=True,
+    )
     runpy.run_path(str(script))
-    one, first, second = (torch.load(tmp_path / name, weights_only=True) for name in ("1_0.pt", "2_0.pt", "2_1.pt"))
+    one, first, second = (
+        torch.load(tmp_path / name, weights_only=True) for name in ("1_0.pt", "2_0.pt", "2_1.pt")
+    )
     for name, value in one["values"].items():
-        assert first["values"][name] == second["values"][name] == pytest.approx(value, rel=1e-5), name
+        assert first["values"][name] == second["values"][name] == pytest.approx(value, rel=1e-5), (
+            name
+        )
     for name, gradient in one["gradients"].items():
         assert torch.equal(first["gradients"][name], second["gradients"][name])
         scale = gradient.abs().max().item()
-        torch.testing.assert_close(first["gradients"][name], gradient, rtol=1e-3, atol=1e-5 * scale + 1e-9, msg=name)
+        torch.testing.assert_close(
+            first["gradients"][name], gradient, rtol=1e-3, atol=1e-5 * scale + 1e-9, msg=name
+        )
     assert all(torch.equal(first["after"][name], second["after"][name]) for name in first["after"])
 
 
-# ----------------------------------------------------------------------------------------------------------- bad input
+# ---------------------------------------------------------------------------------------- bad input
+
 
 def changed(argv, **options):
     """argv with options replaced (or added)."""
@@ -481,34 +736,52 @@ def test_bad_input_is_told_in_one_line(data, whole_run, tmp_path, capsys):
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "gone.txt").write_text("images/x0.png corrected/gone.png\n")
     (tmp_path / "nothing.txt").write_text("images/x0.png corrected/nothing.png\n")
-    write_label(data / "corrected/nothing.png", np.full((72, 112), 255, np.uint8), CITYSCAPES_19.palette)
+    write_label(
+        data / "corrected/nothing.png", np.full((72, 112), 255, np.uint8), CITYSCAPES_19.palette
+    )
     (tmp_path / "file").write_text("")
     fresh = command(data, tmp_path / "run")
-    cases = [({"labeled_id_path": tmp_path / "no.txt"}, "no.txt: no such list file"),
-             ({"labeled_id_path": tmp_path / "empty.txt"}, "empty.txt: the list is empty"),
-             ({"labeled_id_path": tmp_path / "gone.txt"}, "corrected/gone.png: no such file, named in"),
-             ({"labeled_id_path": out_of_range}, "bad.png: holds the value 33"),
-             ({"labeled_id_path": tmp_path / "nothing.txt"}, "nothing can be learned"),
-             ({"labeled_id_path": data / "unlabeled.txt"}, "line 1: 1 columns where 2 are wanted"),
-             ({"init_checkpoint": tmp_path / "no.pth"}, "no.pth: no such checkpoint"),
-             ({"init_checkpoint": whole_run / "latest.pth", "class_num": 20, "stuff": 0, "things": 1}, "(19, 64, 1, 1) in the file"),
-             ({"backbone_weights": tmp_path / "no.pth"}, "no.pth: no such checkpoint"),
-             ({"backbone_weights": "imagenet"}, "--stem torchvision"),
-             ({"save_path": tmp_path / "file" / "run"}, "file/run: cannot write there"),
-             ({"global_batch": 0}, "--global-batch 0"), ({"crop_size": 32}, "--crop-size 32: give 33 or more"),
-             ({"batch_per_process": 3}, "--batch-per-process 3"), ({"loss_groups": 3}, "--loss-groups 3"),
-             ({"conf_thresh": 2}, "--conf-thresh 2.0"), ({"device": "cuda"}, "--device cuda")]
+    cases = [
+        ({"labeled_id_path": tmp_path / "no.txt"}, "no.txt: no such list file"),
+        ({"labeled_id_path": tmp_path / "empty.txt"}, "empty.txt: the list is empty"),
+        ({"labeled_id_path": tmp_path / "gone.txt"}, "corrected/gone.png: no such file, named in"),
+        ({"labeled_id_path": out_of_range}, "bad.png: holds the value 33"),
+        ({"labeled_id_path": tmp_path / "nothing.txt"}, "nothing can be learned"),
+        ({"labeled_id_path": data / "unlabeled.txt"}, "line 1: 1 columns where 2 are wanted"),
+        ({"init_checkpoint": tmp_path / "no.pth"}, "no.pth: no such checkpoint"),
+        (
+            {"init_checkpoint": whole_run / "latest.pth", "class_num": 20, "stuff": 0, "things": 1},
+            "(19, 64, 1, 1) in the file",
+        ),
+        ({"backbone_weights": tmp_path / "no.pth"}, "no.pth: no such checkpoint"),
+        ({"backbone_weights": "imagenet"}, "--stem torchvision"),
+        ({"save_path": tmp_path / "file" / "run"}, "file/run: cannot write there"),
+        ({"global_batch": 0}, "--global-batch 0"),
+        ({"crop_size": 32}, "--crop-size 32: give 33 or more"),
+        ({"batch_per_process": 3}, "--batch-per-process 3"),
+        ({"loss_groups": 3}, "--loss-groups 3"),
+        ({"conf_thresh": 2}, "--conf-thresh 2.0"),
+        ({"device": "cuda"}, "--device cuda"),
+    ]
     if torch.cuda.is_available():
         cases.pop()
     for options, message in cases:
         assert run_main(lambda: main(changed(fresh, **options))) == 2, options
         captured = capsys.readouterr().err.replace("\r", "\n").strip().splitlines()
-        assert captured[-1].startswith("error: ") and message in captured[-1], (options, captured[-1])
+        assert captured[-1].startswith("error: ") and message in captured[-1], (
+            options,
+            captured[-1],
+        )
         assert not any("Traceback" in line for line in captured)
     assert run_main(lambda: main(changed(command(data, whole_run), lr=0.1))) == 2
     assert "holds a run with lr = 0.001, now it is 0.1" in capsys.readouterr().err
     assert run_main(lambda: main(["--supervised", *fresh])) == 2
-    for wrong in (("--scales", "2", "1"), ("--scales", "0", "1"), ("--class-balance", "2"), ("--photometric",)):
+    for wrong in (
+        ("--scales", "2", "1"),
+        ("--scales", "0", "1"),
+        ("--class-balance", "2"),
+        ("--photometric",),
+    ):
         capsys.readouterr()
         assert run_main(lambda: main([*fresh, *wrong])) == 2
         assert wrong[0] in capsys.readouterr().err
@@ -519,9 +792,17 @@ def test_a_damaged_image_is_told_in_one_line(data, tmp_path, capsys):
     """Also from a loader process, whose errors come as tracebacks."""
     (data / "images/cut.png").write_bytes((data / "images/u0.png").read_bytes()[:-200])
     (tmp_path / "unlabeled.txt").write_text("images/cut.png\n")
-    argv = changed(command(data, tmp_path / "run", val=False), unlabeled_id_path=tmp_path / "unlabeled.txt", workers=1)
+    argv = changed(
+        command(data, tmp_path / "run", val=False),
+        unlabeled_id_path=tmp_path / "unlabeled.txt",
+        workers=1,
+    )
     assert run_main(lambda: main(argv)) == 2
-    error = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if line.startswith("error")]
+    error = [
+        line
+        for line in capsys.readouterr().err.replace("\r", "\n").splitlines()
+        if line.startswith("error")
+    ]
     assert len(error) == 1 and "cut.png: the image is damaged" in error[0]
 
 
@@ -530,15 +811,35 @@ def test_non_finite_losses_stop_the_run(data, tmp_path):
         main(command(data, tmp_path / "run", "--lr", "1e30", val=False))
 
 
-# ------------------------------------------------------------------------------------- benchmarks and the SLURM example
+# --------------------------------------------------------------------------------------- benchmarks
+# and the SLURM example
+
 
 @pytest.mark.slow
 def test_benchmarks_run_and_print_ratios(tmp_path, capsys):
-    bench_train.main(["--backbone", "resnet18", "--crop-size", "64", "--batch", "2", "--steps", "1", "--device", "cpu", "--out",
-                      str(tmp_path / "train.json")])
+    bench_train.main(
+        [
+            "--backbone",
+            "resnet18",
+            "--crop-size",
+            "64",
+            "--batch",
+            "2",
+            "--steps",
+            "1",
+            "--device",
+            "cpu",
+            "--out",
+            str(tmp_path / "train.json"),
+        ]
+    )
     bench_data.main(["--samples", "6", "--out", str(tmp_path / "data.json")])
     out = capsys.readouterr().out
-    assert "| plain fp32 |" in out and "| bf16 channels-last |" in out and "| whole sample, --image-cache |" in out
+    assert (
+        "| plain fp32 |" in out
+        and "| bf16 channels-last |" in out
+        and "| whole sample, --image-cache |" in out
+    )
     seconds = json.loads((tmp_path / "data.json").read_text())["cpu_seconds"]
     assert seconds["whole sample, plain"] > 4 * seconds["whole sample, --image-cache"]
     assert seconds["whole sample but decoding, plain"] > 4 * seconds["whole sample but decoding"]
@@ -548,13 +849,34 @@ def test_benchmarks_run_and_print_ratios(tmp_path, capsys):
 @pytest.mark.slow
 def test_slurm_example_joins_two_nodes(data, tmp_path):
     """Both nodes are this machine: `srun` starts what it is given twice."""
-    for name, text in (("scontrol", "echo localhost"), ("srun", 'shift; "$@" & first=$!; "$@" && wait $first')):
+    for name, text in (
+        ("scontrol", "echo localhost"),
+        ("srun", 'shift; "$@" & first=$!; "$@" && wait $first'),
+    ):
         (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
         (tmp_path / name).chmod(0o755)
-    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": sys.executable, "SLURM_JOB_NODELIST": "-",
-                   "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": str(os.getpid()), "GPUS_PER_NODE": "1", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(["bash", str(ROOT / "scripts/slurm_example.sh"), *command(data, tmp_path / "run", val=False, epochs=1)],
-                            cwd=ROOT, env=environment, timeout=300, capture_output=True, text=True)
+    environment = {
+        **os.environ,
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "PYTHON": sys.executable,
+        "SLURM_JOB_NODELIST": "-",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_JOB_ID": str(os.getpid()),
+        "GPUS_PER_NODE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    result = subprocess.run(
+        [
+            "bash",
+            str(ROOT / "scripts/dev/slurm_example.sh"),
+            *command(data, tmp_path / "run", val=False, epochs=1),
+        ],
+        cwd=ROOT,
+        env=environment,
+        timeout=300,
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 0, result.stderr
     assert "global batch 2 = 2 processes x 1 samples x 1 accumulation step" in result.stdout
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["iterations"] == 4

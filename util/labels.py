@@ -1,11 +1,12 @@
 """Class sets, palettes, label maps and lists: the one place where each is defined.
 
-Label maps are 2-D uint8 arrays (height x width) of train IDs; IGNORE (255) means "no label". On disk they are
-single-channel 8-bit PNGs, saved in palette mode so that a person can look at them.
+Label maps are 2-D uint8 arrays (height x width) of train IDs; IGNORE (255) means "no label". On
+disk they are single-channel 8-bit PNGs, saved in palette mode so that a person can look at them.
 
-Lists are text files with one image a line: `<image path> <label path>`, separated by one space, both relative to a
-root path. Reading a list needs no image to exist; `check_files` looks for them.
+Lists are text files with one image a line: `<image path> <label path>`, separated by one space,
+both relative to a root path. Reading a list needs no image to exist; `check_files` looks for them.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -21,7 +22,10 @@ IGNORE = 255
 
 @dataclass(frozen=True)
 class ClassSet:
-    """K classes: names and RGB colours in the order of their train IDs, and which of them are stuff and things."""
+    """K classes: names and RGB colours in the order of their train IDs, and which of them are stuff
+    and things.
+    """
+
     names: tuple[str, ...]
     palette: tuple[tuple[int, int, int], ...]
     stuff: tuple[int, ...]
@@ -34,68 +38,132 @@ class ClassSet:
 
 # Cityscapes' 19 train IDs with its official colours; stuff and things as in the released SeCo code.
 _CITYSCAPES = (
-    ("road", (128, 64, 128)), ("sidewalk", (244, 35, 232)), ("building", (70, 70, 70)), ("wall", (102, 102, 156)),
-    ("fence", (190, 153, 153)), ("pole", (153, 153, 153)), ("traffic light", (250, 170, 30)),
-    ("traffic sign", (220, 220, 0)), ("vegetation", (107, 142, 35)), ("terrain", (152, 251, 152)),
-    ("sky", (70, 130, 180)), ("person", (220, 20, 60)), ("rider", (255, 0, 0)), ("car", (0, 0, 142)),
-    ("truck", (0, 0, 70)), ("bus", (0, 60, 100)), ("train", (0, 80, 100)), ("motorcycle", (0, 0, 230)),
-    ("bicycle", (119, 11, 32)))
+    ("road", (128, 64, 128)),
+    ("sidewalk", (244, 35, 232)),
+    ("building", (70, 70, 70)),
+    ("wall", (102, 102, 156)),
+    ("fence", (190, 153, 153)),
+    ("pole", (153, 153, 153)),
+    ("traffic light", (250, 170, 30)),
+    ("traffic sign", (220, 220, 0)),
+    ("vegetation", (107, 142, 35)),
+    ("terrain", (152, 251, 152)),
+    ("sky", (70, 130, 180)),
+    ("person", (220, 20, 60)),
+    ("rider", (255, 0, 0)),
+    ("car", (0, 0, 142)),
+    ("truck", (0, 0, 70)),
+    ("bus", (0, 60, 100)),
+    ("train", (0, 80, 100)),
+    ("motorcycle", (0, 0, 230)),
+    ("bicycle", (119, 11, 32)),
+)
 CITYSCAPES_19 = ClassSet(
-    names=tuple(name for name, _ in _CITYSCAPES), palette=tuple(colour for _, colour in _CITYSCAPES),
-    stuff=(0, 1, 2, 3, 4, 8, 9, 10), things=(5, 6, 7, 11, 12, 13, 14, 15, 16, 17, 18))
+    names=tuple(name for name, _ in _CITYSCAPES),
+    palette=tuple(colour for _, colour in _CITYSCAPES),
+    stuff=(0, 1, 2, 3, 4, 8, 9, 10),
+    things=(5, 6, 7, 11, 12, 13, 14, 15, 16, 17, 18),
+)
 
 # SYNTHIA's 16 classes: the 19 without terrain, truck and train, renumbered without gaps.
 IDS_16_IN_19 = (0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 11, 12, 13, 15, 17, 18)
 SYNTHIA_16 = ClassSet(
     names=tuple(CITYSCAPES_19.names[i] for i in IDS_16_IN_19),
     palette=tuple(CITYSCAPES_19.palette[i] for i in IDS_16_IN_19),
-    stuff=(0, 1, 2, 3, 4, 8, 9), things=(5, 6, 7, 10, 11, 12, 13, 14, 15))
+    stuff=(0, 1, 2, 3, 4, 8, 9),
+    things=(5, 6, 7, 10, 11, 12, 13, 14, 15),
+)
 # mIoU* of the SYNTHIA papers: the 16 without wall, fence and pole.
 IDS_13_IN_16 = (0, 1, 2, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)
 
-# CamVid's 11 classes in the order of its common label images. Stuff: what fills areas without countable objects.
+# CamVid's 11 classes in the order of its common label images. Stuff: what fills areas without
+# countable objects.
 CAMVID_11 = ClassSet(
-    names=("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist"),
-    palette=((70, 130, 180), (70, 70, 70), (153, 153, 153), (128, 64, 128), (244, 35, 232), (107, 142, 35),
-             (220, 220, 0), (190, 153, 153), (0, 0, 142), (220, 20, 60), (119, 11, 32)),
-    stuff=(0, 1, 3, 4, 5, 7), things=(2, 6, 8, 9, 10))
+    names=(
+        "sky",
+        "building",
+        "pole",
+        "road",
+        "pavement",
+        "tree",
+        "sign",
+        "fence",
+        "car",
+        "pedestrian",
+        "bicyclist",
+    ),
+    palette=(
+        (70, 130, 180),
+        (70, 70, 70),
+        (153, 153, 153),
+        (128, 64, 128),
+        (244, 35, 232),
+        (107, 142, 35),
+        (220, 220, 0),
+        (190, 153, 153),
+        (0, 0, 142),
+        (220, 20, 60),
+        (119, 11, 32),
+    ),
+    stuff=(0, 1, 3, 4, 5, 7),
+    things=(2, 6, 8, 9, 10),
+)
 
 KNOWN_CLASS_SETS = {19: CITYSCAPES_19, 16: SYNTHIA_16}
 
 
-def class_set(class_num: int, stuff: list[int] | None = None, things: list[int] | None = None) -> ClassSet:
+def class_set(
+    class_num: int, stuff: list[int] | None = None, things: list[int] | None = None
+) -> ClassSet:
     """The class set for `class_num` classes.
 
-    19 and 16 are known. CamVid's 11 are recognised by their stuff and things being given as CAMVID_11's. Any other
-    number needs both `stuff` and `things`, disjoint lists of train IDs in 0 .. class_num - 1 which need not cover all.
+    19 and 16 are known. CamVid's 11 are recognised by their stuff and things being given as
+    CAMVID_11's. Any other number needs both `stuff` and `things`, disjoint lists of train IDs in 0
+    .. class_num - 1 which need not cover all.
     """
     if class_num < 1 or class_num > 255:
         raise UserError(f"--class-num {class_num}: give a number of classes from 1 to 255")
     known = KNOWN_CLASS_SETS.get(class_num)
     if stuff is None and things is None:
         if known is None:
-            raise UserError(f"--class-num {class_num}: stuff and things are known for 16 and 19 classes only; "
-                            "give the train IDs of both with --stuff and --things")
+            raise UserError(
+                f"--class-num {class_num}: stuff and things are known for 16 and 19 classes only; "
+                "give the train IDs of both with --stuff and --things"
+            )
         return known
     if stuff is None or things is None:
-        raise UserError("--stuff and --things belong together: give both (an empty list is allowed)")
+        raise UserError(
+            "--stuff and --things belong together: give both (an empty list is allowed)"
+        )
     for option, ids in (("--stuff", stuff), ("--things", things)):
         wrong = [i for i in ids if not 0 <= i < class_num]
         if wrong:
-            raise UserError(f"{option} {wrong[0]}: train IDs run from 0 to {class_num - 1} with --class-num {class_num}")
+            raise UserError(
+                f"{option} {wrong[0]}: train IDs run from 0 to {class_num - 1} with --class-num"
+                f" {class_num}"
+            )
     both = set(stuff) & set(things)
     if both:
-        raise UserError(f"class {min(both)} is in --stuff and in --things; a class is one of the two")
+        raise UserError(
+            f"class {min(both)} is in --stuff and in --things; a class is one of the two"
+        )
     stuff, things = tuple(sorted(set(stuff))), tuple(sorted(set(things)))
     for candidate in (known, CAMVID_11):
-        if candidate and candidate.count == class_num and (candidate is known or
-                                                           (stuff, things) == (candidate.stuff, candidate.things)):
+        if (
+            candidate
+            and candidate.count == class_num
+            and (candidate is known or (stuff, things) == (candidate.stuff, candidate.things))
+        ):
             return ClassSet(candidate.names, candidate.palette, stuff, things)
-    return ClassSet(tuple(f"class {i}" for i in range(class_num)), generated_palette(class_num), stuff, things)
+    return ClassSet(
+        tuple(f"class {i}" for i in range(class_num)), generated_palette(class_num), stuff, things
+    )
 
 
 def generated_palette(count: int) -> tuple[tuple[int, int, int], ...]:
-    """`count` distinct colours by reversing the bits of the index over the three channels (as PASCAL VOC colours)."""
+    """`count` distinct colours by reversing the bits of the index over the three channels (as
+    PASCAL VOC colours).
+    """
     colours = []
     for index in range(1, count + 1):
         rgb = [0, 0, 0]
@@ -107,21 +175,47 @@ def generated_palette(count: int) -> tuple[tuple[int, int, int], ...]:
 
 
 def add_list_options(parser, what: str) -> None:
-    """--id-list-path, a list of images and `what`, and --root-path: the same in PSA, SCC and the split."""
-    parser.add_argument("--id-list-path", required=True, metavar="LIST", help=f"list of images and {what}")
-    parser.add_argument("--root-path", default="./data/", metavar="DIR",
-                        help="folder that the list's paths start from (default: %(default)s)")
+    """--id-list-path, a list of images and `what`, and --root-path: the same in PSA, SCC and the
+    split.
+    """
+    parser.add_argument(
+        "--id-list-path", required=True, metavar="LIST", help=f"list of images and {what}"
+    )
+    parser.add_argument(
+        "--root-path",
+        default="./data/",
+        metavar="DIR",
+        help="folder that the list's paths start from (default: %(default)s)",
+    )
 
 
 def add_class_options(parser) -> None:
     """The three options that choose a class set, the same in every script."""
-    parser.add_argument("--class-num", type=int, default=19, metavar="K",
-                        help="number of classes; 19 (Cityscapes) and 16 (SYNTHIA) need nothing more (default: 19)")
-    parser.add_argument("--stuff", type=int, nargs="*", metavar="ID", help="train IDs of stuff, for other class sets")
-    parser.add_argument("--things", type=int, nargs="*", metavar="ID", help="train IDs of things, for other class sets")
+    parser.add_argument(
+        "--class-num",
+        type=int,
+        default=19,
+        metavar="K",
+        help="number of classes; 19 (Cityscapes) and 16 (SYNTHIA) need nothing more (default: 19)",
+    )
+    parser.add_argument(
+        "--stuff",
+        type=int,
+        nargs="*",
+        metavar="ID",
+        help="train IDs of stuff, for other class sets",
+    )
+    parser.add_argument(
+        "--things",
+        type=int,
+        nargs="*",
+        metavar="ID",
+        help="train IDs of things, for other class sets",
+    )
 
 
-# ------------------------------------------------------------------------------------------------ label maps on disk
+# ------------------------------------------------------------------------------- label maps on disk
+
 
 def read_image(path: str | Path) -> np.ndarray:
     """RGB image as uint8 H x W x 3."""
@@ -129,24 +223,31 @@ def read_image(path: str | Path) -> np.ndarray:
 
 
 def read_picture(path: str | Path) -> Image.Image:
-    """RGB image, decoded, as Pillow's: for what Pillow goes on with, since its layout differs from arrays'."""
+    """RGB image, decoded, as Pillow's: for what Pillow goes on with, since its layout differs from
+    arrays'.
+    """
     with _open_image(path) as image:
         try:
             image.load()
             return image if image.mode == "RGB" else image.convert("RGB")
         except (OSError, SyntaxError, ValueError) as error:
-            raise UserError(f"{path}: the image is damaged ({error}); fetch or write it again") from None
+            raise UserError(
+                f"{path}: the image is damaged ({error}); fetch or write it again"
+            ) from None
 
 
 def read_label(path: str | Path, class_num: int | None = None) -> np.ndarray:
     """Label map as a writable uint8 H x W array of train IDs and IGNORE.
 
-    With `class_num`, values other than 0 .. class_num - 1 and 255 are an error that names the file and the value.
+    With `class_num`, values other than 0 .. class_num - 1 and 255 are an error that names the file
+    and the value.
     """
     with _open_image(path) as image:
         if image.mode not in ("L", "P", "1"):
-            raise UserError(f"{path}: a label map has one 8-bit channel, this one is {image.mode} (a colour picture?); "
-                            "give the PNG of train IDs")
+            raise UserError(
+                f"{path}: a label map has one 8-bit channel, this one is {image.mode} (a colour"
+                " picture?); give the PNG of train IDs"
+            )
         try:
             label = np.array(image, dtype=np.uint8)
         except (OSError, SyntaxError, ValueError) as error:
@@ -161,9 +262,15 @@ def check_label_values(label: np.ndarray, class_num: int, path: str | Path) -> N
     present[IGNORE] = 0
     wrong = np.flatnonzero(present[class_num:]) + class_num
     if wrong.size:
-        hint = "; these look like label IDs, make train IDs with scripts/prepare_data.py" if class_num == 19 else ""
-        raise UserError(f"{path}: holds the value {wrong[0]}, but with {class_num} classes train IDs are "
-                        f"0 to {class_num - 1} and 255 for no label{hint}")
+        hint = (
+            "; these look like label IDs, make train IDs with scripts/prepare_data.py"
+            if class_num == 19
+            else ""
+        )
+        raise UserError(
+            f"{path}: holds the value {wrong[0]}, but with {class_num} classes train IDs are "
+            f"0 to {class_num - 1} and 255 for no label{hint}"
+        )
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
@@ -178,29 +285,40 @@ def _open_image(path: str | Path) -> Image.Image:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; check the list and --root-path") from None
     except (OSError, SyntaxError) as error:
-        raise UserError(f"{path}: not a readable image ({error}); fetch or write it again") from None
+        raise UserError(
+            f"{path}: not a readable image ({error}); fetch or write it again"
+        ) from None
 
 
-def write_label(path: str | Path, label: np.ndarray, palette: tuple[tuple[int, int, int], ...]) -> None:
+def write_label(
+    path: str | Path, label: np.ndarray, palette: tuple[tuple[int, int, int], ...]
+) -> None:
     """Write a uint8 H x W label map as a palette PNG, atomically. IGNORE is shown black."""
     image = Image.fromarray(np.ascontiguousarray(label, dtype=np.uint8))
-    image.putpalette([channel for colour in palette for channel in colour] + [0] * (768 - 3 * len(palette)))
+    image.putpalette(
+        [channel for colour in palette for channel in colour] + [0] * (768 - 3 * len(palette))
+    )
     with atomic_path(path) as temporary:
         image.save(temporary, format="PNG")
 
 
-# ------------------------------------------------------------------------------------------------------------- lists
+# -------------------------------------------------------------------------------------------- lists
+
 
 def read_list(path: str | Path, columns: int | tuple[int, ...] = 2) -> list[tuple[str, ...]]:
-    """Rows of a list file. `columns` is the number of columns allowed (several numbers: any of them).
+    """Rows of a list file. `columns` is the number of columns allowed (several numbers: any of
+    them).
 
-    Blank lines and Windows line ends are accepted; anything else that is odd is an error naming the line.
+    Blank lines and Windows line ends are accepted; anything else that is odd is an error naming the
+    line.
     """
     allowed = (columns,) if isinstance(columns, int) else tuple(columns)
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise UserError(f"{path}: no such list file; each line of it is `<image path> <label path>`") from None
+        raise UserError(
+            f"{path}: no such list file; each line of it is `<image path> <label path>`"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: the list cannot be read ({error})") from None
     rows = []
@@ -210,8 +328,10 @@ def read_list(path: str | Path, columns: int | tuple[int, ...] = 2) -> list[tupl
             continue
         if len(row) not in allowed:
             wanted = " or ".join(str(n) for n in allowed)
-            raise UserError(f"{path}, line {number}: {len(row)} columns where {wanted} are wanted "
-                            "(`<image path> <label path>`, no spaces within a path)")
+            raise UserError(
+                f"{path}, line {number}: {len(row)} columns where {wanted} are wanted "
+                "(`<image path> <label path>`, no spaces within a path)"
+            )
         rows.append(row)
     if not rows:
         raise UserError(f"{path}: the list is empty")
@@ -224,29 +344,38 @@ def write_list(path: str | Path, rows: list[tuple[str, ...]]) -> None:
 
 
 def check_files(root: str | Path, relative_paths: list[str], list_path: str | Path) -> None:
-    """Fail before any work if a file named in a list is missing; names the first and counts the rest."""
+    """Fail before any work if a file named in a list is missing; names the first and counts the
+    rest.
+    """
     missing = [p for p in relative_paths if not (Path(root) / p).is_file()]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise UserError(f"{Path(root) / missing[0]}: no such file{more}, named in {list_path}; "
-                        "check --root-path and the list")
+        raise UserError(
+            f"{Path(root) / missing[0]}: no such file{more}, named in {list_path}; "
+            "check --root-path and the list"
+        )
 
 
 def renamed_experiment(label_path: str, suffix: str) -> str:
-    """The label path with its first folder (the experiment) renamed `<exp>_<suffix>`: `HRDA/a/x.png`, `vit_h` →
-    `HRDA_vit_h/a/x.png`."""
+    """The label path with its first folder (the experiment) renamed `<exp>_<suffix>`:
+    `HRDA/a/x.png`, `vit_h` → `HRDA_vit_h/a/x.png`.
+    """
     first, _, rest = label_path.partition("/")
     if not rest or not first:
-        raise UserError(f"label path {label_path}: its first folder is the experiment name, so it needs at least one "
-                        "folder, and is relative to --root-path")
+        raise UserError(
+            f"label path {label_path}: its first folder is the experiment name, so it needs at"
+            " least one folder, and is relative to --root-path"
+        )
     return f"{first}_{suffix}/{rest}"
 
 
 def renamed_list(list_path: str | Path, label_path: str, suffix: str) -> Path:
-    """Where the list of results goes: `splits/<dataset>/<exp>_<suffix>/<list file name>`, beside the list read.
+    """Where the list of results goes: `splits/<dataset>/<exp>_<suffix>/<list file name>`, beside
+    the list read.
 
-    <exp> is the experiment of `label_path` (its first folder). <dataset>'s folder is the parent of the list's folder;
-    a list that is not in a folder named <exp> gets `<its folder>/<exp>_<suffix>/`.
+    <exp> is the experiment of `label_path` (its first folder). <dataset>'s folder is the parent of
+    the list's folder; a list that is not in a folder named <exp> gets `<its
+    folder>/<exp>_<suffix>/`.
     """
     list_path = Path(list_path)
     experiment = label_path.partition("/")[0]

@@ -1,4 +1,6 @@
-"""The losses of UniMatch's released code, and a class-balanced one, as functions of logits and targets."""
+"""The losses of UniMatch's released code, and a class-balanced one, as functions of logits and
+targets."""
+
 from __future__ import annotations
 
 import torch
@@ -6,19 +8,27 @@ from torch.nn.functional import cross_entropy
 
 from util.labels import IGNORE
 
-OHEM_THRESHOLD = 0.7     # of the probability of the true class (UniMatch's configuration)
-OHEM_MIN_KEPT = 200_000  # pixels of the local batch (UniMatch's configuration, for two crops of 801 x 801)
+OHEM_THRESHOLD = 0.7  # of the probability of the true class (UniMatch's configuration)
+OHEM_MIN_KEPT = (
+    200_000  # pixels of the local batch (UniMatch's configuration, for two crops of 801 x 801)
+)
 
 
-def ohem_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, threshold: float = OHEM_THRESHOLD,
-                       min_kept: int = OHEM_MIN_KEPT) -> torch.Tensor:
+def ohem_cross_entropy(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    threshold: float = OHEM_THRESHOLD,
+    min_kept: int = OHEM_MIN_KEPT,
+) -> torch.Tensor:
     """Mean cross-entropy over the hard pixels (online hard example mining).
 
-    logits: B x K x H x W; labels: B x H x W integers, IGNORE for no label. With fewer than `min_kept` labeled pixels all of
-    them count. Otherwise those count whose probability p of the true class is at most t: t is `threshold`, or, where that
-    would keep fewer than `min_kept`, the `min_kept`-th smallest p (ties are kept).
+    logits: B x K x H x W; labels: B x H x W integers, IGNORE for no label. With fewer than
+    `min_kept` labeled pixels all of them count. Otherwise those count whose probability p of the
+    true class is at most t: t is `threshold`, or, where that would keep fewer than `min_kept`, the
+    `min_kept`-th smallest p (ties are kept).
 
-    Without any labeled pixel the released code gives NaN and ruins the run; here the loss is 0 and its gradient too.
+    Without any labeled pixel the released code gives NaN and ruins the run; here the loss is 0 and
+    its gradient too.
     """
     labels = labels.long()
     losses = cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="none")
@@ -37,9 +47,11 @@ def ohem_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, threshold: fl
 
 
 def class_weights(pixel_counts, power: float) -> torch.Tensor:
-    """Weights of K classes, float32: frequency^-power, 0 for a class without a pixel, scaled so that the labels' mean weight is 1.
+    """Weights of K classes, float32: frequency^-power, 0 for a class without a pixel, scaled so
+    that the labels' mean weight is 1.
 
-    pixel_counts: K numbers of labeled pixels. ENet's and others' balancing; none of UniMatch's, for training from few images.
+    pixel_counts: K numbers of labeled pixels. ENet's and others' balancing; none of UniMatch's, for
+    training from few images.
     """
     frequency = torch.as_tensor(pixel_counts, dtype=torch.float64)
     frequency = frequency / frequency.sum()
@@ -47,8 +59,11 @@ def class_weights(pixel_counts, power: float) -> torch.Tensor:
     return (weights / (weights * frequency).sum()).float()
 
 
-def balanced_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of all labeled pixels, weighted by the weight of their class, over the sum of the weights; 0 without any.
+def balanced_cross_entropy(
+    logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """Cross-entropy of all labeled pixels, weighted by the weight of their class, over the sum of
+    the weights; 0 without any.
 
     logits: B x K x H x W; labels: B x H x W integers, IGNORE for no label; weights: K.
     """
@@ -57,11 +72,18 @@ def balanced_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, weights: 
     return cross_entropy(logits.float(), labels.long(), weight=weights, ignore_index=IGNORE)
 
 
-def pseudo_label_loss(logits: torch.Tensor, labels: torch.Tensor, confidence: torch.Tensor, ignored: torch.Tensor,
-                      threshold: float) -> torch.Tensor:
-    """Cross-entropy with pseudo-labels, summed over confident valid pixels, divided by the number of *valid* pixels.
+def pseudo_label_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    confidence: torch.Tensor,
+    ignored: torch.Tensor,
+    threshold: float,
+) -> torch.Tensor:
+    """Cross-entropy with pseudo-labels, summed over confident valid pixels, divided by the number
+    of *valid* pixels.
 
-    logits: B x K x H x W; labels, confidence: B x H x W, of the model itself; ignored: bool B x H x W, true on padding.
+    logits: B x K x H x W; labels, confidence: B x H x W, of the model itself; ignored: bool B x H x
+    W, true on padding.
     """
     losses = cross_entropy(logits.float(), labels.long(), reduction="none")
     kept = (confidence >= threshold) & ~ignored
@@ -69,6 +91,8 @@ def pseudo_label_loss(logits: torch.Tensor, labels: torch.Tensor, confidence: to
 
 
 def total_loss(loss_x, loss_s1, loss_s2, loss_fp):
-    """UniMatch's weights: half for the labels; of the other half, a half each for strong views and feature perturbation.
-    Equal to (x + 0.5 s + 0.5 w_fp) / 2 with s = (s1 + s2) / 2, as all rows of the shipped logs are."""
+    """UniMatch's weights: half for the labels; of the other half, a half each for strong views and
+    feature perturbation. Equal to (x + 0.5 s + 0.5 w_fp) / 2 with s = (s1 + s2) / 2, as all rows of
+    the shipped logs are.
+    """
     return (loss_x + 0.25 * loss_s1 + 0.25 * loss_s2 + 0.5 * loss_fp) / 2

@@ -1,16 +1,22 @@
 #!/usr/bin/env python
-"""A miniature of a task's inputs, for REHEARSE=1: the official layout, file names and label formats, from toy scenes.
+"""A miniature of a task's inputs, for REHEARSE=1: the official layout, file names and label
+formats, from toy scenes.
 
-Outputs  <out>/data     cityscapes: leftImg8bit/{train,val}/<city>/*_leftImg8bit.png, 2048x1024, with gtFine/…_labelIds.png
-                        bdd: images/10k/{train,val}/*.jpg, 1280x720, with labels/sem_seg/masks/{train,val}/*.png
-         <out>/model_iter020000.pth   a DT-ST checkpoint (DeepLabV2): a random backbone, and a classifier fitted by least
-                                      squares to a few other scenes, so that its labels are not pure noise
+Outputs  <out>/data     cityscapes: leftImg8bit/{train,val}/<city>/*_leftImg8bit.png, 2048x1024,
+         with gtFine/…_labelIds.png
+                        bdd: images/10k/{train,val}/*.jpg, 1280x720, with
+                        labels/sem_seg/masks/{train,val}/*.png
+         <out>/model_iter020000.pth   a DT-ST checkpoint (DeepLabV2): a random backbone, and a
+                                      classifier fitted by least squares to a few other scenes, so
+                                      that its labels are not pure noise
 
-    python scripts/rehearsal_data.py --layout cityscapes --class-num 19 --out runs/rehearse/gta2cs/inputs
+    python -m scripts.lib.rehearsal_data --layout cityscapes --class-num 19 \\
+        --out runs/rehearse/gta2cs/inputs
 
-What is there is kept, so a stopped rehearsal goes on. Copied away, this file needs dataset/toy.py, model/, util/ and
-scripts/prepare_data.py.
+What is there is kept, so a stopped rehearsal goes on. Copied away, this file needs dataset/toy.py,
+model/, util/ and scripts/prepare_data.py.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -21,17 +27,16 @@ import numpy as np
 import torch
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dataset.toy import draw_scene  # noqa: E402
-from dataset.transform import to_tensor  # noqa: E402
-from model.deeplabv2 import DeepLabV2  # noqa: E402
-from scripts.prepare_data import LABEL_IDS_OF_19  # noqa: E402
-from util.labels import IDS_16_IN_19, IGNORE  # noqa: E402
-from util.run import atomic_path, run_main, seed_everything  # noqa: E402
+from dataset.toy import draw_scene
+from model.deeplabv2 import DeepLabV2
+from scripts.prepare_data import LABEL_IDS_OF_19
+from util.images import to_tensor
+from util.labels import IDS_16_IN_19, IGNORE
+from util.run import atomic_path, run_main, seed_everything
 
 CITIES = {"train": ("aachen", "bochum"), "val": ("frankfurt",)}
 FIT_SCENES, FIT_SIZE = 16, (192, 384)  # scenes, height and width that the classifier is fitted on
-RIDGE = 1e-3                           # relative to the mean square of a feature
+RIDGE = 1e-3  # relative to the mean square of a feature
 
 
 def label_ids(train_ids: np.ndarray) -> np.ndarray:
@@ -77,12 +82,16 @@ def seed_of(split: str, index: int) -> int:
 
 
 def fitted_checkpoint(class_num: int) -> dict:
-    """A checkpoint as DT-ST writes it. Only the centre taps of the first dilated convolution are fitted; the rest is 0."""
+    """A checkpoint as DT-ST writes it. Only the centre taps of the first dilated convolution are
+    fitted; the rest is 0.
+    """
     seed_everything(0)
     model = DeepLabV2(class_num).eval()
     for name, buffer in model.feature_extractor.named_buffers():
         if name.endswith("bn3.weight"):
-            buffer.fill_(0.1)  # keeps the activations of 33 residual blocks with random weights in bounds
+            buffer.fill_(
+                0.1
+            )  # keeps the activations of 33 residual blocks with random weights in bounds
     to_class = np.full(256, IGNORE, dtype=np.int64)
     to_class[list(range(19) if class_num == 19 else IDS_16_IN_19)] = np.arange(class_num)
     features, targets = [], []
@@ -90,34 +99,61 @@ def fitted_checkpoint(class_num: int) -> dict:
         scene = draw_scene(seed_of("fit", i), "target", *FIT_SIZE)
         with torch.no_grad():
             x = model.feature_extractor.backbone(to_tensor(scene.image)[None])[0]
-        label = to_class[scene.label[4::8, 4::8]].ravel()  # the pixel at the middle of each stride-8 cell
+        label = to_class[
+            scene.label[4::8, 4::8]
+        ].ravel()  # the pixel at the middle of each stride-8 cell
         features.append(x.flatten(1).T[torch.from_numpy(label != IGNORE)])
         targets.append(torch.from_numpy(label[label != IGNORE]))
     x = torch.cat(features).double()
     x = torch.cat([x, torch.ones(len(x), 1, dtype=torch.float64)], dim=1)
     y = torch.nn.functional.one_hot(torch.cat(targets), class_num).double()
-    weight_of = 1 / y.sum(dim=0).clamp(min=1).sqrt()  # rare classes count more, else they are never predicted
+    weight_of = (
+        1 / y.sum(dim=0).clamp(min=1).sqrt()
+    )  # rare classes count more, else they are never predicted
     row = (y * weight_of).sum(dim=1, keepdim=True)
     gram = x.T @ (row * x)
-    solution = torch.linalg.solve(gram + RIDGE * gram.diagonal().mean() * torch.eye(len(gram)), x.T @ (row * y))
+    solution = torch.linalg.solve(
+        gram + RIDGE * gram.diagonal().mean() * torch.eye(len(gram)), x.T @ (row * y)
+    )
     with torch.no_grad():
         for convolution in model.classifier.conv2d_list:
             convolution.weight.zero_()
             convolution.bias.zero_()
         first = model.classifier.conv2d_list[0]
-        first.weight[:, :, 1, 1] = 10 * solution[:-1].T.float()  # 10: scores of 0 to 1 become logits
+        first.weight[:, :, 1, 1] = (
+            10 * solution[:-1].T.float()
+        )  # 10: scores of 0 to 1 become logits
         first.bias.copy_(10 * solution[-1].float())
-    return {"iteration": 20000, **{part: {f"module.{key}": value for key, value in getattr(model, part).state_dict().items()}
-                                   for part in ("feature_extractor", "classifier")}}
+    return {
+        "iteration": 20000,
+        **{
+            part: {
+                f"module.{key}": value for key, value in getattr(model, part).state_dict().items()
+            }
+            for part in ("feature_extractor", "classifier")
+        },
+    }
 
 
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--layout", choices=("cityscapes", "bdd"), required=True)
-    parser.add_argument("--class-num", type=int, choices=(19, 16), default=19, help="of the checkpoint (default: 19)")
+    parser.add_argument(
+        "--class-num",
+        type=int,
+        choices=(19, 16),
+        default=19,
+        help="of the checkpoint (default: 19)",
+    )
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--images", type=int, nargs=2, default=(4, 1), metavar=("TRAIN", "VAL"),
-                        help="images to make (default: 4 1)")
+    parser.add_argument(
+        "--images",
+        type=int,
+        nargs=2,
+        default=(4, 1),
+        metavar=("TRAIN", "VAL"),
+        help="images to make (default: 4 1)",
+    )
     options = parser.parse_args(argv)
     write = write_cityscapes if options.layout == "cityscapes" else write_bdd
     write(options.out / "data", dict(zip(("train", "val"), options.images)))

@@ -1,12 +1,12 @@
 # Finds or makes a Python environment that satisfies requirements.txt, and sets PYTHON to its interpreter. Defines `stage`.
 #
-#   source scripts/setup.sh          what the scripts need
-#   source scripts/setup.sh test     what the tests need too (requirements-test.txt)
+#   source scripts/lib/setup.sh          what the scripts need
+#   source scripts/lib/setup.sh test     what the tests need too (requirements-test.txt)
 #
 # Looked at in this order: $PYTHON, the active environment's python, .venv of this repository. If none will do, .venv is
 # made and the packages are installed into it, once: about 6 GB and two to five minutes for the stock torch builds.
 
-setup_repo="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+setup_repo="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 setup_files=("$setup_repo/requirements.txt")
 [ "${1:-}" = test ] && setup_files+=("$setup_repo/requirements-test.txt")
 
@@ -86,5 +86,5 @@ export PYTHON
 stage() {
     local name="$1"
     shift
-    "$PYTHON" "$setup_repo/scripts/stage.py" "$STAGES" "$name" -- "$@"
+    "$PYTHON" "$setup_repo/scripts/lib/stage.py" "$STAGES" "$name" -- "$@"
 }

@@ -1,8 +1,11 @@
-"""Augmentation of UniMatch (its section 4.1 and released code), as functions of an explicit random generator.
+"""Augmentation of UniMatch (its section 4.1 and released code), as functions of an explicit random
+generator.
 
-Images are uint8 H x W x 3 (RGB), label maps uint8 H x W. Every function that draws takes a numpy Generator, so that what a
-sample becomes depends on its own seed alone, not on workers, processes or what was drawn before.
+Images are uint8 H x W x 3 (RGB), label maps uint8 H x W. Every function that draws takes a numpy
+Generator, so that what a sample becomes depends on its own seed alone, not on workers, processes or
+what was drawn before.
 """
+
 from __future__ import annotations
 
 import math
@@ -13,42 +16,32 @@ import numpy as np
 import torch
 from PIL import Image
 
-# Samples are made in processes of their own, one core each. OpenCV's threads would be as many as there are cores in every one of
-# them, and do not survive a fork: this has to be said before OpenCV starts any.
+# Samples are made in processes of their own, one core each. OpenCV's threads would be as many as
+# there are cores in every one of them, and do not survive a fork: this has to be said before OpenCV
+# starts any.
 cv2.setNumThreads(1)
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB / 255
-IMAGENET_STD = (0.229, 0.224, 0.225)
-
-SCALES = (0.5, 2.0)                 # long side after resizing / before
+SCALES = (0.5, 2.0)  # long side after resizing / before
 JITTER = {"brightness": 0.5, "contrast": 0.5, "saturation": 0.5, "hue": 0.25}
 JITTER_CHANCE, GREY_CHANCE, BLUR_CHANCE = 0.8, 0.2, 0.5
-BLUR_RADIUS = (0.1, 2.0)            # standard deviation of the Gaussian, pixels
+BLUR_RADIUS = (0.1, 2.0)  # standard deviation of the Gaussian, pixels
 CUTMIX_CHANCE = 0.5
-CUTMIX_AREA = (0.02, 0.4)           # of the crop
-CUTMIX_RATIO = (0.3, 1 / 0.3)       # height / width
+CUTMIX_AREA = (0.02, 0.4)  # of the crop
+CUTMIX_RATIO = (0.3, 1 / 0.3)  # height / width
 
 
-def normalised(images: torch.Tensor) -> torch.Tensor:
-    """uint8 B x H x W x 3 → float32 B x 3 x H x W with ImageNet's mean and deviation; laid out channels-last in memory."""
-    mean = torch.tensor(IMAGENET_MEAN, device=images.device) * 255
-    deviation = torch.tensor(IMAGENET_STD, device=images.device) * 255
-    return ((images.float() - mean) / deviation).permute(0, 3, 1, 2)
+# ------------------------------------------------------------------------------- resize, crop, flip
 
-
-def to_tensor(image: np.ndarray) -> torch.Tensor:
-    """uint8 H x W x 3 → normalised float32 3 x H x W."""
-    return normalised(torch.from_numpy(np.array(image))[None])[0].contiguous()
-
-
-# ------------------------------------------------------------------------------------------------- resize, crop, flip
 
 @dataclass(frozen=True)
 class Crop:
-    """A square of `size` pixels at (top, left) of the image resized to (height, width); mirrored if `flip`.
+    """A square of `size` pixels at (top, left) of the image resized to (height, width); mirrored if
+    `flip`.
 
-    Where the resized image is smaller than the square, the rest, at the right and at the bottom, is padding.
+    Where the resized image is smaller than the square, the rest, at the right and at the bottom, is
+    padding.
     """
+
     height: int
     width: int
     top: int
@@ -62,12 +55,21 @@ class Crop:
         return min(self.size, self.height - self.top), min(self.size, self.width - self.left)
 
 
-def draw_crop(random: np.random.Generator, height: int, width: int, size: int,
-              scales: tuple[float, float] = SCALES) -> Crop:
-    """UniMatch's geometry for an image of height x width: long side uniform over the integers of `scales` times itself, both
-    ends included; then a uniform origin; then a mirror with chance 0.5."""
+def draw_crop(
+    random: np.random.Generator,
+    height: int,
+    width: int,
+    size: int,
+    scales: tuple[float, float] = SCALES,
+) -> Crop:
+    """UniMatch's geometry for an image of height x width: long side uniform over the integers of
+    `scales` times itself, both ends included; then a uniform origin; then a mirror with chance
+    0.5.
+    """
     longest = max(height, width)
-    long_side = int(random.integers(int(longest * scales[0]), int(longest * scales[1]), endpoint=True))
+    long_side = int(
+        random.integers(int(longest * scales[0]), int(longest * scales[1]), endpoint=True)
+    )
     if height > width:
         new_height, new_width = long_side, int(width * long_side / height + 0.5)
     else:
@@ -78,40 +80,54 @@ def draw_crop(random: np.random.Generator, height: int, width: int, size: int,
 
 
 def cropped_image(image: Image.Image, crop: Crop) -> np.ndarray:
-    """The square of `crop`, uint8 size x size x 3, padded with black. Only the region that it shows is resized.
+    """The square of `crop`, uint8 size x size x 3, padded with black. Only the region that it shows
+    is resized.
 
-    Equals resizing all of the image with Pillow (bilinear, antialiased) and cutting, within one grey level. Pillow resizes
-    rows, rounds, and then columns. Rows: its `box` takes the filter's support from the pixels around it, but is kept in
-    float32, so that values half-way between two levels may be rounded the other way. Columns: a second such difference
-    could add to that, so all of the height is made of the few columns wanted, with the very weights of the whole image.
+    Equals resizing all of the image with Pillow (bilinear, antialiased) and cutting, within one
+    grey level. Pillow resizes rows, rounds, and then columns. Rows: its `box` takes the filter's
+    support from the pixels around it, but is kept in float32, so that values half-way between two
+    levels may be rounded the other way. Columns: a second such difference could add to that, so all
+    of the height is made of the few columns wanted, with the very weights of the whole image.
     """
     rows, columns = crop.inside
     scale, from_x, to_x = _source_span(image.width, crop.width, crop.left, columns)
     _, from_y, to_y = _source_span(image.height, crop.height, crop.top, rows)
     region = image.crop((from_x, from_y, to_x, to_y))
-    box = (crop.left * scale - from_x, 0, min((crop.left + columns) * scale - from_x, region.width), region.height)
+    box = (
+        crop.left * scale - from_x,
+        0,
+        min((crop.left + columns) * scale - from_x, region.width),
+        region.height,
+    )
     narrow = region.resize((columns, region.height), Image.Resampling.BILINEAR, box=box)
     # negative corners add rows outside of the image's region, which no row of the square depends on
     narrow = narrow.crop((0, -from_y, columns, image.height - from_y))
     resized = narrow.resize((columns, crop.height), Image.Resampling.BILINEAR)
-    return padded_and_flipped(np.asarray(resized)[crop.top:crop.top + rows], crop, 0)
+    return padded_and_flipped(np.asarray(resized)[crop.top : crop.top + rows], crop, 0)
 
 
 def _source_span(length: int, new_length: int, start: int, count: int) -> tuple[float, int, int]:
-    """(source pixels per new pixel, first, one past the last source pixel) that `count` new pixels from `start` depend on."""
+    """(source pixels per new pixel, first, one past the last source pixel) that `count` new pixels
+    from `start` depend on.
+    """
     scale = length / new_length
     support = max(scale, 1.0) + 1  # of the bilinear filter, and one for rounding
-    return scale, max(math.floor(start * scale - support), 0), min(math.ceil((start + count) * scale + support), length)
+    return (
+        scale,
+        max(math.floor(start * scale - support), 0),
+        min(math.ceil((start + count) * scale + support), length),
+    )
 
 
 def cropped_label(label: np.ndarray, crop: Crop, padding: int) -> np.ndarray:
     """The square of `crop`, uint8 size x size, by nearest neighbour, padded with `padding`.
 
-    The label is brought to the image's target size, so it may have another resolution than the image.
+    The label is brought to the image's target size, so it may have another resolution than the
+    image.
     """
     rows, columns = crop.inside
-    y = nearest_indices(label.shape[0], crop.height)[crop.top:crop.top + rows]
-    x = nearest_indices(label.shape[1], crop.width)[crop.left:crop.left + columns]
+    y = nearest_indices(label.shape[0], crop.height)[crop.top : crop.top + rows]
+    x = nearest_indices(label.shape[1], crop.width)[crop.left : crop.left + columns]
     return padded_and_flipped(label[y].take(x, axis=1), crop, padding)
 
 
@@ -119,7 +135,9 @@ def padded_and_flipped(shown: np.ndarray, crop: Crop, padding: int) -> np.ndarra
     """What lies in the image, uint8 rows x columns (x 3) → the whole square, a new array."""
     below, beside = crop.size - shown.shape[0], crop.size - shown.shape[1]
     if below or beside:
-        shown = cv2.copyMakeBorder(shown, 0, below, 0, beside, cv2.BORDER_CONSTANT, value=(padding,) * 3)
+        shown = cv2.copyMakeBorder(
+            shown, 0, below, 0, beside, cv2.BORDER_CONSTANT, value=(padding,) * 3
+        )
     return cv2.flip(shown, 1) if crop.flip else np.array(shown)
 
 
@@ -134,15 +152,26 @@ def padding_mask(crop: Crop, value: int) -> np.ndarray:
     return padded_and_flipped(np.zeros((rows, columns), dtype=np.uint8), crop, value)
 
 
-# ---------------------------------------------------------------------------------------------------- strong views
+# ------------------------------------------------------------------------------------- strong views
+
 
 def strong_view(random: np.random.Generator, image: np.ndarray) -> np.ndarray:
-    """Colour jitter (chance 0.8, its four parts in random order), grey (0.2), blur (0.5), as UniMatch's strong views."""
+    """Colour jitter (chance 0.8, its four parts in random order), grey (0.2), blur (0.5), as
+    UniMatch's strong views.
+    """
     if random.random() < JITTER_CHANCE:
-        factors = {part: random.uniform(1 - width, 1 + width) for part, width in JITTER.items() if part != "hue"}
+        factors = {
+            part: random.uniform(1 - width, 1 + width)
+            for part, width in JITTER.items()
+            if part != "hue"
+        }
         factors["hue"] = random.uniform(-JITTER["hue"], JITTER["hue"])
-        adjust = {"brightness": adjusted_brightness, "contrast": adjusted_contrast, "saturation": adjusted_saturation,
-                  "hue": adjusted_hue}
+        adjust = {
+            "brightness": adjusted_brightness,
+            "contrast": adjusted_contrast,
+            "saturation": adjusted_saturation,
+            "hue": adjusted_hue,
+        }
         for part in random.permutation(list(adjust)):
             image = adjust[part](image, float(factors[part]))
     if random.random() < GREY_CHANCE:
@@ -152,8 +181,10 @@ def strong_view(random: np.random.Generator, image: np.ndarray) -> np.ndarray:
     return image
 
 
-# The adjustments are torchvision's on Pillow images, which UniMatch uses, computed with OpenCV: five times faster, and within a
-# grey level of them on average (rounding; Pillow's blur is a threefold box).
+# The adjustments are torchvision's on Pillow images, which UniMatch uses, computed with OpenCV:
+# five times faster, and within a grey level of them on average (rounding; Pillow's blur is a
+# threefold box).
+
 
 def adjusted_brightness(image: np.ndarray, factor: float) -> np.ndarray:
     """Every channel times `factor`."""
@@ -191,7 +222,8 @@ def blurred(image: np.ndarray, radius: float) -> np.ndarray:
 def cutmix_box(random: np.random.Generator, size: int) -> np.ndarray:
     """bool size x size, true in one rectangle; with chance 0.5 nowhere.
 
-    Area uniform in CUTMIX_AREA of the square, drawn once; shape and place are drawn again until the rectangle fits.
+    Area uniform in CUTMIX_AREA of the square, drawn once; shape and place are drawn again until the
+    rectangle fits.
     """
     box = np.zeros((size, size), dtype=bool)
     if random.random() > CUTMIX_CHANCE:
@@ -202,11 +234,13 @@ def cutmix_box(random: np.random.Generator, size: int) -> np.ndarray:
         width, height = int(math.sqrt(area / ratio)), int(math.sqrt(area * ratio))
         x, y = random.integers(0, size, 2)
         if x + width <= size and y + height <= size:
-            box[y:y + height, x:x + width] = True
+            box[y : y + height, x : x + width] = True
             return box
 
 
 def cutmix(values, pasted, box):
-    """`pasted` inside the box, `values` outside: arrays or tensors whose shapes `box` (bool) broadcasts against."""
+    """`pasted` inside the box, `values` outside: arrays or tensors whose shapes `box` (bool)
+    broadcasts against.
+    """
     where = torch.where if torch.is_tensor(values) else np.where
     return where(box, pasted, values)

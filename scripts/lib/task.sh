@@ -118,7 +118,7 @@ before() {
         say "== before: skipped, PROBABILITIES has no arrays of the validation set; evaluate that model where it comes from"
         return
     fi
-    stage before_labels "$PYTHON" scripts/make_pseudo_labels.py --image-list "$VAL_LIST" --root-path "$DATA_ROOT" \
+    stage before_labels "$PYTHON" -m scripts.make_pseudo_labels --image-list "$VAL_LIST" --root-path "$DATA_ROOT" \
         "${CLASSES[@]}" --checkpoint "$CHECKPOINT" --exp "${EXP}_before" --top-p 1 "${TEST_SIZE[@]}" \
         --out-list "$SPLITS/${EXP}_before/val.txt" --device "$DEVICE"
     stage before "$PYTHON" eval.py --labels "$SPLITS/${EXP}_before/val.txt" --id-list-path "$VAL_LIST" \
@@ -130,9 +130,9 @@ run_task() {
     [ -z "$PROBABILITIES" ] || source=(--probabilities "$PROBABILITIES")
     [ "$RECIPE" = release ] || suffix="${SAM_TYPE}_$RECIPE"
 
-    stage data "$PYTHON" scripts/prepare_data.py "${PREPARE[@]}" --root "$DATA_ROOT" --lists "$SPLITS"
+    stage data "$PYTHON" -m scripts.prepare_data "${PREPARE[@]}" --root "$DATA_ROOT" --lists "$SPLITS"
     before
-    stage pixel "${LAUNCH[@]}" scripts/make_pseudo_labels.py --image-list "$TRAIN_LIST" --root-path "$DATA_ROOT" \
+    stage pixel "${LAUNCH[@]}" -m scripts.make_pseudo_labels --image-list "$TRAIN_LIST" --root-path "$DATA_ROOT" \
         "${CLASSES[@]}" "${source[@]}" --exp "$EXP" --preset dtst "${TEST_SIZE[@]}" --top-p "$TOP_P" \
         --out-list "$SPLITS/$EXP/train.txt" --device "$DEVICE"
     stage psa "${LAUNCH[@]}" seco_sam.py --id-list-path "$SPLITS/$EXP/train.txt" --root-path "$DATA_ROOT" \
@@ -145,7 +145,7 @@ run_task() {
             --device "$DEVICE"
         if [ "$RECIPE" = release ]; then labels="${labels}_scc"; else labels="${labels}_scc_$RECIPE"; fi
     fi
-    stage split "$PYTHON" scripts/make_split.py --id-list-path "$SPLITS/$labels/train.txt" --root-path "$DATA_ROOT" \
+    stage split "$PYTHON" -m scripts.make_split --id-list-path "$SPLITS/$labels/train.txt" --root-path "$DATA_ROOT" \
         "${CLASSES[@]}" --labeled-fraction "$LABELED_FRACTION" --out "$SPLITS/$labels"
     stage adapt "${LAUNCH[@]}" train_unimatch.py --labeled-id-path "$SPLITS/$labels/labeled.txt" \
         --unlabeled-id-path "$SPLITS/$labels/unlabeled.txt" --val-id-path "$VAL_LIST" --root-path "$DATA_ROOT" \
@@ -156,10 +156,10 @@ run_task() {
         --device "$DEVICE"
     say "" "== the run beside the authors' log"
     if [ "$REHEARSE" = 1 ]; then
-        "$PYTHON" scripts/compare_logs.py "$OUT/adapt" "$SHIPPED_LOG" || [ $? = 1 ]
+        "$PYTHON" -m scripts.compare_logs "$OUT/adapt" "$SHIPPED_LOG" || [ $? = 1 ]
         say "rehearsal complete: every stage of $TITLE ran. Its figures mean nothing: $OUT"
     else
-        "$PYTHON" scripts/compare_logs.py "$OUT/adapt" "$SHIPPED_LOG"
+        "$PYTHON" -m scripts.compare_logs "$OUT/adapt" "$SHIPPED_LOG"
     fi
 }
 
@@ -182,7 +182,7 @@ rehearse() {
     SCC=("${SCC[@]}" "${scc[@]}")
     ADAPT=("${ADAPT[@]}" "${adapt[@]}")  # of an option given twice the later value counts
     CROP=257
-    stage inputs "$PYTHON" scripts/rehearsal_data.py --layout "$DATA" "${CLASSES[@]}" --out "$OUT/inputs" --images 4 1
+    stage inputs "$PYTHON" -m scripts.lib.rehearsal_data --layout "$DATA" "${CLASSES[@]}" --out "$OUT/inputs" --images 4 1
 }
 
 # --------------------------------------------------------------------------------------------------------------- main
@@ -195,7 +195,7 @@ main() {
     BACKBONE_WEIGHTS="${BACKBONE_WEIGHTS:-pretrained/resnet101.pth}" SCC_WEIGHTS="${SCC_WEIGHTS:-imagenet}"
     SPLITS="${SPLITS:-splits/$DATA}"
     preflight
-    source scripts/setup.sh
+    source scripts/lib/setup.sh
     LAUNCH=("$PYTHON")
     if [ "$REHEARSE" = 1 ]; then
         OUT="${OUT:-runs/rehearse/$TASK}" STAGES="${OUT:-runs/rehearse/$TASK}/stages"

@@ -1,9 +1,12 @@
-"""Training samples of UniMatch and of supervised training, as pure functions of (seed, epoch, position).
+"""Training samples of UniMatch and of supervised training, as pure functions of (seed, epoch,
+position).
 
-UniMatch walks through three streams in step: labeled images, unlabeled images, and unlabeled images again to paste from.
-One item here is one position of all three, already pasted. Its random numbers are seeded by (seed, stream, epoch, position
-in the epoch's order), so it does not depend on workers, on processes, or on where a run was resumed.
+UniMatch walks through three streams in step: labeled images, unlabeled images, and unlabeled images
+again to paste from. One item here is one position of all three, already pasted. Its random numbers
+are seeded by (seed, stream, epoch, position in the epoch's order), so it does not depend on
+workers, on processes, or on where a run was resumed.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -16,21 +19,30 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from dataset.augment import (
+    SCALES,
+    cropped_image,
+    cropped_label,
+    cutmix,
+    cutmix_box,
+    draw_crop,
+    padding_mask,
+    strong_view,
+)
 from dataset.copy_paste import RareClassPool
-from dataset.transform import (SCALES, cropped_image, cropped_label, cutmix, cutmix_box, draw_crop, padding_mask,
-                               strong_view)
 from util.labels import IGNORE, read_image, read_label, read_picture
 from util.run import atomic_path
 
-# The authors ran four processes, whose sampler pads the order of images to a multiple of four. It is done here on any
-# number of processes, so that an epoch has as many iterations as theirs.
+# The authors ran four processes, whose sampler pads the order of images to a multiple of four. It
+# is done here on any number of processes, so that an epoch has as many iterations as theirs.
 AUTHORS_PROCESSES = 4
 LABELED, UNLABELED, UNLABELED_MIX, PASTE, PHOTOMETRIC = range(5)  # streams of random numbers
 
 
 def iterations_per_epoch(samples: int, global_batch: int) -> int:
-    """UniMatch's floor(ceil(samples / processes) / batch per process) with the authors' four processes, for any number of
-    processes; short lists are repeated to at least one batch."""
+    """UniMatch's floor(ceil(samples / processes) / batch per process) with the authors' four
+    processes, for any number of processes; short lists are repeated to at least one batch.
+    """
     padded = -(-samples // AUTHORS_PROCESSES) * AUTHORS_PROCESSES
     return max(padded // global_batch, 1)
 
@@ -43,17 +55,21 @@ def epoch_order(samples: int, seed: int, epoch: int, length: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Key:
-    """Names one training sample: its epoch, its position in the epoch's order, the index there of both lists."""
+    """Names one training sample: its epoch, its position in the epoch's order, the index there of
+    both lists.
+    """
+
     epoch: int
     position: int
     index: int
 
 
 class ImageCache:
-    """Reads images; with a folder, keeps them there decoded, since decoding a large PNG takes longer than all the rest.
+    """Reads images; with a folder, keeps them there decoded, since decoding a large PNG takes
+    longer than all the rest.
 
-    6 MB for each 2048 x 1024 image (19 GB for Cityscapes' training images). An entry is named by the file's path, size and
-    time of change, so that a changed file is read anew.
+    6 MB for each 2048 x 1024 image (19 GB for Cityscapes' training images). An entry is named by
+    the file's path, size and time of change, so that a changed file is read anew.
     """
 
     def __init__(self, folder: Path | None):
@@ -63,7 +79,9 @@ class ImageCache:
         if self.folder is None:
             return read_picture(path)
         state = path.stat()
-        name = hashlib.sha256(f"{path.resolve()} {state.st_size} {state.st_mtime_ns}".encode()).hexdigest()[:32]
+        name = hashlib.sha256(
+            f"{path.resolve()} {state.st_size} {state.st_mtime_ns}".encode()
+        ).hexdigest()[:32]
         entry = self.folder / f"{name}.npy"
         if not entry.is_file():
             with atomic_path(entry) as temporary:
@@ -74,21 +92,38 @@ class ImageCache:
 class TrainingSamples(Dataset):
     """Item `Key` → dict of uint8 / bool arrays of side `crop_size` (S).
 
-    x (S x S x 3), mask_x (S x S, train IDs and 255); with an unlabeled list also w, w_mix (weak views), s1, s2 (strong
-    views, already pasted from w_mix's strong views inside box1, box2), box1, box2 (bool S x S), ignore, ignore_mix
-    (bool S x S, true on padding).
+    x (S x S x 3), mask_x (S x S, train IDs and 255); with an unlabeled list also w, w_mix (weak
+    views), s1, s2 (strong views, already pasted from w_mix's strong views inside box1, box2), box1,
+    box2 (bool S x S), ignore, ignore_mix (bool S x S, true on padding).
     """
 
-    def __init__(self, labeled: list[tuple[str, str]], unlabeled: list[str], root: Path, crop_size: int, seed: int,
-                 rare: RareClassPool | None = None, image_cache: Path | None = None,
-                 scales: tuple[float, float] = SCALES, photometric: bool = False):
+    def __init__(
+        self,
+        labeled: list[tuple[str, str]],
+        unlabeled: list[str],
+        root: Path,
+        crop_size: int,
+        seed: int,
+        rare: RareClassPool | None = None,
+        image_cache: Path | None = None,
+        scales: tuple[float, float] = SCALES,
+        photometric: bool = False,
+    ):
         """photometric: x is a strong view of its crop."""
-        self.labeled, self.unlabeled, self.root, self.crop_size, self.seed = labeled, unlabeled, root, crop_size, seed
+        self.labeled, self.unlabeled, self.root, self.crop_size, self.seed = (
+            labeled,
+            unlabeled,
+            root,
+            crop_size,
+            seed,
+        )
         self.rare, self.images, self.scales = rare, ImageCache(image_cache), tuple(scales)
         self.photometric = photometric
 
     def __len__(self) -> int:
-        """The unlabeled list sets the length of an epoch: a shorter labeled list is repeated, a longer one is cut."""
+        """The unlabeled list sets the length of an epoch: a shorter labeled list is repeated, a
+        longer one is cut.
+        """
         return len(self.unlabeled) or len(self.labeled)
 
     def generator(self, stream: int, key: Key) -> np.random.Generator:
@@ -104,7 +139,9 @@ class TrainingSamples(Dataset):
     def labeled_crop(self, key: Key) -> tuple[np.ndarray, np.ndarray]:
         image_path, label_path = self.labeled[key.index % len(self.labeled)]
         image, label = self.images.read(self.root / image_path), read_label(self.root / label_path)
-        crop = draw_crop(self.generator(LABELED, key), image.height, image.width, self.crop_size, self.scales)
+        crop = draw_crop(
+            self.generator(LABELED, key), image.height, image.width, self.crop_size, self.scales
+        )
         x, mask_x = cropped_image(image, crop), cropped_label(label, crop, IGNORE)
         if self.rare is not None:
             x, mask_x = self.rare.paste(self.generator(PASTE, key), x, mask_x)
@@ -113,15 +150,23 @@ class TrainingSamples(Dataset):
         return x, mask_x
 
     def unlabeled_views(self, key: Key) -> dict[str, np.ndarray]:
-        """The image is decoded once for both unlabeled streams: UniMatch's loaders walk the same order, so that the image
-        pasted from is the same one in another crop. Strong views to paste are made only where a box was drawn."""
+        """The image is decoded once for both unlabeled streams: UniMatch's loaders walk the same
+        order, so that the image pasted from is the same one in another crop. Strong views to paste
+        are made only where a box was drawn.
+        """
         image = self.images.read(self.root / self.unlabeled[key.index])
         random, random_mix = self.generator(UNLABELED, key), self.generator(UNLABELED_MIX, key)
-        crop, crop_mix = (draw_crop(r, image.height, image.width, self.crop_size, self.scales)
-                          for r in (random, random_mix))
+        crop, crop_mix = (
+            draw_crop(r, image.height, image.width, self.crop_size, self.scales)
+            for r in (random, random_mix)
+        )
         w, w_mix = cropped_image(image, crop), cropped_image(image, crop_mix)
-        sample = {"w": w, "w_mix": w_mix, "ignore": padding_mask(crop, 1).astype(bool),
-                  "ignore_mix": padding_mask(crop_mix, 1).astype(bool)}
+        sample = {
+            "w": w,
+            "w_mix": w_mix,
+            "ignore": padding_mask(crop, 1).astype(bool),
+            "ignore_mix": padding_mask(crop_mix, 1).astype(bool),
+        }
         boxes = [cutmix_box(random, self.crop_size) for _ in range(2)]
         for number, box in enumerate(boxes, start=1):
             view = strong_view(random, w)
@@ -132,14 +177,24 @@ class TrainingSamples(Dataset):
 
 
 class MicroBatches:
-    """Sampler of a run's batches for one process: lists of Keys, from iteration `start` to the last.
+    """Sampler of a run's batches for one process: lists of Keys, from iteration `start` to the
+    last.
 
-    Iteration i of an epoch takes positions [i G, (i + 1) G) of its order, G the global batch; its step m (of gradient
-    accumulation) on process r the b of them from (m x processes + r) b.
+    Iteration i of an epoch takes positions [i G, (i + 1) G) of its order, G the global batch; its
+    step m (of gradient accumulation) on process r the b of them from (m x processes + r) b.
     """
 
-    def __init__(self, samples: int, epochs: int, global_batch: int, batch: int, rank: int, world: int, seed: int,
-                 start: int = 0):
+    def __init__(
+        self,
+        samples: int,
+        epochs: int,
+        global_batch: int,
+        batch: int,
+        rank: int,
+        world: int,
+        seed: int,
+        start: int = 0,
+    ):
         self.samples, self.global_batch, self.batch = samples, global_batch, batch
         self.rank, self.world, self.seed, self.start = rank, world, seed, start
         self.per_epoch = iterations_per_epoch(samples, global_batch)
@@ -154,7 +209,10 @@ class MicroBatches:
         for iteration in range(self.start, self.total):
             epoch, within = divmod(iteration, self.per_epoch)
             if epoch != order_epoch:
-                order, order_epoch = epoch_order(self.samples, self.seed, epoch, self.per_epoch * self.global_batch), epoch
+                order, order_epoch = (
+                    epoch_order(self.samples, self.seed, epoch, self.per_epoch * self.global_batch),
+                    epoch,
+                )
             for step in range(self.steps):
                 first = within * self.global_batch + self.slot(step)
                 yield [Key(epoch, p, int(order[p])) for p in range(first, first + self.batch)]
@@ -165,6 +223,13 @@ class MicroBatches:
 
 
 def batches(samples: TrainingSamples, sampler: MicroBatches, workers: int, device) -> DataLoader:
-    """Batches as dicts of tensors (B x …). Workers live for the whole run, so that no epoch waits for its first batch."""
-    return DataLoader(samples, batch_sampler=sampler, num_workers=workers, pin_memory=device.type == "cuda",
-                      prefetch_factor=2 if workers else None)
+    """Batches as dicts of tensors (B x …). Workers live for the whole run, so that no epoch waits
+    for its first batch.
+    """
+    return DataLoader(
+        samples,
+        batch_sampler=sampler,
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+        prefetch_factor=2 if workers else None,
+    )

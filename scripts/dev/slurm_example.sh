@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # UniMatch on two nodes of four GPUs under SLURM: one torchrun a node, which meet at the first node's address.
 #
-#   sbatch scripts/slurm_example.sh --labeled-id-path … --unlabeled-id-path … --save-path runs/seco
+#   sbatch scripts/dev/slurm_example.sh --labeled-id-path … --unlabeled-id-path … --save-path runs/seco
 #
 # What follows the file name are train_unimatch.py's options.
 #
@@ -16,8 +16,8 @@
 #SBATCH --requeue
 #SBATCH --output=%x-%j.log
 set -euo pipefail
-cd "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}"
-PYTHON="${PYTHON:-.venv/bin/python}"   # made by scripts/setup.sh
+cd "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/../..}"
+PYTHON="${PYTHON:-.venv/bin/python}"   # made by scripts/lib/setup.sh
 
 HEAD="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
 exec srun --kill-on-bad-exit=1 "$PYTHON" -m torch.distributed.run \

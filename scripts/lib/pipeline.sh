@@ -22,7 +22,7 @@ validate() { # validate NAME CHECKPOINT
 }
 
 adapt() { # adapt NAME LIST: split the list and train UniMatch with it, from the source model
-    stage "split_$1" "$PYTHON" scripts/make_split.py --id-list-path "$2" --root-path "$W" "${CLASSES[@]}" \
+    stage "split_$1" "$PYTHON" -m scripts.make_split --id-list-path "$2" --root-path "$W" "${CLASSES[@]}" \
         "${SPLIT[@]}" --out "$W/splits/split_$1"
     stage "adapt_$1" "$PYTHON" train_unimatch.py --labeled-id-path "$W/splits/split_$1/labeled.txt" \
         --unlabeled-id-path "$W/splits/split_$1/unlabeled.txt" --val-id-path "$(val_list)" --root-path "$W" \
@@ -90,7 +90,7 @@ run_seed() {
         "${CLASSES[@]}" "${SOURCE[@]}" --seed "$SEED" --save-path "$W/source"
     validate before "$W/source/latest.pth"
 
-    stage pixel "$PYTHON" scripts/make_pseudo_labels.py --image-list "$(target_list)" --root-path "$W" \
+    stage pixel "$PYTHON" -m scripts.make_pseudo_labels --image-list "$(target_list)" --root-path "$W" \
         --checkpoint "$W/source/latest.pth" --exp pix --out-list "$W/splits/pix/all.txt" "${CLASSES[@]}" "${PIXEL[@]}"
     quality pixel "$W/splits/pix/all.txt"
 
@@ -103,6 +103,6 @@ run_seed() {
 
 # Tables and pictures over all seeds.
 report() {
-    if [ "$RECIPE" != release ]; then "$PYTHON" scripts/sweep_thresholds.py "$OUT" "${CLASSES[@]}"; fi
-    "$PYTHON" scripts/report.py "$OUT" "${CLASSES[@]}"
+    if [ "$RECIPE" != release ]; then "$PYTHON" -m scripts.dev.sweep_thresholds "$OUT" "${CLASSES[@]}"; fi
+    "$PYTHON" -m scripts.lib.report "$OUT" "${CLASSES[@]}"
 }

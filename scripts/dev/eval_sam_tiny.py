@@ -1,0 +1,270 @@
+"""Measure the tiny SAM on held-out toy scenes, as the two ways in which PSA uses a SAM.
+
+Box and points: every thing instance and stuff object is prompted with an imperfect box and one or
+two points (as in the training: fragments, enlarged boxes), single-mask output; mean IoU by object
+size, beside the control of filling the box. Proposals: SamAutomaticMaskGenerator with its official
+thresholds; how many, how good, and how much of the stuff they cover.
+
+Inputs:  --checkpoint (model/sam_tiny.pth); scenes are drawn by dataset/toy.py from seeds 9,000,000
+         up, which neither the training nor the benchmark has. Their labels are read, being what is
+         measured against.
+Outputs: a table; --out (model/sam_tiny.json) with all numbers, seed, steps, minutes and hardware of
+the training.
+
+    # # about 3 minutes on 2 cores
+    python -m scripts.dev.eval_sam_tiny
+    python -m scripts.dev.eval_sam_tiny --scenes 4 --out quick.json
+
+Needs when copied away: model/sam.py, scripts/dev/train_sam_tiny.py, dataset/toy.py, util/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+from segment_anything import SamAutomaticMaskGenerator, SamPredictor
+from tqdm import tqdm
+
+from dataset.toy import draw_scene
+from model.sam import TINY_CHECKPOINT, build_sam
+from scripts.dev.train_sam_tiny import (
+    HEIGHT,
+    MIN_AREA,
+    WIDTH,
+    box_target,
+    imperfect_box,
+    segment_table,
+    stuff_components,
+)
+from util.labels import CITYSCAPES_19
+from util.run import UserError, add_run_options, run_main, select_device, write_json
+
+ROOT = Path(__file__).resolve().parents[2]
+
+FIRST_SEED = 9_000_000  # scene seeds of this measurement
+STYLES = ("target", "source", "random")
+SIZE_BINS = (
+    ("under 50", 0, 50),
+    ("50 to 150", 50, 150),
+    ("150 to 500", 150, 500),
+    ("500 to 2000", 500, 2000),
+    ("above 2000", 2000, HEIGHT * WIDTH + 1),
+)  # pixels of the object
+GOOD_IOU = 0.9
+
+
+def mask_iou(a: np.ndarray, b: np.ndarray) -> float:
+    """IoU of two bool masks of one shape; 0 for two empty ones."""
+    union = np.count_nonzero(a | b)
+    return np.count_nonzero(a & b) / union if union else 0.0
+
+
+def prompt_scene(predictor: SamPredictor, scene, rng: np.random.Generator) -> list[dict]:
+    """One imperfect box-and-points prompt for every segment: its area, whether it is a thing, the
+    IoU of SAM's mask and of the filled box, and SAM's own estimate.
+    """
+    predictor.set_image(scene.image)
+    rows = []
+    for index, area, y0, y1, x0, x1, is_thing in segment_table(
+        np.asarray(scene.segment, np.int32), scene.label
+    ):
+        if area < MIN_AREA:
+            continue
+        truth = scene.segment == index
+        box, points, fragment = imperfect_box(
+            rng, truth[y0:y1, x0:x1], (y0, x0), int(rng.integers(1, 3))
+        )
+        truth = box_target(truth, box, fragment, bool(is_thing))
+        masks, predicted, _ = predictor.predict(
+            point_coords=points,
+            point_labels=np.ones(len(points), int),
+            box=box,
+            multimask_output=False,
+        )
+        filled = np.zeros_like(truth)
+        bx0, by0, bx1, by1 = box.astype(int)
+        filled[by0 : by1 + 1, bx0 : bx1 + 1] = True
+        rows.append(
+            {
+                "area": np.count_nonzero(truth),
+                "thing": bool(is_thing),
+                "iou": mask_iou(masks[0], truth),
+                "fill": mask_iou(filled, truth),
+                "predicted": float(predicted[0]),
+            }
+        )
+    return rows
+
+
+def propose_scene(generator: SamAutomaticMaskGenerator, scene) -> dict:
+    """Proposals of one scene against its segments and whole stuff components.
+
+    A proposal's quality is its best IoU with any of them. Covered pixels lie in a proposal whose
+    quality exceeds GOOD_IOU; stuff pixels are counted apart.
+    """
+    stuff = np.isin(scene.label, CITYSCAPES_19.stuff)
+    truths = [scene.segment == index for index in np.unique(scene.segment)]
+    component = stuff_components(scene.label)
+    truths += [component == index for index in np.unique(component[component > 0])]
+    covered, good = np.zeros(stuff.shape, bool), np.zeros(stuff.shape, bool)
+    qualities = []
+    for proposal in generator.generate(scene.image):
+        mask = proposal["segmentation"]
+        qualities.append(max(mask_iou(mask, truth) for truth in truths))
+        covered |= mask
+        good |= mask & (qualities[-1] > GOOD_IOU)
+    return {
+        "number": len(qualities),
+        "iou": qualities,
+        "covered": float(covered.mean()),
+        "covered_well": float(good.mean()),
+        "stuff_covered": float(covered[stuff].mean()),
+        "stuff_covered_well": float(good[stuff].mean()),
+    }
+
+
+def summarise_prompts(rows: list[dict]) -> dict:
+    """Means by size for things and for all; `n` objects each."""
+    summary = {}
+    for kind, chosen in (("things", [r for r in rows if r["thing"]]), ("all", rows)):
+        bins = {}
+        for name, low, high in (*SIZE_BINS, ("every size", 0, HEIGHT * WIDTH + 1)):
+            inside = [r for r in chosen if low <= r["area"] < high]
+            means = {
+                key: round(float(np.mean([r[key] for r in inside])), 3) if inside else None
+                for key in ("iou", "fill", "predicted")
+            }
+            bins[name] = {"n": len(inside), **means}
+        summary[kind] = bins
+    return summary
+
+
+def summarise_proposals(rows: list[dict]) -> dict:
+    """Means over scenes; `iou` is the mean, `good` the share of all proposals above GOOD_IOU."""
+    quality = np.concatenate([r["iou"] for r in rows]) if rows else np.zeros(0)
+    summary = {
+        key: round(float(np.mean([r[key] for r in rows])), 3)
+        for key in ("number", "covered", "covered_well", "stuff_covered", "stuff_covered_well")
+    }
+    summary["iou"] = round(float(quality.mean()), 3) if quality.size else None
+    summary["good"] = round(float((quality > GOOD_IOU).mean()), 3) if quality.size else None
+    return summary
+
+
+def evaluate(sam, style: str, scenes: int, proposal_scenes: int, seed: int) -> dict:
+    """Both measurements on `scenes` scenes of one style; proposals, being slow, on the first
+    `proposal_scenes`.
+    """
+    predictor, generator = SamPredictor(sam), SamAutomaticMaskGenerator(sam)
+    prompts, proposals = [], []
+    for number in tqdm(range(scenes), style, mininterval=5):
+        scene = draw_scene(
+            FIRST_SEED + 100_000 * STYLES.index(style) + number, style, HEIGHT, WIDTH
+        )
+        prompts += prompt_scene(predictor, scene, np.random.default_rng((seed, number)))
+        if number < proposal_scenes:
+            proposals.append(propose_scene(generator, scene))
+    return {
+        "scenes": scenes,
+        "proposal_scenes": proposal_scenes,
+        "prompts": summarise_prompts(prompts),
+        "proposals": summarise_proposals(proposals),
+    }
+
+
+def format_table(results: dict) -> str:
+    """The results of all styles as text."""
+    show = lambda value: "   -" if value is None else f"{value:.2f}"  # noqa: E731
+    lines = [
+        "box and points, mean IoU (in brackets: filling the box; number of objects)",
+        f"{'':18}" + "".join(f"{name:>22}" for name in (*(b[0] for b in SIZE_BINS), "every size")),
+    ]
+    for style, result in results.items():
+        for kind, bins in result["prompts"].items():
+            lines.append(
+                f"{style + ' ' + kind:18}"
+                + "".join(
+                    f"{show(v['iou']) + ' (' + show(v['fill']) + '; ' + str(v['n']) + ')':>22}"
+                    for v in bins.values()
+                )
+            )
+    lines.append(
+        "proposals at the official thresholds: number an image, mean IoU, share above 0.9, pixels"
+        " covered (by proposals above 0.9), stuff pixels covered (by proposals above 0.9)"
+    )
+    for style, result in results.items():
+        p = result["proposals"]
+        lines.append(
+            f"{style:18}{p['number']:.1f}  {show(p['iou'])}  {show(p['good'])}  {p['covered']:.2f} "
+            f"({p['covered_well']:.2f})  {p['stuff_covered']:.2f} ({p['stuff_covered_well']:.2f})"
+        )
+    return "\n".join(lines)
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--checkpoint", type=Path, default=TINY_CHECKPOINT, help="weights (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=TINY_CHECKPOINT.with_suffix(".json"),
+        help="(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--scenes",
+        type=int,
+        default=30,
+        help="scenes a style for the prompts (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--proposal-scenes",
+        type=int,
+        default=10,
+        help="of these, scenes for the proposals, seconds each (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--styles", nargs="+", choices=STYLES, default=STYLES, help="(default: all)"
+    )
+    parser.add_argument(
+        "--train-log",
+        type=Path,
+        default=ROOT / "data/sam_tiny_run/training.json",
+        help="record of the training, copied into --out if it is there (default: %(default)s)",
+    )
+    add_run_options(parser)
+    return parser.parse_args(argv)
+
+
+def main(argv=None) -> None:
+    args = parse_args(argv)
+    if args.scenes < 1 or not 0 <= args.proposal_scenes:
+        raise UserError(
+            f"--scenes {args.scenes} --proposal-scenes {args.proposal_scenes}: "
+            "give 1 or more, and 0 or more"
+        )
+    sam = build_sam("tiny", args.checkpoint, select_device(args.device))
+    results = {
+        style: evaluate(sam, style, args.scenes, min(args.scenes, args.proposal_scenes), args.seed)
+        for style in args.styles
+    }
+    print(format_table(results))
+    training = json.loads(args.train_log.read_text()) if args.train_log.is_file() else None
+    write_json(
+        args.out,
+        {
+            "training": training,
+            "seed": args.seed,
+            "first_scene_seed": FIRST_SEED,
+            "results": results,
+        },
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

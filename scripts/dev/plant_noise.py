@@ -1,0 +1,127 @@
+#!/usr/bin/env python
+"""Labels with planted noise: true labels in which a share of the connectivities gets a wrong class.
+For checking SCC.
+
+Input:   --id-list-path, lines `<image> <label>` relative to --root-path, whose labels are right.
+Output:  the labels with noise in <root>/<--exp>/, their list at --out-list.
+
+SCC must find them; its --gt, given the first list, says how well it did (AUROC, accuracy of what is
+kept):
+
+    python -m scripts.dev.plant_noise --id-list-path data/toy/s0/lists/target_train_gt.txt \\
+        --out-list splits/planted/all.txt
+    python seco_scc.py --id-list-path splits/planted/all.txt \\
+        --gt data/toy/s0/lists/target_train_gt.txt \\
+        --backbone resnet10 --backbone-weights runs/toy_release/seed0/source/latest.pth \\
+        --min-area 30 --patch-size 64 128 --iterations 600 --lr 0.1
+    python seco_scc.py … --recipe paper --min-area 30 --scale 1 --iterations 600 --lr 0.05
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from util.connectivity import connectivities
+from util.labels import (
+    add_class_options,
+    check_files,
+    class_set,
+    read_label,
+    read_list,
+    write_label,
+    write_list,
+)
+from util.run import UserError, check_writable, run_main
+
+
+def planted(
+    label: np.ndarray, class_num: int, share: float, min_area: int, random: np.random.Generator
+) -> tuple[np.ndarray, int, int]:
+    """(the label map with noise, connectivities of at least min_area pixels, how many of them got a
+    wrong class).
+
+    Each such connectivity gets, with chance `share`, another class, uniformly over the others.
+    label: uint8 H x W.
+    """
+    noisy, large, wrong = label.copy(), 0, 0
+    for c in connectivities(label, range(class_num)):
+        if c.area >= min_area:
+            large += 1
+            if random.random() < share:
+                noisy[c.window][c.mask] = (c.class_id + random.integers(1, class_num)) % class_num
+                wrong += 1
+    return noisy, large, wrong
+
+
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--id-list-path", required=True, metavar="LIST", help="list of images and true labels"
+    )
+    parser.add_argument(
+        "--root-path",
+        type=Path,
+        default=Path("data"),
+        metavar="DIR",
+        help="folder that the list's paths start from (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--out-list", type=Path, required=True, metavar="LIST", help="list to write"
+    )
+    parser.add_argument(
+        "--exp", default="planted", help="the written labels' first folder (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--share",
+        type=float,
+        default=0.2,
+        help="of the connectivities that get a wrong class, 0 to 1 (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--min-area",
+        type=int,
+        default=20,
+        metavar="PIXELS",
+        help="smaller connectivities keep their class (default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    add_class_options(parser)
+    options = parser.parse_args(argv)
+    classes = class_set(options.class_num, options.stuff, options.things)
+    if not 0 <= options.share <= 1:
+        raise UserError(f"--share {options.share}: give a number from 0 to 1")
+    if classes.count < 2:
+        raise UserError(f"--class-num {classes.count}: a wrong class needs two classes or more")
+    rows = read_list(options.id_list_path)
+    if any(Path(row[1]).parts[0] == options.exp for row in rows):
+        raise UserError(f"--exp {options.exp}: is the folder of the true labels; give another name")
+    check_files(options.root_path, [row[1] for row in rows], options.id_list_path)
+    check_writable(options.root_path / options.exp)
+    random, large, wrong = np.random.default_rng(options.seed), 0, 0
+    written = [(image, f"{options.exp}/{label.partition('/')[2]}") for image, label in rows]
+    for (_, label), (_, target) in zip(tqdm(rows, desc="planting", unit="img"), written):
+        noisy, of_image, wrong_here = planted(
+            read_label(options.root_path / label, classes.count),
+            classes.count,
+            options.share,
+            options.min_area,
+            random,
+        )
+        write_label(options.root_path / target, noisy, classes.palette)
+        large, wrong = large + of_image, wrong + wrong_here
+    write_list(options.out_list, written)
+    print(
+        f"{wrong} of {large} connectivities of {options.min_area} pixels or more got a wrong class;"
+        f" list: {options.out_list}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))
