@@ -660,7 +660,8 @@ with process_group(device):
     trainer = t.Trainer(model, args, device, group, sampler.total)
     model.train = lambda mode=True: type(model).train(model, False)  # batch norm frozen
     model.eval()
-    values, _ = trainer.iteration(0, iter(batches(samples, sampler, 0, device)), sampler, step=False)
+    stream = iter(batches(samples, sampler, 0, device))
+    values, _ = trainer.iteration(0, stream, sampler, step=False)
     gradients = {{name: p.grad for name, p in model.named_parameters()}}
     del model.train
     model.train()
