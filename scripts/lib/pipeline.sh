@@ -111,6 +111,7 @@ report() {
     fi
     stage report "$OUT/results.md" from "$OUT"/seed*/stages/*.json -- \
         "$PYTHON" -m scripts.lib.report "$OUT" "${CLASSES[@]}"
+    stage page "$OUT/index.html" from "$OUT/results.md" "$OUT"/seed*/stages/*.json -- "$PYTHON" -m scripts.lib.page "$OUT"
     printf '\n'
     cat "$OUT/results.md"
     printf '\nThe same with pictures, in a browser: %s\n' "$OUT/index.html"
