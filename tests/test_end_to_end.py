@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from test_page import check_page
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("source", "pixel", "psa", "scc", "split_seco", "adapt_seco")
@@ -70,6 +71,7 @@ def test_tables_and_pictures(finished):
     assert {"side_by_side.png", "miou_curve.png"} <= pictures and any(
         p.startswith("scc_") for p in pictures
     )
+    check_page(finished / "index.html", "PSA + SCC", "SCC's page: seed0/scc", "manifest", "psa")
     costs = json.loads((finished / "results.json").read_text())["stages"]
     assert set(STAGES) <= set(costs) and all(
         cost["peak_memory_mb"] < 6000 for cost in costs.values()
@@ -92,18 +94,6 @@ def test_no_stage_but_evaluation_names_ground_truth_of_the_target(finished):
         assert not any(
             "target_train_gt" in word or "target_val" in word for word in without_validation
         )
-
-
-@pytest.mark.parametrize("arguments", [[], ["tiny"]])
-def test_ablation_needs_a_known_benchmark(arguments):
-    run = subprocess.run(
-        ["bash", str(ROOT / "scripts/ablation.sh"), *arguments], capture_output=True, text=True
-    )
-    assert (
-        run.returncode == 2
-        and run.stderr == "error: bash scripts/ablation.sh toy|camvid\n"
-        and not run.stdout
-    )
 
 
 @pytest.mark.slow

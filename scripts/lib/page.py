@@ -179,7 +179,8 @@ def write_page(run: Path) -> Path:
         with atomic_path(run / "results.md") as temporary:
             temporary.write_text(task_results(run), encoding="utf-8")
     records = stage_records(run)
-    parts = [f"<h1>SeCo: {html.escape(run.resolve().name)}</h1>"]
+    title = f"SeCo: {html.escape(run.resolve().name)}"
+    parts = [f"<h1>{title}</h1>"]
     for name in ("results.md", "sweep.md"):
         if (run / name).is_file():
             parts.append(html_of((run / name).read_text(encoding="utf-8")))
@@ -191,7 +192,7 @@ def write_page(run: Path) -> Path:
     with atomic_path(page) as temporary:
         temporary.write_text(
             '<!doctype html><html lang="en"><meta charset="utf-8">'
-            f'<meta name="viewport" content="width=device-width"><title>SeCo: {run.name}</title>'
+            f'<meta name="viewport" content="width=device-width"><title>{title}</title>'
             f"<style>{STYLE}</style><body>" + "\n".join(filter(None, parts)) + "</body></html>\n",
             encoding="utf-8",
         )

@@ -142,7 +142,8 @@ run_task() {
     labels="${EXP}_$SAM_TYPE$suffix"
     stage psa "$DATA_ROOT/$labels" "$SPLITS/$labels/train.txt" -- "${LAUNCH[@]}" seco_sam.py \
         --id-list-path "$SPLITS/$EXP/train.txt" --root-path "$DATA_ROOT" "${CLASSES[@]}" --sam-type "$SAM_TYPE" \
-        --sam-checkpoint "$SAM_CHECKPOINT" --recipe "$RECIPE" --vis 8 --device "$DEVICE"
+        --sam-checkpoint "$SAM_CHECKPOINT" --recipe "$RECIPE" --vis 8 --device "$DEVICE" \
+        ${CACHE[@]+"${CACHE[@]}"}
     if [ "$USE_SCC" = 1 ]; then
         before_scc="$labels" labels="${labels}_scc$suffix"
         stage scc "$DATA_ROOT/$labels" "$SPLITS/$labels/train.txt" -- "${LAUNCH[@]}" seco_scc.py \
@@ -179,21 +180,22 @@ rehearse() {
     DATA_ROOT="$OUT/inputs/data" CHECKPOINT="$OUT/inputs/model_iter020000.pth" SPLITS="$OUT/splits"
     SAM_TYPE=tiny SAM_CHECKPOINT=model/sam_tiny.pth BACKBONE_WEIGHTS=none SCC_WEIGHTS=none DEVICE=cpu GPUS=0
     local made scc=(--backbone resnet18 --iterations 4 --patch-size 64 128)
-    local adapt=(--backbone resnet18 --epochs 2 --global-batch 1 --crop-size 257 --eval-every 2 --min-kept 5000 --workers 0)
+    local adapt=(--backbone resnet18 --epochs 2 --global-batch 1 --crop-size 129 --eval-every 2 --min-kept 5000 --workers 0)
     say "rehearsal of $TITLE, smaller than the real run in:" \
-        "  data         4 + 1 toy scenes in the official layout (real: $IMAGES)" \
-        "  checkpoint   DT-ST's format, random backbone, fitted classifier; input 512x256 (real: ${TEST_SIZE[1]}x${TEST_SIZE[2]})" \
+        "  data         2 + 1 toy scenes, half of them labeled, in the official layout (real: $IMAGES)" \
+        "  checkpoint   DT-ST's format, random backbone, fitted classifier; input 256x128 (real: ${TEST_SIZE[1]}x${TEST_SIZE[2]})" \
         "  SAM          tiny (real: vit_h)" \
         "  SCC          ${scc[*]}, random weights" \
         "  UniMatch     ${adapt[*]}, random weights"
-    TEST_SIZE=(--test-size 512 256)
-    PREPARE=("${PREPARE[@]}" --expect 4 1)
+    TEST_SIZE=(--test-size 256 128)
+    PREPARE=("${PREPARE[@]}" --expect 2 1) LABELED_FRACTION=0.5
     SCC=("${SCC[@]}" "${scc[@]}")
     ADAPT=("${ADAPT[@]}" "${adapt[@]}")  # of an option given twice the later value counts
-    CROP=257
+    CROP=129
+    CACHE=(--proposal-cache "$OUT/inputs/proposals")  # a second rehearsal with other labels is quick
     case "$DATA" in cityscapes) made=(leftImg8bit gtFine) ;; *) made=(images labels) ;; esac
     stage inputs "${made[@]/#/$DATA_ROOT/}" "$CHECKPOINT" -- "$PYTHON" -m scripts.lib.rehearsal_data --layout "$DATA" \
-        "${CLASSES[@]}" --out "$OUT/inputs" --images 4 1
+        "${CLASSES[@]}" --out "$OUT/inputs" --images 2 1
 }
 
 # --------------------------------------------------------------------------------------------------------------- main
@@ -213,7 +215,7 @@ main() { # main ARGUMENT… of the script
     SPLITS="${SPLITS:-splits/$DATA}"
     preflight
     source scripts/lib/setup.sh
-    LAUNCH=("$PYTHON")
+    LAUNCH=("$PYTHON") CACHE=()
     if [ "$REHEARSE" = 1 ]; then
         OUT="${OUT:-runs/rehearse/$TASK}" STAGES="${OUT:-runs/rehearse/$TASK}/stages"
         rehearse
