@@ -175,9 +175,11 @@ def rehearse(task, out):
             label.shape == ((1024, 2048) if data == "cityscapes" else (720, 1280))
             for label in labels
         )
-        assert len(np.unique(np.concatenate([label.ravel() for label in labels]))) > 3, exp
+        # SCC, trained for four iterations, keeps little.
+        least = 3 if exp.endswith("scc") else 5
+        assert len(np.unique(np.concatenate([label.ravel() for label in labels]))) >= least, exp
     split = [
-        read_list(lists / f"{experiment}_tiny_scc" / name)
+        read_list(lists / f"{experiment}_tiny_scc" / name, (1, 2))
         for name in ("labeled.txt", "unlabeled.txt")
     ]
     assert {row[0] for rows in split for row in rows} == images and all(split)
