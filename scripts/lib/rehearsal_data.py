@@ -13,7 +13,7 @@ Outputs  <out>/data     cityscapes: leftImg8bit/{train,val}/<city>/*_leftImg8bit
     python -m scripts.lib.rehearsal_data --layout cityscapes --class-num 19 \\
         --out runs/rehearse/gta2cs/inputs
 
-What is there is kept, so a stopped rehearsal goes on. Copied away, this file needs dataset/toy.py,
+What is there is kept, so a stopped rehearsal goes on. Copied away, this file needs dataset/toy/,
 model/, util/ and scripts/prepare_data.py.
 """
 
