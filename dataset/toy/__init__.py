@@ -19,6 +19,8 @@ Same bytes everywhere: all random numbers come from numpy's PCG64; shapes are fi
 integer coordinates at twice the size; noise is random bytes enlarged by Pillow's fixed-point
 resampling; what follows is float32 arithmetic of single operations (+, -, x, comparisons), whose
 results IEEE 754 fixes, and rounding. No sine, no matrix product.
+
+Needs when copied away: dataset/toy/, util/{labels,run,pictures}.py.
 """
 
 from dataset.toy.data_set import FIRST_FREE_SEED, SPLITS, make_toy, scene_seed

@@ -1,8 +1,4 @@
-"""The benchmark's files: images, ground truth and lists of the scenes of a data seed.
-
-Needs when copied away: dataset/toy/{objects,street}.py, util/{labels,run}.py and, for --preview,
-util/pictures.py.
-"""
+"""The benchmark's files: images, ground truth and lists of the scenes of a data seed."""
 
 from __future__ import annotations
 

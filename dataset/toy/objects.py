@@ -1,7 +1,5 @@
 """What the scenes are made of: the classes' colours, a painter that draws picture, labels and
 segments at once, and the objects of a street.
-
-Needs when copied away: nothing of the kit.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""A whole scene: the street, what lines it, what stands and drives there, and the style's light.
-
-Needs when copied away: dataset/toy/objects.py.
-"""
+"""A whole scene: the street, what lines it, what stands and drives there, and the style's light."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@
 #
 # Looked at in this order: $PYTHON, the active environment's python, .venv of this repository. If none will do, .venv is
 # made and the packages are installed into it, once: about 6 GB and two to five minutes for the stock torch builds.
+# Newer versions than those that made the tables may be installed; requirements-lock.txt has those, and says how to get them.
 
 setup_repo="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 setup_files=("$setup_repo/requirements.txt")
