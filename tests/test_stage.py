@@ -75,7 +75,9 @@ def line(folder: Path, psa: str = "s", scc: str = "t") -> int:
     ):
         words = command(folder, given, out, setting, *more)
         made = [f"{folder}/{out}", f"{folder}/lists/{out}.txt"]
-        if code := stage.main([f"{folder}/stages", name, *made, "from", *more, "--", *words]):
+        if code := stage.main(
+            [f"{folder}", f"{folder}/stages", name, *made, "from", *more, "--", *words]
+        ):
             return code
     return 0
 

@@ -78,12 +78,10 @@ def stage_records(run: Path) -> dict[str, dict]:
     return {name: record for name, record in records.items() if record.get("done")}
 
 
-def made_files(run: Path, name: str, record: dict) -> list[Path]:
-    """The files that a stage has made; records name them from their run's folder on."""
-    folder = (run / name).parent
+def made_files(run: Path, record: dict) -> list[Path]:
+    """The files that a stage has made; records name those in the run's folder `@/…`."""
     return [
-        folder / path[2:] if path.startswith("@/") else Path(path)
-        for path in record.get("made", {})
+        run / path[2:] if path.startswith("@/") else Path(path) for path in record.get("made", {})
     ]
 
 
@@ -109,7 +107,7 @@ def pictures(run: Path, records: dict[str, dict]) -> str:
     ]
     for name, record in records.items():
         if name in ("psa", "psa_paper", "seed0/psa", "seed0/psa_paper"):
-            panels = [path for path in made_files(run, name, record) if path.parent.name == "vis"]
+            panels = [path for path in made_files(run, record) if path.parent.name == "vis"]
             parts += [
                 figure(p, run, f"PSA: {p.parents[1].name}, {p.stem}") for p in panels[:PSA_PANELS]
             ]
@@ -120,7 +118,7 @@ def links(run: Path, records: dict[str, dict]) -> str:
     """SCC's own pages, and the folders of the trainings."""
     items = []
     for name, record in records.items():
-        for path in made_files(run, name, record):
+        for path in made_files(run, record):
             text = {"index.html": "SCC's page", "train.log": "training log"}.get(path.name)
             if text:
                 items.append(
@@ -141,7 +139,7 @@ def provenance(run: Path, records: dict[str, dict]) -> str:
     parts = [
         details(name, json.dumps(read_json(path), indent=1))
         for name, record in records.items()
-        for path in made_files(run, name, record)
+        for path in made_files(run, record)
         if path.name == "manifest.json" and path.is_file()
     ]
     return text + ("<h2>Manifests</h2>" + "".join(parts) if parts else "")

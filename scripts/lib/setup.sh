@@ -85,5 +85,5 @@ if ! setup_find; then
 fi
 export PYTHON
 
-# stage NAME OUTPUT… [from INPUT…] -- COMMAND…: run a command unless it is done (scripts/lib/stage.py). Records: $STAGES.
-stage() { "$PYTHON" -m scripts.lib.stage "$STAGES" "$@"; }
+# stage NAME OUTPUT… [from INPUT…] -- COMMAND…: run a command unless it is done (scripts/lib/stage.py). Records: $STAGES in $OUT.
+stage() { "$PYTHON" -m scripts.lib.stage "$OUT" "$STAGES" "$@"; }

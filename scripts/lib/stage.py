@@ -1,9 +1,9 @@
 """Runs one stage of a pipeline, unless it is done.
 
-    python -m scripts.lib.stage runs/toy/seed0/stages psa runs/toy/seed0/pix_tiny -- \\
+    python -m scripts.lib.stage runs/toy runs/toy/seed0/stages psa runs/toy/seed0/pix_tiny -- \\
         python seco_sam.py --id-list-path …
 
-Arguments  the folder of the records, whose parent is the folder of the run; the stage's name;
+Arguments  the folder of the run; the folder of the records in it; the stage's name;
            OUTPUT…       what the command makes: folders that are its own, and files
            from INPUT…   optional: files and folders that it reads and does not name
            -- COMMAND…
@@ -249,19 +249,20 @@ def execute(path: Path, record: dict, command: list[str]) -> int:
     return code if code >= 0 else 128 - code
 
 
-def parse_args(argv: list[str]) -> tuple[Path, str, list[str], list[str], list[str]]:
-    """(folder, name, outputs, inputs beside the command's, command)."""
+def parse_args(argv: list[str]) -> tuple[Path, Path, str, list[str], list[str], list[str]]:
+    """(run, folder of records, name, outputs, inputs beside the command's, command)."""
     before, command = argv[: argv.index("--")], argv[argv.index("--") + 1 :]
-    folder, name, *outputs = before
+    run, folder, name, *outputs = before
     more: list[str] = []
     if "from" in outputs:
         outputs, more = outputs[: outputs.index("from")], outputs[outputs.index("from") + 1 :]
-    return Path(folder), name, [os.path.normpath(output) for output in outputs], more, command
+    outputs = [os.path.normpath(output) for output in outputs]
+    return Path(run), Path(folder), name, outputs, more, command
 
 
 def main(argv: list[str] | None = None) -> int:
-    folder, name, outputs, more, command = parse_args(sys.argv[1:] if argv is None else argv)
-    path, run, digests = folder / f"{name}.json", folder.parent, Digests(folder / "digests")
+    run, folder, name, outputs, more, command = parse_args(sys.argv[1:] if argv is None else argv)
+    path, digests = folder / f"{name}.json", Digests(folder / "digests")
     record, asked = read_json(path), identity(command, run)
     given = inputs_of(command, outputs, more, run, digests)
     reason, all_new, changed = state(record, asked, given, run, digests)
