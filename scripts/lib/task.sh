@@ -179,8 +179,8 @@ run_task() {
 rehearse() {
     DATA_ROOT="$OUT/inputs/data" CHECKPOINT="$OUT/inputs/model_iter020000.pth" SPLITS="$OUT/splits"
     SAM_TYPE=tiny SAM_CHECKPOINT=model/sam_tiny.pth BACKBONE_WEIGHTS=none SCC_WEIGHTS=none DEVICE=cpu GPUS=0
-    local made scc=(--backbone resnet18 --iterations 4 --patch-size 64 128)
-    local adapt=(--backbone resnet18 --epochs 2 --global-batch 1 --crop-size 129 --eval-every 2 --min-kept 5000 --workers 0)
+    local made scc=(--backbone resnet10 --iterations 4 --patch-size 64 128)
+    local adapt=(--backbone resnet10 --epochs 2 --global-batch 1 --crop-size 129 --eval-every 2 --min-kept 5000 --workers 0)
     say "rehearsal of $TITLE, smaller than the real run in:" \
         "  data         2 + 1 toy scenes, half of them labeled, in the official layout (real: $IMAGES)" \
         "  checkpoint   DT-ST's format, random backbone, fitted classifier; input 256x128 (real: ${TEST_SIZE[1]}x${TEST_SIZE[2]})" \
