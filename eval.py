@@ -47,7 +47,6 @@ from util.labels import (
     IDS_16_IN_19,
     IGNORE,
     ClassSet,
-    add_class_options,
     check_files,
     class_set,
     read_image,
@@ -55,10 +54,10 @@ from util.labels import (
     read_list,
 )
 from util.metrics import confusion_matrix, summary
+from util.options import add_class_options, add_run_options
 from util.pictures import confusion_picture, save_picture
 from util.run import (
     UserError,
-    add_run_options,
     atomic_path,
     check_writable,
     exact_mode,

@@ -52,8 +52,6 @@ from util.connectivity import Connectivity, connectivities
 from util.labels import (
     IGNORE,
     ClassSet,
-    add_class_options,
-    add_list_options,
     check_files,
     class_set,
     image_size,
@@ -65,10 +63,10 @@ from util.labels import (
     write_label,
     write_list,
 )
+from util.options import add_class_options, add_list_options, add_run_options
 from util.pictures import COLOURS, colour_label, contact_sheet, overlay, save_picture
 from util.run import (
     UserError,
-    add_run_options,
     atomic_path,
     check_settings,
     check_writable,

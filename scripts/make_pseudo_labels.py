@@ -49,7 +49,6 @@ from tqdm import tqdm
 
 from util.labels import (
     IGNORE,
-    add_class_options,
     check_files,
     class_set,
     image_size,
@@ -58,10 +57,10 @@ from util.labels import (
     write_label,
     write_list,
 )
+from util.options import add_class_options, add_run_options
 from util.pictures import colour_label, contact_sheet, save_picture
 from util.run import (
     UserError,
-    add_run_options,
     atomic_path,
     check_settings,
     check_writable,

@@ -31,10 +31,10 @@ from model.sam_fast import FastSam, ProposalSettings
 from seco_sam import aggregate
 from tests.oracle_psa import oracle_psa
 from util.labels import CITYSCAPES_19, IGNORE
+from util.options import add_run_options
 from util.run import (
     Stopwatch,
     UserError,
-    add_run_options,
     exact_mode,
     peak_memory_mb,
     run_main,

@@ -41,7 +41,8 @@ from scripts.dev.train_sam_tiny import (
     stuff_components,
 )
 from util.labels import CITYSCAPES_19
-from util.run import UserError, add_run_options, run_main, select_device, write_json
+from util.options import add_run_options
+from util.run import UserError, run_main, select_device, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 

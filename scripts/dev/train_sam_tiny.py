@@ -64,9 +64,9 @@ from model.checkpoint import load_exactly, read_checkpoint, state_dict_in
 from model.sam import TINY_CHECKPOINT, TINY_PE_FREQUENCIES, build_sam_tiny, pixels_to_tokens
 from util.connectivity import connectivities
 from util.labels import CITYSCAPES_19
+from util.options import add_run_options
 from util.run import (
     UserError,
-    add_run_options,
     atomic_path,
     check_writable,
     manifest,

@@ -15,7 +15,8 @@ import statistics
 import sys
 from pathlib import Path
 
-from util.labels import add_class_options, class_set, read_image, read_label, read_list
+from util.labels import class_set, read_image, read_label, read_list
+from util.options import add_class_options
 from util.pictures import bar_chart, colour_label, contact_sheet, line_chart, save_picture
 from util.run import UserError, read_json, run_main, write_json
 
