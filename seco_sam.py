@@ -828,7 +828,7 @@ def main(argv=None) -> None:
             | {
                 "manifest": manifest(
                     vars(options),
-                    {"list": options.id_list_path, "sam": sam.files[-1]},
+                    {"list": options.id_list_path, "sam": sam.files[0]},
                 )
             },
         )

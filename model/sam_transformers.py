@@ -44,7 +44,7 @@ SETTINGS = {
     "sam3_video": SAM2_SETTINGS,
 }
 HUB = "https://huggingface.co/"
-PATTERNS = ("config.json", "p*processor_config.json", "*.safetensors", "*.safetensors.index.json")
+PATTERNS = ("*.safetensors", "*.safetensors.index.json", "config.json", "p*processor_config.json")
 
 
 class TransformersSam(Segmenter):
@@ -179,7 +179,7 @@ def load_transformers(
             processor = transformers.AutoImageProcessor.from_pretrained(
                 folder, local_files_only=True
             )
-        except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
+        except Exception as error:  # a folder can be wrong in more ways than errors have names
             raise UserError(
                 f"{folder}: {str(error).strip().splitlines()[0][:200]}; give the folder of a model"
                 " as the Hub has it"
@@ -191,7 +191,7 @@ def load_transformers(
             f" {len(lacking) - 1} more are absent or of another shape); download it again"
         )
     sam = TransformersSam(model.eval().to(device), processor, SETTINGS[family], prompt_batch, amp)
-    sam.files = sorted({path for pattern in PATTERNS for path in folder.glob(pattern)})
+    sam.files = [path for pattern in PATTERNS for path in sorted(folder.glob(pattern))]
     return sam
 
 
