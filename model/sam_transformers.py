@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -44,6 +45,7 @@ SETTINGS = {
     "sam3_video": SAM2_SETTINGS,
 }
 HUB = "https://huggingface.co/"
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # owner/model
 PATTERNS = ("*.safetensors", "*.safetensors.index.json", "config.json", "p*processor_config.json")
 
 
@@ -134,11 +136,6 @@ def model_folder(sam_type: str, checkpoint: str | Path | None) -> Path:
         return Path(checkpoint)
     if Path(sam_type).is_dir():
         return Path(sam_type)
-    if sam_type.count("/") != 1 or sam_type.startswith((".", "/")):
-        raise UserError(
-            f"--sam-type {sam_type}: neither vit_h, vit_l, vit_b, vit_t or tiny, nor a model on the"
-            " Hugging Face Hub such as facebook/sam2.1-hiera-large, nor a folder that is there"
-        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError
 
@@ -162,6 +159,11 @@ def load_transformers(
     amp: bool = False,
 ) -> TransformersSam:
     """See `model.sam.load_segmenter`. Weights are read as float32."""
+    if not (checkpoint or Path(sam_type).is_dir() or HUB_NAME.fullmatch(sam_type)):
+        raise UserError(
+            f"--sam-type {sam_type}: neither vit_h, vit_l, vit_b, vit_t or tiny, nor a model on the"
+            " Hugging Face Hub such as facebook/sam2.1-hiera-large, nor a folder that is there"
+        )
     try:
         import transformers
     except ImportError as error:

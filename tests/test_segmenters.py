@@ -475,6 +475,7 @@ def test_absent_packages_say_what_to_install(monkeypatch, tmp_path):
     line = said(load_segmenter, "vit_t", tmp_path / "mobile_sam.pt")
     assert "pip install mobilesam-mirror timm" in line
     assert 'pip install "transformers>=5"' in said(load_segmenter, "facebook/sam2.1-hiera-large")
+    assert "nor a folder that is there" in said(load_segmenter, "vit_x")
 
 
 def test_absent_weights_say_where_to_get_them(monkeypatch, tmp_path):
