@@ -72,8 +72,8 @@ class TransformersSam(Segmenter):
         """See `Segmenter.encode`. SAM and SAM-HQ pad an image to a square, the others stretch it to
         one.
         """
-        inputs = self.image_processor(
-            images=image, input_data_format="channels_last", return_tensors="pt"
+        inputs = self.image_processor(  # which warns of arrays that are read-only
+            images=image.copy(), input_data_format="channels_last", return_tensors="pt"
         )
         pixels = inputs["pixel_values"].to(self.device)
         self.square = tuple(pixels.shape[-2:])
