@@ -13,15 +13,9 @@ from segment_anything.modeling import MaskDecoder
 
 from dataset.toy import draw_scene
 from model import sam as model_sam
-from model.sam import (
-    OFFICIAL_CHECKPOINTS,
-    TINY_CHECKPOINT,
-    build_sam,
-    build_sam_tiny,
-    occupied_extent,
-    pixels_to_tokens,
-    tokens_to_pixels,
-)
+from model.sam import OFFICIAL_CHECKPOINTS, build_sam
+from model.sam_decoder import pixels_to_tokens, tokens_to_pixels
+from model.sam_tiny import TINY_CHECKPOINT, build_sam_tiny, occupied_extent
 from scripts.dev import eval_sam_tiny, train_sam_tiny
 from util.run import UserError
 
@@ -503,7 +497,7 @@ def test_bad_checkpoints(tmp_path, monkeypatch):
         ("tiny", "cut.pth", "cut short or no PyTorch"),
         ("tiny", "object.pth", "cut short or no PyTorch"),
         ("tiny", "missing.pth", "no such file"),
-        ("vit_x", "b.pth", "choose one of vit_h, vit_l, vit_b, tiny"),
+        ("vit_x", "b.pth", "choose one of vit_h, vit_l, vit_b, vit_t, tiny"),
     ]
     for sam_type, name, message in cases:
         with pytest.raises(UserError) as error:

@@ -30,7 +30,8 @@ from segment_anything import SamAutomaticMaskGenerator, SamPredictor
 from tqdm import tqdm
 
 from dataset.toy import draw_scene
-from model.sam import TINY_CHECKPOINT, build_sam
+from model.sam import build_sam
+from model.sam_tiny import TINY_CHECKPOINT
 from scripts.dev.train_sam_tiny import (
     HEIGHT,
     MIN_AREA,

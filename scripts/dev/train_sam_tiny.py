@@ -61,7 +61,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from model.checkpoint import load_exactly, read_checkpoint, state_dict_in
-from model.sam import TINY_CHECKPOINT, TINY_PE_FREQUENCIES, build_sam_tiny, pixels_to_tokens
+from model.sam_decoder import pixels_to_tokens
+from model.sam_tiny import TINY_CHECKPOINT, TINY_PE_FREQUENCIES, build_sam_tiny
 from util.connectivity import connectivities
 from util.labels import CITYSCAPES_19
 from util.options import add_run_options
