@@ -595,11 +595,7 @@ def summary_of(rows, source: Source, settings: dict, counts: dict, thresholds, n
 # --------------------------------------------------------------------------------------------- main
 
 
-def parse_options(argv) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_list_options(parser, "perhaps labels, which are not read")
+def add_source_options(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--checkpoint",
@@ -613,6 +609,22 @@ def parse_options(argv) -> argparse.Namespace:
         metavar="FOLDER",
         help="K x H x W probability arrays, .npy or .npz",
     )
+    parser.add_argument(
+        "--test-size",
+        type=int,
+        nargs=2,
+        metavar=("W", "H"),
+        help="the network's input size in pixels (default: that of its format; DT-ST 1536x768 "
+        "with 19 classes, 1280x640 with 16; ProDA 2048x1024; others the image's own)",
+    )
+
+
+def parse_options(argv) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_list_options(parser, "perhaps labels, which are not read")
+    add_source_options(parser)
     parser.add_argument(
         "--exp", required=True, help="name of the experiment: the labels' first folder"
     )
@@ -650,14 +662,6 @@ def parse_options(argv) -> argparse.Namespace:
         default="full",
         help="full: every pixel is ranked and kept or not; dtst: every fourth in each direction, "
         "which decides on a block of 4x4, as DT-ST has it (default: full)",
-    )
-    parser.add_argument(
-        "--test-size",
-        type=int,
-        nargs=2,
-        metavar=("W", "H"),
-        help="the network's input size in pixels (default: that of its format; DT-ST 1536x768 "
-        "with 19 classes, 1280x640 with 16; ProDA 2048x1024; others the image's own)",
     )
     parser.add_argument(
         "--vis", type=int, default=4, metavar="N", help="images in overview.png (default: 4)"
