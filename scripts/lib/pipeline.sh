@@ -90,7 +90,7 @@ run_seed() {
         "${CLASSES[@]}" "${SOURCE[@]}" --seed "$SEED" --save-path "$W/source"
     validate before "$W/source/latest.pth"
 
-    stage pixel "$PYTHON" -m scripts.make_pseudo_labels --image-list "$(target_list)" --root-path "$W" \
+    stage pixel "$PYTHON" -m scripts.make_pseudo_labels --id-list-path "$(target_list)" --root-path "$W" \
         --checkpoint "$W/source/latest.pth" --exp pix --out-list "$W/splits/pix/all.txt" "${CLASSES[@]}" "${PIXEL[@]}"
     quality pixel "$W/splits/pix/all.txt"
 

@@ -118,7 +118,7 @@ before() {
         say "== before: skipped, PROBABILITIES has no arrays of the validation set; evaluate that model where it comes from"
         return
     fi
-    stage before_labels "$PYTHON" -m scripts.make_pseudo_labels --image-list "$VAL_LIST" --root-path "$DATA_ROOT" \
+    stage before_labels "$PYTHON" -m scripts.make_pseudo_labels --id-list-path "$VAL_LIST" --root-path "$DATA_ROOT" \
         "${CLASSES[@]}" --checkpoint "$CHECKPOINT" --exp "${EXP}_before" --top-p 1 "${TEST_SIZE[@]}" \
         --out-list "$SPLITS/${EXP}_before/val.txt" --device "$DEVICE"
     stage before "$PYTHON" eval.py --labels "$SPLITS/${EXP}_before/val.txt" --id-list-path "$VAL_LIST" \
@@ -132,7 +132,7 @@ run_task() {
 
     stage data "$PYTHON" -m scripts.prepare_data "${PREPARE[@]}" --root "$DATA_ROOT" --lists "$SPLITS"
     before
-    stage pixel "${LAUNCH[@]}" -m scripts.make_pseudo_labels --image-list "$TRAIN_LIST" --root-path "$DATA_ROOT" \
+    stage pixel "${LAUNCH[@]}" -m scripts.make_pseudo_labels --id-list-path "$TRAIN_LIST" --root-path "$DATA_ROOT" \
         "${CLASSES[@]}" "${source[@]}" --exp "$EXP" --preset dtst "${TEST_SIZE[@]}" --top-p "$TOP_P" \
         --out-list "$SPLITS/$EXP/train.txt" --device "$DEVICE"
     stage psa "${LAUNCH[@]}" seco_sam.py --id-list-path "$SPLITS/$EXP/train.txt" --root-path "$DATA_ROOT" \
