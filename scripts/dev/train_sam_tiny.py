@@ -40,6 +40,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import hashlib
 import json
 import os
 import sys
@@ -54,6 +55,7 @@ os.environ.setdefault(
 )  # spinning threads starve each other on a shared machine
 import numpy as np
 import torch
+from PIL import Image
 from scipy import ndimage
 from segment_anything.modeling import PromptEncoder
 from torch import Tensor, nn
@@ -63,7 +65,16 @@ from tqdm import tqdm
 from model.checkpoint import load_exactly, read_checkpoint, state_dict_in
 from model.sam import TINY_CHECKPOINT, TINY_PE_FREQUENCIES, build_sam_tiny, pixels_to_tokens
 from util.connectivity import connectivities
-from util.labels import CITYSCAPES_19
+from util.labels import (
+    CITYSCAPES_19,
+    ClassSet,
+    add_class_options,
+    check_files,
+    class_set,
+    read_label,
+    read_list,
+    read_picture,
+)
 from util.run import (
     UserError,
     add_run_options,
@@ -93,20 +104,27 @@ IOU_POINTS = 224  # random points of a scene whose masks the IoU head is fitted 
 IOU_EXPECTILE = (
     0.95  # held-out drawings: proposals above 0.88 have mean IoU 0.94 (0.967 without the fit)
 )
+PHOTO_ZOOM = 1.6  # windows show the whole photograph down to 1 / 1.6 of its sides
+DRAWING_SHARE = 0.25  # of a step's images, with photographs: enough to forget none
+VOID = -1  # in segment maps: pixels without a label, or in a component of under MIN_AREA pixels
 IOU_EPOCHS, IOU_BATCH, IOU_RATE = 8, 256, 1e-3
 
 
 # --------------------------------------------------------------------------------------------- pool
 
 
-def segment_table(segment: np.ndarray, label: np.ndarray) -> np.ndarray:
-    """Rows (id, area, y0, y1, x0, x1, is_thing) of a segment map [H, W], boxes half open, int32."""
+def segment_table(
+    segment: np.ndarray, label: np.ndarray, stuff: tuple[int, ...] = CITYSCAPES_19.stuff
+) -> np.ndarray:
+    """Rows (id, area, y0, y1, x0, x1, is_thing) of a segment map [H, W], boxes half open, int32;
+    none for VOID.
+    """
     rows = []
     for index, where in enumerate(ndimage.find_objects(segment + 1)):
         if where is None:
             continue
         inside = segment[where] == index
-        is_thing = int(label[where][inside][0]) not in CITYSCAPES_19.stuff
+        is_thing = int(label[where][inside][0]) not in stuff
         rows.append(
             (
                 index,
@@ -199,16 +217,92 @@ def draw_pool_scene(index: int, style: str):
     )
 
 
-def load_pool(folder: Path, style: str, scenes: int, processes: int):
-    """Memory-mapped arrays of the pool, drawn first where `folder` lacks them: images [S, H, W, 3]
-    uint8, segments and stuff components [S, H, W] int16, and a list of segment tables.
+@dataclass(frozen=True)
+class Photographs:
+    """Photographs with labels: rows (image, label) relative to `root`, their class set, and the
+    size (height, width) of the windows: WIDTH pixels on the long side, as SAM sees the whole
+    photograph, the other side in proportion, a multiple of 32.
     """
-    folder = folder / f"{style}_{scenes}"
+
+    root: Path
+    rows: tuple[tuple[str, str], ...]
+    classes: ClassSet
+    size: tuple[int, int]
+
+
+def read_photographs(list_path: Path, root: Path, classes: ClassSet) -> Photographs:
+    """The photographs that a list names; the first one's shape decides the windows' size."""
+    rows = tuple(read_list(list_path, columns=2))
+    check_files(root, [name for row in rows for name in row], list_path)
+    width, height = read_picture(root / rows[0][0]).size
+    short = max(32, round(WIDTH * min(width, height) / max(width, height) / 32) * 32)
+    size = (short, WIDTH) if width >= height else (WIDTH, short)
+    return Photographs(root, rows, classes, size)
+
+
+def labeled_components(label: np.ndarray, classes: ClassSet) -> np.ndarray:
+    """8-connected components of every class as segments [H, W] int32, ids from 0; VOID where there
+    is no label and on components of under MIN_AREA pixels.
+    """
+    segment, number = np.full(label.shape, VOID, np.int32), 0
+    for connectivity in connectivities(label, range(classes.count)):
+        if connectivity.area >= MIN_AREA:
+            segment[connectivity.window][connectivity.mask] = number
+            number += 1
+    return segment
+
+
+def day_to_dusk(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
+    """The photograph [H, W, 3] uint8 in another light: contrast, gamma, brightness, colour cast,
+    blur and noise.
+    """
+    x = image.astype(np.float32) / 255
+    x = np.clip((x - x.mean()) * rng.uniform(0.6, 1.2) + x.mean(), 0, 1)
+    x = x ** np.exp(rng.uniform(np.log(0.6), np.log(3)))
+    x = x * rng.uniform(0.35, 1.15) * rng.uniform(0.85, 1.15, 3).astype(np.float32)
+    if rng.random() < 0.3:
+        x = ndimage.gaussian_filter(x, (*[rng.uniform(0.3, 1.2)] * 2, 0))
+    x = x + rng.normal(0, rng.uniform(0, 0.03), x.shape)
+    return (x.clip(0, 1) * 255).round().astype(np.uint8)
+
+
+def draw_photo_window(index: int, photographs: Photographs):
+    """Window `index` of the pool: a random part of a random photograph in a random light; as
+    `draw_pool_scene`. Stuff has no second, larger answer here: its components are 0.
+    """
+    rng, (height, width) = np.random.default_rng((FIRST_TRAIN_SEED, index)), photographs.size
+    for _ in range(100):
+        image_path, label_path = photographs.rows[rng.integers(len(photographs.rows))]
+        image = read_picture(photographs.root / image_path)
+        label = read_label(photographs.root / label_path, photographs.classes.count)
+        zoom = np.exp(rng.uniform(0, np.log(PHOTO_ZOOM)))
+        scale = zoom * max(width / image.width, height / image.height)
+        w, h = width / scale, height / scale
+        x, y = rng.uniform(0, 1, 2) * [image.width - w, image.height - h]
+        box = (x, y, min(x + w, image.width), min(y + h, image.height))
+        picture = image.resize((width, height), Image.Resampling.BILINEAR, box)
+        label = np.asarray(
+            Image.fromarray(label).resize((width, height), Image.Resampling.NEAREST, box)
+        )
+        segment = labeled_components(label, photographs.classes)
+        if (segment >= 0).any():
+            table = segment_table(segment, label, photographs.classes.stuff)
+            image = day_to_dusk(rng, np.asarray(picture))
+            return image, segment.astype(np.int16), np.zeros_like(segment, np.int16), table
+    raise UserError(
+        f"{photographs.root / label_path}: no label of 100 windows has {MIN_AREA} labeled pixels "
+        "in one piece; give labels of train IDs"
+    )
+
+
+def load_pool(folder: Path, draw, scenes: int, processes: int):
+    """Memory-mapped arrays of a pool, made first by `draw(index)` where `folder` lacks them: images
+    [S, H, W, 3] uint8, segments and stuff components [S, H, W] int16, and a list of segment tables.
+    """
     names = [folder / f"{name}.npy" for name in ("image", "segment", "component", "table")]
     if not names[-1].is_file():  # the table is written last
         check_writable(folder)
         with Pool(processes) as workers:
-            draw = partial(draw_pool_scene, style=style)
             drawn = list(tqdm(workers.imap(draw, range(scenes), chunksize=8), "scenes", scenes))
         image, segment, component, tables = zip(*drawn)
         table = np.concatenate(
@@ -223,6 +317,26 @@ def load_pool(folder: Path, style: str, scenes: int, processes: int):
     table = np.load(names[3])
     tables = np.split(table[:, 1:], np.flatnonzero(np.diff(table[:, 0])) + 1)
     return image, segment, component, tables
+
+
+def load_pools(args) -> dict:
+    """The pools of a training: "drawing", and "photo" if --photos is given. A pool of photographs
+    is named by its list's content, so that another list makes another pool.
+    """
+    draw = partial(draw_pool_scene, style=args.style)
+    folder = args.pool / f"{args.style}_{args.scenes}"
+    pools = {"drawing": load_pool(folder, draw, args.scenes, args.threads)}
+    if args.photos:
+        classes = class_set(args.class_num, args.stuff, args.things)
+        photographs = read_photographs(args.photos, args.root_path, classes)
+        digest = hashlib.sha256(repr(photographs).encode()).hexdigest()[:12]
+        pools["photo"] = load_pool(
+            args.pool / f"photos_{digest}_{args.scenes}",
+            partial(draw_photo_window, photographs=photographs),
+            args.scenes,
+            args.threads,
+        )
+    return pools
 
 
 # ------------------------------------------------------------------------------------------ prompts
@@ -245,11 +359,18 @@ class Prompts:
     alternatives: np.ndarray
 
 
-def imperfect_box(rng: np.random.Generator, mask: np.ndarray, corner: tuple[int, int], count: int):
+def imperfect_box(
+    rng: np.random.Generator,
+    mask: np.ndarray,
+    corner: tuple[int, int],
+    count: int,
+    size: tuple[int, int] = (HEIGHT, WIDTH),
+):
     """A box (x0, y0, x1, y1), `count` points as PSA derives them from a noisy, partial
     connectivity, and whether it is one of a fragment.
 
-    mask: the object inside its own bounding box; corner: (y0, x0) of that box in the image. With
+    mask: the object inside its own bounding box; corner: (y0, x0) of that box in the image, whose
+    (height, width) is `size`. With
     chance 0.45 only a fragment of the object was labeled; the points lie in it. The box around it
     grows by u * area / perimeter with u = 1.25 (half of the time; the released recipe: up to 2.6
     times the area), between 0 and 1.25 (a quarter) or 0, and its sides move a little; one in seven
@@ -282,7 +403,7 @@ def imperfect_box(rng: np.random.Generator, mask: np.ndarray, corner: tuple[int,
         sides[side] += (-1 if side < 2 else 1) * rng.uniform(0.1, 0.6) * (w, h)[side % 2]
     box = np.array([x0 + corner[1], y0 + corner[0], x1 - 1 + corner[1], y1 - 1 + corner[0]]) + sides
     box[:2], box[2:] = np.floor(box[:2]), np.ceil(box[2:])
-    return np.clip(box, 0, [WIDTH - 1, HEIGHT - 1] * 2), points, fragment
+    return np.clip(box, 0, [size[1] - 1, size[0] - 1] * 2), points, fragment
 
 
 def box_target(mask: np.ndarray, box: np.ndarray, fragment: bool, is_thing: bool) -> np.ndarray:
@@ -303,7 +424,7 @@ def sample_prompts(
 ) -> Prompts:
     """Random prompts for one scene: 70 % of the boxes on things; half of the single points uniform
     over the image as the automatic mask generator's grid is, 30 % uniform over the stuff segments,
-    the others over all segments.
+    the others over all segments. None is on VOID.
     """
     table = table[table[:, 1] >= MIN_AREA]
     things, stuff = table[table[:, 6] == 1], table[table[:, 6] == 0]
@@ -318,7 +439,7 @@ def sample_prompts(
         for _ in range(count):
             index, _, y0, y1, x0, x1, is_thing = pick()
             box, point, fragment = imperfect_box(
-                rng, segment[y0:y1, x0:x1] == index, (y0, x0), g + 1
+                rng, segment[y0:y1, x0:x1] == index, (y0, x0), g + 1, segment.shape
             )
             drawn.append((box, point, box_target(segment == index, box, fragment, bool(is_thing))))
         b, p, t = zip(*drawn)
@@ -328,7 +449,9 @@ def sample_prompts(
     for _ in range(POINT_PROMPTS):
         kind = rng.random()
         if kind < 0.5:
-            y, x = int(rng.integers(HEIGHT)), int(rng.integers(WIDTH))
+            y, x = rng.integers(segment.shape)
+            while segment[y, x] == VOID:
+                y, x = rng.integers(segment.shape)
         else:
             rows = stuff if kind < 0.8 and len(stuff) else table
             index, _, y0, y1, x0, x1, _ = rows[rng.integers(len(rows))]
@@ -346,15 +469,21 @@ def sample_prompts(
 
 def dense_targets(
     segment: np.ndarray, table: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What the auxiliary head learns: segment edges at half resolution [H/2, W/2] bool; for the
-    segment at every token's centre its id [H/8, W/8] and log(1 + d / 8) of the distances d to its
-    box's four sides [H/8, W/8, 4].
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """What the auxiliary head learns: segment edges at half resolution [H/2, W/2] bool and where
+    they are known, not touching VOID [H/2, W/2] bool; for the segment at every token's centre its
+    id [H/8, W/8] and log(1 + d / 8) of the distances d to its box's four sides [H/8, W/8, 4].
     """
+    halves = (segment.shape[0] // 2, 2, segment.shape[1] // 2, 2)
+    void = segment == VOID
+    unknown = void.copy()
+    unknown[:, :-1] |= void[:, 1:]
+    unknown[:-1] |= void[1:]
+    known = ~unknown.reshape(halves).any(axis=(1, 3))
     edge = np.zeros(segment.shape, bool)
     edge[:, :-1] |= segment[:, :-1] != segment[:, 1:]
     edge[:-1] |= segment[:-1] != segment[1:]
-    edge = edge.reshape(segment.shape[0] // 2, 2, segment.shape[1] // 2, 2).any(axis=(1, 3))
+    edge = edge.reshape(halves).any(axis=(1, 3))
     centre = segment[4::8, 4::8]
     sides = np.zeros((table[:, 0].max() + 1, 4), np.float32)
     sides[table[:, 0]] = table[:, 2:6]
@@ -362,6 +491,7 @@ def dense_targets(
     y, x = np.mgrid[4 : segment.shape[0] : 8, 4 : segment.shape[1] : 8] + 0.5
     return (
         edge,
+        known,
         centre,
         np.log1p(np.stack([y - y0, y1 - y, x - x0, x1 - x], axis=-1).clip(0) / 8).astype(
             np.float32
@@ -372,7 +502,8 @@ def dense_targets(
 @dataclass
 class Batch:
     """One step's images [B, 3, H, W] (normalised), prompts (see `Prompts`; targets as area means in
-    token order, [B, K, T, h*w*16]) and the auxiliary head's targets, as tensors.
+    token order, [B, K, T, h*w*16], and `known`, the share of pixels that have a label
+    [B, h*w*16]) and the auxiliary head's targets, as tensors.
     """
 
     images: Tensor
@@ -381,7 +512,9 @@ class Batch:
     box_targets: list
     points: Tensor
     targets: Tensor
+    known: Tensor
     edge: Tensor
+    edge_known: Tensor
     centre: Tensor
     sides: Tensor
     anchors: Tensor
@@ -402,21 +535,22 @@ def make_batch(pool, seed: int, step: int, images: int, mean: Tensor, std: Tenso
     """
     rng = np.random.default_rng((seed, step))
     image_array, segment_array, component_array, tables = pool
-    drawn, dense, pictures, anchors = [], [], [], []
+    drawn, dense, pictures, anchors, known = [], [], [], [], []
     for index in rng.choice(len(tables), images, replace=False):
         image, segment, component = image_array[index], segment_array[index], component_array[index]
         table = tables[index]
         if rng.random() < 0.5:
             image, segment, component = image[:, ::-1], segment[:, ::-1], component[:, ::-1]
             table = table.copy()
-            table[:, 4:6] = WIDTH - table[:, [5, 4]]
+            table[:, 4:6] = segment.shape[1] - table[:, [5, 4]]
         drawn.append(sample_prompts(rng, segment, component, table))
         dense.append(dense_targets(segment, table))
+        known.append(segment != VOID)
         pictures.append(torch.from_numpy(np.array(image)))
         anchors.append(torch.from_numpy(rng.choice(segment.size // 64, 48, replace=False)))
     x = torch.stack(pictures).permute(0, 3, 1, 2).float()
     groups = range(len(BOX_PROMPTS))
-    edge, centre, sides = (torch.from_numpy(np.stack(a)) for a in zip(*dense))
+    edge, edge_known, centre, sides = (torch.from_numpy(np.stack(a)) for a in zip(*dense))
     return Batch(
         images=(x - mean) / std,
         boxes=[torch.from_numpy(np.stack([p.boxes[g] for p in drawn])).float() for g in groups],
@@ -428,7 +562,9 @@ def make_batch(pool, seed: int, step: int, images: int, mean: Tensor, std: Tenso
         ],
         points=torch.from_numpy(np.stack([p.points for p in drawn])).float(),
         targets=low_resolution(np.stack([np.stack([p.targets, p.alternatives], 1) for p in drawn])),
+        known=low_resolution(np.stack(known)),
         edge=edge.float(),
+        edge_known=edge_known.float(),
         centre=centre.flatten(1).long(),
         sides=sides,
         anchors=torch.stack(anchors),
@@ -503,19 +639,23 @@ def prompted(sam, embedding: Tensor, points: Tensor, boxes: Tensor | None) -> tu
     return tokens[:, None].to(drawn.dtype) + drawn, sparse.unflatten(0, (b, k))
 
 
-def pair_losses(logits: Tensor, targets: Tensor, balance: float) -> tuple[Tensor, Tensor]:
+def pair_losses(
+    logits: Tensor, targets: Tensor, balance: float, known: Tensor
+) -> tuple[Tensor, Tensor]:
     """Loss of every output against every valid target, and their IoU.
 
-    logits [B, K, M, N], targets [B, K, T, N] in [0, 1], balance in [0, 1]. Returns loss [B, K, M,
+    logits [B, K, M, N], targets [B, K, T, N] in [0, 1], balance in [0, 1]; known [B, N] in [0, 1],
+    the share of a cell that counts, of which the target is a part. Returns loss [B, K, M,
     T]: dice plus cross-entropy, the latter `balance` parts averaged over object and background
     separately, the rest divided by the geometric mean of object and image area (a small object
     keeps a voice, its far background loses it); and IoU of the thresholded mask [B, K, M, T],
     without gradient.
     """
-    n = logits.shape[-1]
+    known = known[:, None, None]
+    n = known.sum(-1, keepdim=True)  # [B, 1, 1, 1]
     t = targets.transpose(-1, -2)  # [B, K, N, T]
     area = targets.sum(-1)[:, :, None]  # [B, K, 1, T]
-    soft, probability = F.softplus(logits), torch.sigmoid(logits)
+    soft, probability = F.softplus(logits) * known, torch.sigmoid(logits) * known
     soft_in, logit_in = soft @ t, logits @ t  # [B, K, M, T]
     soft_out = soft.sum(-1, keepdim=True) - soft_in
     inside, outside = (soft_in - logit_in), soft_out  # summed cross-entropy
@@ -523,7 +663,7 @@ def pair_losses(logits: Tensor, targets: Tensor, balance: float) -> tuple[Tensor
     plain = (inside + outside) / (area.clamp(min=4) * n).sqrt()
     dice = 1 - (2 * (probability @ t) + 1) / (probability.sum(-1, keepdim=True) + area + 1)
     with torch.no_grad():
-        hard = (logits > 0).float()
+        hard = (logits > 0).float() * known
         both = hard @ t
         iou = both / (hard.sum(-1, keepdim=True) + area - both).clamp(min=1)
     return balance * balanced + (1 - balance) * plain + dice, iou
@@ -552,7 +692,7 @@ def training_loss(
     loss, log = 0.0, {}
     n_prompts = sum(BOX_PROMPTS) + POINT_PROMPTS
     for (logits, iou_pred), targets in zip(decoded, [*batch.box_targets, batch.targets]):
-        losses, iou = pair_losses(logits.float(), targets, balance)
+        losses, iou = pair_losses(logits.float(), targets, balance, batch.known)
         best = losses.amin(dim=2).mean(dim=-1)  # each valid target needs one good output
         share = targets.shape[1] / n_prompts
         if logits.shape[2] > 1:
@@ -565,20 +705,25 @@ def training_loss(
         )
         log[f"mse_{name}"] = F.mse_loss(iou_pred.detach().float(), iou).item()
 
-    weight = 1 + 4 * batch.edge
+    weight = (1 + 4 * batch.edge) * batch.edge_known
     edge_target = pixels_to_tokens(batch.edge).view(edge.shape)
     edge_loss = F.binary_cross_entropy_with_logits(
         edge, edge_target, pixels_to_tokens(weight).view(edge.shape)
     )
-    side_loss = F.smooth_l1_loss(sides, batch.sides, beta=0.1)
+    seen = (batch.centre != VOID).float()  # [B, N]
+    side_loss = F.smooth_l1_loss(
+        sides * seen.view(*sides.shape[:3], 1),
+        batch.sides * seen.view(*sides.shape[:3], 1),
+        beta=0.1,
+    )
     group = group.flatten(1, 2)  # [B, N, 16]
     anchor = group.gather(1, batch.anchors[..., None].expand(-1, -1, group.shape[2]))  # [B, A, 16]
     same = (batch.centre.gather(1, batch.anchors)[:, :, None] == batch.centre[:, None]).float()
+    both_seen = seen.gather(1, batch.anchors)[:, :, None] * seen[:, None]
     affinity = 2 - torch.cdist(anchor, group).square()
     share_same = same.mean().clamp(0.01, 0.99)
-    group_loss = F.binary_cross_entropy_with_logits(
-        affinity, same, same * 0.5 / share_same + (1 - same) * 0.5 / (1 - share_same)
-    )
+    group_weight = same * 0.5 / share_same + (1 - same) * 0.5 / (1 - share_same)
+    group_loss = F.binary_cross_entropy_with_logits(affinity, same, group_weight * both_seen)
     auxiliary = 0.5 * edge_loss + 0.5 * side_loss + 0.5 * group_loss
     log |= {
         "loss": loss.item(),
@@ -602,7 +747,7 @@ def judged_masks(sam, pool, index: int, points: np.ndarray) -> tuple[Tensor, Ten
     truths = np.concatenate(
         [segment[None] == ids[:, None, None], component[None] == wholes[wholes > 0, None, None]]
     )
-    truths = low_resolution(truths)  # [G, h*w*16]
+    truths, known = low_resolution(truths), low_resolution(segment != VOID)  # [G, h*w*16], [h*w*16]
     areas = truths.sum(dim=1)
     pictures = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float()
     read: list[Tensor] = []
@@ -617,6 +762,7 @@ def judged_masks(sam, pool, index: int, points: np.ndarray) -> tuple[Tensor, Ten
         for part in torch.from_numpy(points).float().split(8):
             keys, sparse = prompted(sam, embedding, part[None, :, None], None)
             masks = (sam.mask_decoder.decode(keys, pe, sparse)[0][0] > 0).float()  # [P, M, h*w*16]
+            masks *= known
             both = masks @ truths.T
             best.append(
                 (both / (masks.sum(dim=-1, keepdim=True) + areas - both).clamp(min=1)).amax(dim=-1)
@@ -650,12 +796,12 @@ def refit_iou_head(args) -> None:
     """
     started, sam = time.time(), build_sam_tiny()
     record = load_exported(sam, args.logit_gain, args.init)
-    pool = load_pool(args.pool, args.style, args.scenes, args.threads)
-    rng = np.random.default_rng(args.seed)
-    judged = [
-        judged_masks(sam, pool, index, rng.integers((WIDTH, HEIGHT), size=(IOU_POINTS, 2)))
-        for index in tqdm(range(args.iou_head), desc="IoU head", unit="scene", mininterval=5)
-    ]
+    pools, rng, judged = load_pools(args), np.random.default_rng(args.seed), []
+    for index in tqdm(range(args.iou_head), desc="IoU head", unit="scene", mininterval=5):
+        for pool in pools.values():
+            ys, xs = np.nonzero(pool[1][index] != VOID)
+            chosen = rng.integers(len(ys), size=IOU_POINTS)
+            judged.append(judged_masks(sam, pool, index, np.stack([xs, ys], axis=1)[chosen]))
     head = sam.mask_decoder.iou_prediction_head
     fit_iou_head(head, *(torch.cat(part) for part in zip(*judged)), args.seed)
     export(sam, args.logit_gain, args.out)
@@ -759,7 +905,26 @@ def parse_args(argv=None) -> argparse.Namespace:
         help="street scenes, or abstract shapes for a warm-up (default: %(default)s)",
     )
     parser.add_argument(
-        "--scenes", type=int, default=2000, help="scenes in the pool (default: %(default)s)"
+        "--photos",
+        type=Path,
+        metavar="LIST",
+        help=(
+            "list of labeled photographs, `<image> <label>` a line; three of four images of a"
+            " step are then windows of them (default: drawings only)"
+        ),
+    )
+    parser.add_argument(
+        "--root-path",
+        type=Path,
+        default=ROOT / "data",
+        help="folder that the paths of --photos start at (default: %(default)s)",
+    )
+    add_class_options(parser)
+    parser.add_argument(
+        "--scenes",
+        type=int,
+        default=2000,
+        help="scenes in the pool, and as many windows of --photos (default: %(default)s)",
     )
     parser.add_argument(
         "--steps",
@@ -839,7 +1004,9 @@ def main(argv=None) -> None:
         raise UserError(
             f"{checkpoint_path}: no such checkpoint to resume; leave out --resume to start anew"
         )
-    pool = load_pool(args.pool, args.style, args.scenes, args.threads)
+    pools = load_pools(args)
+    drawings = round(args.images * DRAWING_SHARE) if args.photos else args.images
+    shares = {"drawing": drawings, "photo": args.images - drawings}
 
     torch.manual_seed(args.seed)
     sam = build_sam_tiny()
@@ -879,6 +1046,7 @@ def main(argv=None) -> None:
         {
             "from_step": step,
             "style": args.style,
+            "photos": args.photos.as_posix() if args.photos else None,
             "scenes": args.scenes,
             "images": args.images,
             "lr": args.lr,
@@ -889,25 +1057,27 @@ def main(argv=None) -> None:
     trained, averaged = list(sam.parameters()), list(ema.parameters())
     progress = tqdm(total=args.steps, initial=step, desc="tiny SAM", mininterval=10)
     while step < args.steps:
-        batch = make_batch(pool, args.seed, step, args.images, mean, std)
-        for name, value in vars(batch).items():
-            setattr(
-                batch,
-                name,
-                [v.to(device) for v in value] if isinstance(value, list) else value.to(device),
-            )
         rate = learning_rate(step, args.steps, args.lr, args.warmup, args.decay_steps, first)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        loss, log = training_loss(
-            sam, head, batch, max(0.0, 1 - step / args.balance_steps), not args.fp32
-        )
-        if not torch.isfinite(loss):
-            raise UserError(
-                f"loss is {loss.item()} at step {step}; resume with a lower --lr (now {args.lr})"
-            )
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        balance, log = max(0.0, 1 - step / args.balance_steps), {}
+        for kind, pool in pools.items():
+            images = shares[kind]
+            batch = make_batch(pool, args.seed, step, images, mean, std)
+            for name, value in vars(batch).items():
+                moved = (
+                    [v.to(device) for v in value] if isinstance(value, list) else value.to(device)
+                )
+                setattr(batch, name, moved)
+            loss, values = training_loss(sam, head, batch, balance, not args.fp32)
+            if not torch.isfinite(loss):
+                raise UserError(
+                    f"loss is {loss.item()} at step {step}; resume with a lower --lr"
+                    f" (now {args.lr})"
+                )
+            (loss * images / args.images).backward()
+            log |= {f"{kind}_{name}": value for name, value in values.items()}
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         step += 1
