@@ -1,10 +1,13 @@
-"""Train the tiny SAM (model/sam.py, --sam-type tiny) from scratch on random synthetic street
-scenes.
+"""Train the tiny SAM (model/sam.py, --sam-type tiny) on random synthetic street scenes and, with
+--photos, on labeled photographs.
 
-Inputs:  none; scenes come from dataset/toy.py (style "random", every eighth "source"; --style
+Inputs:  scenes come from dataset/toy.py (style "random", every eighth "source"; --style
          mixed: every second; never "target"), seeds from 10,000,000 up, which no benchmark scene
          has. They are drawn once into --pool. --style shapes draws abstract shapes instead, for a
-         warm-up.
+         warm-up. --photos LIST --root-path --class-num ...: labeled photographs of a source domain,
+         never of a target. The connected components of their labels are the segments; what has no
+         label (255) is neither prompted nor penalised. Random windows in a random light, from day
+         to dusk, are made once into --pool.
 Outputs: --out (model/sam_tiny.pth: weights for inference, fp16), --run-folder/{checkpoint.pth,
 log.jsonl,
          training.json}.
@@ -229,6 +232,17 @@ class Photographs:
     classes: ClassSet
     size: tuple[int, int]
 
+    def read(self, index: int) -> tuple[Image.Image, np.ndarray]:
+        """Image and label [H, W] uint8 of a row."""
+        image_path, label_path = (self.root / name for name in self.rows[index])
+        image, label = read_picture(image_path), read_label(label_path, self.classes.count)
+        if label.shape[::-1] != image.size:
+            raise UserError(
+                f"{label_path}: is {label.shape[1]}x{label.shape[0]}, its image {image.width}x"
+                f"{image.height}; give labels of the images' size"
+            )
+        return image, label
+
 
 def read_photographs(list_path: Path, root: Path, classes: ClassSet) -> Photographs:
     """The photographs that a list names; the first one's shape decides the windows' size."""
@@ -266,32 +280,40 @@ def day_to_dusk(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
     return (x.clip(0, 1) * 255).round().astype(np.uint8)
 
 
+def photo_window(
+    image: Image.Image, label: np.ndarray, size: tuple[int, int], zoom: float, at: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """A part of a photograph and of its label, resized to `size` (height, width): the largest one
+    of that shape for zoom 1, a smaller one above. `at` (x, y) in [0, 1]: its place, left to right
+    and top to bottom.
+    """
+    height, width = size
+    scale = zoom * max(width / image.width, height / image.height)
+    w, h = width / scale, height / scale
+    x, y = (at * [image.width - w, image.height - h]).clip(0)  # rounding may leave -1e-14
+    box = (x, y, min(x + w, image.width), min(y + h, image.height))
+    picture = image.resize((width, height), Image.Resampling.BILINEAR, box)
+    label = Image.fromarray(label).resize((width, height), Image.Resampling.NEAREST, box)
+    return np.asarray(picture), np.asarray(label)
+
+
 def draw_photo_window(index: int, photographs: Photographs):
     """Window `index` of the pool: a random part of a random photograph in a random light; as
     `draw_pool_scene`. Stuff has no second, larger answer here: its components are 0.
     """
-    rng, (height, width) = np.random.default_rng((FIRST_TRAIN_SEED, index)), photographs.size
+    rng = np.random.default_rng((FIRST_TRAIN_SEED, index))
     for _ in range(100):
-        image_path, label_path = photographs.rows[rng.integers(len(photographs.rows))]
-        image = read_picture(photographs.root / image_path)
-        label = read_label(photographs.root / label_path, photographs.classes.count)
+        image, label = photographs.read(rng.integers(len(photographs.rows)))
         zoom = np.exp(rng.uniform(0, np.log(PHOTO_ZOOM)))
-        scale = zoom * max(width / image.width, height / image.height)
-        w, h = width / scale, height / scale
-        x, y = rng.uniform(0, 1, 2) * [image.width - w, image.height - h]
-        box = (x, y, min(x + w, image.width), min(y + h, image.height))
-        picture = image.resize((width, height), Image.Resampling.BILINEAR, box)
-        label = np.asarray(
-            Image.fromarray(label).resize((width, height), Image.Resampling.NEAREST, box)
-        )
+        image, label = photo_window(image, label, photographs.size, zoom, rng.uniform(0, 1, 2))
         segment = labeled_components(label, photographs.classes)
-        if (segment >= 0).any():
+        if (segment != VOID).any():
             table = segment_table(segment, label, photographs.classes.stuff)
-            image = day_to_dusk(rng, np.asarray(picture))
-            return image, segment.astype(np.int16), np.zeros_like(segment, np.int16), table
+            component = np.zeros_like(segment, np.int16)
+            return day_to_dusk(rng, image), segment.astype(np.int16), component, table
     raise UserError(
-        f"{photographs.root / label_path}: no label of 100 windows has {MIN_AREA} labeled pixels "
-        "in one piece; give labels of train IDs"
+        f"{photographs.root / photographs.rows[0][1]}: no label of 100 windows has {MIN_AREA} "
+        "labeled pixels in one piece; give labels of train IDs"
     )
 
 
@@ -519,6 +541,13 @@ class Batch:
     sides: Tensor
     anchors: Tensor
 
+    def to(self, device) -> Batch:
+        moved = {
+            name: [v.to(device) for v in value] if isinstance(value, list) else value.to(device)
+            for name, value in vars(self).items()
+        }
+        return Batch(**moved)
+
 
 def low_resolution(masks: np.ndarray) -> Tensor:
     """Masks [..., H, W] bool as the share of object pixels in each half-resolution cell, token
@@ -669,69 +698,63 @@ def pair_losses(
     return balance * balanced + (1 - balance) * plain + dice, iou
 
 
-def training_loss(
-    sam, head: AuxiliaryHead, batch: Batch, balance: float, bf16: bool
-) -> tuple[Tensor, dict]:
-    """Sum of the losses of one batch, and what to log (means over the batch, IoU at half
-    resolution).
-    """
-    device_type = batch.images.device.type
-    with torch.autocast(device_type, torch.bfloat16, enabled=bf16):
-        embedding = sam.image_encoder.tokens(batch.images)
-        edge, sides, group = head(embedding)
-        h, w = embedding.shape[2:]
-        pe = sam.prompt_encoder.get_dense_pe()[..., :h, :w].flatten(2).transpose(1, 2)
-        decoded = []
-        for points, boxes in [*zip(batch.box_points, batch.boxes), (batch.points, None)]:
-            keys, sparse = prompted(sam, embedding, points, boxes)
-            decoded.append(
-                sam.mask_decoder.decode(
-                    keys, pe, sparse, slice(1, None) if boxes is None else slice(0, 1)
-                )
-            )
+def mask_loss(sam, embedding: Tensor, batch: Batch, balance: float) -> tuple[Tensor, dict]:
+    """Loss of masks and predicted IoU of one batch, and what to log (IoU at half resolution)."""
+    h, w = embedding.shape[2:]
+    pe = sam.prompt_encoder.get_dense_pe()[..., :h, :w].flatten(2).transpose(1, 2)
+    prompts = [*zip(batch.box_points, batch.boxes, batch.box_targets)]
     loss, log = 0.0, {}
-    n_prompts = sum(BOX_PROMPTS) + POINT_PROMPTS
-    for (logits, iou_pred), targets in zip(decoded, [*batch.box_targets, batch.targets]):
+    for points, boxes, targets in [*prompts, (batch.points, None, batch.targets)]:
+        keys, sparse = prompted(sam, embedding, points, boxes)
+        outputs = slice(1, None) if boxes is None else slice(0, 1)
+        logits, iou_pred = sam.mask_decoder.decode(keys, pe, sparse, outputs)
         losses, iou = pair_losses(logits.float(), targets, balance, batch.known)
         best = losses.amin(dim=2).mean(dim=-1)  # each valid target needs one good output
-        share = targets.shape[1] / n_prompts
         if logits.shape[2] > 1:
             best = best + 0.03 * losses.mean(dim=(2, 3))  # keeps idle outputs alive
         iou = iou.amax(dim=-1)  # an output may show either target
+        share = targets.shape[1] / (sum(BOX_PROMPTS) + POINT_PROMPTS)
         loss = loss + share * (best.mean() + 2 * F.mse_loss(iou_pred.float(), iou))
-        name = "box" if logits.shape[2] == 1 else "point"
-        log[f"iou_{name}"] = log.get(f"iou_{name}", 0) + iou.amax(dim=-1).mean().item() / (
-            len(BOX_PROMPTS) if name == "box" else 1
-        )
+        name, groups = ("point", 1) if boxes is None else ("box", len(BOX_PROMPTS))
+        log[f"iou_{name}"] = log.get(f"iou_{name}", 0) + iou.amax(dim=-1).mean().item() / groups
         log[f"mse_{name}"] = F.mse_loss(iou_pred.detach().float(), iou).item()
+    return loss, log | {"loss": loss.item()}
 
+
+def auxiliary_loss(head: AuxiliaryHead, embedding: Tensor, batch: Batch) -> tuple[Tensor, dict]:
+    """Loss of the dense predictions, and what to log. VOID takes no part."""
+    edge, sides, group = head(embedding)
     weight = (1 + 4 * batch.edge) * batch.edge_known
-    edge_target = pixels_to_tokens(batch.edge).view(edge.shape)
     edge_loss = F.binary_cross_entropy_with_logits(
-        edge, edge_target, pixels_to_tokens(weight).view(edge.shape)
+        edge,
+        pixels_to_tokens(batch.edge).view(edge.shape),
+        pixels_to_tokens(weight).view(edge.shape),
     )
     seen = (batch.centre != VOID).float()  # [B, N]
-    side_loss = F.smooth_l1_loss(
-        sides * seen.view(*sides.shape[:3], 1),
-        batch.sides * seen.view(*sides.shape[:3], 1),
-        beta=0.1,
-    )
+    of_token = seen.view(*sides.shape[:3], 1)
+    side_loss = F.smooth_l1_loss(sides * of_token, batch.sides * of_token, beta=0.1)
     group = group.flatten(1, 2)  # [B, N, 16]
     anchor = group.gather(1, batch.anchors[..., None].expand(-1, -1, group.shape[2]))  # [B, A, 16]
     same = (batch.centre.gather(1, batch.anchors)[:, :, None] == batch.centre[:, None]).float()
     both_seen = seen.gather(1, batch.anchors)[:, :, None] * seen[:, None]
     affinity = 2 - torch.cdist(anchor, group).square()
     share_same = same.mean().clamp(0.01, 0.99)
-    group_weight = same * 0.5 / share_same + (1 - same) * 0.5 / (1 - share_same)
-    group_loss = F.binary_cross_entropy_with_logits(affinity, same, group_weight * both_seen)
-    auxiliary = 0.5 * edge_loss + 0.5 * side_loss + 0.5 * group_loss
-    log |= {
-        "loss": loss.item(),
-        "edge": edge_loss.item(),
-        "sides": side_loss.item(),
-        "group": group_loss.item(),
-    }
-    return loss + auxiliary, log
+    weight = same * 0.5 / share_same + (1 - same) * 0.5 / (1 - share_same)
+    group_loss = F.binary_cross_entropy_with_logits(affinity, same, weight * both_seen)
+    log = {"edge": edge_loss.item(), "sides": side_loss.item(), "group": group_loss.item()}
+    return 0.5 * edge_loss + 0.5 * side_loss + 0.5 * group_loss, log
+
+
+def training_loss(
+    sam, head: AuxiliaryHead, batch: Batch, balance: float, bf16: bool
+) -> tuple[Tensor, dict]:
+    """Sum of the losses of one batch, and what to log (means over the batch)."""
+    device_type = batch.images.device.type
+    with torch.autocast(device_type, torch.bfloat16, enabled=bf16):
+        embedding = sam.image_encoder.tokens(batch.images)
+        loss, log = mask_loss(sam, embedding, batch, balance)
+        auxiliary, more = auxiliary_loss(head, embedding, batch)
+    return loss + auxiliary, log | more
 
 
 # ------------------------------------------------------------------------------- the IoU head alone
@@ -866,37 +889,10 @@ def load_exported(model: nn.Module, logit_gain: float, path: Path) -> dict:
     return read_json(record)["training"] if record.is_file() else {}
 
 
-def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=TINY_CHECKPOINT,
-        help="weights for inference (default: %(default)s)",
-    )
+def add_pool_options(parser: argparse.ArgumentParser) -> None:
+    """What is trained on."""
     parser.add_argument(
         "--pool", type=Path, default=ROOT / "data/sam_tiny_pool", help="cache of drawn scenes"
-    )
-    parser.add_argument(
-        "--run-folder", type=Path, default=ROOT / "data/sam_tiny_run", help="checkpoint and log"
-    )
-    parser.add_argument(
-        "--resume", action="store_true", help="go on from the run folder's checkpoint"
-    )
-    parser.add_argument(
-        "--init",
-        type=Path,
-        help="weights to train further, as --out has them (default: from scratch)",
-    )
-    parser.add_argument(
-        "--iou-head",
-        type=int,
-        default=0,
-        metavar="SCENES",
-        help=(
-            "fit only the IoU head of --init, to this many scenes of the pool (default: 0, train"
-            " everything)"
-        ),
     )
     parser.add_argument(
         "--style",
@@ -927,33 +923,38 @@ def parse_args(argv=None) -> argparse.Namespace:
         help="scenes in the pool, and as many windows of --photos (default: %(default)s)",
     )
     parser.add_argument(
-        "--steps",
-        type=int,
-        default=6000,
-        help="the step at which training ends (default: %(default)s)",
-    )
-    parser.add_argument(
         "--images", type=int, default=8, help="images a step (default: %(default)s)"
     )
+
+
+def add_schedule_options(parser: argparse.ArgumentParser) -> None:
+    """How long and how fast it is trained."""
+    for name, kind, default, about in (
+        ("--steps", int, 6000, "the step at which training ends"),
+        ("--lr", float, 2e-3, "peak learning rate of AdamW"),
+        ("--warmup", int, 100, "steps of warm-up"),
+        ("--decay-steps", int, 800, "steps of decay at the end"),
+        ("--balance-steps", int, 2500, "steps from balanced cross-entropy to plain"),
+        ("--save-every", int, 100, "steps between checkpoints"),
+        ("--threads", int, 2, "CPU threads"),
+    ):
+        parser.add_argument(
+            name, type=kind, default=default, help=f"{about} (default: %(default)s)"
+        )
     parser.add_argument(
-        "--lr", type=float, default=2e-3, help="peak learning rate of AdamW (default: %(default)s)"
+        "--fp32",
+        action="store_true",
+        help="no bfloat16 (needed without avx512_bf16 or a recent GPU)",
     )
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--warmup", type=int, default=100, help="steps of warm-up (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--decay-steps",
-        type=int,
-        default=800,
-        help="steps of decay at the end (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--balance-steps",
-        type=int,
-        default=2500,
-        help=(
-            "steps over which the cross-entropy goes from balanced to plain (default: %(default)s)"
-        ),
+        "--out",
+        type=Path,
+        default=TINY_CHECKPOINT,
+        help="weights for inference (default: %(default)s)",
     )
     parser.add_argument(
         "--logit-gain",
@@ -962,173 +963,175 @@ def parse_args(argv=None) -> argparse.Namespace:
         help="factor on the exported logits (default: %(default)s)",
     )
     parser.add_argument(
-        "--save-every",
-        type=int,
-        default=100,
-        help="steps between checkpoints (default: %(default)s)",
+        "--run-folder", type=Path, default=ROOT / "data/sam_tiny_run", help="checkpoint and log"
     )
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
     parser.add_argument(
-        "--fp32",
-        action="store_true",
-        help="no bfloat16 (needed without avx512_bf16 or a recent GPU)",
+        "--resume", action="store_true", help="go on from the run folder's checkpoint"
     )
+    parser.add_argument(
+        "--init",
+        type=Path,
+        help="weights to train further, as --out has them (default: from scratch)",
+    )
+    parser.add_argument(
+        "--iou-head",
+        type=int,
+        default=0,
+        metavar="SCENES",
+        help=(
+            "fit only the IoU head of --init, to this many scenes of every pool (default: 0, train"
+            " everything)"
+        ),
+    )
+    add_pool_options(parser)
+    add_schedule_options(parser)
     add_run_options(parser)
     args = parser.parse_args(argv)
     if args.iou_head and (not args.init or not 0 < args.iou_head <= args.scenes):
         raise UserError(
             f"--iou-head {args.iou_head}: it needs --init, and 1 to {args.scenes} scenes (--scenes)"
         )
+    if args.photos and args.images < 2:
+        raise UserError(f"--images {args.images}: give 2 or more with --photos")
     return args
+
+
+@dataclass
+class Training:
+    """What a training is made of: networks, optimizer, and where it stands. `ema` is the average of
+    the weights, which is exported; `first` is the step at which this warm-up began.
+    """
+
+    sam: nn.Module
+    head: nn.Module
+    ema: nn.Module
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+    first: int = 0
+    minutes: float = 0.0
+    phases: tuple = ()
+
+    MODULES = ("sam", "head", "ema", "optimizer")
+    NUMBERS = ("step", "first", "minutes", "phases")
+
+
+def begin(args, device) -> Training:
+    """A new training, one from the weights of --init, or the one in the run folder (--resume)."""
+    torch.manual_seed(args.seed)
+    sam = build_sam_tiny()
+    initialise(sam, args.seed)
+    earlier = (
+        load_exported(sam, args.logit_gain, args.init) if args.init and not args.resume else {}
+    )
+    sam = sam.to(device).train()
+    head = AuxiliaryHead(sam.mask_decoder.transformer_dim).to(device)
+    parameters = [*sam.parameters(), *head.parameters()]
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.02},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98))
+    training = Training(sam, head, copy.deepcopy(sam).eval(), optimizer)
+    for name in Training.NUMBERS:
+        setattr(training, name, earlier.get(name, getattr(training, name)))
+    training.first = training.step
+    if args.resume:
+        path = args.run_folder / "checkpoint.pth"
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        for name in Training.MODULES:
+            getattr(training, name).load_state_dict(state[name])
+        for name in Training.NUMBERS:
+            setattr(training, name, state[name])
+    phase = {"from_step": training.step, "photos": args.photos and args.photos.as_posix()}
+    for name in ("style", "scenes", "images", "lr", "steps", "decay_steps"):
+        phase[name] = getattr(args, name)
+    training.phases = [*training.phases, phase]
+    return training
+
+
+def train_step(training: Training, pools: dict, args, device) -> dict:
+    """One step of the optimizer and of the average. Returns what to log."""
+    sam, step = training.sam, training.step
+    drawings = max(1, round(args.images * DRAWING_SHARE)) if len(pools) > 1 else args.images
+    rate = learning_rate(step, args.steps, args.lr, args.warmup, args.decay_steps, training.first)
+    for group in training.optimizer.param_groups:
+        group["lr"] = rate
+    training.optimizer.zero_grad(set_to_none=True)
+    balance, log = max(0.0, 1 - step / args.balance_steps), {"lr": rate}
+    mean, std = sam.pixel_mean.cpu(), sam.pixel_std.cpu()
+    for kind, pool in pools.items():
+        images = drawings if kind == "drawing" else args.images - drawings
+        batch = make_batch(pool, args.seed, step, images, mean, std).to(device)
+        loss, values = training_loss(sam, training.head, batch, balance, not args.fp32)
+        if not torch.isfinite(loss):
+            raise UserError(
+                f"loss is {loss.item()} at step {step}; resume with a lower --lr (now {args.lr})"
+            )
+        (loss * images / args.images).backward()
+        log |= {f"{kind}_{name}": value for name, value in values.items()}
+    nn.utils.clip_grad_norm_([*sam.parameters(), *training.head.parameters()], 1.0)
+    training.optimizer.step()
+    training.step += 1
+    decay = min(EMA_DECAY, training.step / (training.step + 8))  # of the last ninth at first
+    with torch.no_grad():
+        torch._foreach_lerp_(list(training.ema.parameters()), list(sam.parameters()), 1 - decay)
+    return log
+
+
+def save(training: Training, args, record: dict) -> None:
+    """Checkpoint, exported weights and the training's record."""
+    state = {name: getattr(training, name).state_dict() for name in Training.MODULES}
+    numbers = {name: getattr(training, name) for name in Training.NUMBERS}
+    with atomic_path(args.run_folder / "checkpoint.pth") as temporary:
+        torch.save(state | numbers, temporary)
+    export(training.ema, args.logit_gain, args.out)
+    numbers["minutes"] = round(training.minutes, 1)
+    write_json(args.run_folder / "training.json", record | numbers)
+
+
+def train(training: Training, pools: dict, args, device) -> None:
+    """To step --steps. A line of log.jsonl every 25 steps: means since the last one."""
+    started, minutes = time.time(), training.minutes
+    lines, record = [], manifest(vars(args))
+    progress = tqdm(total=args.steps, initial=training.step, desc="tiny SAM", mininterval=10)
+    while training.step < args.steps:
+        lines.append(train_step(training, pools, args, device))
+        training.minutes = minutes + (time.time() - started) / 60
+        progress.update()
+        if training.step % 25 == 0:
+            line = {"step": training.step, "minutes": round(training.minutes, 2)}
+            line |= {key: round(float(np.mean([e[key] for e in lines])), 6) for key in lines[0]}
+            with open(args.run_folder / "log.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+            lines = []
+        if training.step % args.save_every == 0 or training.step == args.steps:
+            save(training, args, record)
+    progress.close()
+    print(f"{args.out}: step {training.step}, {training.minutes:.1f} minutes of training")
 
 
 def main(argv=None) -> None:
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
     tune_cpu()
+    check_writable(args.run_folder)
+    check_writable(args.out.parent)
     if args.iou_head:
-        check_writable(args.run_folder)
-        check_writable(args.out.parent)
         refit_iou_head(args)
         return
     device = select_device(args.device)
-    check_writable(args.run_folder)
-    check_writable(args.out.parent)
-    checkpoint_path = args.run_folder / "checkpoint.pth"
-    if checkpoint_path.exists() and not args.resume:
+    checkpoint = args.run_folder / "checkpoint.pth"
+    if checkpoint.exists() and not args.resume:
         raise UserError(
-            f"{checkpoint_path}: a training is there; add --resume to go on, "
+            f"{checkpoint}: a training is there; add --resume to go on, "
             "or choose another --run-folder"
         )
-    if args.resume and not checkpoint_path.exists():
+    if args.resume and not checkpoint.exists():
         raise UserError(
-            f"{checkpoint_path}: no such checkpoint to resume; leave out --resume to start anew"
+            f"{checkpoint}: no such checkpoint to resume; leave out --resume to start anew"
         )
     pools = load_pools(args)
-    drawings = round(args.images * DRAWING_SHARE) if args.photos else args.images
-    shares = {"drawing": drawings, "photo": args.images - drawings}
-
-    torch.manual_seed(args.seed)
-    sam = build_sam_tiny()
-    initialise(sam, args.seed)
-    step, minutes, phases = 0, 0.0, []
-    if args.init and not args.resume:
-        earlier = load_exported(sam, args.logit_gain, args.init)
-        step, minutes, phases = (
-            earlier.get(name, default)
-            for name, default in (("step", 0), ("minutes", 0.0), ("phases", []))
-        )
-    first = step
-    sam = sam.to(device).train()
-    head = AuxiliaryHead(sam.mask_decoder.transformer_dim).to(device)
-    ema = copy.deepcopy(sam).eval()
-    parameters = [*sam.parameters(), *head.parameters()]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.02},
-            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-        ],
-        lr=args.lr,
-        betas=(0.9, 0.98),
-    )
-    if args.resume:
-        state = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
-        for module, name in ((sam, "sam"), (head, "head"), (ema, "ema"), (optimizer, "optimizer")):
-            module.load_state_dict(state[name])
-        step, minutes, phases, first = (
-            state[name] for name in ("step", "minutes", "phases", "first")
-        )
-    mean, std = sam.pixel_mean.cpu(), sam.pixel_std.cpu()
-
-    started, log_lines, record = time.time(), [], manifest(vars(args))
-    phases = [
-        *phases,
-        {
-            "from_step": step,
-            "style": args.style,
-            "photos": args.photos.as_posix() if args.photos else None,
-            "scenes": args.scenes,
-            "images": args.images,
-            "lr": args.lr,
-            "steps": args.steps,
-            "decay_steps": args.decay_steps,
-        },
-    ]
-    trained, averaged = list(sam.parameters()), list(ema.parameters())
-    progress = tqdm(total=args.steps, initial=step, desc="tiny SAM", mininterval=10)
-    while step < args.steps:
-        rate = learning_rate(step, args.steps, args.lr, args.warmup, args.decay_steps, first)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.zero_grad(set_to_none=True)
-        balance, log = max(0.0, 1 - step / args.balance_steps), {}
-        for kind, pool in pools.items():
-            images = shares[kind]
-            batch = make_batch(pool, args.seed, step, images, mean, std)
-            for name, value in vars(batch).items():
-                moved = (
-                    [v.to(device) for v in value] if isinstance(value, list) else value.to(device)
-                )
-                setattr(batch, name, moved)
-            loss, values = training_loss(sam, head, batch, balance, not args.fp32)
-            if not torch.isfinite(loss):
-                raise UserError(
-                    f"loss is {loss.item()} at step {step}; resume with a lower --lr"
-                    f" (now {args.lr})"
-                )
-            (loss * images / args.images).backward()
-            log |= {f"{kind}_{name}": value for name, value in values.items()}
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        step += 1
-        decay = min(EMA_DECAY, step / (step + 8))  # averages over the last ninth at first
-        with torch.no_grad():
-            torch._foreach_lerp_(averaged, trained, 1 - decay)
-        log_lines.append(log)
-        progress.update()
-        if step % 25 == 0:
-            line = {
-                "step": step,
-                "lr": rate,
-                "minutes": round(minutes + (time.time() - started) / 60, 2),
-            }
-            line |= {
-                key: round(float(np.mean([entry[key] for entry in log_lines])), 4)
-                for key in log_lines[0]
-            }
-            with open(args.run_folder / "log.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-            log_lines = []
-        if step % args.save_every == 0 or step == args.steps:
-            with atomic_path(checkpoint_path) as temporary:
-                torch.save(
-                    {
-                        "sam": sam.state_dict(),
-                        "head": head.state_dict(),
-                        "ema": ema.state_dict(),
-                        "optimizer": optimizer.state_dict(),
-                        "step": step,
-                        "first": first,
-                        "seed": args.seed,
-                        "phases": phases,
-                        "minutes": minutes + (time.time() - started) / 60,
-                    },
-                    temporary,
-                )
-            export(ema, args.logit_gain, args.out)
-            write_json(
-                args.run_folder / "training.json",
-                record
-                | {
-                    "step": step,
-                    "phases": phases,
-                    "minutes": round(minutes + (time.time() - started) / 60, 1),
-                },
-            )
-    progress.close()
-    print(
-        f"{args.out}: step {step}, {minutes + (time.time() - started) / 60:.1f} minutes of training"
-    )
+    train(begin(args, device), pools, args, device)
 
 
 if __name__ == "__main__":
