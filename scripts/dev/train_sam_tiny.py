@@ -1,31 +1,31 @@
-"""Train the tiny SAM (model/sam.py, --sam-type tiny) on random synthetic street scenes and, with
---photos, on labeled photographs.
+"""Train the tiny SAM (--sam-type tiny) on drawn street scenes and on labeled photographs.
 
-Inputs:  scenes come from dataset/toy.py (style "random", every eighth "source"; --style
-         mixed: every second; never "target"), seeds from 10,000,000 up, which no benchmark scene
-         has. They are drawn once into --pool. --style shapes draws abstract shapes instead, for a
-         warm-up. --photos LIST --root-path --class-num ...: labeled photographs of a source domain,
+Inputs:  drawings: scenes of dataset/toy.py (style "random", every eighth "source"; --style mixed:
+         every second; never "target"), seeds from 10,000,000 up, which no benchmark scene has.
+         --style shapes draws abstract shapes instead, for a warm-up.
+         photographs: --photos LIST --root-path --class-num ..., of a source domain with labels,
          never of a target. The connected components of their labels are the segments; what has no
          label (255) is neither prompted nor penalised. Random windows in a random light, from day
-         to dusk, are made once into --pool.
+         to dusk. Both are made once into --pool.
 Outputs: --out (model/sam_tiny.pth: weights for inference, fp16), --run-folder/{checkpoint.pth,
-log.jsonl,
-         training.json}.
+         log.jsonl, training.json}.
 
 Learning rate: linear warm-up, constant, linear decay to zero over the last --decay-steps of
 --steps. Train for as long as you like at the constant rate, then resume with the --steps at which
 it shall end:
 
     python -m scripts.dev.train_sam_tiny --steps 100000                       # Ctrl-C at any time
-    # # decays over steps 5200..6000, ends
+    # decays over steps 5200..6000, ends
     python -m scripts.dev.train_sam_tiny --resume --steps 6000
-    # # measures it, writes model/sam_tiny.json
+    # goes on from shipped weights, with CamVid's day drives
+    python -m scripts.dev.train_sam_tiny --init model/sam_tiny.pth --steps 7000 --lr 1e-3 \\
+        --photos splits/camvid/sam_train.txt --class-num 11 --stuff 0 1 3 4 5 7 --things 2 6 8 9 10
+    # a few minutes; add the options of --photos for both pools
+    python -m scripts.dev.train_sam_tiny --init model/sam_tiny.pth --style mixed --iou-head 120
+    # measures it, writes model/sam_tiny.json
     python -m scripts.dev.eval_sam_tiny
 
-    # # a few minutes
-    python -m scripts.dev.train_sam_tiny --init model/sam_tiny.pth --style mixed --iou-head 120
-
-The last command fits the IoU head alone, at the very end. In the training above it learns the IoU
+--iou-head fits the IoU head alone, at the very end. In the training above it learns the IoU
 with the one object that the prompt stands for, and a point stands for several: it then says 0.7 of
 masks that are right. A proposal is good if it is any object, so here the target is the best IoU
 with any, and the loss is an expectile's, for the official threshold of 0.88.
@@ -34,9 +34,9 @@ The checkpoint is not shipped, the weights are: --init model/sam_tiny.pth trains
 a fresh optimizer and auxiliary head; steps, minutes and phases go on from the record beside the
 weights (model/sam_tiny.json).
 
-One step on 2 CPU cores (bf16): 8 images x 15 prompts, about one second. Same seed, options and
-thread count: same weights. Needs when copied away: model/checkpoint.py, model/sam.py,
-dataset/toy.py, util/.
+One step on 2 CPU cores (bf16): 8 images x 15 prompts, about one second; photographs of 384x288 take
+1.5 times as long. Same seed, options and thread count: same weights. Needs when copied away:
+model/checkpoint.py, model/sam.py, dataset/toy.py, util/.
 """
 
 from __future__ import annotations
