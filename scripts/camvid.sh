@@ -10,8 +10,8 @@
 # 0016E5 with labels, 406 photographs of train/ and val/. Target: the dusk drive 0001TP, without labels. Evaluation: the
 # dusk images of test/, if they are there; else the 20 of the 62 in train/ that splits/camvid/dusk_holdout.txt names, and
 # the other 42 are adapted to. 11 classes; stuff: sky, building, road, pavement, tree, fence; things: pole, sign, car,
-# pedestrian, bicyclist. splits/camvid/sam_train.txt and sam_holdout.txt part the day photographs for the tiny SAM's own
-# training: the last 20 frames of either drive in train/ are held out.
+# pedestrian, bicyclist. The tiny SAM here is model/sam_tiny_photo.pth, trained on the day drives with their labels too
+# (splits/camvid/sam_train.txt; sam_holdout.txt, the last 20 frames of either drive in train/, was held out).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 SEEDS="${SEEDS:-0}" RECIPE="${RECIPE:-release}" CONTROLS="${CONTROLS:-0}" SAM_TYPE="${SAM_TYPE:-tiny}"
@@ -53,6 +53,7 @@ SOURCE=("${NETWORK[@]}" --epochs 30 --global-batch 8 --optimizer adamw --lr 0.00
 PIXEL=(--top-p 0.5)
 SAM="$SAM_TYPE"
 PSA=(--sam-type "$SAM_TYPE" --proposal-cache data/proposals)
+if [ "$SAM_TYPE" = tiny ]; then PSA+=(--sam-checkpoint model/sam_tiny_photo.pth); fi # has seen the day drives
 SCC_RELEASE=(--backbone resnet10 --min-area 30 --patch-size 64 128 --iterations 400 --lr 0.1)
 SCC_PAPER=(--backbone resnet10 --min-area 30 --scale 1 --iterations 200)
 SPLIT=(--labeled-fraction 0.5)

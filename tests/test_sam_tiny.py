@@ -587,6 +587,21 @@ def test_proposals_at_the_official_thresholds(shipped, scenes):
     assert found["number"] >= 3 and np.mean(found["iou"]) > 0.8 and found["covered"] > 0.5
 
 
+def test_weights_that_know_photographs_ship_with_their_record():
+    """They load, and their record is of photographs: prompts beat filling the box on day drives
+    that were held out and on dusk.
+    """
+    path = TINY_CHECKPOINT.with_name("sam_tiny_photo.pth")
+    assert path.stat().st_size <= 8e6
+    build_sam("tiny", path)
+    record = json.loads(path.with_suffix(".json").read_text())
+    assert record["training"]["phases"][-1]["photos"] == "splits/camvid/sam_train.txt"
+    for name in ("sam_holdout", "dusk_gt"):
+        for kind in ("things", "all"):
+            measured = record["results"][name]["prompts"][kind]["every size"]
+            assert measured["iou"] > measured["fill"]
+
+
 def test_evaluation_summary(tmp_path, scenes, photo_list, monkeypatch):
     monkeypatch.setattr(eval_sam_tiny, "drawing", lambda *_, **__: scenes[0])
     monkeypatch.setattr(

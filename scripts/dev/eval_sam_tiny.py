@@ -17,7 +17,8 @@ Outputs: a table; --out (model/sam_tiny.json) with all numbers, seed, steps, min
     python -m scripts.dev.eval_sam_tiny
     python -m scripts.dev.eval_sam_tiny --scenes 4 --out quick.json
     # also on the day photographs that the training left out and, as a diagnostic, on dusk
-    python -m scripts.dev.eval_sam_tiny --class-num 11 --stuff 0 1 3 4 5 7 --things 2 6 8 9 10 \\
+    python -m scripts.dev.eval_sam_tiny --checkpoint model/sam_tiny_photo.pth \\
+        --out model/sam_tiny_photo.json --class-num 11 --stuff 0 1 3 4 5 7 --things 2 6 8 9 10 \\
         --photos splits/camvid/sam_holdout.txt splits/camvid/dusk_gt.txt
 
 Needs when copied away: model/sam.py, scripts/dev/train_sam_tiny.py, dataset/toy.py, util/.
