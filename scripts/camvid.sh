@@ -2,7 +2,7 @@
 # SeCo on real images, day → dusk on CamVid: the same stages, tables and pictures as scripts/toy.sh.
 #
 #   CAMVID_ROOT=/path/to/CamVid bash scripts/camvid.sh           reduced run on a CPU with the tiny SAM, about half an hour
-#   SAM_TYPE=vit_h CAMVID_ROOT=… bash scripts/camvid.sh          a real SAM (bash scripts/download.sh sam vit_h)
+#   SAM_TYPE=vit_h CAMVID_ROOT=… bash scripts/camvid.sh            a real SAM (bash scripts/download.sh sam vit_h)
 #   RECIPE=paper, CONTROLS=1, SEEDS="0 1 2", OUT=…               as in scripts/toy.sh
 #
 # CAMVID_ROOT has {train,val}/ and {train,val}annot/ (and test/, testannot/) as SegNet's copy has them (default:
@@ -14,15 +14,19 @@
 # (splits/camvid/sam_train.txt; sam_holdout.txt, the last 20 frames of either drive in train/, was held out).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/lib/variables.sh
+variables "$0" SEEDS RECIPE CONTROLS OUT CAMVID_ROOT SAM_TYPE -- "$@"
+numbers SEEDS 0 4294967295
+one_of RECIPE release paper both
+one_of CONTROLS 0 1
+one_of SAM_TYPE tiny vit_b vit_l vit_h
 SEEDS="${SEEDS:-0}" RECIPE="${RECIPE:-release}" CONTROLS="${CONTROLS:-0}" SAM_TYPE="${SAM_TYPE:-tiny}"
 OUT="${OUT:-runs/camvid_$RECIPE}" CAMVID_ROOT="${CAMVID_ROOT:-data/camvid}"
 source scripts/lib/setup.sh
 source scripts/lib/pipeline.sh
 for folder in train trainannot val valannot; do
-    if [ ! -d "$CAMVID_ROOT/$folder" ]; then
-        echo "error: $CAMVID_ROOT/$folder: no such folder; set CAMVID_ROOT, or fetch CamVid: bash scripts/download.sh camvid" >&2
-        exit 2
-    fi
+    [ -d "$CAMVID_ROOT/$folder" ] ||
+        die "$CAMVID_ROOT/$folder: no such folder; set CAMVID_ROOT, or fetch CamVid: bash scripts/download.sh camvid"
 done
 
 # Images elsewhere are linked, and prepare_data.py writes its train-ID labels beside the links: CAMVID_ROOT is left as it is.

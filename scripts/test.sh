@@ -5,5 +5,8 @@
 #   bash scripts/test.sh tests/test_x.py any option of pytest
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/lib/variables.sh
+case "${1:-}" in -h | --help) variables "$0" -- --help ;; esac
+variables "$0" --
 source scripts/lib/setup.sh test
 exec "$PYTHON" -m pytest -q --durations=15 "$@"

@@ -7,9 +7,16 @@
 #   SMALLEST=1 OUT=runs/smallest bash scripts/toy.sh   every stage in miniature: a test that all of it runs
 #
 # data → source model → pixel-level pseudo-labels → PSA → SCC → split → UniMatch → evaluation, by the same four scripts as
-# the real tasks. Stopped at any moment, the same command goes on. Results: $OUT/results.md, results.json, pictures/.
+# the real tasks. Stopped at any moment, the same command goes on. RECIPE=both runs both recipes. OUT is the folder of the run
+# (default: runs/toy_<RECIPE>). Results: $OUT/index.html (for a browser), results.md, results.json, pictures/.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/lib/variables.sh
+variables "$0" SEEDS RECIPE CONTROLS SMALLEST OUT -- "$@"
+numbers SEEDS 0 99
+one_of RECIPE release paper both
+one_of CONTROLS 0 1
+one_of SMALLEST 0 1
 SEEDS="${SEEDS:-0}" RECIPE="${RECIPE:-release}" CONTROLS="${CONTROLS:-0}" SMALLEST="${SMALLEST:-0}"
 OUT="${OUT:-runs/toy_$RECIPE}"
 source scripts/lib/setup.sh
@@ -29,20 +36,20 @@ SCC_PAPER=(--backbone resnet10 --min-area 30 --scale 1 --iterations 600 --lr 0.0
 SPLIT=(--labeled-fraction 0.5)
 ADAPT=("${NETWORK[@]}" --epochs 14 --global-batch 4 --lr 0.005 --eval-every 7)   # real: ResNet-101, fp32, crop 769, batch 8, 240
 EVAL=(--mode original)
-DATA_ROOT=data SCENES=()
+SCENES_ROOT=data SCENES=()
 if [ "$SMALLEST" = 1 ]; then
-    DATA_ROOT="$OUT/data" SCENES=(--scenes 8 6 2)
+    SCENES_ROOT="$OUT/data" SCENES=(--scenes 8 6 2)
     SOURCE+=(--epochs 1) ADAPT+=(--epochs 1 --global-batch 2) SCC_RELEASE+=(--iterations 2) SCC_PAPER+=(--iterations 2)    # of an option the last value counts
 fi
 
-DATA_LINK="$DATA_ROOT/toy"
+DATA_LINK="$SCENES_ROOT/toy"
 source_list() { echo "$DATA_LINK/s$SEED/lists/source_train.txt"; }
 target_list() { echo "$DATA_LINK/s$SEED/lists/target_train.txt"; }
 target_gt() { echo "$DATA_LINK/s$SEED/lists/target_train_gt.txt"; }
 val_list() { echo "$DATA_LINK/s$SEED/lists/target_val.txt"; }
 
 for SEED in $SEEDS; do
-    "$PYTHON" -m dataset.toy --seed "$SEED" --root-path "$DATA_ROOT" ${SCENES[@]+"${SCENES[@]}"}
+    "$PYTHON" -m dataset.toy --seed "$SEED" --root-path "$SCENES_ROOT" ${SCENES[@]+"${SCENES[@]}"}
     run_seed
 done
 report

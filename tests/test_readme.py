@@ -1,9 +1,12 @@
-"""The README's commands: every script that it names is there and takes the options that it gives;
-every link leads to a file."""
+"""The README's commands: every script that it names is there, takes the options and knows the
+variables that it gives; every link leads to a file. The lists of packages."""
 
+import contextlib
+import importlib
+import io
+import json
 import re
 import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
@@ -11,42 +14,60 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMAND = re.compile(
+    r"((?:[A-Z_]+=\S*\s+)*)(?:python|bash|torchrun\b.*?)\s+"
+    r"(?:-m\s+([a-z]\w*(?:\.\w+)*)|([\w./]+\.(?:py|sh)))(?=\s|$)(.*)"
+)
 
 
-def commands(text: str) -> list[tuple[str, tuple[str, ...]]]:
-    """(script, its options) of every command in code blocks and inline code, in order, each
-    once.
+def commands(text: str) -> list[tuple[str, tuple[str, ...], tuple[str, ...]]]:
+    """(script, its options, variables before it) of every command in code blocks and inline code,
+    in order, each once. Commands of modules of others (python -m venv) are left out.
     """
     code = re.findall(r"```bash\n(.*?)```", text, re.S) + re.findall(
         r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.S)
     )
     found = []
-    for line in "\n".join(code).splitlines():
-        if match := re.search(
-            r"(?:python|bash|torchrun\b.*?)\s+([\w./]+\.(?:py|sh))(.*)", line.split(" #")[0]
-        ):
-            found.append((match[1], tuple(re.findall(r"(?<!\S)--[a-z][a-z-]*", match[2]))))
+    for line in "\n".join(code).replace("\\\n", " ").splitlines():
+        line = re.sub(r'"[^"]*"', "x", line.split(" #")[0])
+        if match := COMMAND.search(line):
+            variables, module, script, rest = match.groups()
+            if module:
+                script = module.replace(".", "/")
+                script += "/__main__.py" if (ROOT / script).is_dir() else ".py"
+                if not (ROOT / script.split("/")[0]).is_dir():
+                    continue
+            options = tuple(re.findall(r"(?<!\S)--[a-z][a-z-]*", rest))
+            found.append((script, options, tuple(re.findall(r"([A-Z_]+)=", variables))))
     return list(dict.fromkeys(found))
 
 
 @cache
 def help_text(script: str) -> str:
-    run = subprocess.run(
-        [sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True, cwd=ROOT
-    )
-    assert run.returncode == 0, run.stderr
-    return run.stdout
+    """What --help prints: of a Python file in this process, of a shell script by bash."""
+    if script.endswith(".sh"):
+        run = subprocess.run(["bash", script, "--help"], capture_output=True, text=True, cwd=ROOT)
+        assert run.returncode == 0, run.stderr
+        return run.stdout
+    main = importlib.import_module(script.removesuffix(".py").replace("/", ".")).main
+    with contextlib.redirect_stdout(io.StringIO()) as text, pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    return text.getvalue()
 
 
 def test_the_commands_are_found():
     text = (
         "Do `python a.py --one 1`.\n```bash\nOMP_NUM_THREADS=1 python b/c.py x --two --three-four 2"
-        "   # --five\nbash d.sh\n```\n`--six`"
+        '   # --five\nSEEDS="0 1" OUT=x bash d.sh\npython -m util.e --six \\\n  --seven\n'
+        "torchrun --nproc_per_node 4 f.py --eight\npython -m venv --nine\n```\n`--ten`"
     )
     assert commands(text) == [
-        ("b/c.py", ("--two", "--three-four")),
-        ("d.sh", ()),
-        ("a.py", ("--one",)),
+        ("b/c.py", ("--two", "--three-four"), ("OMP_NUM_THREADS",)),
+        ("d.sh", (), ("SEEDS", "OUT")),
+        ("util/e.py", ("--six", "--seven"), ()),
+        ("f.py", ("--eight",), ()),
+        ("a.py", ("--one",), ()),
     ]
     assert {
         "scripts/toy.sh",
@@ -55,21 +76,59 @@ def test_the_commands_are_found():
         "seco_scc.py",
         "train_unimatch.py",
         "eval.py",
-    } <= {script for script, _ in commands(README)}
+    } <= {script for script, _, _ in commands(README)}
 
 
-@pytest.mark.parametrize(
-    "script, options", commands(README), ids=lambda value: value if isinstance(value, str) else ""
-)
-def test_a_command_of_the_readme_can_be_given(script, options):
+@pytest.mark.parametrize("script, options, variables", commands(README), ids=str)
+def test_a_command_of_the_readme_can_be_given(script, options, variables):
     assert (ROOT / script).is_file(), script
     if script.endswith(".py"):
         known = set(re.findall(r"--[a-z][a-z-]*", help_text(script)))
         assert set(options) <= known, script
     else:
-        assert subprocess.run(["bash", "-n", str(ROOT / script)]).returncode == 0 and options == ()
+        assert options == ()
+        known = help_text(script).rpartition("Environment variables: ")[2].split()
+        assert set(variables) <= {*known, "OMP_NUM_THREADS"}, script
 
 
 def test_links_lead_to_files():
     links = re.findall(r"\]\(([^)]+)\)", README)
     assert links and all((ROOT / link).exists() for link in links if not link.startswith("http"))
+
+
+def test_figures_are_put_where_the_markers_are(tmp_path):
+    figures = importlib.import_module("scripts.dev.figures")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "README.md").write_text("a\n<!-- b:begin -->\nold\n<!-- b:end -->\nc\n")
+    (tmp_path / "model/README.md").write_text("<!-- d:begin --><!-- d:end --> e\n")
+    figures.put("b", "| new |\n", tmp_path)
+    figures.put("d", "x", tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert text == "a\n<!-- b:begin -->\n| new |\n<!-- b:end -->\nc\n"
+    assert (tmp_path / "model/README.md").read_text() == "<!-- d:begin -->\nx\n<!-- d:end --> e\n"
+    with pytest.raises(figures.UserError, match="need one place"):
+        figures.put("f", "x", tmp_path)
+
+
+def versions(name: str) -> dict[str, str]:
+    lines = [line.split("#")[0].strip() for line in (ROOT / name).read_text().splitlines()]
+    return dict(re.split(">=|==", line) for line in lines if line)
+
+
+def test_the_locked_versions_are_those_that_made_the_tables():
+    """They satisfy requirements.txt, and are those of the runs' manifests."""
+    locked = versions("requirements-lock.txt")
+
+    def number(version):
+        return [int(part) for part in version.split(".")[:3]]
+
+    for package, least in versions("requirements.txt").items():
+        assert number(locked[package]) >= number(least), package
+    files = list((ROOT / "training_logs/ours").glob("*/seed*_manifests.json"))
+    assert files
+    for file in files:
+        for made in re.findall(r'"versions": (\{.*?\})', file.read_text(), re.S):
+            made = json.loads(made)
+            made.pop("python")
+            for package, version in made.items():
+                assert locked[package] == version.split("+")[0], (file, package)

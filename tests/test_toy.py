@@ -30,6 +30,23 @@ def test_pinned_pixels(style, expected):
     assert digest(draw_scene(7, style)) == expected
 
 
+@pytest.mark.parametrize(
+    "style, expected",
+    [
+        ("source", "d3c571a234c4e351"),
+        ("target", "8736c40af51a88ed"),
+        ("random", "f5177de500d2d4fc"),
+    ],
+)
+def test_pinned_pixels_of_small_scenes(style, expected):
+    """Twelve of each style, so that every kind of object is in one of them."""
+    whole = hashlib.sha256()
+    for seed in range(12):
+        scene = draw_scene(seed, style, 96, 192)
+        whole.update(scene.image.tobytes() + scene.label.tobytes() + scene.segment.tobytes())
+    assert whole.hexdigest()[:16] == expected
+
+
 def test_all_classes_occur_with_a_long_tail():
     for style in ("source", "target"):
         pixels, images = np.zeros(19), np.zeros(19)

@@ -1,13 +1,14 @@
-"""The README's pictures and tables, made from runs: nothing in them is typed by hand.
+"""The pictures and tables of the READMEs, made from runs: nothing in them is typed by hand.
 
     # whatever of runs/{ablation_toy,toy_unseen,camvid_release} exists
     python -m scripts.dev.figures
     python -m scripts.dev.figures --image 2           another image for the pipeline picture
 
 Reads runs/<name>/ (results.md, results.json, pictures/, seed0/), model/sam_tiny.json and
-training_logs/. Writes images/*.png, training_logs/<name>/ (results, manifests and curves of the
-run, so that its figures can be traced) and, in README.md, what stands between the markers `<!--
-<name>:begin -->` and `<!-- <name>:end -->`.
+training_logs/. Writes images/*.png, training_logs/ours/<name>/ (results, the first seed's manifests
+and the curves of the run, so that its figures can be traced) and what stands between the markers
+`<!-- <name>:begin -->` and `<!-- <name>:end -->` in the README that has them: the repository's,
+that of training_logs/ours/ or that of model/.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from util.run import UserError, atomic_path, read_json, run_main, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 
+DOCUMENTS = ("README.md", "training_logs/ours/README.md", "model/README.md")
 RUNS = ("ablation_toy", "toy_unseen", "camvid_release")
 # The paper's Tables 6 and 7, GTA to Cityscapes, DTST (source-free), mIoU after adaptation; "no SAM"
 # is DTST itself.
@@ -55,33 +57,46 @@ MAIN_LINE = (
 )  # whose costs are shown
 
 
-def between_markers(text: str, name: str, content: str) -> str:
-    """`text` with what stands between the markers of `name` replaced."""
+def put(name: str, content: str, root: Path = ROOT) -> None:
+    """Replace what stands between the markers of `name`, in the document that has them."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-    if text.count(begin) != 1 or text.count(end) != 1:
-        raise UserError(f"README.md: needs the markers {begin} and {end} exactly once")
-    head, rest = text.split(begin)
-    return head + begin + "\n" + content.strip() + "\n" + end + rest.split(end)[1]
+    texts = {
+        path: path.read_text(encoding="utf-8")
+        for path in (root / document for document in DOCUMENTS)
+        if path.is_file()
+    }
+    found = [path for path, text in texts.items() if begin in text]
+    if len(found) != 1 or not texts[found[0]].count(begin) == texts[found[0]].count(end) == 1:
+        raise UserError(f"{begin} and {end}: need one place in {', '.join(DOCUMENTS)}")
+    head, rest = texts[found[0]].split(begin)
+    with atomic_path(found[0]) as temporary:
+        temporary.write_text(
+            f"{head}{begin}\n{content.strip()}\n{end}{rest.split(end)[1]}", encoding="utf-8"
+        )
 
 
 def keep_records(run: Path) -> None:
-    """Results, manifests and per-evaluation figures of a run to training_logs/<name>/."""
-    folder = ROOT / "training_logs" / run.name
+    """Results, the first seed's manifests and the figures of all evaluations of a run to
+    training_logs/ours/<name>/.
+    """
+    folder = ROOT / "training_logs/ours" / run.name
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("results.json", "results.md", "sweep.json", "sweep.md"):
         if (run / name).is_file():
             shutil.copyfile(run / name, folder / name)
-    for seed in sorted(run.glob("seed*")):
-        records = {
-            path.parent.relative_to(seed).as_posix(): read_json(path)
-            for path in sorted(seed.glob("*/manifest.json"))
-        }
-        for path in sorted(seed.glob("*/summary.json")) + sorted(seed.glob("*/report/report.json")):
-            if "manifest" in (content := read_json(path)):
-                records[path.parent.relative_to(seed).as_posix()] = content
-        write_json(folder / f"{seed.name}_manifests.json", records)
-        evaluations = {}
+    for number, seed in enumerate(sorted(run.glob("seed*"))):
+        records, evaluations = {}, {}
+        for pattern in ("*/manifest.json", "*/summary.json", "*/report/report.json"):
+            for path in sorted(seed.glob(pattern)):
+                name, content = path.parent.relative_to(seed).as_posix(), read_json(path)
+                # (a dot: set aside by scripts/lib/stage.py)
+                if "." not in name and (path.name == "manifest.json" or "manifest" in content):
+                    records[name] = content
+        if number == 0:
+            write_json(folder / f"{seed.name}_manifests.json", records)
         for path in sorted(seed.glob("adapt_*/metrics.jsonl")):
+            if "." in path.parent.name:
+                continue
             entries = [json.loads(line) for line in path.read_text().splitlines()]
             evaluations[path.parent.name] = [e for e in entries if "eval/mIoU" in e]
         write_json(folder / f"{seed.name}_evaluations.json", evaluations)
@@ -236,7 +251,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 def main(argv=None) -> None:
     options = parse_args(argv)
-    images, readme = ROOT / "images", (ROOT / "README.md").read_text(encoding="utf-8")
+    images = ROOT / "images"
     for name in RUNS:
         run = ROOT / "runs" / name
         if not (run / "results.md").is_file():
@@ -248,7 +263,7 @@ def main(argv=None) -> None:
             if name == "ablation_toy"
             else (run / "results.md").read_text(encoding="utf-8")
         )
-        readme = between_markers(readme, name, tables.replace("### ", "#### "))
+        put(name, tables.replace("### ", "#### "))
     toy, camvid = (ROOT / "runs" / name for name in ("ablation_toy", "camvid_release"))
     if (toy / "results.md").is_file():
         save_picture(images / "pipeline.png", pipeline_picture(toy, options.image))
@@ -262,10 +277,8 @@ def main(argv=None) -> None:
         if (run / "pictures" / f"{picture}.png").is_file():
             shutil.copyfile(run / "pictures" / f"{picture}.png", images / f"{name}.png")
     if (ROOT / "model/sam_tiny.json").is_file():
-        readme = between_markers(readme, "sam_tiny", sam_table())
+        put("sam_tiny", sam_table())
     save_picture(images / "shipped_logs.png", shipped_curves())
-    with atomic_path(ROOT / "README.md") as temporary:
-        temporary.write_text(readme, encoding="utf-8")
 
 
 if __name__ == "__main__":

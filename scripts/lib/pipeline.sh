@@ -8,42 +8,43 @@
 #   DATA_LINK    folder that the lists' image paths start from, linked into the seed's folder
 #   source_list  target_list  target_gt  val_list   functions of the seed: where its lists are
 #
-# Every stage is skipped if the same command has succeeded before, so a stopped run goes on where it was.
+# Every stage is skipped if it is done (scripts/lib/stage.py), so a stopped run goes on where it was.
 
 # Pseudo-label quality against ground truth: a diagnostic, nothing that is trained sees it.
 quality() { # quality NAME LIST
-    stage "quality_$1" "$PYTHON" eval.py --labels "$2" --id-list-path "$(target_gt)" --root-path "$W" \
-        "${CLASSES[@]}" --out "$W/eval/quality_$1"
+    stage "quality_$1" "$W/eval/quality_$1/metrics.json" -- "$PYTHON" eval.py --labels "$2" \
+        --id-list-path "$(target_gt)" --root-path "$W" "${CLASSES[@]}" --out "$W/eval/quality_$1"
 }
 
 validate() { # validate NAME CHECKPOINT
-    stage "eval_$1" "$PYTHON" eval.py --checkpoint "$2" --id-list-path "$(val_list)" --root-path "$W" \
-        "${CLASSES[@]}" "${EVAL[@]}" --out "$W/eval/$1"
+    stage "eval_$1" "$W/eval/$1/metrics.json" -- "$PYTHON" eval.py --checkpoint "$2" \
+        --id-list-path "$(val_list)" --root-path "$W" "${CLASSES[@]}" "${EVAL[@]}" --out "$W/eval/$1"
 }
 
 adapt() { # adapt NAME LIST: split the list and train UniMatch with it, from the source model
-    stage "split_$1" "$PYTHON" -m scripts.make_split --id-list-path "$2" --root-path "$W" "${CLASSES[@]}" \
-        "${SPLIT[@]}" --out "$W/splits/split_$1"
-    stage "adapt_$1" "$PYTHON" train_unimatch.py --labeled-id-path "$W/splits/split_$1/labeled.txt" \
-        --unlabeled-id-path "$W/splits/split_$1/unlabeled.txt" --val-id-path "$(val_list)" --root-path "$W" \
+    local split="$W/splits/split_$1"
+    stage "split_$1" "$split/labeled.txt" "$split/unlabeled.txt" -- "$PYTHON" -m scripts.make_split \
+        --id-list-path "$2" --root-path "$W" "${CLASSES[@]}" "${SPLIT[@]}" --out "$split"
+    stage "adapt_$1" "$W/adapt_$1" -- "$PYTHON" train_unimatch.py --labeled-id-path "$split/labeled.txt" \
+        --unlabeled-id-path "$split/unlabeled.txt" --val-id-path "$(val_list)" --root-path "$W" \
         "${CLASSES[@]}" "${ADAPT[@]}" --init-checkpoint "$W/source/latest.pth" --seed "$SEED" --save-path "$W/adapt_$1"
     validate "$1" "$W/adapt_$1/latest.pth"
 }
 
 psa() { # psa NAME SUFFIX OPTION…: PSA of the pixel labels, its quality
-    local name="$1" suffix="$2"
+    local name="$1" labels="pix_$2"
     shift 2
-    stage "$name" "$PYTHON" seco_sam.py --id-list-path "$W/splits/pix/all.txt" --root-path "$W" "${CLASSES[@]}" \
-        "${PSA[@]}" "$@"
-    quality "$name" "$W/splits/pix_$suffix/all.txt"
+    stage "$name" "$W/$labels" "$W/splits/$labels/all.txt" from "$(sam_file "$SAM")" -- "$PYTHON" seco_sam.py \
+        --id-list-path "$W/splits/pix/all.txt" --root-path "$W" "${CLASSES[@]}" "${PSA[@]}" "$@"
+    quality "$name" "$W/splits/$labels/all.txt"
 }
 
 scc() { # scc NAME LIST SUFFIX RECIPE: SCC of the labels in a list, its quality
     local options=("${SCC_RELEASE[@]}") list
     if [ "$4" = paper ]; then options=("${SCC_PAPER[@]}"); fi
-    stage "$1" "$PYTHON" seco_scc.py --id-list-path "$2" --root-path "$W" "${CLASSES[@]}" "${options[@]}" --recipe "$4" \
-        --backbone-weights "$W/source/latest.pth" --seed "$SEED"
     list="$(dirname "$2")_$3/$(basename "$2")"
+    stage "$1" "$W/$(basename "$(dirname "$list")")" "$list" -- "$PYTHON" seco_scc.py --id-list-path "$2" --root-path "$W" "${CLASSES[@]}" "${options[@]}" --recipe "$4" \
+        --backbone-weights "$W/source/latest.pth" --seed "$SEED"
     quality "$1" "$list"
 }
 
@@ -75,7 +76,7 @@ run_controls() { # run_controls release|paper
     scc scc_pixel "$W/splits/pix/all.txt" "$corrected" "$1"
     adapt scc_pixel "$W/splits/pix_$corrected/all.txt"
     # The upper bound sees what no method may see: ground truth of the target's training images.
-    stage adapt_bound "$PYTHON" train_unimatch.py --supervised --labeled-id-path "$(target_gt)" \
+    stage adapt_bound "$W/adapt_bound" -- "$PYTHON" train_unimatch.py --supervised --labeled-id-path "$(target_gt)" \
         --val-id-path "$(val_list)" --root-path "$W" "${CLASSES[@]}" "${ADAPT[@]}" \
         --init-checkpoint "$W/source/latest.pth" --seed "$SEED" --save-path "$W/adapt_bound"
     validate bound "$W/adapt_bound/latest.pth"
@@ -86,12 +87,12 @@ run_seed() {
     mkdir -p "$W"
     ln -sfn "$(cd "$DATA_LINK" && pwd)" "$W/$(basename "$DATA_LINK")"
 
-    stage source "$PYTHON" train_unimatch.py --supervised --labeled-id-path "$(source_list)" --root-path "$W" \
+    stage source "$W/source" -- "$PYTHON" train_unimatch.py --supervised --labeled-id-path "$(source_list)" --root-path "$W" \
         "${CLASSES[@]}" "${SOURCE[@]}" --seed "$SEED" --save-path "$W/source"
     validate before "$W/source/latest.pth"
 
-    stage pixel "$PYTHON" -m scripts.make_pseudo_labels --id-list-path "$(target_list)" --root-path "$W" \
-        --checkpoint "$W/source/latest.pth" --exp pix --out-list "$W/splits/pix/all.txt" "${CLASSES[@]}" "${PIXEL[@]}"
+    stage pixel "$W/pix" "$W/splits/pix/all.txt" -- "$PYTHON" -m scripts.make_pseudo_labels \
+        --id-list-path "$(target_list)" --root-path "$W" --checkpoint "$W/source/latest.pth" --exp pix --out-list "$W/splits/pix/all.txt" "${CLASSES[@]}" "${PIXEL[@]}"
     quality pixel "$W/splits/pix/all.txt"
 
     if [ "$RECIPE" != paper ]; then run_recipe release; fi
@@ -101,8 +102,17 @@ run_seed() {
     fi
 }
 
-# Tables and pictures over all seeds.
+# Tables, pictures and the page over all seeds: made again if a stage has run since.
 report() {
-    if [ "$RECIPE" != release ]; then "$PYTHON" -m scripts.dev.sweep_thresholds "$OUT" "${CLASSES[@]}"; fi
-    "$PYTHON" -m scripts.lib.report "$OUT" "${CLASSES[@]}"
+    STAGES="$OUT/stages"
+    if [ "$RECIPE" != release ]; then
+        stage sweep "$OUT/sweep.md" from "$OUT"/seed*/stages/scc_paper.json -- \
+            "$PYTHON" -m scripts.dev.sweep_thresholds "$OUT" "${CLASSES[@]}"
+    fi
+    stage report "$OUT/results.md" from "$OUT"/seed*/stages/*.json -- \
+        "$PYTHON" -m scripts.lib.report "$OUT" "${CLASSES[@]}"
+    stage page "$OUT/index.html" from "$OUT/results.md" "$OUT"/seed*/stages/*.json -- "$PYTHON" -m scripts.lib.page "$OUT"
+    printf '\n'
+    cat "$OUT/results.md"
+    printf '\nThe same with pictures, in a browser: %s\n' "$OUT/index.html"
 }

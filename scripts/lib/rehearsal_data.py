@@ -13,7 +13,7 @@ Outputs  <out>/data     cityscapes: leftImg8bit/{train,val}/<city>/*_leftImg8bit
     python -m scripts.lib.rehearsal_data --layout cityscapes --class-num 19 \\
         --out runs/rehearse/gta2cs/inputs
 
-What is there is kept, so a stopped rehearsal goes on. Copied away, this file needs dataset/toy.py,
+What is there is kept, so a stopped rehearsal goes on. Copied away, this file needs dataset/toy/,
 model/, util/ and scripts/prepare_data.py.
 """
 
@@ -35,7 +35,7 @@ from util.labels import IDS_16_IN_19, IGNORE
 from util.run import atomic_path, run_main, seed_everything
 
 CITIES = {"train": ("aachen", "bochum"), "val": ("frankfurt",)}
-FIT_SCENES, FIT_SIZE = 16, (192, 384)  # scenes, height and width that the classifier is fitted on
+FIT_SCENES, FIT_SIZE = 6, (128, 256)  # scenes, height and width that the classifier is fitted on
 RIDGE = 1e-3  # relative to the mean square of a feature
 
 
@@ -150,9 +150,9 @@ def main(argv=None) -> None:
         "--images",
         type=int,
         nargs=2,
-        default=(4, 1),
+        default=(2, 1),
         metavar=("TRAIN", "VAL"),
-        help="images to make (default: 4 1)",
+        help="images to make (default: 2 1)",
     )
     options = parser.parse_args(argv)
     write = write_cityscapes if options.layout == "cityscapes" else write_bdd

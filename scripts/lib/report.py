@@ -221,6 +221,22 @@ def miou_curve(seed_folder: Path) -> None:
         )
 
 
+def ablation_chart(models: dict):
+    """Validation mIoU of every model as bars; with standard deviations where there are seeds."""
+    values = {
+        MODEL_ROWS[row].replace("UniMatch on ", "").split(" (")[0]: found["miou"]
+        for row, found in models.items()
+    }
+    several = len(next(iter(values.values()))) > 1
+    return bar_chart(
+        {title: statistics.mean(found) for title, found in values.items()},
+        "",
+        "target validation mIoU (%)",
+        {title: statistics.stdev(found) for title, found in values.items()} if several else None,
+        size=(1500, 460),
+    )
+
+
 def options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -269,38 +285,12 @@ def main(argv: list[str] | None = None) -> None:
     side_by_side(seeds[0], classes, args.pictures)
     miou_curve(seeds[0])
     if len(models) > 2:
-        save_picture(
-            pictures / "ablation.png",
-            bar_chart(
-                {
-                    MODEL_ROWS[r].replace("UniMatch on ", "").split(" (")[0]: statistics.mean(
-                        v["miou"]
-                    )
-                    for r, v in models.items()
-                },
-                "",
-                "target validation mIoU (%)",
-                (
-                    {
-                        MODEL_ROWS[r].replace("UniMatch on ", "").split(" (")[0]: statistics.stdev(
-                            v["miou"]
-                        )
-                        for r, v in models.items()
-                    }
-                    if len(seeds) > 1
-                    else None
-                ),
-                size=(1500, 460),
-            ),
-        )
-    for report in seeds[0].glob("*_scc*/report"):
-        for picture in report.glob("*.png"):
+        save_picture(pictures / "ablation.png", ablation_chart(models))
+    scc = label_lists(seeds[0]).get("scc") or label_lists(seeds[0]).get("scc_paper")
+    if scc:
+        for picture in (seeds[0] / scc.parent.name / "report").glob("*.png"):
             shutil.copyfile(picture, pictures / f"scc_{picture.name}")
-    print(
-        "\n"
-        + text
-        + f"\nTables: {args.run / 'results.md'}, {args.run / 'results.json'}; pictures: {pictures}"
-    )
+    print(f"tables: {args.run / 'results.md'}, {args.run / 'results.json'}; pictures: {pictures}")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@
 #
 # Looked at in this order: $PYTHON, the active environment's python, .venv of this repository. If none will do, .venv is
 # made and the packages are installed into it, once: about 6 GB and two to five minutes for the stock torch builds.
+# Newer versions than those that made the tables may be installed; requirements-lock.txt has those, and says how to get them.
 
 setup_repo="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 setup_files=("$setup_repo/requirements.txt")
@@ -65,7 +66,9 @@ setup_install() {
     fi
     for candidate in "${setup_files[@]}"; do need+=(-r "$candidate"); done
     echo "setup: installing packages into .venv (once; about 6 GB, some minutes)"
-    if ! "$setup_repo/.venv/bin/python" -m pip install --disable-pip-version-check --progress-bar on "${need[@]}"; then
+    candidate=off
+    [ ! -t 1 ] || candidate=on
+    if ! "$setup_repo/.venv/bin/python" -m pip install --disable-pip-version-check --progress-bar "$candidate" "${need[@]}"; then
         echo "error: pip could not install the packages above; check the network and the free disk space (6 GB)," \
             "then run this command again: it goes on where it stopped" >&2
         return 2
@@ -82,9 +85,5 @@ if ! setup_find; then
 fi
 export PYTHON
 
-# stage NAME COMMAND…: run a command once; skipped when the same one has succeeded before. Records go to $STAGES.
-stage() {
-    local name="$1"
-    shift
-    "$PYTHON" "$setup_repo/scripts/lib/stage.py" "$STAGES" "$name" -- "$@"
-}
+# stage NAME OUTPUT… [from INPUT…] -- COMMAND…: run a command unless it is done (scripts/lib/stage.py). Records: $STAGES in $OUT.
+stage() { "$PYTHON" -m scripts.lib.stage "$OUT" "$STAGES" "$@"; }

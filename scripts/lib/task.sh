@@ -12,6 +12,9 @@
 # not, 2 something is missing or wrong.
 
 say() { printf '%s\n' "$*"; }
+source scripts/lib/variables.sh
+TASK_VARIABLES=(DATA_ROOT CHECKPOINT PROBABILITIES SAM_CHECKPOINT SAM_TYPE BACKBONE_WEIGHTS SCC_WEIGHTS OUT GPUS RECIPE USE_SCC
+                REHEARSE SEED SPLITS EXP DEVICE STEM)
 
 # ---------------------------------------------------------------------------------------------------------- preflight
 
@@ -94,7 +97,6 @@ need_tools() {
 
 preflight() {
     local i
-    case "$RECIPE" in release | paper) ;; *) lacks "RECIPE=$RECIPE: no such recipe" "release (default) or paper" ;; esac
     need_tools
     if [ "$REHEARSE" != 1 ]; then
         "need_$DATA"
@@ -114,52 +116,60 @@ preflight() {
 
 # The starting labels' own quality: every pixel's prediction on the validation set, at the network's input size.
 before() {
+    local exp="${EXP}_before"
     if [ -n "$PROBABILITIES" ]; then
         say "== before: skipped, PROBABILITIES has no arrays of the validation set; evaluate that model where it comes from"
         return
     fi
-    stage before_labels "$PYTHON" -m scripts.make_pseudo_labels --id-list-path "$VAL_LIST" --root-path "$DATA_ROOT" \
-        "${CLASSES[@]}" --checkpoint "$CHECKPOINT" --exp "${EXP}_before" --top-p 1 "${TEST_SIZE[@]}" \
-        --out-list "$SPLITS/${EXP}_before/val.txt" --device "$DEVICE"
-    stage before "$PYTHON" eval.py --labels "$SPLITS/${EXP}_before/val.txt" --id-list-path "$VAL_LIST" \
-        --root-path "$DATA_ROOT" "${CLASSES[@]}" --out "$OUT/eval_before"
+    stage before_labels "$DATA_ROOT/$exp" "$SPLITS/$exp/val.txt" -- "$PYTHON" -m scripts.make_pseudo_labels \
+        --id-list-path "$VAL_LIST" --root-path "$DATA_ROOT" "${CLASSES[@]}" --checkpoint "$CHECKPOINT" --exp "$exp" --top-p 1 \
+        "${TEST_SIZE[@]}" --out-list "$SPLITS/$exp/val.txt" --device "$DEVICE"
+    stage before "$OUT/eval_before/metrics.json" -- "$PYTHON" eval.py --labels "$SPLITS/$exp/val.txt" \
+        --id-list-path "$VAL_LIST" --root-path "$DATA_ROOT" "${CLASSES[@]}" --out "$OUT/eval_before"
 }
 
 run_task() {
-    local labels="$EXP" suffix="$SAM_TYPE" source=(--checkpoint "$CHECKPOINT")
+    local labels before_scc suffix="" source=(--checkpoint "$CHECKPOINT") code=0
     [ -z "$PROBABILITIES" ] || source=(--probabilities "$PROBABILITIES")
-    [ "$RECIPE" = release ] || suffix="${SAM_TYPE}_$RECIPE"
+    [ "$RECIPE" = release ] || suffix="_$RECIPE"
 
-    stage data "$PYTHON" -m scripts.prepare_data "${PREPARE[@]}" --root "$DATA_ROOT" --lists "$SPLITS"
+    stage data "$TRAIN_LIST" "$VAL_LIST" -- "$PYTHON" -m scripts.prepare_data "${PREPARE[@]}" --root "$DATA_ROOT" \
+        --lists "$SPLITS"
     before
-    stage pixel "${LAUNCH[@]}" -m scripts.make_pseudo_labels --id-list-path "$TRAIN_LIST" --root-path "$DATA_ROOT" \
-        "${CLASSES[@]}" "${source[@]}" --exp "$EXP" --preset dtst "${TEST_SIZE[@]}" --top-p "$TOP_P" \
-        --out-list "$SPLITS/$EXP/train.txt" --device "$DEVICE"
-    stage psa "${LAUNCH[@]}" seco_sam.py --id-list-path "$SPLITS/$EXP/train.txt" --root-path "$DATA_ROOT" \
-        "${CLASSES[@]}" --sam-type "$SAM_TYPE" --sam-checkpoint "$SAM_CHECKPOINT" --recipe "$RECIPE" --vis 8 \
-        --device "$DEVICE"
-    labels="${EXP}_$suffix"
+    stage pixel "$DATA_ROOT/$EXP" "$SPLITS/$EXP/train.txt" from "${source[1]}" -- "${LAUNCH[@]}" \
+        -m scripts.make_pseudo_labels --id-list-path "$TRAIN_LIST" --root-path "$DATA_ROOT" "${CLASSES[@]}" "${source[@]}" \
+        --exp "$EXP" --preset dtst "${TEST_SIZE[@]}" --top-p "$TOP_P" --out-list "$SPLITS/$EXP/train.txt" --device "$DEVICE"
+    labels="${EXP}_$SAM_TYPE$suffix"
+    stage psa "$DATA_ROOT/$labels" "$SPLITS/$labels/train.txt" -- "${LAUNCH[@]}" seco_sam.py \
+        --id-list-path "$SPLITS/$EXP/train.txt" --root-path "$DATA_ROOT" "${CLASSES[@]}" --sam-type "$SAM_TYPE" \
+        --sam-checkpoint "$SAM_CHECKPOINT" --recipe "$RECIPE" --vis 8 --device "$DEVICE" \
+        ${CACHE[@]+"${CACHE[@]}"}
     if [ "$USE_SCC" = 1 ]; then
-        stage scc "${LAUNCH[@]}" seco_scc.py --id-list-path "$SPLITS/$labels/train.txt" --root-path "$DATA_ROOT" \
-            "${CLASSES[@]}" --recipe "$RECIPE" "${SCC[@]}" --backbone-weights "$SCC_WEIGHTS" --seed "$SEED" \
-            --device "$DEVICE"
-        if [ "$RECIPE" = release ]; then labels="${labels}_scc"; else labels="${labels}_scc_$RECIPE"; fi
+        before_scc="$labels" labels="${labels}_scc$suffix"
+        stage scc "$DATA_ROOT/$labels" "$SPLITS/$labels/train.txt" -- "${LAUNCH[@]}" seco_scc.py \
+            --id-list-path "$SPLITS/$before_scc/train.txt" --root-path "$DATA_ROOT" "${CLASSES[@]}" --recipe "$RECIPE" \
+            "${SCC[@]}" --backbone-weights "$SCC_WEIGHTS" --seed "$SEED" --device "$DEVICE"
     fi
-    stage split "$PYTHON" -m scripts.make_split --id-list-path "$SPLITS/$labels/train.txt" --root-path "$DATA_ROOT" \
-        "${CLASSES[@]}" --labeled-fraction "$LABELED_FRACTION" --out "$SPLITS/$labels"
-    stage adapt "${LAUNCH[@]}" train_unimatch.py --labeled-id-path "$SPLITS/$labels/labeled.txt" \
+    stage split "$SPLITS/$labels/labeled.txt" "$SPLITS/$labels/unlabeled.txt" -- "$PYTHON" -m scripts.make_split \
+        --id-list-path "$SPLITS/$labels/train.txt" --root-path "$DATA_ROOT" "${CLASSES[@]}" \
+        --labeled-fraction "$LABELED_FRACTION" --out "$SPLITS/$labels"
+    stage adapt "$OUT/adapt" -- "${LAUNCH[@]}" train_unimatch.py --labeled-id-path "$SPLITS/$labels/labeled.txt" \
         --unlabeled-id-path "$SPLITS/$labels/unlabeled.txt" --val-id-path "$VAL_LIST" --root-path "$DATA_ROOT" \
         "${CLASSES[@]}" "${ADAPT[@]}" --backbone-weights "$BACKBONE_WEIGHTS" --eval-mode "$EVAL_MODE" --seed "$SEED" \
         --save-path "$OUT/adapt" --device "$DEVICE"
-    stage after "${LAUNCH[@]}" eval.py --checkpoint "$OUT/adapt/latest.pth" --id-list-path "$VAL_LIST" \
-        --root-path "$DATA_ROOT" "${CLASSES[@]}" --mode "$EVAL_MODE" --crop-size "$CROP" --out "$OUT/eval_after" \
-        --device "$DEVICE"
+    stage after "$OUT/eval_after/metrics.json" -- "${LAUNCH[@]}" eval.py --checkpoint "$OUT/adapt/latest.pth" \
+        --id-list-path "$VAL_LIST" --root-path "$DATA_ROOT" "${CLASSES[@]}" --mode "$EVAL_MODE" --crop-size "$CROP" \
+        --out "$OUT/eval_after" --device "$DEVICE"
     say "" "== the run beside the authors' log"
+    "$PYTHON" -m scripts.compare_logs "$OUT/adapt" "$SHIPPED_LOG" --picture "$OUT/pictures/compare.png" \
+        > "$OUT/compare.txt" || code=$?
+    cat "$OUT/compare.txt"
+    [ "$code" -le 1 ] || exit "$code"
+    "$PYTHON" -m scripts.lib.page "$OUT"
     if [ "$REHEARSE" = 1 ]; then
-        "$PYTHON" -m scripts.compare_logs "$OUT/adapt" "$SHIPPED_LOG" || [ $? = 1 ]
         say "rehearsal complete: every stage of $TITLE ran. Its figures mean nothing: $OUT"
     else
-        "$PYTHON" -m scripts.compare_logs "$OUT/adapt" "$SHIPPED_LOG"
+        exit "$code"
     fi
 }
 
@@ -167,36 +177,45 @@ run_task() {
 
 # The same stages on miniature inputs. Every value that is smaller than in the real run is set here, and only here.
 rehearse() {
-    DATA_ROOT="$OUT/inputs/data" CHECKPOINT="$OUT/inputs/model_iter020000.pth" PROBABILITIES="" SPLITS="$OUT/splits"
+    DATA_ROOT="$OUT/inputs/data" CHECKPOINT="$OUT/inputs/model_iter020000.pth" SPLITS="$OUT/splits"
     SAM_TYPE=tiny SAM_CHECKPOINT=model/sam_tiny.pth BACKBONE_WEIGHTS=none SCC_WEIGHTS=none DEVICE=cpu GPUS=0
-    local scc=(--backbone resnet18 --iterations 4 --patch-size 64 128)
-    local adapt=(--backbone resnet18 --epochs 2 --global-batch 1 --crop-size 257 --eval-every 2 --min-kept 5000 --workers 0)
+    local made scc=(--backbone resnet18 --iterations 4 --patch-size 64 128)
+    local adapt=(--backbone resnet18 --epochs 2 --global-batch 1 --crop-size 129 --eval-every 2 --min-kept 5000 --workers 0)
     say "rehearsal of $TITLE, smaller than the real run in:" \
-        "  data         4 + 1 toy scenes in the official layout (real: $IMAGES)" \
-        "  checkpoint   DT-ST's format, random backbone, fitted classifier; input 512x256 (real: ${TEST_SIZE[1]}x${TEST_SIZE[2]})" \
+        "  data         2 + 1 toy scenes, half of them labeled, in the official layout (real: $IMAGES)" \
+        "  checkpoint   DT-ST's format, random backbone, fitted classifier; input 256x128 (real: ${TEST_SIZE[1]}x${TEST_SIZE[2]})" \
         "  SAM          tiny (real: vit_h)" \
         "  SCC          ${scc[*]}, random weights" \
         "  UniMatch     ${adapt[*]}, random weights"
-    TEST_SIZE=(--test-size 512 256)
-    PREPARE=("${PREPARE[@]}" --expect 4 1)
+    TEST_SIZE=(--test-size 256 128)
+    PREPARE=("${PREPARE[@]}" --expect 2 1) LABELED_FRACTION=0.5
     SCC=("${SCC[@]}" "${scc[@]}")
     ADAPT=("${ADAPT[@]}" "${adapt[@]}")  # of an option given twice the later value counts
-    CROP=257
-    stage inputs "$PYTHON" -m scripts.lib.rehearsal_data --layout "$DATA" "${CLASSES[@]}" --out "$OUT/inputs" --images 4 1
+    CROP=129
+    CACHE=(--proposal-cache "$OUT/inputs/proposals")  # a second rehearsal with other labels is quick
+    case "$DATA" in cityscapes) made=(leftImg8bit gtFine) ;; *) made=(images labels) ;; esac
+    stage inputs "${made[@]/#/$DATA_ROOT/}" "$CHECKPOINT" -- "$PYTHON" -m scripts.lib.rehearsal_data --layout "$DATA" \
+        "${CLASSES[@]}" --out "$OUT/inputs" --images 2 1
 }
 
 # --------------------------------------------------------------------------------------------------------------- main
 
-main() {
+main() { # main ARGUMENT… of the script
+    variables "$0" "${TASK_VARIABLES[@]}" -- "$@"
+    one_of RECIPE release paper
+    one_of REHEARSE 0 1
+    one_of USE_SCC 0 1
+    one_of SAM_TYPE tiny vit_b vit_l vit_h
+    one_of STEM deep torchvision
+    numbers SEED 0 4294967295
     REHEARSE="${REHEARSE:-0}" RECIPE="${RECIPE:-release}" USE_SCC="${USE_SCC:-1}" SEED="${SEED:-0}" DEVICE="${DEVICE:-auto}"
     SAM_TYPE="${SAM_TYPE:-vit_h}" PROBABILITIES="${PROBABILITIES:-}"
-    case "$SAM_TYPE" in vit_l) weights=0b3195 ;; vit_b) weights=01ec64 ;; *) weights=4b8939 ;; esac
-    SAM_CHECKPOINT="${SAM_CHECKPOINT:-pretrained/sam_${SAM_TYPE}_$weights.pth}"
+    SAM_CHECKPOINT="${SAM_CHECKPOINT:-$(sam_file "$SAM_TYPE")}"
     BACKBONE_WEIGHTS="${BACKBONE_WEIGHTS:-pretrained/resnet101.pth}" SCC_WEIGHTS="${SCC_WEIGHTS:-imagenet}"
     SPLITS="${SPLITS:-splits/$DATA}"
     preflight
     source scripts/lib/setup.sh
-    LAUNCH=("$PYTHON")
+    LAUNCH=("$PYTHON") CACHE=()
     if [ "$REHEARSE" = 1 ]; then
         OUT="${OUT:-runs/rehearse/$TASK}" STAGES="${OUT:-runs/rehearse/$TASK}/stages"
         rehearse

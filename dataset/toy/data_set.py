@@ -1,0 +1,154 @@
+"""The benchmark's files: images, ground truth and lists of the scenes of a data seed."""
+
+from __future__ import annotations
+
+import argparse
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+from PIL import Image
+from tqdm import tqdm
+
+from dataset.toy.objects import HEIGHT, STYLES, WIDTH
+from dataset.toy.street import draw_scene
+from util.labels import CITYSCAPES_19, write_label, write_list
+from util.run import UserError, atomic_path, check_writable, read_json, write_json
+
+VERSION = 4  # of what is drawn; a cache made by another version is not used
+# (domain, split): number of scenes. Each scene's own seed is built from (data seed, split, index),
+# see `scene_seed`.
+SPLITS = {("source", "train"): 600, ("target", "train"): 60, ("target", "val"): 80}
+# Seeds from here on are never used for the benchmark: scripts/dev/train_sam_tiny.py takes its
+# scenes from there.
+FIRST_FREE_SEED = 10_000_000
+
+
+def scene_seed(seed: int, split: str, index: int) -> int:
+    """Data seeds 0..99, at most 10,000 scenes of a split: no two scenes of one style share a
+    seed.
+    """
+    return seed * 100_000 + ("train", "val").index(split) * 10_000 + index
+
+
+def _write_scene(folder: Path, domain: str, split: str, seed: int, index: int) -> None:
+    """Draw and save one scene, unless both files are there."""
+    image_path = folder / domain / split / "images" / f"{index:05d}.png"
+    label_path = folder / domain / split / "gt" / f"{index:05d}.png"
+    if image_path.is_file() and label_path.is_file():
+        return
+    scene = draw_scene(scene_seed(seed, split, index), domain)
+    with atomic_path(image_path) as temporary:
+        Image.fromarray(scene.image).save(temporary, format="PNG", compress_level=1)
+    write_label(label_path, scene.label, CITYSCAPES_19.palette)
+
+
+def make_toy(
+    root: Path, seed: int, sizes: dict[tuple[str, str], int] | None = None, processes: int = 2
+) -> Path:
+    """Make the benchmark of a data seed under `<root>/toy/s<seed>/`, or finish it; returns that
+    folder.
+
+    Writes `<domain>/<split>/images/*.png`, `<domain>/<split>/gt/*.png` and, in `lists/`,
+    source_train.txt (image and label), target_train.txt (image only), target_train_gt.txt and
+    target_val.txt (image and label; for evaluation and diagnostics). Paths in the lists are
+    relative to `root`.
+    """
+    sizes = sizes or SPLITS
+    if not 0 <= seed < 100:
+        raise UserError(f"--seed {seed}: data seeds run from 0 to 99")
+    folder = root / "toy" / f"s{seed}"
+    made = {
+        "version": VERSION,
+        "seed": seed,
+        "size": [HEIGHT, WIDTH],
+        "scenes": {f"{domain}/{split}": count for (domain, split), count in sizes.items()},
+    }
+    marker = folder / "made.json"
+    if marker.is_file():
+        if read_json(marker) == made:
+            return folder
+        raise UserError(
+            f"{folder}: holds scenes of another version or number; delete the folder and start"
+            " again"
+        )
+    check_writable(folder)
+    # The lists come first: they say what an unfinished folder is to become.
+    for (domain, split), count in sizes.items():
+        base = f"toy/s{seed}/{domain}/{split}"
+        rows = [(f"{base}/images/{i:05d}.png", f"{base}/gt/{i:05d}.png") for i in range(count)]
+        lists = {f"{domain}_{split}": rows}
+        if (domain, split) == ("target", "train"):
+            lists = {"target_train": [(image,) for image, _ in rows], "target_train_gt": rows}
+        for name, content in lists.items():
+            write_list(folder / "lists" / f"{name}.txt", content)
+    with (
+        ProcessPoolExecutor(processes) as pool,
+        tqdm(total=sum(sizes.values()), desc="drawing", unit="img") as bar,
+    ):
+        for (domain, split), count in sizes.items():
+            for _ in pool.map(
+                partial(_write_scene, folder, domain, split, seed), range(count), chunksize=8
+            ):
+                bar.update()
+    write_json(marker, made)
+    return folder
+
+
+def preview(path: Path, rows: int = 4) -> None:
+    """A picture of the first scenes of every style, each beside its labels."""
+    from util.pictures import colour_label, contact_sheet, save_picture
+
+    sheet = []
+    for index in range(rows):
+        scenes = [draw_scene(scene_seed(0, "train", index), style) for style in STYLES]
+        sheet.append(
+            [
+                tile
+                for scene in scenes
+                for tile in (scene.image, colour_label(scene.label, CITYSCAPES_19.palette))
+            ]
+        )
+    titles = [title for style in STYLES for title in (f"{style} style", "labels")]
+    save_picture(path, contact_sheet(sheet, titles, legend=CITYSCAPES_19))
+
+
+def options() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Makes the embedded benchmark.")
+    parser.add_argument("--seed", type=int, default=0, help="data seed, 0 to 99 (default: 0)")
+    parser.add_argument(
+        "--root-path",
+        type=Path,
+        default=Path("data"),
+        help="folder for toy/s<seed>/ (default: data)",
+    )
+    parser.add_argument(
+        "--scenes",
+        type=int,
+        nargs=3,
+        metavar=("SOURCE", "TARGET", "VAL"),
+        default=[SPLITS[key] for key in SPLITS],
+        help=(
+            "number of source training, target training and target validation scenes, 1 to 10000 "
+            f"(default: {' '.join(map(str, SPLITS.values()))})"
+        ),
+    )
+    parser.add_argument(
+        "--preview",
+        type=Path,
+        metavar="PNG",
+        help="only draw a picture of some scenes to this file",
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = options().parse_args(argv)
+    if args.preview:
+        preview(args.preview)
+    else:
+        if not all(1 <= count <= 10_000 for count in args.scenes):
+            raise UserError(
+                f"--scenes {' '.join(map(str, args.scenes))}: give three numbers from 1 to 10000"
+            )
+        make_toy(args.root_path, args.seed, dict(zip(SPLITS, args.scenes)))

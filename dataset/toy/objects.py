@@ -1,0 +1,510 @@
+"""What the scenes are made of: the classes' colours, a painter that draws picture, labels and
+segments at once, and the objects of a street.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+(
+    ROAD,
+    SIDEWALK,
+    BUILDING,
+    WALL,
+    FENCE,
+    POLE,
+    LIGHT,
+    SIGN,
+    VEGETATION,
+    TERRAIN,
+    SKY,
+    PERSON,
+    RIDER,
+    CAR,
+    TRUCK,
+    BUS,
+    TRAIN,
+    MOTORCYCLE,
+    BICYCLE,
+) = range(19)
+STYLES = ("source", "target", "random")
+SUPERSAMPLING = 2
+HEIGHT, WIDTH = 192, 384  # of the benchmark's images
+
+# Colours of the classes' materials; one is drawn per object and jittered.
+SOURCE_COLOURS = {
+    ROAD: [(96, 96, 102), (110, 108, 106)],
+    SIDEWALK: [(176, 164, 158), (190, 178, 168)],
+    BUILDING: [(178, 110, 92), (200, 176, 140), (150, 150, 160), (210, 190, 170), (140, 96, 84)],
+    WALL: [(168, 160, 150), (150, 140, 134)],
+    FENCE: [(120, 92, 64), (70, 84, 76)],
+    POLE: [(88, 92, 96), (70, 72, 76)],
+    LIGHT: [(44, 46, 44)],
+    SIGN: [(40, 90, 190), (240, 200, 40), (220, 220, 220), (200, 50, 50)],
+    VEGETATION: [(66, 128, 58), (88, 142, 62), (56, 110, 66)],
+    TERRAIN: [(134, 160, 82), (150, 144, 92)],
+    # (blue, overcast, dull, evening: a game's skies change with its weather and hours)
+    SKY: [(126, 180, 232), (150, 196, 238), (204, 208, 214), (170, 182, 194), (226, 200, 174)],
+    PERSON: [(70, 70, 110), (150, 60, 60), (60, 110, 90), (180, 150, 90)],
+    RIDER: [(200, 110, 50), (60, 90, 160), (210, 190, 60)],
+    CAR: [
+        (190, 40, 44),
+        (36, 70, 150),
+        (220, 222, 226),
+        (40, 42, 46),
+        (120, 130, 136),
+        (60, 120, 80),
+    ],
+    TRUCK: [(206, 122, 40), (70, 110, 170), (220, 220, 214)],
+    BUS: [(214, 176, 36), (190, 46, 50), (50, 120, 90)],
+    TRAIN: [(186, 190, 196), (60, 110, 80), (90, 60, 130)],
+    MOTORCYCLE: [(40, 40, 44), (150, 36, 36), (36, 60, 120)],
+    BICYCLE: [(40, 44, 50), (170, 50, 60), (50, 130, 150)],
+}
+TARGET_COLOURS = {
+    ROAD: [(102, 98, 98), (100, 98, 97)],
+    SIDEWALK: [(163, 154, 147), (181, 168, 155)],
+    BUILDING: [(165, 117, 98), (169, 151, 127), (164, 155, 145), (191, 171, 157), (124, 94, 88)],
+    WALL: [(155, 144, 130), (154, 144, 136)],
+    FENCE: [(111, 93, 74), (90, 93, 79)],
+    POLE: [(96, 100, 100), (75, 74, 73)],
+    LIGHT: [(47, 47, 42)],
+    SIGN: [(48, 88, 175), (227, 191, 52), (208, 208, 206), (187, 54, 52)],
+    VEGETATION: [(76, 119, 58), (81, 121, 59), (79, 111, 63)],
+    TERRAIN: [(134, 146, 83), (135, 135, 86)],
+    SKY: [(149, 184, 217), (170, 196, 216)],
+    PERSON: [(66, 65, 93), (129, 64, 60), (79, 107, 92), (129, 116, 86)],
+    RIDER: [(169, 95, 51), (64, 86, 138), (183, 167, 69)],
+    CAR: [
+        (171, 44, 45),
+        (44, 71, 132),
+        (207, 207, 207),
+        (44, 44, 47),
+        (117, 123, 126),
+        (72, 113, 81),
+    ],
+    TRUCK: [(192, 132, 71), (78, 107, 152), (189, 166, 155)],
+    BUS: [(189, 150, 49), (163, 51, 55), (73, 124, 109)],
+    TRAIN: [(172, 171, 170), (79, 95, 74), (90, 76, 118)],
+    MOTORCYCLE: [(44, 42, 45), (135, 42, 40), (45, 62, 107)],
+    BICYCLE: [(48, 48, 51), (151, 56, 61), (62, 117, 131)],
+}
+COLOUR_JITTER = {"source": 24, "target": 24, "random": 40}
+GLASS, TYRE, HUB = (58, 70, 84), (30, 30, 32), (140, 140, 144)
+
+
+class Painter:
+    """Draws every shape into the picture, the labels and the segments at once; later shapes occlude
+    earlier ones.
+
+    Coordinates are pixels of the supersampled canvas, x to the right, y down; `base` is where an
+    object stands.
+    """
+
+    def __init__(self, height: int, width: int, rng: np.random.Generator, style: str):
+        self.height, self.width, self.rng, self.style = height, width, rng, style
+        self.image, self.label, self.segment = (
+            Image.new(mode, (width, height)) for mode in ("RGB", "L", "I")
+        )
+        self.layers = [ImageDraw.Draw(layer) for layer in (self.image, self.label, self.segment)]
+        self.class_id, self.number = 0, 0
+        self.unit = height / (
+            HEIGHT * SUPERSAMPLING
+        )  # one canvas pixel of the benchmark's own size
+
+    def begin(self, class_id: int) -> None:
+        """What follows is a new object of this class."""
+        self.class_id, self.number = class_id, self.number + 1
+
+    def pick(self, class_id: int) -> tuple[int, int, int]:
+        """A colour for an object of the class, in the scene's style."""
+        rng = self.rng
+        if self.style == "random" and rng.random() < 0.5:
+            return tuple(int(v) for v in rng.integers(10, 246, 3))
+        tables = {"source": SOURCE_COLOURS, "target": TARGET_COLOURS}
+        table = tables.get(self.style) or (SOURCE_COLOURS, TARGET_COLOURS)[rng.integers(2)]
+        colour = table[class_id][rng.integers(len(table[class_id]))]
+        jitter = COLOUR_JITTER[self.style]
+        return tuple(int(np.clip(c + rng.integers(-jitter, jitter + 1), 0, 255)) for c in colour)
+
+    def start(self, class_id: int) -> tuple[int, int, int]:
+        """`begin` and `pick` at once."""
+        self.begin(class_id)
+        return self.pick(class_id)
+
+    def _draw(self, method: str, shape, colour) -> None:
+        for layer, fill in zip(self.layers, (colour, self.class_id, self.number)):
+            getattr(layer, method)(shape, fill=fill)
+
+    def polygon(self, points, colour) -> None:
+        self._draw("polygon", [(int(round(x)), int(round(y))) for x, y in points], colour)
+
+    def box(self, x0, y0, x1, y1, colour) -> None:
+        x0, y0, x1, y1 = (int(round(v)) for v in (x0, y0, x1, y1))
+        if x1 > x0 and y1 > y0:
+            self._draw("rectangle", (x0, y0, x1 - 1, y1 - 1), colour)
+
+    def disc(self, x, y, radius_x, radius_y, colour) -> None:
+        self._draw(
+            "ellipse",
+            tuple(int(round(v)) for v in (x - radius_x, y - radius_y, x + radius_x, y + radius_y)),
+            colour,
+        )
+
+    def line(self, points, width, colour) -> None:
+        points = [(int(round(x)), int(round(y))) for x, y in points]
+        for layer, fill in zip(self.layers, (colour, self.class_id, self.number)):
+            layer.line(points, fill=fill, width=max(1, int(round(width))))
+
+
+def shade(colour, factor):
+    return tuple(int(np.clip(c * factor, 0, 255)) for c in colour)
+
+
+def building(p: Painter, x0, x1, top, base) -> None:
+    rng, colour = p.rng, p.start(BUILDING)
+    p.box(x0, top, x1, base, colour)
+    if rng.random() < 0.4:
+        p.polygon(
+            [
+                (x0 - 3 * p.unit, top),
+                (x1 + 3 * p.unit, top),
+                ((x0 + x1) / 2, top - (x1 - x0) * 0.25),
+            ],
+            shade(colour, 0.7),
+        )
+    else:
+        p.box(x0, top, x1, top + 4 * p.unit, shade(colour, 0.75))
+    step = max(9 * p.unit, int(p.height * rng.uniform(0.035, 0.06)))
+    window = shade(colour, rng.choice([0.55, 0.65, 1.3]))
+    width, height = step * rng.uniform(0.4, 0.6), step * rng.uniform(0.45, 0.65)
+    y = top + step * 0.7
+    while y + height < base - step * 0.6:
+        x = x0 + step * 0.4
+        while x + width < x1 - 2 * p.unit:
+            p.box(x, y, x + width, y + height, window)
+            x += step
+        y += step * 1.15
+
+
+def tree(p: Painter, x, base, height) -> None:
+    rng, colour = p.rng, p.start(VEGETATION)
+    p.box(
+        x - height * 0.035,
+        base - height * 0.5,
+        x + height * 0.035,
+        base,
+        shade((92, 70, 52), rng.uniform(0.8, 1.2)),
+    )
+    for _ in range(9):
+        radius = height * rng.uniform(0.13, 0.22)
+        p.disc(
+            x + height * rng.uniform(-0.2, 0.2),
+            base - height * rng.uniform(0.45, 0.85),
+            radius,
+            radius * rng.uniform(0.8, 1.1),
+            shade(colour, rng.uniform(0.82, 1.18)),
+        )
+
+
+def bush(p: Painter, x0, x1, base, height) -> None:
+    rng, colour = p.rng, p.start(VEGETATION)
+    count = max(3, int((x1 - x0) / (height * 0.7)) + 1)
+    for index in range(count):
+        x = x0 + (x1 - x0) * (index + 0.5) / count
+        radius = height * rng.uniform(0.5, 0.75)
+        p.disc(
+            x,
+            base - height * 0.45,
+            radius,
+            radius * rng.uniform(0.8, 1.2),
+            shade(colour, rng.uniform(0.82, 1.15)),
+        )
+
+
+def pole(p: Painter, x, base, height, kind: str) -> None:
+    """A pole with an arm ("lamp"), a traffic light ("light") or a traffic sign ("sign")."""
+    rng, width, colour = p.rng, max(3 * p.unit, height * 0.035), p.start(POLE)
+    top = base - height
+    p.box(x - width / 2, top, x + width / 2, base, colour)
+    if kind == "lamp":
+        side = 1 if rng.random() < 0.5 else -1
+        p.line([(x, top), (x + side * height * 0.22, top - height * 0.03)], width, colour)
+    if kind == "light":
+        housing = p.start(LIGHT)
+        half = max(5 * p.unit, height * 0.075)
+        tall = half * 2.6
+        p.box(x - half, top - tall * 0.3, x + half, top + tall * 0.9, housing)
+        for index, lamp in enumerate([(220, 50, 40), (230, 180, 50), (60, 200, 90)]):
+            p.disc(
+                x,
+                top - tall * 0.3 + tall * 1.2 * (index + 0.5) / 3,
+                half * 0.6,
+                half * 0.6,
+                lamp if rng.random() < 0.5 else shade(lamp, 0.4),
+            )
+    if kind == "sign":
+        colour = p.start(SIGN)
+        half = max(6 * p.unit, height * rng.uniform(0.09, 0.13))
+        y, form = top + half * 0.6, rng.integers(3)
+        if form == 0:
+            p.disc(x, y, half, half, colour)
+            p.disc(x, y, half * 0.6, half * 0.6, shade(colour, 1.5))
+        elif form == 1:
+            p.box(x - half, y - half, x + half, y + half, colour)
+            p.box(x - half * 0.55, y - half * 0.3, x + half * 0.55, y + half * 0.3, (235, 235, 235))
+        else:
+            p.polygon(
+                [(x - half * 1.1, y + half * 0.9), (x + half * 1.1, y + half * 0.9), (x, y - half)],
+                colour,
+            )
+
+
+def person(p: Painter, x, base, height) -> None:
+    rng, colour = p.rng, p.start(PERSON)
+    trousers = shade(p.pick(PERSON), 0.6)
+    skin = (206, 160, 130) if rng.random() < 0.6 else (120, 84, 62)
+    w, step = height * 0.17, height * rng.uniform(0.03, 0.1)
+    hip = base - height * 0.5
+    p.polygon(
+        [(x - w * 0.8, hip), (x + w * 0.1, hip), (x - step, base), (x - step - w * 0.7, base)],
+        trousers,
+    )
+    p.polygon(
+        [(x - w * 0.1, hip), (x + w * 0.8, hip), (x + step + w * 0.7, base), (x + step, base)],
+        trousers,
+    )
+    shoulder, waist = base - height * 0.82, base - height * 0.42
+    p.polygon(
+        [
+            (x - w * 1.1, shoulder),
+            (x + w * 1.1, shoulder),
+            (x + w * 0.9, waist),
+            (x - w * 0.9, waist),
+        ],
+        colour,
+    )
+    p.disc(x, base - height * 0.9, height * 0.085, height * 0.1, skin)
+
+
+def two_wheeler(p: Painter, x, base, size, motor: bool, ridden: bool) -> None:
+    rng = p.rng
+    colour = p.start(MOTORCYCLE if motor else BICYCLE)
+    radius, reach = size * (0.24 if motor else 0.27), size * 0.36
+    front = 1 if rng.random() < 0.5 else -1
+    for side in (-1, 1):
+        p.disc(x + side * reach, base - radius, radius, radius, (34, 34, 36))
+        if motor:
+            p.disc(x + side * reach, base - radius, radius * 0.45, radius * 0.45, (130, 130, 134))
+        else:
+            p.disc(
+                x + side * reach, base - radius, radius * 0.72, radius * 0.72, shade(colour, 1.1)
+            )
+    if motor:
+        p.polygon(
+            [
+                (x - reach, base - radius * 1.5),
+                (x + front * reach * 0.9, base - radius * 2.3),
+                (x + reach * 0.9, base - radius),
+                (x - reach * 0.8, base - radius * 0.7),
+            ],
+            colour,
+        )
+    else:
+        tube, seat = max(2 * p.unit, size * 0.05), base - radius * 2.1
+        p.line(
+            [
+                (x - reach, base - radius),
+                (x - reach * 0.2, seat),
+                (x + reach * 0.7, seat),
+                (x + reach, base - radius),
+            ],
+            tube,
+            colour,
+        )
+        p.line([(x - reach * 0.2, seat), (x, base - radius), (x + reach * 0.7, seat)], tube, colour)
+    p.line(
+        [
+            (x + front * reach * 0.6, base - radius * 1.9),
+            (x + front * reach * 0.75, base - radius * 2.9),
+        ],
+        max(2 * p.unit, size * 0.05),
+        shade(colour, 0.7),
+    )
+    if ridden:
+        rider(p, x, base, size, radius, front, motor)
+
+
+def rider(p: Painter, x, base, size, radius, front: int, motor: bool) -> None:
+    """On a two-wheeler whose wheels have this radius; front: 1 to the right, -1 to the left."""
+    colour = p.start(RIDER)
+    height, seat, lean = size * 1.15, base - radius * 1.7, front * size
+    p.polygon(
+        [
+            (x - size * 0.1, seat),
+            (x + lean * 0.12, seat - height * 0.1),
+            (x + lean * 0.14, base - radius * 0.5),
+            (x, base - radius * 0.5),
+        ],
+        shade(colour, 0.55),
+    )
+    p.polygon(
+        [
+            (x - size * 0.13, seat),
+            (x + size * 0.13, seat),
+            (x + lean * 0.2 + size * 0.1, seat - height * 0.5),
+            (x + lean * 0.2 - size * 0.12, seat - height * 0.5),
+        ],
+        colour,
+    )
+    p.disc(
+        x + lean * 0.24,
+        seat - height * 0.6,
+        size * 0.1,
+        size * 0.11,
+        shade(colour, 1.3) if motor else (206, 160, 130),
+    )
+
+
+def wheels(p: Painter, xs, base, radius) -> None:
+    for x in xs:
+        p.disc(x, base - radius, radius, radius, TYRE)
+        p.disc(x, base - radius, radius * 0.45, radius * 0.45, HUB)
+
+
+def car_end_on(p: Painter, x, base, w) -> None:
+    rng, colour, h = p.rng, p.start(CAR), w * 0.78
+    p.box(x - w * 0.42, base - h * 0.16, x - w * 0.26, base, TYRE)
+    p.box(x + w * 0.26, base - h * 0.16, x + w * 0.42, base, TYRE)
+    p.box(x - w * 0.5, base - h * 0.58, x + w * 0.5, base - h * 0.1, colour)
+    p.polygon(
+        [
+            (x - w * 0.46, base - h * 0.55),
+            (x + w * 0.46, base - h * 0.55),
+            (x + w * 0.34, base - h),
+            (x - w * 0.34, base - h),
+        ],
+        shade(colour, 0.85),
+    )
+    p.polygon(
+        [
+            (x - w * 0.38, base - h * 0.58),
+            (x + w * 0.38, base - h * 0.58),
+            (x + w * 0.29, base - h * 0.92),
+            (x - w * 0.29, base - h * 0.92),
+        ],
+        GLASS,
+    )
+    lamp = (190, 30, 30) if rng.random() < 0.6 else (240, 236, 200)
+    for side in (-1, 1):
+        p.box(
+            x + side * w * 0.4 - w * 0.07,
+            base - h * 0.46,
+            x + side * w * 0.4 + w * 0.07,
+            base - h * 0.34,
+            lamp,
+        )
+
+
+def car_from_the_side(p: Painter, x, base, w) -> None:
+    rng, colour, h = p.rng, p.start(CAR), w * 0.36
+    front = 1 if rng.random() < 0.5 else -1
+    p.polygon(
+        [
+            (x - w * 0.5, base - h * 0.2),
+            (x - w * 0.5, base - h * 0.52),
+            (x - front * w * 0.02 - w * 0.3, base - h * 0.62),
+            (x + w * 0.3, base - h * 0.6),
+            (x + w * 0.5, base - h * 0.48),
+            (x + w * 0.5, base - h * 0.2),
+        ],
+        colour,
+    )
+    p.polygon(
+        [
+            (x - w * 0.36, base - h * 0.58),
+            (x - w * 0.22, base - h),
+            (x + w * 0.16, base - h),
+            (x + w * 0.34, base - h * 0.58),
+        ],
+        shade(colour, 0.9),
+    )
+    p.polygon(
+        [
+            (x - w * 0.29, base - h * 0.6),
+            (x - w * 0.19, base - h * 0.92),
+            (x - w * 0.04, base - h * 0.92),
+            (x - w * 0.04, base - h * 0.6),
+        ],
+        GLASS,
+    )
+    p.polygon(
+        [
+            (x + w * 0.01, base - h * 0.6),
+            (x + w * 0.01, base - h * 0.92),
+            (x + w * 0.14, base - h * 0.92),
+            (x + w * 0.27, base - h * 0.6),
+        ],
+        GLASS,
+    )
+    wheels(p, (x - w * 0.29, x + w * 0.29), base, h * 0.24)
+
+
+def truck(p: Painter, x, base, w) -> None:
+    rng, colour = p.rng, p.start(TRUCK)
+    cargo, h = p.pick(TRUCK), w * 0.55
+    front = 1 if rng.random() < 0.5 else -1
+    cab = sorted((x + front * w * 0.22, x + front * w * 0.5))
+    rear = sorted((x - front * w * 0.5, x + front * w * 0.2))
+    p.box(rear[0], base - h, rear[1], base - h * 0.18, cargo)
+    p.box(rear[0], base - h * 0.2, rear[1], base - h * 0.12, shade(cargo, 0.5))
+    p.box(cab[0], base - h * 0.8, cab[1], base - h * 0.12, colour)
+    p.box(cab[0] + w * 0.06, base - h * 0.74, cab[1] - w * 0.03, base - h * 0.48, GLASS)
+    p.box(x - w * 0.4, base - h * 0.22, x + w * 0.4, base - h * 0.1, (60, 60, 62))
+    wheels(p, (x - front * w * 0.36, x - front * w * 0.2, x + front * w * 0.36), base, h * 0.15)
+
+
+def bus(p: Painter, x, base, w) -> None:
+    colour, h = p.start(BUS), w * 0.38
+    p.box(x - w * 0.5, base - h, x + w * 0.5, base - h * 0.12, colour)
+    p.box(x - w * 0.5, base - h, x + w * 0.5, base - h * 0.93, shade(colour, 1.25))
+    for index in range(6):
+        left = x - w * 0.47 + w * 0.94 * index / 6
+        p.box(left, base - h * 0.85, left + w * 0.125, base - h * 0.5, GLASS)
+    p.box(x - w * 0.5, base - h * 0.34, x + w * 0.5, base - h * 0.28, shade(colour, 0.7))
+    wheels(p, (x - w * 0.32, x + w * 0.3), base, h * 0.17)
+
+
+def train(p: Painter, x0, x1, base, h) -> None:
+    colour = p.start(TRAIN)
+    stripe = p.pick(TRAIN)
+    p.box(x0, base - h, x1, base - h * 0.08, colour)
+    p.box(x0, base - h, x1, base - h * 0.9, shade(colour, 0.6))
+    p.box(x0, base - h * 0.36, x1, base - h * 0.22, stripe)
+    x = x0 + h * 0.15
+    while x + h * 0.5 < x1:
+        p.box(x, base - h * 0.8, x + h * 0.42, base - h * 0.48, GLASS)
+        x += h * 0.6
+    p.box(x0, base - h * 0.1, x1, base, (50, 48, 48))
+
+
+def fence(p: Painter, x0, x1, base, h) -> None:
+    colour = p.start(FENCE)
+    p.box(x0, base - h, x1, base, shade(colour, 0.62))
+    step, x = max(5 * p.unit, h * 0.28), x0
+    while x < x1:
+        p.box(x, base - h, min(x + step * 0.5, x1), base, colour)
+        x += step
+    p.box(x0, base - h * 0.85, x1, base - h * 0.72, shade(colour, 1.15))
+    p.box(x0, base - h * 0.3, x1, base - h * 0.18, shade(colour, 1.15))
+
+
+def wall(p: Painter, x0, x1, base, h) -> None:
+    colour = p.start(WALL)
+    p.box(x0, base - h, x1, base, colour)
+    p.box(x0, base - h, x1, base - h * 0.86, shade(colour, 1.2))
+    y = base - h * 0.7
+    while y < base:
+        p.box(x0, y, x1, y + 2 * p.unit, shade(colour, 0.82))
+        y += max(5 * p.unit, h * 0.22)

@@ -1,0 +1,130 @@
+"""What a file needs when it is copied into another repository: the list in its head is what it and
+all that it imports from this repository import, also within functions.
+
+In a head: `Needs when copied away: model/sam.py, util/{labels,run}.py.`, to the end of the
+paragraph. A folder (`util/`) stands for all files in it. Words in brackets are not read; files and
+folders of data must exist.
+"""
+
+import ast
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+HEAD = re.compile(
+    r"(?:Needs when copied away:|Copied away, this file needs)(.*?)(?:\n\s*\n|\Z)", re.S
+)
+
+
+def module_file(name: str) -> str | None:
+    """`util.run` → `util/run.py`, `dataset.toy` → `dataset/toy/__init__.py`; None if not ours."""
+    path = name.replace(".", "/")
+    for file in (f"{path}.py", f"{path}/__init__.py"):
+        if (ROOT / file).is_file():
+            return file
+    return None
+
+
+@cache
+def imports(file: str) -> frozenset[str]:
+    """The files of this repository that a file imports itself. Empty __init__.py do not count."""
+    found = set()
+    for node in ast.walk(ast.parse((ROOT / file).read_text(encoding="utf-8"))):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        found |= {module_file(name) for name in names if name}
+    found = {name for name in found if name and (ROOT / name).stat().st_size}
+    return frozenset(found - {file})
+
+
+def needed(file: str) -> set[str]:
+    """All files of this repository that a file needs, directly or not."""
+    found, todo = set(), [file]
+    while todo:
+        for name in imports(todo.pop()) - found:
+            found.add(name)
+            todo.append(name)
+    return found - {file}
+
+
+def listed(text: str) -> set[str]:
+    """The files and folders that a head names, with `{a,b}` written out."""
+    text = re.sub(r"\([^()]*\)", " ", text)
+    found = set()
+    for word in re.findall(r"[\w./]+(?:\{[^}]*\}[\w.]*)?", text):
+        match = re.match(r"(.*)\{(.*)\}(.*)", word, re.S)
+        parts = [p.strip() for p in match[2].split(",")] if match else [""]
+        for part in parts:
+            name = f"{match[1]}{part}{match[3]}" if match else word
+            if "/" in name or name.rstrip(".").endswith(".py"):
+                found.add(name.rstrip("."))
+    return found
+
+
+def covers(entry: str, file: str) -> bool:
+    return file.startswith(entry) if entry.endswith("/") else file == entry
+
+
+def any_code(entry: str) -> bool:
+    return (ROOT / entry).is_dir() and any((ROOT / entry).glob("**/*.py"))
+
+
+def short(files) -> str:
+    """The list as a head may say it."""
+    folders: dict[str, list[str]] = {}
+    for file in sorted(files):
+        folders.setdefault(str(Path(file).parent), []).append(Path(file).stem)
+    return ", ".join(
+        f"{'' if folder == '.' else folder + '/'}"
+        f"{'{' + ','.join(names) + '}' if len(names) > 1 else names[0]}.py"
+        for folder, names in folders.items()
+    )
+
+
+def heads() -> dict[str, str]:
+    """{file: what its head says} of all files that say it."""
+    found = {}
+    for folder in (
+        "",
+        "model",
+        "dataset",
+        "dataset/toy",
+        "util",
+        "scripts",
+        "scripts/lib",
+        "scripts/dev",
+    ):
+        for path in sorted((ROOT / folder).glob("*.py")):
+            docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+            if match := HEAD.search(docstring):
+                found[path.relative_to(ROOT).as_posix()] = match[1]
+    return found
+
+
+def test_the_heads_are_found_and_read():
+    assert {"seco_sam.py", "seco_scc.py", "train_unimatch.py", "eval.py"} <= heads().keys()
+    text = (
+        " model/sam.py (UserError, x/y.py), util/{run,\nlabels}.py and, for `tiny`, a/b.pth. data/."
+    )
+    assert listed(text) == {"model/sam.py", "util/run.py", "util/labels.py", "a/b.pth", "data/"}
+    assert short(["eval.py", "util/a.py", "util/b.py"]) == "eval.py, util/{a,b}.py"
+    assert "util/run.py" in needed("eval.py") and "eval.py" in needed("train_unimatch.py")
+
+
+@pytest.mark.parametrize("file", heads())
+def test_a_head_lists_what_the_file_needs(file):
+    said, files = listed(heads()[file]), needed(file)
+    missing = {name for name in files if not any(covers(entry, name) for entry in said)}
+    data = {entry for entry in said if not entry.endswith(".py") and not any_code(entry)}
+    too_many = {entry for entry in said - data if not any(covers(entry, name) for name in files)}
+    absent = {entry for entry in data if not (ROOT / entry).exists()}
+    assert not (missing or too_many or absent), (
+        f"{file}: its head lacks {sorted(missing)}, lists for nothing {sorted(too_many)}, names"
+        f" files that are not there {sorted(absent)}; it needs: {short(files)}"
+    )

@@ -1,0 +1,103 @@
+"""scripts/lib/page.py: the page is whole, and all that it needs lies on this disk."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+from PIL import Image
+
+from scripts.lib import page
+from util.run import UserError
+
+
+class Reader(HTMLParser):
+    """The page's text, its links and pictures, and the tags that are open."""
+
+    def __init__(self):
+        super().__init__()
+        self.text, self.targets, self.open = [], [], []
+
+    def handle_starttag(self, tag, attributes):
+        self.targets += [value for name, value in attributes if name in ("src", "href")]
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def check_page(path: Path, *words: str) -> Reader:
+    """Every tag is closed, every link and picture leads to a file, the words are there, no rule of
+    the style fetches anything. Returns what was read."""
+    reader = Reader()
+    reader.feed(path.read_text(encoding="utf-8"))
+    assert reader.open == [] and reader.targets
+    for target in reader.targets:
+        assert "://" not in target and (path.parent / unquote(target)).is_file(), target
+    assert not re.search(r"@import|url\(", path.read_text(encoding="utf-8"))
+    text = "".join(reader.text)
+    for word in words:
+        assert word.lower() in text.lower(), word
+    return reader
+
+
+def record(path: Path, command: list[str], made: list[str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"command": command, "done": True, "seconds": 2.0, "peak_memory_mb": 50}
+    path.write_text(json.dumps(content | {"made": dict.fromkeys(made, "digest")}))
+
+
+def test_page_of_a_run(tmp_path):
+    """Names with spaces, quotes and signs of HTML; label folders outside the run."""
+    run, data = tmp_path / "a <run> & 100 %", tmp_path / "data"
+    for file in (
+        run / "pictures/sweep.png",
+        run / "pictures/side_by_side.png",
+        data / "exp/vis/0.png",
+    ):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4)).save(file)
+    for file in (data / "exp_scc/report/index.html", run / "adapt/train.log"):
+        file.parent.mkdir(parents=True)
+        file.write_text("")
+    (run / "adapt/manifest.json").write_text('{"versions": {"torch": "<2>"}}')
+    (run / "results.md").write_text("Seeds: 0.\n\n### A & B\n\n| a | b |\n|---|---|\n| x < 1 | |\n")
+    record(run / "stages/psa.json", ["python", "seco_sam.py", "<x>"], [f"{data}/exp/vis/0.png"])
+    record(run / "stages/scc.json", ["seco_scc.py"], [f"{data}/exp_scc/report/index.html"])
+    record(run / "stages/adapt.json", ["train"], ["@/adapt/manifest.json", "@/adapt/train.log"])
+    page.main([str(run)])
+    read = check_page(
+        run / "index.html", "a <run> & 100 %", "x < 1", "A & B", "seco_sam.py <x>", '"torch": "<2>"'
+    )
+    pictures = [unquote(t) for t in read.targets if t.endswith(".png")]
+    assert pictures[::2] == [
+        "pictures/side_by_side.png",
+        "pictures/sweep.png",
+        "../data/exp/vis/0.png",
+    ]
+    assert "../data/exp_scc/report/index.html" in read.targets
+    assert read.text.count("x < 1") == 1 and "sweep.md" not in "".join(read.text)
+
+
+def test_a_task_gets_its_tables(tmp_path):
+    for name, value in (("before", 10.0), ("after", None)):
+        (tmp_path / f"eval_{name}").mkdir()
+        metrics = {"miou": 33.333, "iou": {"road": value, "sky": 50.0}}
+        (tmp_path / f"eval_{name}/metrics.json").write_text(json.dumps(metrics))
+    record(tmp_path / "stages/scc.json", ["seco_scc.py"], ["@/train.log"])
+    (tmp_path / "train.log").touch()
+    (tmp_path / "compare.txt").write_text("overall: pass <1>\n")
+    page.main([str(tmp_path)])
+    assert "| road | 10.00 | – |" in (tmp_path / "results.md").read_text()
+    check_page(tmp_path / "index.html", "33.33", "overall: pass <1>", "training log: scc")
+
+
+def test_an_unfinished_run_has_no_page(tmp_path):
+    with pytest.raises(UserError, match="finish the run"):
+        page.main([str(tmp_path)])
