@@ -4,7 +4,8 @@ confusion matrix.
 
 Inputs   --id-list-path   rows `<image path> <ground-truth path>`, relative to --root-path; and one
          of
-         --checkpoint     a DeepLabV3+ checkpoint of train_unimatch.py or of UniMatch
+         --checkpoint     a network of train_unimatch.py, UniMatch, DT-ST, ProDA or SHADE; images
+                          enter it as its authors feed it (model/network.py)
          --labels         pseudo-labels: a list `<image path> <label path>`, whose rows are matched
                           by image path, or a folder of PNGs, named as the images are below their
                           first folder. An image of the ground truth that has no label map counts as
@@ -41,13 +42,14 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
+from model.deeplabv3plus import DeepLabV3Plus
+from model.network import Network, load_network
 from util.images import to_tensor
 from util.labels import (
     IDS_13_IN_16,
     IDS_16_IN_19,
     IGNORE,
     ClassSet,
-    add_class_options,
     check_files,
     class_set,
     read_image,
@@ -55,10 +57,10 @@ from util.labels import (
     read_list,
 )
 from util.metrics import confusion_matrix, summary
+from util.options import add_class_options, add_run_options
 from util.pictures import confusion_picture, save_picture
 from util.run import (
     UserError,
-    add_run_options,
     atomic_path,
     check_writable,
     exact_mode,
@@ -134,7 +136,7 @@ def predict(
 
 
 def evaluate_checkpoint(
-    model: nn.Module,
+    model: nn.Module | Network,
     rows,
     root: Path,
     class_num: int,
@@ -145,7 +147,7 @@ def evaluate_checkpoint(
 ) -> np.ndarray:
     """The confusion matrix of a network (in eval mode) over `rows` (image path, ground-truth path),
     of this process's share of them; `summed` adds the processes' up. `bar`: title of the progress
-    bar of process 0.
+    bar of process 0. A `model.network.Network` resizes images itself: mode is then `original`.
     """
     rank, world = process_rank()
     confusion = np.zeros((class_num, class_num + 1), dtype=np.int64)
@@ -162,7 +164,10 @@ def evaluate_checkpoint(
         if mode == "center_crop":
             truth = truth[center_square(*truth.shape, crop_size)]
         with torch.inference_mode():
-            scores = predict(model, to_tensor(image)[None].to(device), mode, crop_size)
+            if isinstance(model, nn.Module):
+                scores = predict(model, to_tensor(image)[None].to(device), mode, crop_size)
+            else:
+                scores = model.logits(image).softmax(dim=1)
             prediction = scores.argmax(dim=1)[0].to(torch.uint8).cpu().numpy()
         confusion += confusion_matrix(truth, prediction, class_num)
     return confusion
@@ -319,15 +324,17 @@ def options() -> argparse.ArgumentParser:
     return parser
 
 
-def checked_model(checkpoint: Path, class_num: int, device):
-    from model.deeplabv3plus import load_segmentation_model
-
-    model, config = load_segmentation_model(checkpoint, device)
-    if config["class_num"] != class_num:
+def checked_network(checkpoint: Path, class_num: int, mode: str, device):
+    """The network of a checkpoint; other networks than DeepLabV3+ see whole images only."""
+    network = load_network(checkpoint, device, class_num)
+    if isinstance(network.model, DeepLabV3Plus):
+        return network.model
+    if mode != "original":
         raise UserError(
-            f"{checkpoint}: predicts {config['class_num']} classes, but --class-num is {class_num}"
+            f"{checkpoint}: a network of {network.format}, which is evaluated on whole images; use"
+            f" --mode original, not {mode}"
         )
-    return model
+    return network
 
 
 def write_results(
@@ -358,7 +365,7 @@ def main(argv: list[str] | None = None) -> None:
     device = select_device(args.device)
     exact_mode()
     if args.checkpoint:
-        model = checked_model(args.checkpoint, classes.count, device)
+        model = checked_network(args.checkpoint, classes.count, args.mode, device)
         measure: Callable[[], np.ndarray] = lambda: evaluate_checkpoint(
             model,
             rows,

@@ -22,8 +22,9 @@ Output:  <root>/<exp>_<sam type>/…, the same paths with the aggregated labels,
         --sam-type vit_b
 
 The same command goes on where it was stopped; images that are done are skipped and stay in the
-list. Needs when copied away: model/sam.py, model/sam_fast.py,
-util/{run,labels,connectivity,pictures}.py (and, for the tiny SAM, model/sam_tiny.pth).
+list. Needs when copied away: model/{segmenter,sam,sam_fast,sam_decoder,sam_tiny}.py,
+util/{run,labels,connectivity,pictures}.py, for the tiny SAM model/sam_tiny.pth, for models of
+transformers model/sam_transformers.py.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ import sys
 import time
 import zipfile
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,14 +47,12 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from model.sam import SAM_TYPES, build_sam, default_checkpoint
-from model.sam_fast import FastSam, Proposals
+from model.sam import files_digest, load_segmenter, output_name
+from model.segmenter import ProposalMask, Segmenter
 from util.connectivity import Connectivity, connectivities
 from util.labels import (
     IGNORE,
     ClassSet,
-    add_class_options,
-    add_list_options,
     check_files,
     class_set,
     image_size,
@@ -65,10 +64,10 @@ from util.labels import (
     write_label,
     write_list,
 )
+from util.options import add_class_options, add_list_options, add_run_options
 from util.pictures import COLOURS, colour_label, contact_sheet, overlay, save_picture
 from util.run import (
     UserError,
-    add_run_options,
     atomic_path,
     check_settings,
     check_writable,
@@ -108,10 +107,6 @@ class Prompt:
     points: np.ndarray
 
 
-# A proposal: its mask (bool, inside its box) and the box x0 y0 x1 y1, inclusive.
-ProposalMask = tuple[Tensor, tuple[int, int, int, int]]
-
-
 @dataclass
 class Aggregation:
     """PSA of one image: its label map and what made it. aligned: class given to each proposal, or
@@ -142,16 +137,6 @@ def aligned_class(counts: np.ndarray, allowed: tuple[int, ...], recipe: str) -> 
         return best if best in allowed else IGNORE
     best = min(allowed, key=lambda class_id: (-counts[class_id], class_id))
     return best if counts[best] / total > MIN_SHARE else IGNORE
-
-
-def proposal_masks(sam: FastSam, proposals: Proposals) -> Iterator[ProposalMask]:
-    """The proposals' masks one after the other, made at full size in small batches."""
-    for start in range(0, len(proposals.low), sam.prompt_batch):
-        masks = sam.masks(proposals.low[start : start + sam.prompt_batch])
-        for mask, (x0, y0, x1, y1) in zip(
-            masks, proposals.boxes[start : start + sam.prompt_batch].tolist()
-        ):
-            yield mask[y0 : y1 + 1, x0 : x1 + 1], (x0, y0, x1, y1)
 
 
 def semantic_alignment(
@@ -347,7 +332,7 @@ def thing_prompts(label: np.ndarray, class_ids: tuple[int, ...], recipe: str) ->
     return prompts
 
 
-def prompt_things(sam: FastSam, prompts: list[Prompt], like: Tensor, recipe: str) -> Tensor:
+def prompt_things(sam: Segmenter, prompts: list[Prompt], like: Tensor, recipe: str) -> Tensor:
     """Paint the mask of every prompt in order, by the recipe's rule for overlaps: uint8 H x W,
     IGNORE where no mask is.
     """
@@ -368,7 +353,7 @@ def prompt_things(sam: FastSam, prompts: list[Prompt], like: Tensor, recipe: str
 def aggregate(
     image: np.ndarray,
     label: np.ndarray,
-    sam: FastSam,
+    sam: Segmenter,
     classes: ClassSet,
     recipe: str = "release",
     only: str | None = None,
@@ -396,7 +381,7 @@ def aggregate(
         if cache is not None and cache.is_file():
             masks = load_proposals(cache, sam.device)
         else:
-            masks = proposal_masks(sam, sam.proposals())
+            masks = sam.proposals()
             if cache is not None:
                 masks = list(masks)
                 save_proposals(cache, masks)
@@ -537,12 +522,21 @@ def parse_args(argv=None) -> argparse.Namespace:
     add_list_options(parser, "pseudo-labels")
     add_class_options(parser)
     parser.add_argument(
-        "--sam-type", default="vit_h", choices=SAM_TYPES, help="size of SAM (default: %(default)s)"
+        "--sam-type",
+        default="vit_h",
+        metavar="TYPE",
+        help=(
+            "vit_h, vit_l, vit_b, vit_t (MobileSAM), tiny, or a model of transformers: its name on"
+            " the Hugging Face Hub or a local folder; see model/README.md (default: %(default)s)"
+        ),
     )
     parser.add_argument(
         "--sam-checkpoint",
-        metavar="FILE",
-        help="SAM's weights (default: pretrained/<official name>; tiny: the file shipped here)",
+        metavar="PATH",
+        help=(
+            "its weights: a file, or a folder for a model of transformers (default:"
+            " pretrained/<official name>; tiny: the file shipped here)"
+        ),
     )
     parser.add_argument(
         "--recipe",
@@ -615,7 +609,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 def output_suffix(options: argparse.Namespace) -> str:
     return (
-        options.sam_type
+        output_name(options.sam_type)
         + ("_paper" if options.recipe == "paper" else "")
         + (f"_only_{options.only}" if options.only else "")
     )
@@ -646,24 +640,24 @@ def check_inputs(
 def bf16_agreement(
     image: np.ndarray,
     label: np.ndarray,
-    sam: FastSam,
+    sam: Segmenter,
     classes: ClassSet,
     recipe: str,
     only: str | None,
 ) -> float:
     """Share (percent) of an image's pixels that get the same label in bf16 as in fp32."""
-    exact = FastSam(sam.sam, sam.settings, sam.prompt_batch)
-    agree = (
-        aggregate(image, label, sam, classes, recipe, only).label
-        == aggregate(image, label, exact, classes, recipe, only).label
-    )
-    return 100 * float(agree.mean())
+    half = aggregate(image, label, sam, classes, recipe, only).label
+    sam.amp = False
+    exact = aggregate(image, label, sam, classes, recipe, only).label
+    sam.amp = True
+    sam.watch.seconds.clear()
+    return 100 * float((half == exact).mean())
 
 
 def process(
     rows: list[tuple[str, str]],
     digests: dict[str, str],
-    sam: FastSam,
+    sam: Segmenter,
     classes: ClassSet,
     options: argparse.Namespace,
     out: Path,
@@ -759,16 +753,18 @@ def main(argv=None) -> None:
         list_path = list_path.with_stem(f"{list_path.stem}_first{options.limit}")
     rank, world = process_rank()
     own = rows[rank::world]
-    checkpoint = Path(options.sam_checkpoint or default_checkpoint(options.sam_type))
     device = select_device(options.device)
     if options.amp == "none":
         exact_mode()
     tune_cpu()
-    sam = FastSam(
-        build_sam(options.sam_type, checkpoint, device),
-        prompt_batch=options.prompt_batch,
-        amp=options.amp == "bf16",
+    sam = load_segmenter(
+        options.sam_type,
+        options.sam_checkpoint,
+        device,
+        options.prompt_batch,
+        options.amp == "bf16",
     )
+    sam_digest = files_digest(sam.files)
     digests = check_inputs(own, root, classes.count, options.id_list_path)
     check_writable(out)
     check_writable(list_path.parent)
@@ -777,15 +773,15 @@ def main(argv=None) -> None:
         {
             "recipe": options.recipe,
             "only": options.only,
-            "sam_type": options.sam_type,
-            "sam_sha256": sha256(checkpoint),
+            "sam_type": output_name(options.sam_type),
+            "sam_sha256": sam_digest,
             "stuff": list(classes.stuff),
             "things": list(classes.things),
             "amp": options.amp,
         },
     )
 
-    cache_key = f"{options.sam_type}_{sha256(checkpoint)[:12]}_{options.amp}"
+    cache_key = f"{output_name(options.sam_type)}_{sam_digest[:12]}_{options.amp}"
     stats = read_stats(out / "stats")
     pictures = {row[1]: out / "vis" / f"{Path(row[1]).stem}.png" for row in rows[: options.vis]}
 
@@ -829,7 +825,8 @@ def main(argv=None) -> None:
             summary
             | {
                 "manifest": manifest(
-                    vars(options), {"list": options.id_list_path, "sam": checkpoint}
+                    vars(options),
+                    {"list": options.id_list_path, "sam": sam.files[0]},
                 )
             },
         )

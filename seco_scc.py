@@ -55,8 +55,6 @@ from util.connectivity import connectivities
 from util.images import normalised
 from util.labels import (
     IGNORE,
-    add_class_options,
-    add_list_options,
     check_files,
     class_set,
     image_size,
@@ -68,10 +66,10 @@ from util.labels import (
     write_label,
     write_list,
 )
+from util.options import add_class_options, add_list_options, add_run_options
 from util.run import (
     Stopwatch,
     UserError,
-    add_run_options,
     atomic_path,
     check_settings,
     check_writable,

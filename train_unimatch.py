@@ -60,7 +60,7 @@ from model.checkpoint import load_exactly, read_checkpoint, state_dict_in
 from model.deeplabv3plus import DILATIONS, DeepLabV3Plus, channel_dropout, parameter_count
 from model.resnet import BLOCKS, STEMS, load_backbone
 from util.images import normalised
-from util.labels import IGNORE, add_class_options, check_files, class_set, read_label, read_list
+from util.labels import IGNORE, check_files, class_set, read_label, read_list
 from util.losses import (
     OHEM_MIN_KEPT,
     OHEM_THRESHOLD,
@@ -70,10 +70,10 @@ from util.losses import (
     pseudo_label_loss,
     total_loss,
 )
+from util.options import add_class_options, add_run_options
 from util.pictures import colour_label, contact_sheet, line_chart, save_picture
 from util.run import (
     UserError,
-    add_run_options,
     atomic_path,
     check_settings,
     check_writable,

@@ -1,21 +1,41 @@
-"""Reading checkpoint files: ours, UniMatch's, torchvision's, DT-ST's."""
+"""Reading checkpoint files safely, and what all kinds of them share: tables of weights, prefixes.
+
+What a file is for is told from its content by `model.network.load_network`.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
 from util.run import UserError
 
+PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and of torch.compile
+# Where a table of weights lies in a checkpoint: ProDA's `ResNet101` holds a `model_state`.
+TABLES = ("ResNet101", "model_state", "model", "state_dict")
+
+
+def numpy_scalars() -> list:
+    """What a file needs to hold a numpy number beside its weights, for torch's `safe_globals`.
+
+    UniMatch, ProDA and SHADE save their best score as numpy's float64. Its maker has one name in
+    files of numpy 1 and another in those of numpy 2.
+    """
+    scalar = np.float64(0).__reduce__()[0]
+    makers = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    return [*makers, np.dtype, *(type(np.dtype(code)) for code in "?bhilqBHILQefd")]
+
 
 def read_checkpoint(path: str | Path):
-    """The content of a .pth file on the CPU. Only tensors and plain Python values are accepted:
-    nothing in the file is run.
+    """The content of a .pth file, zip or older, on the CPU. Only tensors, plain Python values and
+    numpy's numbers are accepted: nothing in the file is run.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(numpy_scalars()):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
     except Exception as error:  # the unpickler meets bytes of another kind with any kind of error
@@ -25,12 +45,22 @@ def read_checkpoint(path: str | Path):
         ) from None
 
 
+def without_prefixes(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The table with every name freed from its leading `module.` and `_orig_mod.`, however many."""
+    result = {}
+    for name, value in state.items():
+        while name.startswith(PREFIXES):
+            name = name.partition(".")[2]
+        result[name] = value
+    return result
+
+
 def state_dict_in(content, path: str | Path) -> dict[str, torch.Tensor]:
-    """The weights in a checkpoint's content: under `model` (ours, UniMatch's) or `state_dict`, or
-    the content itself; without the prefixes that DistributedDataParallel (`module.`) and
-    torch.compile (`_orig_mod.`) put before names.
+    """The weights in a checkpoint's content, without prefixes: under `model` (ours, UniMatch's),
+    `state_dict` (SHADE's, mmsegmentation's) or `ResNet101`, `model_state` (ProDA's), or the content
+    itself.
     """
-    for key in ("model", "state_dict"):
+    for key in TABLES:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     if (
@@ -39,12 +69,7 @@ def state_dict_in(content, path: str | Path) -> dict[str, torch.Tensor]:
         or not all(torch.is_tensor(v) for v in content.values())
     ):
         raise UserError(f"{path}: holds no table of weights (a state_dict, alone or under 'model')")
-    state = {}
-    for name, value in content.items():
-        for prefix in ("module.", "_orig_mod."):
-            name = name.removeprefix(prefix)
-        state[name] = value
-    return state
+    return without_prefixes(content)
 
 
 def load_exactly(

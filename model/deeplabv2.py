@@ -18,19 +18,15 @@ import torch
 from torch import nn
 from torchvision.models import resnet101
 
-from model.checkpoint import load_exactly
+from model.checkpoint import load_exactly, without_prefixes
 from util.run import UserError
 
-DILATIONS = (
-    6,
-    12,
-    18,
-    24,
-)  # of the classifier's convolutions (DeepLabV2's ASPP-L, DT-ST's released code)
+# Of the classifier's convolutions (DeepLabV2's ASPP-L, DT-ST's released code).
+DILATIONS = (6, 12, 18, 24)
 FEATURE_CHANNELS = 2048  # of layer4
 
 # Size (width, height) that DT-ST feeds its network for testing and for pseudo-labels, by number of
-# classes.
+# classes. It resizes with Pillow's bicubic filter.
 TEST_SIZE = {19: (1536, 768), 16: (1280, 640)}
 
 
@@ -102,7 +98,9 @@ class DeepLabV2(nn.Module):
 
 
 def is_dtst_checkpoint(checkpoint) -> bool:
-    return isinstance(checkpoint, dict) and {"feature_extractor", "classifier"} <= checkpoint.keys()
+    return isinstance(checkpoint, dict) and all(
+        isinstance(checkpoint.get(part), dict) for part in ("feature_extractor", "classifier")
+    )
 
 
 def load_dtst_checkpoint(checkpoint: dict, path: str | Path) -> DeepLabV2:
@@ -110,8 +108,7 @@ def load_dtst_checkpoint(checkpoint: dict, path: str | Path) -> DeepLabV2:
     messages.
     """
     parts = {
-        name: {key.removeprefix("module."): value for key, value in checkpoint[name].items()}
-        for name in ("feature_extractor", "classifier")
+        name: without_prefixes(checkpoint[name]) for name in ("feature_extractor", "classifier")
     }
     weight = parts["classifier"].get("conv2d_list.0.weight")
     if weight is None:

@@ -13,19 +13,15 @@ import torch
 from torch import nn
 from torch.nn.functional import interpolate
 
-from model.checkpoint import load_exactly, read_checkpoint, state_dict_in
+from model.checkpoint import load_exactly, state_dict_in
 from model.resnet import resnet
 from util.run import UserError
 
-DILATIONS = (
-    6,
-    12,
-    18,
-)  # of ASPP at output stride 16 (DeepLabV3, table 5; UniMatch's configuration)
+# Of ASPP at output stride 16 (DeepLabV3, table 5; UniMatch's configuration).
+DILATIONS = (6, 12, 18)
 REDUCED_CHANNELS = 48  # of layer1's output in the decoder (DeepLabV3+, table 1)
-FEATURE_DROPOUT = (
-    0.5  # share of channels dropped by the feature perturbation (UniMatch, section 3.2)
-)
+# Share of channels dropped by the feature perturbation (UniMatch, section 3.2).
+FEATURE_DROPOUT = 0.5
 
 
 def upsampled(x: torch.Tensor, size) -> torch.Tensor:
@@ -173,19 +169,17 @@ def config_of_weights(state: dict[str, torch.Tensor]) -> dict | None:
     }
 
 
-def load_segmentation_model(path: str | Path, device) -> tuple[DeepLabV3Plus, dict]:
-    """The network in a checkpoint of ours or of UniMatch, in eval mode on `device`, and its
-    configuration.
+def deeplabv3plus_of(content, path: str | Path) -> DeepLabV3Plus:
+    """The network of a checkpoint of ours or of UniMatch (already read), in eval mode on the CPU.
 
     Ours carry `config`. Without it (UniMatch's files), depth, stem and number of classes are read
     off the weights, and ASPP's dilations are taken to be 6, 12, 18.
     """
-    content = read_checkpoint(path)
     state = state_dict_in(content, path)
     config = content.get("config") or config_of_weights(state)
     if not isinstance(config, dict) or config.get("arch") != "deeplabv3plus":
         raise UserError(
-            f"{path}: not a DeepLabV3+ checkpoint of train_unimatch.py or UniMatch "
+            f"{path}: not a network of train_unimatch.py, UniMatch, DT-ST, ProDA or SHADE "
             f"(first weight: {next(iter(state))})"
         )
     model = DeepLabV3Plus(
@@ -201,4 +195,4 @@ def load_segmentation_model(path: str | Path, device) -> tuple[DeepLabV3Plus, di
         f"DeepLabV3+ with {config['backbone']} ({config['stem']} stem), "
         f"{config['class_num']} classes",
     )
-    return model.to(device).eval(), config
+    return model.eval()

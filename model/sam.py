@@ -1,518 +1,108 @@
-"""SAM of every size behind one door: `build_sam(sam_type, checkpoint, device)`.
+"""Segmenters of every kind behind one door: `load_segmenter(sam_type, checkpoint, device)`.
 
-`vit_h`, `vit_l` and `vit_b` are the official models of the segment-anything package with the
-official weights. `tiny` is the same `Sam` (the package's prompt encoder, mask decoder and two-way
-transformer, narrower) with a small convolutional image encoder instead of the vision transformer,
-and with prompts that are also drawn on the image's tokens; it was trained from scratch on random
-synthetic street scenes by scripts/dev/train_sam_tiny.py and its weights (model/sam_tiny.pth) ship
-with this repository, so that the whole pipeline runs on a CPU and without downloads. It knows
-nothing but those drawings.
+A type is one of SAM_TYPES or a model of the `transformers` package.
 
-Needs when copied away: util/run.py (UserError) and, for `tiny`, model/sam_tiny.pth.
+`vit_h`, `vit_l`, `vit_b`: segment_anything's models with the official weights. `vit_t`: MobileSAM,
+for which the package mobilesam-mirror must be installed. `tiny`: the small SAM that comes with this
+repository (model/sam_tiny.py). Any other type is a model's name on the Hugging Face Hub, such as
+facebook/sam2.1-hiera-large, or a local folder with such a model (model/sam_transformers.py).
+model/README.md has the table of models.
+
+Needs when copied away: model/{segmenter,sam_fast,sam_decoder,sam_tiny,sam_transformers}.py,
+util/run.py and, for `tiny`, model/sam_tiny.pth.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
 import pickle
-from functools import lru_cache
+import re
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from segment_anything import sam_model_registry
-from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
-from torch import Tensor, nn
-from torch.nn import functional as F
+from segment_anything.modeling import Sam
+from torch import Tensor
 
-from util.run import UserError
+from model.sam_fast import FastSam
+from model.sam_tiny import TINY_CHECKPOINT, build_sam_tiny
+from model.segmenter import Segmenter
+from util.run import UserError, sha256
 
-SAM_TYPES = ("vit_h", "vit_l", "vit_b", "tiny")
+SAM_TYPES = ("vit_h", "vit_l", "vit_b", "vit_t", "tiny")
 
-# File names and address of the official weights (README of segment-anything). The six hexadecimal
-# digits of a name are the start of the file's MD5.
+# Addresses of the published weights (README of segment-anything and of MobileSAM). Six hexadecimal
+# digits at the end of a name are the start of the file's MD5.
+OFFICIAL_URL = "https://dl.fbaipublicfiles.com/segment_anything/"
+MOBILE_URL = "https://raw.githubusercontent.com/ChaoningZhang/MobileSAM/master/weights/"
 OFFICIAL_CHECKPOINTS = {
     "vit_h": "sam_vit_h_4b8939.pth",
     "vit_l": "sam_vit_l_0b3195.pth",
     "vit_b": "sam_vit_b_01ec64.pth",
+    "vit_t": "mobile_sam.pt",
 }
-OFFICIAL_URL = "https://dl.fbaipublicfiles.com/segment_anything/"
 PRETRAINED_FOLDER = Path("pretrained")
-TINY_CHECKPOINT = Path(__file__).with_name("sam_tiny.pth")
-
-TINY_IMAGE_SIZE = (
-    384  # longest side in pixels, the toy benchmark's width: its images are not resized
-)
-TINY_STRIDE = (
-    8  # pixels per token of the image embedding; low-resolution masks have a quarter of it
-)
-TINY_WIDTH = 128  # channels of embedding and decoder
-TINY_PE_FREQUENCIES = (
-    0.5,
-    12.0,
-)  # cycles per half image: 12 is a wavelength of 16 pixels, two tokens
 
 
-# ---------------------------------------------------------------------------------------------- the
-# tiny architecture
+def output_name(sam_type: str) -> str:
+    """What a type is called in the names of outputs: `vit_h`, `sam2.1-hiera-large`.
 
-
-def occupied_extent(x: Tensor, multiple: int = 1) -> tuple[int, int]:
-    """(height, width) of the part of `x` [B, C, H, W] that is not the zero padding at its bottom
-    and right.
-
-    `Sam.preprocess` pads normalised images with exact zeros, which no 8-bit pixel becomes (the
-    means are no integers), so the extent can be read off the values. Rounded up to `multiple`, at
-    least one `multiple`.
+    Of a model on the Hub or a folder it is the last part, without characters that a list of paths
+    could not hold.
     """
-    occupied = (x != 0).any(dim=1).any(dim=0)  # [H, W]
-    extent = []
-    for size, hit in ((x.shape[2], occupied.any(dim=1)), (x.shape[3], occupied.any(dim=0))):
-        last = int(hit.nonzero().max()) + 1 if bool(hit.any()) else size
-        extent.append(min(size, -(-last // multiple) * multiple))
-    return extent[0], extent[1]
+    return re.sub(r"[^\w.+-]", "_", Path(sam_type).name or Path(sam_type).resolve().name)
 
 
-def conv_norm(c_in: int, c_out: int, stride: int = 1) -> nn.Sequential:
-    """3x3 convolution and group norm (16 channels a group): no running statistics, training equals
-    inference.
+def address(sam_type: str) -> str:
+    """Where the published weights of `vit_h`, `vit_l`, `vit_b` or `vit_t` are."""
+    return (MOBILE_URL if sam_type == "vit_t" else OFFICIAL_URL) + OFFICIAL_CHECKPOINTS[sam_type]
+
+
+def default_checkpoint(sam_type: str) -> Path | None:
+    """Where the weights are looked for without --sam-checkpoint; None for a model of
+    transformers, whose type says it.
     """
-    return nn.Sequential(
-        nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False), nn.GroupNorm(c_out // 16, c_out)
-    )
-
-
-class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions with a skip connection."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv1 = conv_norm(channels, channels)
-        self.conv2 = conv_norm(channels, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(x + self.conv2(F.relu(self.conv1(x))))
-
-
-class TinyImageEncoder(nn.Module):
-    """Convolutional pyramid in the place of SAM's vision transformer.
-
-    Strides 4, 8, 16 and 32 going up, summed coarse to fine going down to stride 8; the stride-4
-    level enters through pixel unshuffling, so that an 8-pixel token can describe the fine masks
-    inside itself.
-
-    `Sam` pads images to a square. The padding is cut off first and the embedding is padded with
-    zeros last: a padded image gives the same tokens as an unpadded one at half the cost of a 2:1
-    scene.
-    """
-
-    def __init__(
-        self,
-        img_size: int = TINY_IMAGE_SIZE,
-        out_channels: int = TINY_WIDTH,
-        widths: tuple[int, ...] = (64, 128, 176, 160),
-        blocks: tuple[int, ...] = (1, 2, 2, 1),
-    ):
-        super().__init__()
-        self.img_size = img_size
-        self.stem = conv_norm(3, 32, stride=2)
-        self.levels = nn.ModuleList()
-        c_in = 32
-        for width, count in zip(widths, blocks):
-            self.levels.append(
-                nn.Sequential(
-                    conv_norm(c_in, width, stride=2),
-                    nn.ReLU(),
-                    *(ResidualBlock(width) for _ in range(count)),
-                )
-            )
-            c_in = width
-        self.laterals = nn.ModuleList(
-            nn.Conv2d(c, out_channels, 1) for c in (4 * widths[0], *widths[1:])
-        )
-        self.smooth16 = conv_norm(out_channels, out_channels)
-        self.smooth8 = conv_norm(out_channels, out_channels)
-        self.project = nn.Conv2d(out_channels, out_channels, 1)
-        self.norm = nn.LayerNorm(out_channels)
-
-    def tokens(self, x: Tensor) -> Tensor:
-        """Normalised images [B, 3, H, W], sides multiples of 32, to the embedding [B, C, H/8, W/8],
-        no padding.
-        """
-        x = x.contiguous(memory_format=torch.channels_last)
-        x = F.relu(self.stem(x))
-        pyramid = []
-        for level in self.levels:
-            x = level(x)
-            pyramid.append(x)
-        s4, s8, s16, s32 = pyramid
-        l4, l8, l16, l32 = self.laterals
-        y = l16(s16) + F.interpolate(l32(s32), scale_factor=2, mode="nearest")
-        y = F.relu(self.smooth16(y))
-        y = F.interpolate(y, scale_factor=2, mode="nearest") + l8(s8) + l4(F.pixel_unshuffle(s4, 2))
-        y = self.project(F.relu(self.smooth8(y)))
-        return self.norm(y.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalised, zero-padded images [B, 3, S, S] to the embedding [B, C, S/8, S/8], zero where
-        the image is.
-        """
-        height, width = occupied_extent(x, multiple=32)
-        y = self.tokens(x[:, :, :height, :width])
-        full = self.img_size // TINY_STRIDE
-        return F.pad(y, (0, full - y.shape[3], 0, full - y.shape[2]))
-
-
-class TinyPromptEncoder(PromptEncoder):
-    """The package's prompt encoder, which besides tells every image token where it lies relative to
-    the prompts.
-
-    SAM learns to find a point or a box from Fourier features of coordinates alone, in weeks on many
-    GPUs. Drawing the prompts into the dense embedding, as SAM does with mask prompts, teaches a
-    small network that in minutes.
-    """
-
-    FEATURES = 18
-
-    def __init__(self, embed_dim: int, **options):
-        super().__init__(embed_dim=embed_dim, **options)
-        self.prompt_map = nn.Sequential(
-            nn.Linear(self.FEATURES, 64), nn.GELU(), nn.Linear(64, embed_dim)
-        )
-
-    def draw_prompts(
-        self, points: tuple[Tensor, Tensor] | None, boxes: Tensor | None, h: int, w: int
-    ) -> Tensor:
-        """Features [P, h*w, FEATURES] of the upper left h x w tokens, in raster order.
-
-        points: coordinates [P, n, 2] (x, y) in pixels and labels [P, n] (only label 1 counts);
-        boxes [P, 4]. To the nearest point: three Gaussians of the distance and the offset at two
-        scales; to the box: the distances from its four sides at two scales, inside or not, size;
-        zeros for what is not given.
-        """
-        device = self.no_mask_embed.weight.device
-        y, x = torch.meshgrid(
-            (torch.arange(h, device=device) + 0.5) * TINY_STRIDE,
-            (torch.arange(w, device=device) + 0.5) * TINY_STRIDE,
-            indexing="ij",
-        )
-        centre = torch.stack([x, y], dim=-1).view(1, h * w, 2)
-        count = len(points[0]) if points is not None else len(boxes)
-        near, box = centre.new_zeros(count, h * w, 7), centre.new_zeros(count, h * w, 11)
-        if points is not None:
-            coordinates, labels = points
-            offset = centre[:, :, None] - (coordinates.float() + 0.5)[:, None]  # [P, N, n, 2]
-            distance = offset.square().sum(-1).masked_fill((labels != 1)[:, None], 1e8)
-            distance, index = distance.min(dim=2)
-            offset = offset.gather(2, index[..., None, None].expand(-1, -1, 1, 2))[:, :, 0]
-            near = torch.cat(
-                [
-                    torch.exp(
-                        -distance[..., None] / (2 * distance.new_tensor([6.0, 20.0, 60.0]) ** 2)
-                    ),
-                    torch.tanh(offset / 16),
-                    torch.tanh(offset / 64),
-                ],
-                dim=-1,
-            )
-        if boxes is not None:
-            boxes = boxes.float().reshape(
-                -1, 1, 4
-            )  # the package's predictor gives [P, 1, 4], others [P, 4]
-            sides = torch.cat([centre - boxes[..., :2], boxes[..., 2:] + 1 - centre], dim=-1)
-            size = (boxes[..., 2:] + 1 - boxes[..., :2]).clamp(min=1).log().sum(
-                -1, keepdim=True
-            ) / 10
-            inside = torch.sigmoid(sides / 4).prod(dim=-1, keepdim=True)
-            box = torch.cat(
-                [
-                    torch.tanh(sides / 8),
-                    torch.tanh(sides / 32),
-                    inside,
-                    size.expand_as(inside),
-                    torch.ones_like(inside),
-                ],
-                dim=-1,
-            )
-        return torch.cat([near, box], dim=-1)
-
-    def single_points(self, points: Tensor, h: int, w: int) -> tuple[Tensor, Tensor]:
-        """The drawn embeddings of many single points [P, 2]: a table [U, C] and the index [P, h*w]
-        of each token's row.
-
-        A row depends on the offset from point to token alone, and the points of a grid share their
-        offsets.
-        """
-        device = points.device
-        tables = []
-        for axis, count in ((0, w), (1, h)):
-            tokens = (torch.arange(count, device=device) + 0.5) * TINY_STRIDE - 0.5
-            tables.append(
-                torch.unique(tokens[None] - points[:, axis : axis + 1].float(), return_inverse=True)
-            )
-        (dx, column), (dy, row) = tables
-        origin = TINY_STRIDE / 2 - 0.5  # of the one token that is drawn for each
-        offsets = origin - torch.cartesian_prod(dy, dx).flip(
-            1
-        )  # points with all offsets to it, x y
-        labels = torch.ones(len(offsets), 1, device=device)
-        table = self.prompt_map(self.draw_prompts((offsets[:, None], labels), None, 1, 1))[:, 0]
-        return table, (row[:, :, None] * len(dx) + column[:, None, :]).flatten(1)
-
-    def forward(
-        self, points: tuple[Tensor, Tensor] | None, boxes: Tensor | None, masks: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """As in the package: sparse [P, T, C] and dense [P, C, S, S] embeddings of P prompts."""
-        sparse, dense = super().forward(points, boxes, masks)
-        if points is not None or boxes is not None:
-            h, w = self.image_embedding_size
-            drawn = self.prompt_map(self.draw_prompts(points, boxes, h, w))
-            dense = dense + drawn.transpose(1, 2).unflatten(2, (h, w))
-        return sparse, dense
-
-
-class TinyMaskDecoder(MaskDecoder):
-    """The package's mask decoder, computed faster and without the padding; same parameters, same
-    numbers.
-
-    Two identities save most of the work and let the training run the same code for a batch of
-    images: the projections of the image's keys, queries and values are moved to the side of the few
-    prompt tokens, and transposed convolutions of kernel and stride 2 are linear layers per token.
-    `MaskDecoder.predict_masks` is the test's oracle.
-    """
-
-    def predict_masks(
-        self,
-        image_embeddings: Tensor,
-        image_pe: Tensor,
-        sparse_prompt_embeddings: Tensor,
-        dense_prompt_embeddings: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """As in the package, for one image: embeddings [1, C, S, S], pe [1, C, S, S], sparse [P, T,
-        C], dense [P, C, S, S] to low-resolution mask logits [P, M, 4S, 4S] and predicted IoU [P,
-        M].
-
-        Tokens of padding take no part; logits over the padding repeat the image's last row or
-        column.
-        """
-        full = image_embeddings.shape[-1]
-        h, w = occupied_extent(image_embeddings)
-        keys = (
-            (image_embeddings[..., :h, :w] + dense_prompt_embeddings[..., :h, :w])
-            .flatten(2)
-            .transpose(1, 2)
-        )
-        pe = image_pe[..., :h, :w].flatten(2).transpose(1, 2)
-        logits, iou = self.decode(keys[None], pe, sparse_prompt_embeddings[None])
-        masks, iou = tokens_to_pixels(logits[0], h, w), iou[0]
-        return F.pad(masks, (0, 4 * (full - w), 0, 4 * (full - h)), mode="replicate"), iou
-
-    def decode(
-        self, keys: Tensor, image_pe: Tensor, sparse: Tensor, outputs: slice = slice(None)
-    ) -> tuple[Tensor, Tensor]:
-        """Masks of K prompts on each of B images.
-
-        keys: image embeddings with the dense prompt embeddings added [B, K, N, C]; image_pe [1, N,
-        C]; sparse: prompt embeddings [B, K, T, C]; outputs: which of the M mask tokens. Returns
-        logits [B, K, M, N*16] in token order (see `tokens_to_pixels`) and predicted IoU [B, K, M].
-        """
-        b, k, _, c = keys.shape
-        pe = image_pe.to(keys.dtype)
-        output_tokens = torch.cat([self.iou_token.weight, self.mask_tokens.weight])
-        tokens = torch.cat([output_tokens.expand(b, k, -1, -1), sparse], dim=2)  # [B, K, T, C]
-        queries = tokens
-        for layer in self.transformer.layers:
-            flat, flat_pe = queries.flatten(0, 1), tokens.flatten(0, 1)
-            if layer.skip_first_layer_pe:
-                flat = layer.self_attn(q=flat, k=flat, v=flat)
-            else:
-                flat = flat + layer.self_attn(q=flat + flat_pe, k=flat + flat_pe, v=flat)
-            queries = layer.norm1(flat).view_as(tokens)
-            keys_pe = keys + pe
-            queries = layer.norm2(
-                queries
-                + attend_to_image(layer.cross_attn_token_to_image, queries + tokens, keys_pe, keys)
-            )
-            queries = layer.norm3(queries + layer.mlp(queries))
-            keys = layer.norm4(
-                attend_to_tokens(
-                    layer.cross_attn_image_to_token, keys_pe, queries + tokens, queries, keys
-                )
-            )
-        queries = self.transformer.norm_final_attn(
-            queries
-            + attend_to_image(
-                self.transformer.final_attn_token_to_image, queries + tokens, keys + pe, keys
-            )
-        )
-
-        conv1, norm, _, conv2, _ = self.output_upscaling
-        activation = self.output_upscaling[2]
-        up = conv_transpose_per_token(conv1, keys)  # [B, K, N, 4, C/4]
-        up = activation(F.layer_norm(up, (c // 4,), norm.weight, norm.bias, norm.eps))
-        up = activation(conv_transpose_per_token(conv2, up))  # [B, K, N, 4, 4, C/8]
-        indices = range(self.num_mask_tokens)[outputs]
-        hyper = torch.stack(
-            [self.output_hypernetworks_mlps[i](queries[:, :, 1 + i]) for i in indices], dim=2
-        )
-        logits = hyper @ up.flatten(2, 4).transpose(2, 3)  # [B, K, M, N*16]
-        return logits, self.iou_prediction_head(queries[:, :, 0])[..., outputs]
-
-
-def attend_to_image(attention: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of tokens q [B, K, T, C] to the image's k, v [B, K or 1, N, C], with SAM's
-    `Attention` parameters.
-
-    The key projection is applied to the queries and the value projection to the result; the key
-    bias shifts all scores of a query alike and cancels in the softmax.
-    """
-    b, n_prompts, t, c = q.shape
-    heads, width = attention.num_heads, attention.internal_dim // attention.num_heads
-    q = attention.q_proj(q).unflatten(-1, (heads, width)).transpose(2, 3)  # [B, K, heads, T, width]
-    q = q @ attention.k_proj.weight.view(heads, width, c) / math.sqrt(width)  # [B, K, heads, T, C]
-    q = q.reshape(b, k.shape[1], -1, c)  # one image side for all prompts: one product
-    attn = torch.softmax(q @ k.transpose(2, 3), dim=-1)
-    out = (attn @ v).view(b, n_prompts, heads, t, c)
-    out = out @ attention.v_proj.weight.view(heads, width, c).transpose(
-        1, 2
-    )  # [B, K, heads, T, width]
-    return attention.out_proj(out.transpose(2, 3).flatten(3) + attention.v_proj.bias)
-
-
-def attend_to_tokens(
-    attention: nn.Module, q: Tensor, k: Tensor, v: Tensor, residual: Tensor
-) -> Tensor:
-    """residual + attention of the image's q [B, K or 1, N, C] to the tokens k, v [B, K, T, C]: [B,
-    K, N, C].
-
-    Softmax weights of a head add up to one, so the output bias is spread over the values.
-    """
-    b, n_prompts, t, c = k.shape
-    heads, width = attention.num_heads, attention.internal_dim // attention.num_heads
-    k = attention.k_proj(k).unflatten(-1, (heads, width)).transpose(2, 3) / math.sqrt(width)
-    bias = (k * attention.q_proj.bias.view(heads, 1, width)).sum(dim=-1)  # [B, K, heads, T]
-    k = k @ attention.q_proj.weight.view(heads, width, c)  # [B, K, heads, T, C]
-    scores = k.reshape(b, q.shape[1], -1, c) @ q.transpose(
-        2, 3
-    )  # one image side for all prompts: one product
-    scores = scores.view(b, n_prompts, heads, t, -1) + bias[..., None]
-    attn = torch.softmax(scores, dim=3).flatten(0, 1).flatten(1, 2)  # [B*K, heads*T, N]
-    v = attention.v_proj(v).unflatten(-1, (heads, width)).transpose(2, 3)
-    v = (
-        v @ attention.out_proj.weight.view(c, heads, width).permute(1, 2, 0)
-        + attention.out_proj.bias / heads
-    )
-    v, residual = (
-        v.flatten(0, 1).flatten(1, 2),
-        residual.expand(-1, n_prompts, -1, -1).flatten(0, 1),
-    )
-    return torch.baddbmm(residual.to(v.dtype), attn.transpose(1, 2).to(v.dtype), v).unflatten(
-        0, (b, n_prompts)
-    )
-
-
-def conv_transpose_per_token(conv: nn.ConvTranspose2d, x: Tensor) -> Tensor:
-    """A transposed convolution of kernel and stride 2 as a linear layer: [..., C_in] to [..., 4,
-    C_out], the four pixels of the 2x2 cell in row-major order.
-    """
-    weight = conv.weight.permute(2, 3, 1, 0).flatten(0, 2)  # [4 * C_out, C_in]
-    return F.linear(x, weight, conv.bias.repeat(4)).unflatten(-1, (4, conv.out_channels))
-
-
-@lru_cache(maxsize=16)
-def pixel_order(h: int, w: int, device: torch.device) -> Tensor:
-    """For every pixel of 4h x 4w, in raster order, its place in token order, int64 (see
-    `tokens_to_pixels`).
-    """
-    with torch.inference_mode(False):  # training may want it too
-        places = torch.arange(h * w * 16, device=device).view(h, w, 2, 2, 2, 2)
-        return places.permute(0, 2, 4, 1, 3, 5).flatten()
-
-
-def tokens_to_pixels(x: Tensor, h: int, w: int) -> Tensor:
-    """[..., h*w*16] in token order (token row, token column, half row, half column, quarter row,
-    quarter column) to [..., 4h, 4w].
-    """
-    # Several times faster than a permuted copy, whose innermost runs are two numbers long.
-    return x.gather(-1, pixel_order(h, w, x.device).expand(x.shape)).unflatten(-1, (4 * h, 4 * w))
-
-
-def pixels_to_tokens(x: Tensor) -> Tensor:
-    """[..., 4h, 4w] to [..., h*w*16]: the inverse of `tokens_to_pixels`."""
-    lead, (height, width) = x.shape[:-2], x.shape[-2:]
-    x = x.reshape(-1, height // 4, 2, 2, width // 4, 2, 2).permute(0, 1, 4, 2, 5, 3, 6)
-    return x.reshape(*lead, height * width)
-
-
-def build_sam_tiny(checkpoint: str | Path | None = None) -> Sam:
-    """The tiny SAM in eval mode on the CPU; random weights without a checkpoint (as the package's
-    builders).
-    """
-    tokens = TINY_IMAGE_SIZE // TINY_STRIDE
-    sam = Sam(
-        image_encoder=TinyImageEncoder(),
-        prompt_encoder=TinyPromptEncoder(
-            embed_dim=TINY_WIDTH,
-            image_embedding_size=(tokens, tokens),
-            input_image_size=(TINY_IMAGE_SIZE, TINY_IMAGE_SIZE),
-            mask_in_chans=16,
-        ),
-        mask_decoder=TinyMaskDecoder(
-            num_multimask_outputs=3,
-            transformer_dim=TINY_WIDTH,
-            iou_head_depth=3,
-            iou_head_hidden_dim=128,
-            transformer=TwoWayTransformer(
-                depth=2, embedding_dim=TINY_WIDTH, mlp_dim=256, num_heads=4
-            ),
-        ),
-        pixel_mean=[123.675, 116.28, 103.53],
-        pixel_std=[58.395, 57.12, 57.375],
-    )
-    sam.eval()
-    if checkpoint is not None:
-        sam.load_state_dict(read_checkpoint(checkpoint, "tiny"))
-    return sam
-
-
-# -------------------------------------------------------------------------------------- checkpoints
+    if sam_type == "tiny":
+        return TINY_CHECKPOINT
+    name = OFFICIAL_CHECKPOINTS.get(sam_type)
+    return PRETRAINED_FOLDER / name if name else None
 
 
 def checkpoint_type(state: dict) -> str | None:
     """The SAM type whose weights `state` looks like, or None.
 
     Depth and width of the vision transformer tell the official types apart; the convolutional stem
-    marks the tiny one.
+    marks the tiny one, the first of TinyViT's layers MobileSAM.
     """
     if "image_encoder.stem.0.weight" in state:
         return "tiny"
+    if "image_encoder.patch_embed.seq.0.c.weight" in state:
+        return "vit_t"
     embedding = state.get("image_encoder.pos_embed")
     widths = {1280: "vit_h", 1024: "vit_l", 768: "vit_b"}
     return widths.get(embedding.shape[-1]) if isinstance(embedding, Tensor) else None
 
 
-def default_checkpoint(sam_type: str) -> Path:
-    """Where the weights are looked for without --sam-checkpoint."""
-    return (
-        TINY_CHECKPOINT
-        if sam_type == "tiny"
-        else PRETRAINED_FOLDER / OFFICIAL_CHECKPOINTS[sam_type]
-    )
-
-
-def md5(path: Path) -> str:
-    digest = hashlib.md5()
+def check_whole(path: Path) -> None:
+    """UserError where a file with an official name has another MD5 than that name says."""
+    digest, wanted = hashlib.md5(), path.stem.rsplit("_", 1)[1]
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
-    return digest.hexdigest()
+    found = digest.hexdigest()[: len(wanted)]
+    if found != wanted:
+        raise UserError(
+            f"{path}: its MD5 starts with {found}, the official file's with {wanted}: the download"
+            f" is incomplete or changed; fetch {OFFICIAL_URL}{path.name} again"
+        )
 
 
-def read_checkpoint(path: str | Path, sam_type: str) -> dict:
+def read_checkpoint(path: Path, sam_type: str) -> dict:
     """State dict of `path` on the CPU, checked to be whole and of `sam_type`. UserError
     otherwise.
     """
-    path = Path(path)
     if not path.is_file():
         if sam_type == "tiny":
             raise UserError(
@@ -520,19 +110,12 @@ def read_checkpoint(path: str | Path, sam_type: str) -> dict:
                 f" (model/{TINY_CHECKPOINT.name}): restore them, or train with"
                 " scripts/dev/train_sam_tiny.py"
             )
-        name = OFFICIAL_CHECKPOINTS[sam_type]
         raise UserError(
-            f"{path}: no such file; download the official weights of --sam-type {sam_type} from "
-            f"{OFFICIAL_URL}{name} to {PRETRAINED_FOLDER / name}, or name another file of them"
+            f"{path}: no such file; download the official weights of --sam-type {sam_type} from"
+            f" {address(sam_type)} to {default_checkpoint(sam_type)}, or name another file of them"
         )
-    if path.name in OFFICIAL_CHECKPOINTS.values():
-        digest, wanted = md5(path), path.stem.rsplit("_", 1)[1]
-        if not digest.startswith(wanted):
-            raise UserError(
-                f"{path}: its MD5 starts with {digest[: len(wanted)]}, the official file's with"
-                f" {wanted}: the download is incomplete or changed; fetch {OFFICIAL_URL}{path.name}"
-                " again"
-            )
+    if path.name in OFFICIAL_CHECKPOINTS.values() and path.name != OFFICIAL_CHECKPOINTS["vit_t"]:
+        check_whole(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
@@ -559,19 +142,40 @@ def read_checkpoint(path: str | Path, sam_type: str) -> dict:
     return state
 
 
+def sam_builder(sam_type: str) -> Callable[[], Sam]:
+    """What makes a `Sam` of one of SAM_TYPES with random weights. UserError where its package is
+    absent.
+    """
+    if sam_type == "tiny":
+        return build_sam_tiny
+    if sam_type != "vit_t":
+        return sam_model_registry[sam_type]
+    try:
+        with warnings.catch_warnings():  # timm's, about names that mobile_sam registers anew
+            warnings.simplefilter("ignore")
+            from mobile_sam import sam_model_registry as mobile_registry
+    except ImportError as error:
+        raise UserError(
+            f"--sam-type vit_t needs a package that is absent ({error}):"
+            " pip install mobilesam-mirror timm"
+        ) from None
+    return mobile_registry["vit_t"]
+
+
 def build_sam(
     sam_type: str, checkpoint: str | Path | None = None, device: str | torch.device = "cpu"
 ) -> Sam:
     """A SAM in eval mode on `device` with the weights of `checkpoint` (None: `default_checkpoint`).
 
     sam_type: one of SAM_TYPES. Raises UserError, in one line that tells the mend, for an unknown
-    type and for a checkpoint that is missing, damaged or another type's.
+    type, an absent package, and a checkpoint that is missing, damaged or another type's.
     """
     if sam_type not in SAM_TYPES:
         raise UserError(f"--sam-type {sam_type}: choose one of {', '.join(SAM_TYPES)}")
-    path = Path(checkpoint) if checkpoint is not None else default_checkpoint(sam_type)
+    path = Path(checkpoint or default_checkpoint(sam_type))
+    builder = sam_builder(sam_type)
     state = read_checkpoint(path, sam_type)
-    sam = build_sam_tiny() if sam_type == "tiny" else sam_model_registry[sam_type]()
+    sam = builder()
     try:
         sam.load_state_dict(state)
     except RuntimeError as error:
@@ -580,3 +184,34 @@ def build_sam(
             f" ({str(error).splitlines()[1].strip()[:150]}); give the weight file of this version"
         ) from None
     return sam.eval().to(device)
+
+
+def load_segmenter(
+    sam_type: str,
+    checkpoint: str | Path | None = None,
+    device: str | torch.device = "cpu",
+    prompt_batch: int | None = None,
+    amp: bool = False,
+) -> Segmenter:
+    """The segmenter of a type, in eval mode on `device`, with the settings of its own generator.
+
+    sam_type: one of SAM_TYPES, or a model of transformers: its name on the Hub or a local folder.
+    checkpoint: weight file, or for a model of transformers its local folder; None: the default
+    place. Its attribute `files` lists what it was made from. UserError as in `build_sam`.
+    """
+    if sam_type in SAM_TYPES:
+        path = Path(checkpoint or default_checkpoint(sam_type))
+        sam = FastSam(build_sam(sam_type, path, device), prompt_batch=prompt_batch, amp=amp)
+        sam.files = [path]
+        return sam
+    from model.sam_transformers import load_transformers  # optional package, seconds to import
+
+    return load_transformers(sam_type, checkpoint, torch.device(device), prompt_batch, amp)
+
+
+def files_digest(files: list[Path]) -> str:
+    """One SHA-256 for the files of a segmenter: the file's, or that of the digests of several."""
+    digests = [sha256(path) for path in files]
+    return (
+        digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+    )

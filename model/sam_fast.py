@@ -1,111 +1,66 @@
-"""Many prompts on one image with SAM, without the work whose results are thrown away.
+"""A segmenter of segment_anything's architecture, without the work whose results are thrown away.
 
-`FastSam` gives what segment_anything's `SamAutomaticMaskGenerator.generate` (no crops) and
-`SamPredictor.predict` give, for any `Sam`: the image is encoded once; the image side of the
-decoder's first layer is computed once for all prompts; the IoU head decides before the upscaling
-layers run, so that a rejected proposal is never upscaled; only the tokens and rows that show the
-image, not its padding, are upscaled; masks stay on the device until they are painted; nothing is
-run-length encoded; a CPU's cores decode different prompts. The differences to the package are those
-of floating-point summation order: tests/oracle_psa.py is the oracle.
+`FastSam` gives what `SamAutomaticMaskGenerator.generate` (no crops) and `SamPredictor.predict`
+give, for any `Sam` of segment_anything or mobile_sam. The image is encoded once. The image side of
+the decoder's first layer is computed once for all prompts. The IoU head decides before the
+upscaling layers run, so that a rejected proposal is never upscaled. Only the tokens and rows that
+show the image, not its padding, are upscaled. Masks stay on the device until they are painted, and
+nothing is run-length encoded. A CPU's cores decode different prompts. The differences to the
+package are those of floating-point summation order: tests/oracle_psa.py is the oracle.
 
-Needs: model/sam.py, util/run.py, segment_anything.
+Needs when copied away: model/{segmenter,sam_decoder,sam_tiny}.py, util/run.py.
 """
 
 from __future__ import annotations
 
 import copy
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import cached_property
 
-import cv2
 import numpy as np
 import torch
-from segment_anything.modeling import PromptEncoder, Sam
-from segment_anything.utils.amg import (
-    batched_mask_to_box,
-    build_point_grid,
-    calculate_stability_score,
-)
+from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam
 from segment_anything.utils.transforms import ResizeLongestSide
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.ops.boxes import batched_nms
 
-from model.sam import (
-    TinyMaskDecoder,
-    TinyPromptEncoder,
+from model.sam_decoder import (
     attend_to_image,
     attend_to_tokens,
     conv_transpose_per_token,
-    occupied_extent,
     tokens_to_pixels,
 )
+from model.sam_tiny import TinyMaskDecoder, TinyPromptEncoder, occupied_extent
+from model.segmenter import SAM_SETTINGS, LowMasks, ProposalSettings, Segmenter
 from util.run import Stopwatch
 
-FULL_SIZE_PIXELS = 1 << 28  # of masks that a GPU looks at together at the image's size
 
-
-@dataclass(frozen=True)
-class ProposalSettings:
-    """The automatic mask generator's official settings (segment_anything; SeCo uses them
-    unchanged).
-    """
-
-    points_per_side: int = 32
-    predicted_iou: float = 0.88  # proposals at or below it are rejected
-    stability: float = 0.95  # proposals below it are rejected
-    stability_offset: float = 1.0  # in logits
-    box_nms: float = 0.7  # IoU of boxes
-
-
-@dataclass(frozen=True)
-class Proposals:
-    """low: mask logits M x h x w at low resolution (full-size masks of a street scene would be
-    gigabytes; `FastSam.masks` gives them), in descending predicted IoU; boxes: int64 M x 4, x0 y0
-    x1 y1, inclusive; predicted_iou: M.
-    """
-
-    low: Tensor
-    boxes: Tensor
-    predicted_iou: Tensor
-
-
-def default_prompt_batch(device: torch.device) -> int:
-    """Prompts decoded at a time: a CPU's caches like few, a GPU wants many."""
-    return 64 if device.type == "cuda" else 4
-
-
-class FastSam:
-    """One SAM and the image it has encoded. `set_image` first, then `proposals` and `predict`."""
+class FastSam(Segmenter):
+    """One SAM and the image it has encoded (see `Segmenter`)."""
 
     def __init__(
         self,
         sam: Sam,
-        settings: ProposalSettings = ProposalSettings(),
+        settings: ProposalSettings = SAM_SETTINGS,
         prompt_batch: int | None = None,
         amp: bool = False,
         watch: Stopwatch | None = None,
     ):
-        self.sam, self.settings, self.amp = sam, settings, amp
-        self.device = sam.device
-        # bf16: the image encoder by autocast, transformer and upscaling by bf16 weights (autocast
-        # would go back and forth at every normalisation); the small heads that judge and make the
-        # masks stay in fp32.
-        self.decoder = copy.deepcopy(sam.mask_decoder).bfloat16() if amp else sam.mask_decoder
-        self.prompt_batch = prompt_batch or default_prompt_batch(self.device)
-        self.watch = watch or Stopwatch()
-        self.threads, self._map = 1, map
-        if self.device.type == "cpu" and torch.get_num_threads() > 1:
-            self.threads = torch.get_num_threads()
-            self._map = ThreadPoolExecutor(
-                self.threads, initializer=torch.set_num_threads, initargs=(1,)
-            ).map
+        super().__init__(sam.device, settings, prompt_batch, amp, watch)
+        self.sam, self.mask_threshold = sam, sam.mask_threshold
         self.transform = ResizeLongestSide(sam.image_encoder.img_size)
 
-    @torch.inference_mode()
-    def set_image(self, image: np.ndarray) -> None:
-        """Encode an image, uint8 H x W x 3, RGB."""
-        self.size = image.shape[:2]
+    @cached_property
+    def _bf16_decoder(self) -> MaskDecoder:
+        return copy.deepcopy(self.sam.mask_decoder).bfloat16()
+
+    def encode(self, image: np.ndarray) -> None:
+        """See `Segmenter.encode`.
+
+        In bf16 the image encoder runs under autocast, the decoder's transformer and upscaling with
+        bf16 weights (autocast would go back and forth at every normalisation); the small heads that
+        judge and make the masks stay in fp32.
+        """
         resized = torch.as_tensor(self.transform.apply_image(image), device=self.device)
         self.input_size = tuple(resized.shape[:2])
         padded = self.sam.preprocess(resized.permute(2, 0, 1)[None].contiguous())
@@ -122,11 +77,49 @@ class FastSam:
         # once.
         embedding = embedding + self.sam.prompt_encoder.no_mask_embed.weight.view(1, -1, 1, 1)
         dtype = torch.bfloat16 if self.amp else torch.float
+        self.decoder = self._bf16_decoder if self.amp else self.sam.mask_decoder
         self.image_tokens = self._as_tokens(embedding).to(dtype)
         self.pe = self._as_tokens(self.sam.prompt_encoder.get_dense_pe()).to(dtype)
         # Image pixels, of SAM's resized and padded square, that one low-resolution mask pixel
         # covers.
         self.pixels_per_cell = self.sam.image_encoder.img_size // (4 * embedding.shape[-1])
+
+    def to_input(self, points: np.ndarray) -> np.ndarray:
+        """See `Segmenter.to_input`."""
+        return self.transform.apply_coords(points, self.size)
+
+    def decode(
+        self, points: Tensor, boxes: Tensor | None, several: bool
+    ) -> Callable[[int, int], tuple[Tensor, LowMasks]]:
+        """See `Segmenter.decode`. Masks that nobody asks for are never upscaled."""
+        outputs = slice(1, None) if several else slice(0, 1)
+        grid_drawn = self._grid_drawn(points) if boxes is None else None
+
+        def decoded(start: int, stop: int) -> tuple[Tensor, LowMasks]:
+            point, box = points[start:stop], None if boxes is None else boxes[start:stop]
+            drawn = grid_drawn(start, stop) if grid_drawn else self._drawn(point, box)
+            queries, keys = self._transformer(point, box, drawn)
+            iou = self.sam.mask_decoder.iou_prediction_head(queries[:, 0])[:, outputs]
+
+            def low_masks(kept: Tensor | None) -> Tensor:
+                if kept is None:
+                    return self._low_masks(queries, keys, outputs).flatten(0, 1)
+                prompts = kept.any(dim=1)
+                if prompts.all():
+                    return self._low_masks(queries, keys, outputs)[kept]
+                return self._low_masks(queries[prompts], keys[prompts], outputs)[kept[prompts]]
+
+            return iou, low_masks
+
+        return decoded
+
+    def enlargement(self, height: int, width: int) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+        """See `Segmenter.enlargement`; as `Sam.postprocess_masks` does: first to SAM's padded
+        input, then to the image.
+        """
+        size = height * self.pixels_per_cell, width * self.pixels_per_cell
+        second = [(self.size, self.size)] if self.input_size != self.size else []
+        return [(size, self.input_size), *second]
 
     def _as_tokens(self, x: Tensor) -> Tensor:
         """B x C x S x S over SAM's square → 1 x B x N x C, the tokens that show the image."""
@@ -217,157 +210,3 @@ class FastSam:
         # The few masks are put in pixel order, not the many channels of the embedding.
         low = tokens_to_pixels(hyper.to(x.dtype) @ x.transpose(1, 2), rows, columns)
         return low[..., : cells[0], : cells[1]].float()
-
-    def _full_size(self, low: Tensor) -> Tensor:
-        """Low-resolution logits M x h x w → logits M x H x W at the image's size, as
-        `Sam.postprocess_masks` does: first to SAM's input size, then to the image's.
-        """
-        size = tuple(side * self.pixels_per_cell for side in low.shape[-2:])
-        masks = F.interpolate(low[:, None], size, mode="bilinear", align_corners=False)
-        masks = masks[..., : self.input_size[0], : self.input_size[1]]
-        if self.input_size != self.size:
-            masks = F.interpolate(masks, self.size, mode="bilinear", align_corners=False)
-        return masks[:, 0]
-
-    def _halving(self, decode, count: int) -> list:
-        """`decode(start, stop)` over 0..count in prompt batches; on out-of-memory the batch is
-        halved, for good.
-
-        On a CPU as many batches are decoded side by side as there are cores, one core each: the
-        matrices of a batch are too small to keep several cores busy.
-        """
-        results, start = [], 0
-        while start < count:
-            starts = range(start, count, self.prompt_batch)
-            stops = (min(begin + self.prompt_batch, count) for begin in starts)
-            try:
-                for result in self._map(torch.inference_mode()(decode), starts, stops):
-                    results.append(result)
-                    start += self.prompt_batch
-            except torch.OutOfMemoryError:
-                if self.prompt_batch == 1:
-                    raise
-                self.prompt_batch = self.prompt_batch // 2
-                torch.cuda.empty_cache()
-        return results
-
-    def _stable(self, low: Tensor) -> tuple[Tensor, Tensor]:
-        """Which of M low-resolution masks are stable, bool M, and the boxes of those, int64 x 4;
-        judged at full size, in portions that fit into memory.
-        """
-        if self.device.type == "cpu":
-            return self._stable_on_cpu(low)
-        threshold, settings = self.sam.mask_threshold, self.settings
-        stable, boxes = [], []
-        for part in low.split(max(1, FULL_SIZE_PIXELS // (self.size[0] * self.size[1]))):
-            logits = self._full_size(part)
-            stable.append(
-                calculate_stability_score(logits, threshold, settings.stability_offset)
-                >= settings.stability
-            )
-            boxes.append(batched_mask_to_box(logits[stable[-1]] > threshold).long())
-        return torch.cat(stable), torch.cat(boxes)
-
-    def _stable_on_cpu(self, low: Tensor) -> tuple[Tensor, Tensor]:
-        """As `_stable`, one mask at a time, so that it stays in the cache; OpenCV enlarges and
-        numpy counts several times faster than torch does on a CPU. OpenCV rounds other last bits: a
-        score may change by a pixel on its threshold.
-        """
-        threshold, settings = np.float32(self.sam.mask_threshold), self.settings
-        stable, boxes = torch.zeros(len(low), dtype=torch.bool), []
-        for number, mask in enumerate(low.contiguous().numpy()):
-            rows, columns = (side * self.pixels_per_cell for side in mask.shape)
-            logits = cv2.resize(mask, (columns, rows), interpolation=cv2.INTER_LINEAR)
-            logits = logits[: self.input_size[0], : self.input_size[1]]
-            if self.input_size != self.size:
-                logits = cv2.resize(logits, self.size[::-1], interpolation=cv2.INTER_LINEAR)
-            least = np.count_nonzero(logits > threshold + np.float32(settings.stability_offset))
-            most = np.count_nonzero(logits > threshold - np.float32(settings.stability_offset))
-            if most and np.float32(least) / np.float32(most) >= settings.stability:
-                stable[number] = True
-                inside = logits > threshold
-                ys, xs = np.flatnonzero(inside.any(axis=1)), np.flatnonzero(inside.any(axis=0))
-                boxes.append([xs[0], ys[0], xs[-1], ys[-1]] if ys.size else [0] * 4)
-        return stable, torch.tensor(boxes, dtype=torch.long).reshape(-1, 4)
-
-    @torch.inference_mode()
-    def proposals(self) -> Proposals:
-        """SAM's automatic masks of the image, in the generator's order.
-
-        The generator's test for boxes at the edge of a crop is left out: the only crop is the
-        image, where it never fires.
-        """
-        settings = self.settings
-        grid = build_point_grid(settings.points_per_side) * np.array(self.size)[None, ::-1]
-        points = torch.as_tensor(self.transform.apply_coords(grid, self.size), device=self.device)[
-            :, None
-        ]
-        drawn = self._grid_drawn(points)
-
-        def decode(start: int, stop: int) -> tuple[Tensor, Tensor, Tensor] | None:
-            with self.watch("decode proposals", self.threads):
-                queries, keys = self._transformer(points[start:stop], None, drawn(start, stop))
-                iou = self.sam.mask_decoder.iou_prediction_head(queries[:, 0])[:, 1:]
-                kept = iou > settings.predicted_iou
-                prompts = kept.any(dim=1)
-                if not prompts.any():
-                    return None
-            with self.watch("upscale and filter", self.threads):
-                if not prompts.all():
-                    queries, keys, iou, kept = (
-                        queries[prompts],
-                        keys[prompts],
-                        iou[prompts],
-                        kept[prompts],
-                    )
-                low = self._low_masks(queries, keys, slice(1, None))[kept]
-                stable, boxes = self._stable(low)
-                return low[stable], boxes, iou[kept][stable]
-
-        found = [part for part in self._halving(decode, len(points)) if part is not None]
-        if not found:
-            return Proposals(
-                torch.zeros(0, 1, 1, device=self.device),
-                torch.zeros(0, 4, dtype=torch.long, device=self.device),
-                torch.zeros(0, device=self.device),
-            )
-        with self.watch("nms"):
-            low, boxes, iou = (torch.cat(part) for part in zip(*found))
-            keep = batched_nms(
-                boxes.float(), iou, torch.zeros(len(boxes), device=self.device), settings.box_nms
-            )
-            return Proposals(low[keep], boxes[keep], iou[keep])
-
-    @torch.inference_mode()
-    def masks(self, low: Tensor) -> Tensor:
-        """Low-resolution logits M x h x w → masks, bool M x H x W at the image's size."""
-        return self._full_size(low) > self.sam.mask_threshold
-
-    @torch.inference_mode()
-    def predict(self, boxes: np.ndarray, points: list[np.ndarray]) -> Tensor:
-        """One mask per prompt (single-mask output): bool P x H x W on the device.
-
-        boxes: P x 4, x0 y0 x1 y1; points: P arrays k x 2 of positive points, x y; both in pixels of
-        the image. Prompts with the same number of points are decoded together.
-        """
-        result = torch.zeros(len(boxes), *self.size, dtype=torch.bool, device=self.device)
-        counts = np.array([len(p) for p in points])
-        for count in np.unique(counts):
-            chosen = np.flatnonzero(counts == count)
-            coords = self.transform.apply_coords(
-                np.stack([points[i] for i in chosen]).astype(np.float64), self.size
-            )
-            corners = self.transform.apply_boxes(boxes[chosen].astype(np.float64), self.size)
-            coords, corners = (
-                torch.as_tensor(x, dtype=torch.float, device=self.device) for x in (coords, corners)
-            )
-
-            def decode(start: int, stop: int) -> Tensor:
-                part = coords[start:stop], corners[start:stop]
-                queries, keys = self._transformer(*part, self._drawn(*part))
-                return self.masks(self._low_masks(queries, keys, slice(0, 1))[:, 0])
-
-            with self.watch("prompts"):
-                masks = torch.cat(self._halving(decode, len(chosen)))
-            result[torch.as_tensor(chosen, device=self.device)] = masks
-        return result

@@ -2,7 +2,7 @@
 # The rows of the paper's Tables 6 to 8 and the thresholds of its Figure 6, mean and standard deviation over three seeds.
 #
 #   bash scripts/ablation.sh toy                              the embedded benchmark: about an hour and a half on 2 cores
-#   DATA_ROOT=… bash scripts/ablation.sh camvid               day → dusk on CamVid
+#   CAMVID_ROOT=… bash scripts/ablation.sh camvid               day → dusk on CamVid
 #   SEEDS="0 1", OUT=…                                        other seeds, another folder (default: runs/ablation_<name>)
 #
 # Adapted models: pixel-level labels (no SAM), prompting only, semantic alignment only, SCC without PSA, PSA, PSA + SCC in both
@@ -13,8 +13,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/lib/variables.sh
 case "${1:-}" in
     toy) variables "$0" SEEDS OUT -- "${@:2}" ;;
-    camvid) variables "$0" SEEDS OUT DATA_ROOT SAM_TYPE -- "${@:2}" ;;
-    -h | --help) variables "$0" SEEDS OUT DATA_ROOT SAM_TYPE -- --help ;;
+    camvid) variables "$0" SEEDS OUT CAMVID_ROOT SAM_TYPE -- "${@:2}" ;;
+    -h | --help) variables "$0" SEEDS OUT CAMVID_ROOT SAM_TYPE -- --help ;;
     *) die "bash scripts/ablation.sh toy|camvid" ;;
 esac
 export SEEDS="${SEEDS:-0 1 2}" RECIPE=both CONTROLS=1 OUT="${OUT:-runs/ablation_$1}"

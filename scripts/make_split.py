@@ -27,16 +27,8 @@ from pathlib import Path
 
 import numpy as np
 
-from util.labels import (
-    IGNORE,
-    add_class_options,
-    add_list_options,
-    check_files,
-    class_set,
-    read_label,
-    read_list,
-    write_list,
-)
+from util.labels import IGNORE, check_files, class_set, read_label, read_list, write_list
+from util.options import add_class_options, add_list_options
 from util.run import UserError, check_writable, run_main, sha256, write_json
 
 

@@ -46,7 +46,6 @@ from util.labels import (
     IDS_16_IN_19,
     IGNORE,
     ClassSet,
-    add_class_options,
     check_label_values,
     class_set,
     read_image,
@@ -55,6 +54,7 @@ from util.labels import (
     write_label,
     write_list,
 )
+from util.options import add_class_options
 from util.run import UserError, run_main
 
 LINES_SHOWN = 20  # problems printed before the rest is counted only

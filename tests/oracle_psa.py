@@ -19,7 +19,7 @@ from segment_anything import SamAutomaticMaskGenerator, SamPredictor
 from segment_anything.modeling import MaskDecoder
 from torch.nn import functional as F
 
-from model.sam import TinyMaskDecoder, occupied_extent
+from model.sam_tiny import TinyMaskDecoder, occupied_extent
 
 IGNORE = 255
 

@@ -1,15 +1,27 @@
-"""ResNet and DeepLabV3+: sizes, shapes, weights from files, feature perturbation."""
+"""The networks: sizes, shapes, outputs equal to the original code's, weights from files, feature
+perturbation."""
 
+import os
+import zipfile
+import zlib
+
+import numpy as np
 import pytest
 import torch
 import torchvision
-
-from model.deeplabv3plus import (
-    DeepLabV3Plus,
-    channel_dropout,
-    load_segmentation_model,
-    parameter_count,
+from conformance import (
+    formula_image,
+    formula_state,
+    formula_tensor,
+    hashed,
+    read_arrays,
+    read_keys,
 )
+
+from model import network
+from model.checkpoint import read_checkpoint
+from model.deeplabv3plus import DeepLabV3Plus, channel_dropout, parameter_count
+from model.network import load_network
 from model.resnet import load_backbone, resnet
 from util.run import UserError
 
@@ -88,6 +100,101 @@ def test_dilated_layer4_of_resnet18():
     ]
 
 
+# ----------------------------------------------------------------------- equal to the original code
+
+
+def test_the_fixtures_formula():
+    """The values that came with the fixtures."""
+    for key, shape, start in (
+        ("layer1.0.conv1.weight", (64, 64, 1, 1), (-0.14859256, 0.05390207, 0.04100208)),
+        ("module.layer1.0.bn3.weight", (256,), (0.30921534, 0.28289634)),
+        ("layer1.0.bn1.running_var", (64,), (0.72659075, 0.57824755)),
+        ("layer5.head.1.weight", (19, 256, 1, 1), (-0.14119178, -0.08146630)),
+    ):
+        value = formula_tensor(key, shape)
+        assert value.shape == shape and value.flatten()[: len(start)].tolist() == pytest.approx(
+            start, abs=5e-9
+        )
+    assert hashed("image", 3).tolist() == [113825699, 2033281112, 3082829439]
+    for size, crc in (((64, 96), 3510499283), ((1024, 2048), 1413914461)):
+        assert zlib.crc32(formula_image(*size).tobytes()) == crc
+
+
+def original_checkpoint(name):
+    """A file's content as the original code saves it, with the formula's weights; (content, number
+    of classes).
+    """
+    kind, _, detail = name.partition("_")
+    shapes = read_keys("dtst" if kind == "dtst" else name)
+    if kind == "dtst":
+        for key, shape in shapes["classifier"].items():
+            shapes["classifier"][key] = [int(detail), *shape[1:]]
+        parts = {part: formula_state(table) for part, table in shapes.items()}
+        return {"iteration": 20000, **parts}, int(detail)
+    state = formula_state(shapes)
+    if kind == "shade":
+        return {"state_dict": state, "epoch": 3, "mean_iu": np.float64(0.4), "command": "x"}, 19
+    class_num = shapes["layer5.head.1.weight"][0]
+    part = {"model_state": state, "objective_vectors": torch.zeros(class_num, 256)}
+    return {"ResNet101": part, "iter": 1, "best_iou": np.float64(0.5)}, class_num
+
+
+NAMES = ("dtst_19", "dtst_16", "proda_stage3", "proda_warmup", "shade_r50", "shade_r101")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_outputs_equal_the_original_codes(name, monkeypatch):
+    """tests/data/logits_*: the authors' own networks with the same weights and image."""
+    content, class_num = original_checkpoint(name)
+    monkeypatch.setattr(network, "read_checkpoint", lambda path: content)
+    found = load_network("x.pth", torch.device("cpu"), class_num)
+    assert (found.format, found.test_size, found.scaled_only) == {
+        "dtst_19": ("DT-ST", (1536, 768), False),
+        "dtst_16": ("DT-ST", (1280, 640), False),
+        "proda_stage3": ("ProDA", (2048, 1024), True),
+        "proda_warmup": ("ProDA", (2048, 1024), True),
+        "shade_r50": ("SHADE", None, False),
+        "shade_r101": ("SHADE", None, False),
+    }[name]
+    assert not any(module.training for module in found.model.modules())
+
+    expected, image, raw = read_arrays(f"logits_{name}"), formula_image(64, 96), []
+    hook = found.model.register_forward_hook(lambda module, inputs, output: raw.append(output[0]))
+
+    def same(mine, key):  # but for the last bits of sums, which versions of torch order differently
+        wanted = expected.pop(key)
+        np.testing.assert_allclose(mine, wanted, rtol=0, atol=2e-5 * np.abs(wanted).max())
+
+    with torch.no_grad():
+        logits = found.logits(image, (96, 64))[0]
+        hook.remove()
+        if name.startswith("shade"):
+            same(logits[:, ::4, ::4], "logits_every_4th")
+        else:
+            same(raw[0], "logits")
+        if name.startswith("proda"):
+            same(logits[:, ::8, ::8], "upsampled_every_8th")
+            mirrored = found.model(
+                torch.from_numpy(image[:, ::-1].copy()).permute(2, 0, 1)[None] / 255
+            )
+            both = torch.stack([raw[0], mirrored[0].flip(-1)]).softmax(dim=1)
+            # ProDA mirrors after enlarging, which is the same with the corners aligned.
+            large = torch.nn.functional.interpolate(
+                both, (64, 96), mode="bilinear", align_corners=True
+            )
+            same(large.mean(dim=0)[:, ::8, ::8], "flip_probabilities_every_8th")
+    assert not expected
+
+
+@pytest.mark.parametrize("depth", [50, 101])
+def test_weights_are_named_as_in_unimatch(depth):
+    with torch.device("meta"):
+        state = DeepLabV3Plus(depth, 19).state_dict()
+    assert {name: list(value.shape) for name, value in state.items()} == read_keys(
+        f"unimatch_r{depth}"
+    )
+
+
 # ------------------------------------------------------------------------------------------ weights
 
 
@@ -97,7 +204,7 @@ def small_model():
     return DeepLabV3Plus(18, 5).eval()
 
 
-@pytest.mark.parametrize("form", ["ours", "unimatch", "bare", "compiled"])
+@pytest.mark.parametrize("form", ["ours", "unimatch", "bare", "compiled", "twice", "mmseg"])
 def test_checkpoints_load_with_and_without_prefixes(small_model, tmp_path, form):
     state = small_model.state_dict()
     content = {
@@ -106,18 +213,72 @@ def test_checkpoints_load_with_and_without_prefixes(small_model, tmp_path, form)
             "model": {f"module.{k}": v for k, v in state.items()},
             "optimizer": {},
             "epoch": 1,
-            "previous_best": 1.0,
+            "previous_best": np.float64(61.5),
         },
         "bare": state,
         "compiled": {"model": {f"module._orig_mod.{k}": v for k, v in state.items()}},
+        "twice": {"model": {f"_orig_mod.module.module.{k}": v for k, v in state.items()}},
+        "mmseg": {"state_dict": state, "meta": {"epoch": 1}},
     }[form]
     torch.save(content, tmp_path / "c.pth")
-    model, config = load_segmentation_model(tmp_path / "c.pth", torch.device("cpu"))
-    assert config == small_model.config and not model.training
+    model = load_network(tmp_path / "c.pth", torch.device("cpu"), 5).model
+    assert model.config == small_model.config and not model.training
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), state.values()))
     backbone = resnet(18)
     load_backbone(backbone, tmp_path / "c.pth")  # the part `backbone.` of a whole checkpoint
     assert torch.equal(backbone.layer4[1].conv2.weight, small_model.backbone.layer4[1].conv2.weight)
+
+
+@pytest.mark.parametrize("maker", ["core", "_core"])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_numpy_number_beside_the_weights_loads(tmp_path, maker, zipped):
+    """As UniMatch, ProDA and SHADE save it, with numpy 1 (`numpy.core`) and numpy 2
+    (`numpy._core`).
+    """
+    path = tmp_path / "c.pth"
+    content = {"best": np.float64(61.53), "epoch": np.int64(7), "state_dict": {"a": torch.ones(2)}}
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    here, there = np.float64(0).__reduce__()[0].__module__, f"numpy.{maker}.multiarray"
+
+    def renamed(pickled):
+        assert f"c{here}\n".encode() in pickled
+        return pickled.replace(f"c{here}\n".encode(), f"c{there}\n".encode())
+
+    if zipped:
+        with zipfile.ZipFile(path) as file:
+            parts = {part: file.read(part) for part in file.namelist()}
+        with zipfile.ZipFile(path, "w") as file:
+            for part, data in parts.items():
+                file.writestr(part, renamed(data) if part.endswith("data.pkl") else data)
+    else:
+        path.write_bytes(renamed(path.read_bytes()))
+    found = read_checkpoint(path)
+    assert found["best"] == 61.53 and found["epoch"] == 7
+    assert torch.equal(found["state_dict"]["a"], torch.ones(2))
+
+
+class Harmful:
+    """Pickles as a call of `function`."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize(
+    "function", [os.mkdir, exec, np.load, np.memmap, torch.load], ids=lambda f: f.__name__
+)
+def test_a_file_that_runs_something_is_refused(tmp_path, function, zipped):
+    harm = tmp_path / "harm"
+    argument = f"import os; os.mkdir({str(harm)!r})" if function is exec else str(harm)
+    content = {"model": {"a": torch.ones(2)}, "previous_best": Harmful(function, argument)}
+    torch.save(content, tmp_path / "c.pth", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(UserError, match="c.pth: not a checkpoint of tensors") as error:
+        read_checkpoint(tmp_path / "c.pth")
+    assert not harm.exists() and "\n" not in str(error.value)
 
 
 def test_other_files_are_refused_in_one_line(small_model, tmp_path):
@@ -132,26 +293,30 @@ def test_other_files_are_refused_in_one_line(small_model, tmp_path):
     assert "ResNet-50" in message(
         lambda: load_backbone(resnet(50, "torchvision"), tmp_path / "tv.pth")
     )
-    assert "tv.pth: not a DeepLabV3+" in message(
-        lambda: load_segmentation_model(tmp_path / "tv.pth", "cpu")
+    assert "tv.pth: not a network of" in message(
+        lambda: load_network(tmp_path / "tv.pth", "cpu", 5)
     )
     state = dict(small_model.state_dict())
     state["classifier.weight"] = torch.zeros(7, 64, 1, 1)
     torch.save({"model": state, "config": small_model.config}, tmp_path / "wrong.pth")
     assert "classifier.weight: (7, 64, 1, 1) in the file" in message(
-        lambda: load_segmentation_model(tmp_path / "wrong.pth", "cpu")
+        lambda: load_network(tmp_path / "wrong.pth", "cpu", 5)
     )
     (tmp_path / "text.pth").write_text("hello")
-    assert "not a checkpoint" in message(
-        lambda: load_segmentation_model(tmp_path / "text.pth", "cpu")
-    )
+    assert "not a checkpoint" in message(lambda: load_network(tmp_path / "text.pth", "cpu", 5))
     torch.save({"epoch": 3}, tmp_path / "empty.pth")
-    assert "no table of weights" in message(
-        lambda: load_segmentation_model(tmp_path / "empty.pth", "cpu")
+    assert "no table of weights" in message(lambda: load_network(tmp_path / "empty.pth", "cpu", 5))
+    torch.save({"model": small_model.state_dict()}, tmp_path / "five.pth")
+    assert "predicts 5 classes, but --class-num is 19" in message(
+        lambda: load_network(tmp_path / "five.pth", "cpu", 19)
     )
-    assert "no such checkpoint" in message(
-        lambda: load_segmentation_model(tmp_path / "none.pth", "cpu")
-    )
+    for name in ("proda_warmup", "shade_r50"):
+        state = {key: torch.zeros(()).expand(shape) for key, shape in read_keys(name).items()}
+        key = next(key for key in state if key.endswith("layer1.0.conv2.weight"))
+        del state[key]
+        torch.save({"state_dict": state}, tmp_path / f"{name}.pth")
+        assert "1 missing" in message(lambda: load_network(tmp_path / f"{name}.pth", "cpu", 19))  # noqa: B023
+    assert "no such checkpoint" in message(lambda: load_network(tmp_path / "none.pth", "cpu", 5))
     assert "--stem torchvision" in message(lambda: load_backbone(resnet(18), "imagenet"))
     assert "resnet34" in message(lambda: resnet(34))
     assert "stem wide" in message(lambda: resnet(18, "wide"))

@@ -18,9 +18,10 @@ from torch.nn import functional as F
 
 import seco_sam
 from dataset.toy import draw_scene
-from model import sam_fast
+from model import segmenter
 from model.sam import build_sam
-from model.sam_fast import FastSam, ProposalSettings
+from model.sam_fast import FastSam
+from model.segmenter import ProposalSettings
 from tests.oracle_psa import components, entropy_at, oracle_psa, paper_prompt, release_prompt
 from util.connectivity import connectivities
 from util.labels import (
@@ -91,7 +92,7 @@ def test_stability_and_boxes_on_a_cpu_are_the_packages(sam, size, monkeypatch):
     low[0], low[1] = -5, 5  # nothing at all; everything
     fast.settings = replace(FEW, stability=0.5)
     stable, boxes = fast._stable(low)
-    monkeypatch.setattr(sam_fast, "FULL_SIZE_PIXELS", 1)
+    monkeypatch.setattr(segmenter, "FULL_SIZE_PIXELS", 1)
     fast.device = torch.device("meta")  # whatever is no CPU
     expected, expected_boxes = fast._stable(low)
     assert torch.equal(stable, expected) and torch.equal(boxes, expected_boxes)
@@ -406,8 +407,11 @@ def test_copied_into_an_empty_folder_it_runs(tmp_path):
     kit = tmp_path / "elsewhere"
     for name in (
         "seco_sam.py",
+        "model/segmenter.py",
         "model/sam.py",
         "model/sam_fast.py",
+        "model/sam_decoder.py",
+        "model/sam_tiny.py",
         "model/sam_tiny.pth",
         "util/run.py",
         "util/labels.py",

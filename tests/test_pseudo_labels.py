@@ -1,8 +1,9 @@
-"""Stage 0: class-balanced top p against sorting all pixels, the three sources, and being stopped at
-any moment."""
+"""Stage 0: both rules against slow, obvious ones, every source, what must not be mixed or
+overwritten, and being stopped at any moment."""
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,14 +11,16 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conformance import read_arrays
 from conftest import ROOT
 from PIL import Image
 
-from model.deeplabv2 import DILATIONS, DeepLabV2, FrozenBatchNorm, load_dtst_checkpoint
+import eval as evaluation
+from model.deeplabv2 import TEST_SIZE, DeepLabV2, FrozenBatchNorm, load_dtst_checkpoint
 from model.deeplabv3plus import DeepLabV3Plus
 from scripts import make_pseudo_labels as stage0
 from util.labels import read_label
-from util.run import UserError
+from util.run import UserError, folder_lock
 
 K, SIZE = 19, (24, 40)  # classes; height and width of the images
 
@@ -62,7 +65,7 @@ def data(tmp_path):
 
 def command(root, *extra, source=("--probabilities", "probabilities")):
     return [
-        "--image-list",
+        "--id-list-path",
         str(root / "list.txt"),
         "--root-path",
         str(root),
@@ -85,7 +88,7 @@ def files(folder):
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != "run.json"
+        if path.is_file() and path.name not in ("run.json", ".lock")
     }
 
 
@@ -139,7 +142,7 @@ def test_thresholds_with_ties_and_extremes(top_p):
         )
         for _ in range(3)
     ]
-    found = stage0.class_thresholds(lambda: iter(images), 4, top_p)
+    found = stage0.top_p_thresholds(lambda: iter(images), 4, top_p)
     for class_id in range(3):
         ranked = np.sort(np.concatenate([c[p == class_id] for p, c in images]))
         assert found[class_id] == ranked[min(round(len(ranked) * (1 - top_p)), len(ranked) - 1)]
@@ -155,20 +158,29 @@ def test_dtst_preset_takes_every_fourth_pixel(data):
         assert np.array_equal(read_label(root / name, K), label.repeat(4, 0).repeat(4, 1))
 
 
-def test_killed_and_started_again_is_the_same(data, monkeypatch):
+RULES = [("--rule", "top-p"), ("--rule", "cbst", "--preset", "dtst")]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule[1])
+def test_killed_and_started_again_is_the_same(data, monkeypatch, rule):
     root, _ = data
+
+    def command(root):
+        return globals()["command"](root, *rule)
+
     stage0.main(command(root))
     whole = files(root / "pix")
     shutil.rmtree(root / "pix")
-    # the name of what dies and at which call: the third confidence, the third label, the summary,
-    # the list
+    # the name of what dies and at which call: the third confidence, CBST's third label (after the
+    # thresholds), the third label map, the summary, the list
     for name, fatal_call in (
         ("savez", 3),
+        *([("save", 4)] if rule[1] == "cbst" else []),
         ("write_label", 3),
         ("write_json", 2),
         ("write_list", 1),
     ):
-        owner = stage0.np if name == "savez" else stage0
+        owner = stage0.np if name in ("savez", "save") else stage0
 
         def die(*args, calls=[], real=getattr(owner, name), fatal=fatal_call, **kwargs):  # noqa: B006, B008
             calls.append(1)
@@ -190,7 +202,8 @@ def test_killed_and_started_again_is_the_same(data, monkeypatch):
 
 def test_two_processes_give_the_same(data):
     root, _ = data
-    stage0.main(command(root))
+    rule = RULES[1]  # whose stages are top-p's and one more
+    stage0.main(command(root, *rule))
     whole = files(root / "pix")
     shutil.rmtree(root / "pix")
     subprocess.run(
@@ -202,9 +215,11 @@ def test_two_processes_give_the_same(data):
             "2",
             "--master_port",
             "29517",
-            str(ROOT / "scripts/make_pseudo_labels.py"),
-            *command(root),
+            "-m",
+            "scripts.make_pseudo_labels",
+            *command(root, *rule),
         ],
+        cwd=ROOT,
         check=True,
         capture_output=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -240,7 +255,18 @@ def test_two_processes_give_the_same(data):
             "no array for",
         ),
         (lambda root: (root / "leftImg8bit/train/a/im0_leftImg8bit.png").unlink(), "no such file"),
-        (lambda root: (root / "list.txt").write_text("a/x.png\na/x.png\n"), "twice"),
+        (
+            lambda root: np.save(
+                root / "probabilities/leftImg8bit/train/a/im0_leftImg8bit.npy",
+                np.full((K, *SIZE[::-1]), 1 / K),
+            ),
+            "24x40 pixels do not show the same as the 40x24",
+        ),
+        (
+            lambda root: (root / "leftImg8bit/train/a/im1_leftImg8bit.png").write_bytes(b"x"),
+            "im1_leftImg8bit.png: the image cannot be read",
+        ),
+        (lambda root: (root / "list.txt").write_text("a/x.png\na/x.png\n"), "in line 1 already"),
         (lambda root: (root / "list.txt").write_text("x.png\n"), "at least one folder"),
     ],
 )
@@ -252,13 +278,310 @@ def test_bad_input_is_one_clear_line(data, spoil, told):
     assert not (root / "pix/summary.json").exists() and not (root / "splits/pix/list.txt").exists()
 
 
+@pytest.mark.parametrize(
+    "options, told",
+    [
+        (("--top-p", "0"), "--top-p 0"),
+        (("--top-p", "nan"), "--top-p nan"),
+        (("--vis", "-1"), "--vis -1"),
+        (("--policy", "global"), "--policy global: belongs to --rule cbst"),
+        (("--test-size", "64", "16"), "--test-size 16"),
+        (("--device", "banana"), "--device banana"),
+        (("--exp", "a/b"), "--exp a/b"),
+        (("--exp", "leftImg8bit"), "would overwrite the image"),
+        (("--out-list", "list.txt"), "is the list that is read"),
+    ],
+)
+def test_bad_options_are_one_clear_line(data, options, told, monkeypatch):
+    root, _ = data
+    monkeypatch.chdir(root)
+    before = files(root)
+    with pytest.raises(UserError, match=told):
+        stage0.main(command(root, *options))
+    assert files(root) == before
+
+
+# ----------------------------------------------------------------------- nothing mixed, overwritten
+
+
+def array_of(root, index):
+    return next((root / "probabilities").rglob(f"im{index}_leftImg8bit.np*"))
+
+
+def replace_array(root, index):
+    random = np.random.default_rng(99)
+    np.save(array_of(root, index), softmax(random.normal(0, 3, (K, *SIZE))))
+
+
 def test_other_settings_are_refused(data):
     root, _ = data
     stage0.main(command(root))
     with pytest.raises(UserError, match="top_p = 0.5, now it is 0.3"):
         stage0.main(command(root, "--top-p", "0.3"))
-    with pytest.raises(UserError, match="--top-p 0"):
-        stage0.main(command(root, "--top-p", "0"))
+    with pytest.raises(UserError, match="rule = top-p, now it is cbst"):
+        stage0.main(command(root, "--rule", "cbst"))
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_replaced_arrays_are_noticed(data, monkeypatch, interrupted):
+    """After a whole run, and after one that was stopped while it ran the model."""
+    root, _ = data
+    if interrupted:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(stage0, "top_p_thresholds", lambda *_: os.kill(os.getpid(), 2))
+            stage0.main(command(root))
+    else:
+        stage0.main(command(root))
+    before = files(root / "pix")
+    replace_array(root, 3)
+    with pytest.raises(UserError, match="pix: holds labels made with arrays_sha256"):
+        stage0.main(command(root))
+    assert files(root / "pix") == before
+
+
+def test_replaced_images_are_noticed(data):
+    root, arrays = data
+    torch.manual_seed(0)
+    model = DeepLabV3Plus(10, K)
+    torch.save({"model": model.state_dict(), "config": model.config}, root / "latest.pth")
+    options = command(root, source=("--checkpoint", "latest.pth"))
+    stage0.main(options)
+    stage0.main(options)
+    image = root / next(iter(arrays)).replace("pix", "leftImg8bit", 1)
+    Image.new("RGB", SIZE[::-1]).save(image)
+    with pytest.raises(UserError, match="images_sha256"):
+        stage0.main(options)
+
+
+def test_a_failed_first_run_does_not_block_the_corrected_command(data):
+    root, arrays = data
+    with pytest.raises(UserError, match="K = 16 classes"):
+        stage0.main(command(root, "--class-num", "16"))
+    np.save(array_of(root, 0), np.full((K, *SIZE), 0.9))  # found after the settings are written
+    with pytest.raises(UserError, match="not probabilities"):
+        stage0.main(command(root, "--top-p", "0.3"))
+    assert (root / "pix/settings.json").exists()
+    np.save(array_of(root, 0), next(iter(arrays.values())))
+    stage0.main(command(root))
+    for name, label in oracle(arrays, 0.5).items():
+        assert np.array_equal(read_label(root / name, K), label)
+
+
+def test_equal_names_in_two_folders_do_not_share_an_array(data):
+    root, arrays = data
+    name = "im2_leftImg8bit.png"  # whose array lies under its bare name
+    other = root / "leftImg8bit/train/b" / name
+    other.parent.mkdir()
+    shutil.copy(root / "leftImg8bit/train/a" / name, other)
+    with (root / "list.txt").open("a") as file:
+        file.write(f"leftImg8bit/train/b/{name}\n")
+    with pytest.raises(UserError, match="would serve leftImg8bit/train/a/im2.* and leftImg8bit/tr"):
+        stage0.main(command(root))
+    place = root / f"probabilities/leftImg8bit/train/b/{name}.npy"  # the suffix may stay
+    place.parent.mkdir(parents=True)
+    np.save(place, arrays["pix/train/a/im3_leftImg8bit.png"])
+    stage0.main(command(root, "--top-p", "1"))
+    label = read_label(root / "pix/train/b" / name, K)
+    assert np.array_equal(label, arrays["pix/train/a/im3_leftImg8bit.png"].argmax(0))
+
+
+def test_files_of_others_are_not_overwritten(data):
+    root, arrays = data
+    mine = root / next(iter(arrays))
+    mine.parent.mkdir(parents=True)
+    mine.write_bytes(b"precious")
+    with pytest.raises(UserError, match="is there already"):
+        stage0.main(command(root))
+    assert mine.read_bytes() == b"precious"
+
+
+def test_two_runs_in_one_folder(data):
+    root, _ = data
+    with folder_lock(root / "pix"):
+        with pytest.raises(UserError, match="pix: another run"):
+            stage0.main(command(root))
+    stage0.main(command(root))
+
+
+# --------------------------------------------------------------------------------------------- CBST
+
+
+@pytest.mark.parametrize("case", ["plain", "ties", "rare"])
+@pytest.mark.parametrize("policy", ["cb", "global"])
+@pytest.mark.parametrize("portion", [0.15, 0.2, 0.5])
+def test_cbst_equals_the_released_code(case, policy, portion):
+    """tests/data/cbst_cases.npz: labels and thresholds by CBST's own lines."""
+    cases = read_arrays("cbst_cases")
+    images = cases[f"{case}_probabilities"]
+    thresholds = stage0.cbst_thresholds(
+        lambda: map(stage0.prediction_and_confidence, images), images.shape[1], portion, policy
+    )
+    name = f"{case}_{policy}_{portion}"
+    wanted = cases[f"{name}_thresholds"]
+    assert np.array_equal(thresholds, np.where(wanted == 0, 1, wanted).astype(np.float32))
+    labels = np.stack([stage0.cbst_label(image, thresholds) for image in images])
+    assert np.array_equal(labels, cases[f"{name}_labels"])
+
+
+@pytest.mark.parametrize("policy, told", [("cb", ()), ("global", ("--policy", "global"))])
+def test_cbst_from_arrays_equals_the_released_code(tmp_path, policy, told):
+    """The same through files, both passes and the command."""
+    cases = read_arrays("cbst_cases")
+    for index, array in enumerate(cases["rare_probabilities"]):
+        image = tmp_path / f"images/{index}.png"
+        image.parent.mkdir(exist_ok=True)
+        Image.new("RGB", array.shape[:0:-1]).save(image)
+        (tmp_path / "probabilities").mkdir(exist_ok=True)
+        np.save(tmp_path / f"probabilities/{index}.npy", array)
+    (tmp_path / "list.txt").write_text("".join(f"images/{i}.png\n" for i in range(3)))
+    classes = ("--class-num", "6", "--stuff", "0", "1", "--things", "2", "3", "4", "5")
+    stage0.main(command(tmp_path, *classes, "--rule", "cbst", "--top-p", "0.2", *told))
+    for index, label in enumerate(cases[f"rare_{policy}_0.2_labels"]):
+        assert np.array_equal(read_label(tmp_path / f"pix/{index}.png", 6), label)
+    summary = json.loads((tmp_path / "pix/summary.json").read_text())
+    kept = [part["kept_pixels"] for part in summary["classes"].values()]
+    wanted = cases[f"rare_{policy}_0.2_labels"]
+    assert kept == np.bincount(wanted.ravel(), minlength=256)[:6].tolist()
+    assert not (tmp_path / "pix/.confidence").exists()
+
+
+def test_cbst_portion_1_keeps_what_is_certain_only():
+    """The list's 0.0 is then the threshold, which becomes 1."""
+    images = read_arrays("cbst_cases")["plain_probabilities"]
+    for policy in ("cb", "global"):
+        found = stage0.cbst_thresholds(
+            lambda: map(stage0.prediction_and_confidence, images), 6, 1.0, policy
+        )
+        assert found.tolist() == [1] * 6
+
+
+# ----------------------------------------------------------------------------------- mmsegmentation
+
+STUB_0 = {
+    "mmseg/__init__.py": "__version__ = '0.16.0'",
+    "mmcv/__init__.py": "",
+    "mmcv/parallel.py": """
+class Container:
+    def __init__(self, data):
+        self.data = data
+
+def collate(samples, samples_per_gpu):
+    sample, = samples
+    return {"img": [x[None] for x in sample["img"]],
+            "img_metas": [Container([[meta]]) for meta in sample["img_metas"]]}
+""",
+    "mmseg/apis/__init__.py": """
+from types import SimpleNamespace as Space
+
+from stub import Segmentor
+
+def pipeline_tail(data):
+    return {"img": [data["img"]], "img_metas": [{"ori_shape": data["img"].shape[1:]}]}
+
+def init_segmentor(config, checkpoint, device):
+    assert checkpoint is None
+    model = Segmentor().to(device).eval()
+    load_from_file = None  # the recipe replaces it
+    model.cfg = Space(data=Space(test=Space(pipeline=[load_from_file, pipeline_tail])))
+    model.inference = lambda img, metas, rescale: model(img).softmax(dim=1)
+    return model
+""",
+    "mmseg/apis/inference.py": """
+from stub import read
+
+class LoadImage:
+    def __call__(self, data):
+        return {"img": read(data["img"])}
+""",
+    "mmseg/datasets/__init__.py": "",
+    "mmseg/datasets/pipelines.py": """
+class Compose:
+    def __init__(self, steps):
+        self.steps = steps
+
+    def __call__(self, data):
+        for step in self.steps:
+            data = step(data)
+        return data
+""",
+}
+STUB_1 = {
+    "mmseg/__init__.py": "__version__ = '1.2.2'",
+    "mmseg/apis/__init__.py": """
+from types import SimpleNamespace as Space
+
+import torch
+from stub import Segmentor, read
+
+def init_model(config, checkpoint, device):
+    model = Segmentor().to(device).eval()
+    state = torch.load(checkpoint)["state_dict"]
+    model.load_state_dict({name.removeprefix("model."): value for name, value in state.items()})
+    return model
+
+def inference_model(model, path):
+    return Space(seg_logits=Space(data=model(read(path)[None])[0]))
+""",
+}
+STUB_MODEL = """
+import numpy as np
+import torch
+from PIL import Image
+
+class Segmentor(torch.nn.Conv2d):
+    def __init__(self):
+        super().__init__(3, 19, 3, padding=1)
+
+def read(path):
+    return torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1) / 255
+"""
+
+
+@pytest.mark.parametrize("stub", [STUB_0, STUB_1], ids=["0.x", "1.x"])
+def test_the_recipe_for_mmsegmentation(data, stub, monkeypatch):
+    """The code of scripts/README.md, with stand-ins for mmcv and mmsegmentation, and what it says
+    of arrays of every fourth pixel.
+    """
+    root, arrays = data
+    for name, code in {**stub, "stub.py": STUB_MODEL}.items():
+        (root / "environment" / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / "environment" / name).write_text(code)
+    torch.manual_seed(0)
+    network = torch.nn.Conv2d(3, K, 3, padding=1)
+    state = {f"model.{name}": value * 4 for name, value in network.state_dict().items()}
+    torch.save({"meta": {}, "state_dict": state}, root / "iter_40000.pth")
+    recipe = re.search(r"```python\n(.*?)```", (ROOT / "scripts/README.md").read_text(), re.S)[1]
+    assert recipe.count("[:, ::4, ::4]") == 1
+
+    monkeypatch.chdir(root)
+    monkeypatch.syspath_prepend(root / "environment")
+    arguments = ["save_probabilities.py", "config.py", "iter_40000.pth", "list.txt", "."]
+
+    def labels(code, folder, *extra):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", [*arguments, folder, "cpu"])
+            exec(compile(code, "scripts/README.md", "exec"), {})
+        for name in [
+            name for name in sys.modules if name.split(".")[0] in ("mmseg", "mmcv", "stub")
+        ]:
+            del sys.modules[name]
+        shutil.rmtree(root / "pix", ignore_errors=True)
+        stage0.main(command(root, *extra, source=("--probabilities", folder)))
+        return {name: read_label(root / name, K) for name in arrays}
+
+    small = labels(recipe, "small")
+    array = np.load(root / "small/leftImg8bit/train/a/im0_leftImg8bit.png.npy")
+    assert array.dtype == np.float16 and array.shape == (K, SIZE[0] // 4, SIZE[1] // 4)
+    whole = labels(recipe.replace("[:, ::4, ::4]", ""), "whole", "--preset", "dtst")
+    for name in arrays:
+        assert np.array_equal(small[name], whole[name])
+        assert 0.2 < (small[name] != 255).mean() < 0.8
+    image = np.array(Image.open(root / "leftImg8bit/train/a/im0_leftImg8bit.png"))
+    with torch.no_grad():
+        network.load_state_dict({name[6:]: value for name, value in state.items()})
+        wanted = network(torch.from_numpy(image).permute(2, 0, 1)[None] / 255)[0].argmax(0)
+    found = np.load(root / "whole/leftImg8bit/train/a/im0_leftImg8bit.png.npy").argmax(0)
+    assert (found == wanted.numpy()).mean() > 0.99  # float16
 
 
 # -------------------------------------------------------------------------------------------- DT-ST
@@ -285,46 +608,6 @@ def dtst_checkpoint(class_num, seed=0, prefix="module."):
     }
 
 
-def test_dtst_checkpoint_keys_and_strides():
-    checkpoint = dtst_checkpoint(16)
-    keys = checkpoint["feature_extractor"].keys()
-    for key in (
-        "conv1.weight",
-        "bn1.weight",
-        "layer1.0.conv1.weight",
-        "layer4.2.bn3.running_var",
-        "layer3.22.conv2.weight",
-        "layer2.0.downsample.1.bias",
-    ):
-        assert f"module.backbone.{key}" in keys
-    assert not any("num_batches_tracked" in key for key in keys)
-    assert list(checkpoint["classifier"]) == [
-        f"module.conv2d_list.{i}.{n}" for i in range(4) for n in ("weight", "bias")
-    ]
-    model = load_dtst_checkpoint(checkpoint, "x.pth")
-    assert model.class_num == 16 and not model.training
-    # torchvision's ResNet-101 without its fc has 42,500,160 weights; batch norm's are buffers here.
-    batch_norm = sum(
-        m.weight.numel() + m.bias.numel() for m in model.modules() if isinstance(m, FrozenBatchNorm)
-    )
-    assert sum(p.numel() for p in model.feature_extractor.parameters()) + batch_norm == 42_500_160
-    with torch.no_grad():
-        features = model.feature_extractor.backbone(torch.rand(1, 3, 64, 96))
-        assert features.shape == (1, 2048, 8, 12)
-        logits = model(torch.rand(1, 3, 64, 96))
-        assert logits.shape == (1, 16, 8, 12) and logits.isfinite().all()
-        # the classifier's centre taps and dilation, at one position, by hand
-        weights = [c.weight for c in model.classifier.conv2d_list]
-        padded = torch.nn.functional.pad(features, [24] * 4)
-        expected = sum(c.bias for c in model.classifier.conv2d_list) + sum(
-            w[:, :, i, j] @ padded[0, :, 24 + 3 + (i - 1) * d, 24 + 5 + (j - 1) * d]
-            for w, d in zip(weights, DILATIONS)
-            for i in range(3)
-            for j in range(3)
-        )
-        assert torch.allclose(model.classifier(features)[0, :, 3, 5], expected, atol=1e-4)
-
-
 def test_frozen_batch_norm_has_no_epsilon():
     norm = FrozenBatchNorm(1)
     (
@@ -336,28 +619,20 @@ def test_frozen_batch_norm_has_no_epsilon():
     assert norm(torch.full((1, 1, 1, 1), 1.5)).item() == pytest.approx(0.5 * 2 / 1e-4 + 3)
 
 
-@pytest.mark.parametrize("class_num", [19, 16])
-def test_labels_from_a_dtst_checkpoint(data, class_num):
+def test_labels_and_evaluation_from_a_dtst_checkpoint(data, monkeypatch, capsys):
+    """Its input size and filter come with the format."""
     root, arrays = data
-    checkpoint = dtst_checkpoint(class_num)
+    checkpoint = dtst_checkpoint(16)
     torch.save(checkpoint, root / "model_iter020000.pth")
-    options = command(
-        root,
-        "--preset",
-        "dtst",
-        "--test-size",
-        "96",
-        "64",
-        "--class-num",
-        str(class_num),
-        source=("--checkpoint", "model_iter020000.pth"),
-    )
+    monkeypatch.setitem(TEST_SIZE, 16, (96, 64))
+    options = command(root, source=("--checkpoint", "model_iter020000.pth"))
+    options += ["--class-num", "16", "--top-p", "1"]
     stage0.main(options)
     # The same by hand for one image: resize, normalise, network, upsample with corners aligned,
     # softmax, argmax.
     name = next(iter(arrays))
     image = Image.open(root / name.replace("pix", "leftImg8bit", 1)).resize(
-        (96, 64), Image.Resampling.BILINEAR
+        (96, 64), Image.Resampling.BICUBIC
     )
     x = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
     x = (x - torch.tensor([0.485, 0.456, 0.406])[:, None, None]) / torch.tensor(
@@ -366,10 +641,17 @@ def test_labels_from_a_dtst_checkpoint(data, class_num):
     with torch.no_grad():
         logits = load_dtst_checkpoint(checkpoint, "x")(x)
         up = torch.nn.functional.interpolate(logits, size=SIZE, mode="bilinear", align_corners=True)
-    label = read_label(root / name, class_num)[::4, ::4]
-    assert (label != 255).any()
-    assert np.array_equal(label[label != 255], up[0].argmax(0).numpy()[::4, ::4][label != 255])
-    with pytest.raises(UserError, match=f"predicts {class_num} classes"):
+    assert np.array_equal(read_label(root / name, 16), up[0].argmax(0).numpy())
+
+    # eval.py sees the same predictions.
+    evaluate = ["--checkpoint", str(root / "model_iter020000.pth"), "--class-num", "16"]
+    evaluate += ["--id-list-path", str(root / "splits/pix/list.txt"), "--root-path", str(root)]
+    capsys.readouterr()
+    evaluation.main([*evaluate, "--device", "cpu"])
+    assert "accuracy 100.00 % of labeled pixels; coverage 100.00 %" in capsys.readouterr().out
+    with pytest.raises(UserError, match="a network of DT-ST.*--mode original, not sliding_window"):
+        evaluation.main([*evaluate, "--device", "cpu", "--mode", "sliding_window"])
+    with pytest.raises(UserError, match="predicts 16 classes"):
         stage0.main([*options, "--class-num", "11", "--stuff", "0", "--things", "1"])
 
 

@@ -8,21 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from scipy import ndimage
 from segment_anything import SamAutomaticMaskGenerator, SamPredictor, sam_model_registry
 from segment_anything.modeling import MaskDecoder
 
 from dataset.toy import draw_scene
 from model import sam as model_sam
-from model.sam import (
-    OFFICIAL_CHECKPOINTS,
-    TINY_CHECKPOINT,
-    build_sam,
-    build_sam_tiny,
-    occupied_extent,
-    pixels_to_tokens,
-    tokens_to_pixels,
-)
+from model.sam import OFFICIAL_CHECKPOINTS, build_sam
+from model.sam_decoder import pixels_to_tokens, tokens_to_pixels
+from model.sam_tiny import TINY_CHECKPOINT, build_sam_tiny, occupied_extent
 from scripts.dev import eval_sam_tiny, train_sam_tiny
+from util.labels import class_set, read_list
 from util.run import UserError
 
 
@@ -34,7 +31,35 @@ def shipped():
 
 @pytest.fixture(scope="module")
 def scenes():
-    return [draw_scene(8_500_000 + i, "target", 192, 384) for i in range(3)]
+    drawn = [draw_scene(8_500_000 + i, "target", 192, 384) for i in range(3)]
+    return [eval_sam_tiny.example_of(scene) for scene in drawn]
+
+
+STREET = ["--class-num", "3", "--stuff", "0", "1", "--things", "2"]
+
+
+@pytest.fixture
+def photo_list(tmp_path):
+    """Four noisy photographs of 120x90: a street (0) under a wall (1), two cars (2) on it, one of
+    8 pixels; the left tenth has no label (255).
+    """
+    rng, rows = np.random.default_rng(0), []
+    for i in range(4):
+        label = np.zeros((90, 120), np.uint8)
+        label[:40], label[50:70, 40 + i : 80 + i], label[80:82, 100:104] = 1, 2, 2
+        label[:, :12] = 255
+        colours = np.array([[90, 90, 90], [150, 110, 80], [200, 30, 30]] + [[0, 255, 0]] * 253)
+        image = colours[label] + rng.normal(0, 8, (90, 120, 3))
+        Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(tmp_path / f"{i}.png")
+        Image.fromarray(label).save(tmp_path / f"{i}_label.png")
+        rows.append(f"{i}.png {i}_label.png\n")
+    (tmp_path / "list.txt").write_text("".join(rows))
+    return tmp_path / "list.txt"
+
+
+def street_photographs(photo_list):
+    classes = class_set(3, [0, 1], [2])
+    return train_sam_tiny.read_photographs(photo_list, photo_list.parent, classes)
 
 
 def random_sam():
@@ -52,7 +77,7 @@ def test_size_and_parts():
     assert sum(p.numel() for p in sam.parameters()) <= 4_000_000
     assert sam.image_encoder.img_size == 384 and not sam.training
     assert isinstance(sam.mask_decoder, MaskDecoder)
-    assert TINY_CHECKPOINT.stat().st_size <= 16e6
+    assert TINY_CHECKPOINT.stat().st_size <= 8e6
 
 
 def test_token_order_is_a_bijection():
@@ -180,11 +205,15 @@ def test_other_image_shapes(shipped):
 # ------------------------------------------------------------------------------------------- losses
 
 
-def test_pair_losses_against_a_slow_oracle():
+@pytest.mark.parametrize("cells", [40, 25])
+def test_pair_losses_against_a_slow_oracle(cells):
+    """With 25 of 40 cells known, the others have no say: the oracle never sees them."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(1, 2, 3, 40, generator=generator)
     targets = (torch.rand(1, 2, 2, 40, generator=generator) > 0.6).float()
-    losses, iou = train_sam_tiny.pair_losses(logits, targets, balance=0.25)
+    known = (torch.arange(40) < cells).float()[None]
+    losses, iou = train_sam_tiny.pair_losses(logits, targets * known, 0.25, known)
+    logits, targets = logits[..., :cells], targets[..., :cells]
     for k in range(2):
         for m in range(3):
             for t in range(2):
@@ -194,7 +223,7 @@ def test_pair_losses_against_a_slow_oracle():
                 )
                 area, p = y.sum(), torch.sigmoid(x)
                 balanced = 0.5 * entropy[y > 0].mean() + 0.5 * entropy[y == 0].mean()
-                plain = entropy.sum() / (area * 40).sqrt()
+                plain = entropy.sum() / (area * cells).sqrt()
                 dice = 1 - (2 * (p * y).sum() + 1) / (p.sum() + area + 1)
                 assert torch.isclose(
                     losses[0, k, m, t], 0.25 * balanced + 0.75 * plain + dice, atol=1e-5
@@ -218,8 +247,7 @@ def test_prompts_belong_to_their_targets(scenes):
     for index, area, y0, y1, x0, x1, _ in table:
         ys, xs = np.nonzero(segment == index)
         assert (area, y0, y1, x0, x1) == (len(ys), ys.min(), ys.max() + 1, xs.min(), xs.max() + 1)
-    component = train_sam_tiny.stuff_components(scene.label)
-    p = train_sam_tiny.sample_prompts(np.random.default_rng(0), segment, component, table)
+    p = train_sam_tiny.sample_prompts(np.random.default_rng(0), segment, scene.component, table)
     for boxes, points, targets in zip(p.boxes, p.box_points, p.box_targets):
         for box, pair, target in zip(boxes, points, targets):
             assert (
@@ -228,6 +256,138 @@ def test_prompts_belong_to_their_targets(scenes):
             assert all(target[y, x] for x, y in pair)
     for ((x, y),), target, alternative in zip(p.points, p.targets, p.alternatives):
         assert target[y, x] and alternative[y, x]
+
+
+# -------------------------------------------------------------------------------------- photographs
+
+
+def test_components_of_labels_are_segments(photo_list):
+    """Every 8-connected component of one class is a segment; nothing is one where there is no label
+    or where a component is smaller than 10 pixels.
+    """
+    photographs = street_photographs(photo_list)
+    _, label = photographs.read(0)
+    segment = train_sam_tiny.labeled_components(label, photographs.classes)
+    small = np.zeros_like(label, bool)
+    small[80:82, 100:104] = True
+    assert np.array_equal(segment == train_sam_tiny.VOID, (label == 255) | small)
+    found = [segment == i for i in range(segment.max() + 1)]
+    expected = []
+    for class_id in range(3):
+        components, count = ndimage.label(label == class_id, np.ones((3, 3)))
+        expected += [components == i for i in range(1, count + 1) if (components == i).sum() >= 10]
+    assert len(found) == len(expected) == 3
+    assert all(any(np.array_equal(a, b) for b in expected) for a in found)
+
+
+def test_photo_windows(photo_list):
+    """Windows have the photographs' shape with the long side of a drawing; image and label stay
+    together; zoom 1 shows everything; the same index gives the same window, another a different
+    one.
+    """
+    photographs = street_photographs(photo_list)
+    assert photographs.size == (288, 384)
+    image, label = photographs.read(2)
+    whole, whole_label = train_sam_tiny.photo_window(image, label, (288, 384), 1, np.zeros(2))
+    assert whole.shape == (288, 384, 3)
+    assert np.array_equal(np.unique(whole_label), [0, 1, 2, 255])
+    assert abs((whole_label == 2).mean() - (label == 2).mean()) < 0.005
+    part, part_label = train_sam_tiny.photo_window(image, label, (288, 384), 1.5, np.ones(2))
+    assert not (part_label == 255).any()
+    for picture, mask in ((whole, whole_label == 2), (part, part_label == 2)):
+        red = picture[..., 0].astype(int) - picture[..., 1] > 90
+        assert eval_sam_tiny.mask_iou(red, mask) > 0.9
+    drawn = [train_sam_tiny.draw_photo_window(i, photographs) for i in (0, 0, 1)]
+    assert np.array_equal(drawn[0][0], drawn[1][0]) and not np.array_equal(drawn[0][0], drawn[2][0])
+    wide, nothing = Image.new("RGB", (300, 60)), np.zeros((60, 300), np.uint8)
+    wide = train_sam_tiny.photo_window(wide, nothing, (192, 384), 1, np.ones(2))
+    assert wide[0].shape == (192, 384, 3)
+
+
+def test_nothing_is_asked_of_pixels_without_a_label(photo_list):
+    """Prompts and targets keep off them, and neither loss nor gradient depends on the network's
+    output there.
+    """
+    photographs = street_photographs(photo_list)
+    image, label = train_sam_tiny.photo_window(
+        *photographs.read(0), photographs.size, 1, np.zeros(2)
+    )
+    segment = train_sam_tiny.labeled_components(label, photographs.classes)
+    table = train_sam_tiny.segment_table(segment, label, photographs.classes.stuff)
+    void = segment == train_sam_tiny.VOID
+    assert void.mean() > 0.09 and sorted(table[:, 6]) == [0, 0, 1, 1]
+    nothing = np.zeros_like(segment)
+    for seed in range(5):
+        p = train_sam_tiny.sample_prompts(np.random.default_rng(seed), segment, nothing, table)
+        assert not any((target & void).any() for targets in p.box_targets for target in targets)
+        assert not (p.targets & void).any() and np.array_equal(p.targets, p.alternatives)
+        for points in (*p.box_points, p.points):
+            assert not void[points[..., 1], points[..., 0]].any()
+    pool = [image[None], segment[None].astype(np.int16), nothing[None], [table]]
+    batch = train_sam_tiny.make_batch(pool, 0, 0, 1, torch.zeros(3, 1, 1), torch.ones(3, 1, 1))
+    flipped = not np.array_equal(batch.images[0].permute(1, 2, 0).numpy().astype(np.uint8), image)
+    expected = (~void[:, ::-1] if flipped else ~void).reshape(144, 2, 192, 2).mean(axis=(1, 3))
+    known = tokens_to_pixels(batch.known[0], 36, 48)
+    assert np.allclose(known.numpy(), expected)
+    logits = torch.zeros(1, 4, 1, batch.known.shape[1], requires_grad=True)
+    losses, _ = train_sam_tiny.pair_losses(logits, batch.box_targets[0], 0.5, batch.known)
+    (gradient,) = torch.autograd.grad(losses.sum(), logits)
+    unknown = batch.known[0] == 0
+    assert not gradient[..., unknown].any() and gradient[..., ~unknown].all()
+    head = train_sam_tiny.AuxiliaryHead(128)
+    head.forward = lambda x: x.permute(0, 2, 3, 1).split((16, 4, 16), dim=-1)
+    dense = torch.randn(1, 36, 36, 48, requires_grad=True)
+    loss, _ = train_sam_tiny.auxiliary_loss(head, dense, batch)
+    (gradient,) = torch.autograd.grad(loss, dense)
+    dark = batch.centre.view(36, 48) == train_sam_tiny.VOID
+    assert dark.any() and not gradient[0, 16:, dark].any() and gradient[0, 16:20, ~dark].any()
+
+
+def test_training_with_photographs(tmp_path, photo_list):
+    """Three of four images are photographs; another list makes another pool; the record names the
+    list. Errors are one line.
+    """
+    options = [*STREET, "--photos", str(photo_list), "--root-path", str(photo_list.parent)]
+    weights = tiny_run(tmp_path / "a", 2, *options, "--images", "4")
+    again = tiny_run(tmp_path / "b", 1, *options, "--images", "4")
+    resumed = tiny_run(tmp_path / "b", 2, *options, "--images", "4", "--resume")
+    assert all(torch.equal(weights[name], resumed[name]) for name in weights)
+    assert not all(torch.equal(weights[name], again[name]) for name in weights)
+    phase = json.loads((tmp_path / "a/training.json").read_text())["phases"][-1]
+    assert phase["photos"] == photo_list.as_posix()
+    assert len(list((tmp_path / "pool").glob("photos_*"))) == 1
+    photo_list.write_text("".join(photo_list.read_text().splitlines(True)[:3]))
+    tiny_run(tmp_path / "c", 1, *options)
+    assert len(list((tmp_path / "pool").glob("photos_*"))) == 2
+    fit = [*options, "--scenes", "8", "--threads", "1", "--pool", str(tmp_path / "pool")]
+    fit += ["--run-folder", str(tmp_path / "d"), "--init", str(tmp_path / "a/w.pth")]
+    train_sam_tiny.main([*fit, "--out", str(tmp_path / "d.pth"), "--iou-head", "1"])
+    assert (tmp_path / "d.pth").is_file()
+    with pytest.raises(UserError, match="--images 1: give 2 or more with --photos"):
+        tiny_run(tmp_path / "e", 1, *options, "--images", "1")
+    for i in range(4):
+        Image.new("L", (120, 90), 255).save(tmp_path / f"{i}_label.png")
+    with pytest.raises(UserError, match="labeled pixels in one piece") as error:
+        train_sam_tiny.draw_photo_window(0, street_photographs(photo_list))
+    assert "\n" not in str(error.value)
+    Image.new("L", (60, 45)).save(tmp_path / "0_label.png")
+    with pytest.raises(UserError, match="0_label.png: is 60x45, its image 120x90"):
+        street_photographs(photo_list).read(0)
+
+
+def test_training_lists_hold_no_target_image():
+    """CamVid: the tiny SAM's lists are the day drives', apart; dusk (0001TP) is in none."""
+    folder = Path(__file__).resolve().parents[1] / "splits/camvid"
+    day, train, held_out = (
+        [row[0] for row in read_list(folder / f"{name}.txt")]
+        for name in ("day", "sam_train", "sam_holdout")
+    )
+    assert len(day) == 406 and len(held_out) == 40
+    assert sorted(train + held_out) == sorted(day)
+    assert not any("0001TP" in name for name in day)
+    for drive in ("0006R0", "0016E5"):  # the last 20 frames of train/ are held out
+        frames = sorted(name for name in day if name.startswith(f"camvid/train/{drive}"))
+        assert set(frames[-20:]) == {name for name in held_out if drive in name}
 
 
 # ----------------------------------------------------------------------------------------- training
@@ -324,7 +484,7 @@ def test_iou_head_alone_is_fitted(tmp_path):
     it says.
     """
     tiny_run(tmp_path / "a", 1)
-    pool = train_sam_tiny.load_pool(tmp_path / "pool", "random", 8, 1)
+    pool = train_sam_tiny.load_pool(tmp_path / "pool/random_8", None, 8, 1)
     sam = build_sam("tiny", tmp_path / "a/w.pth")
     image, segment, component, tables = (array[0] for array in pool)
     read, best = train_sam_tiny.judged_masks(
@@ -421,28 +581,57 @@ def test_proposals_at_the_official_thresholds(shipped, scenes):
     assert found["number"] >= 3 and np.mean(found["iou"]) > 0.8 and found["covered"] > 0.5
 
 
-def test_evaluation_summary(tmp_path, shipped, scenes, monkeypatch):
-    monkeypatch.setattr(eval_sam_tiny, "draw_scene", lambda *_: scenes[0])
+def test_weights_that_know_photographs_ship_with_their_record():
+    """They load, and their record is of photographs: prompts beat filling the box on day drives
+    that were held out and on dusk.
+    """
+    path = TINY_CHECKPOINT.with_name("sam_tiny_photo.pth")
+    assert path.stat().st_size <= 8e6
+    build_sam("tiny", path)
+    record = json.loads(path.with_suffix(".json").read_text())
+    assert record["training"]["phases"][-1]["photos"] == "splits/camvid/sam_train.txt"
+    for name in ("sam_holdout", "dusk_gt"):
+        for kind in ("things", "all"):
+            measured = record["results"][name]["prompts"][kind]["every size"]
+            assert measured["iou"] > measured["fill"]
+
+
+def test_evaluation_summary(tmp_path, scenes, photo_list, monkeypatch):
+    monkeypatch.setattr(eval_sam_tiny, "drawing", lambda *_, **__: scenes[0])
     monkeypatch.setattr(
         eval_sam_tiny,
         "SamAutomaticMaskGenerator",
         lambda sam: SamAutomaticMaskGenerator(sam, points_per_side=2),
     )
-    eval_sam_tiny.main(
-        [
-            "--scenes",
-            "1",
-            "--styles",
-            "target",
-            "--out",
-            str(tmp_path / "r.json"),
-            "--device",
-            "cpu",
-        ]
-    )
-    prompts = json.loads((tmp_path / "r.json").read_text())["results"]["target"]["prompts"]
-    bins = prompts["all"]
-    assert bins["every size"]["n"] == sum(v["n"] for k, v in bins.items() if k != "every size") > 0
+    options = [*STREET, "--photos", str(photo_list), "--root-path", str(photo_list.parent)]
+    options += ["--scenes", "1", "--styles", "target", "--device", "cpu"]
+    eval_sam_tiny.main([*options, "--out", str(tmp_path / "r.json")])
+    results = json.loads((tmp_path / "r.json").read_text())["results"]
+    assert list(results) == ["target", "list"]
+    for result in results.values():
+        bins = result["prompts"]["all"]
+        sizes = sum(v["n"] for k, v in bins.items() if k != "every size")
+        assert bins["every size"]["n"] == sizes > 0
+    assert results["list"]["prompts"]["all"]["every size"]["n"] == 4
+
+
+def test_only_labeled_pixels_are_measured(photo_list):
+    """A proposal that is right where there is a label has IoU 1, whatever it does elsewhere; one on
+    no labeled pixel is not counted.
+    """
+
+    class Generator:
+        def generate(self, image):
+            wall = scene.label == 1
+            return [{"segmentation": mask} for mask in (wall | ~scene.known, ~scene.known)]
+
+    scene = eval_sam_tiny.photograph(0, street_photographs(photo_list), 4)
+    found = eval_sam_tiny.propose_scene(Generator(), scene)
+    assert found["iou"] == [1.0] and found["number"] == 1
+    stuff = np.isin(scene.label, (0, 1)) & scene.known
+    share = (scene.label == 1).sum() / scene.known.sum()
+    assert found["covered"] == found["covered_well"] == pytest.approx(share)
+    assert found["stuff_covered"] == pytest.approx((scene.label == 1).sum() / stuff.sum())
 
 
 # ------------------------------------------------------------------------------------------- errors
@@ -503,7 +692,7 @@ def test_bad_checkpoints(tmp_path, monkeypatch):
         ("tiny", "cut.pth", "cut short or no PyTorch"),
         ("tiny", "object.pth", "cut short or no PyTorch"),
         ("tiny", "missing.pth", "no such file"),
-        ("vit_x", "b.pth", "choose one of vit_h, vit_l, vit_b, tiny"),
+        ("vit_x", "b.pth", "choose one of vit_h, vit_l, vit_b, vit_t, tiny"),
     ]
     for sam_type, name, message in cases:
         with pytest.raises(UserError) as error:

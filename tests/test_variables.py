@@ -67,7 +67,7 @@ def test_a_wrong_variable_is_one_line(script, name, value, words):
     [
         (["toy"], {"SEEDS": "q"}, "error: SEEDS=q: give whole numbers"),
         (["toy"], {"RECIPE": "paper"}, "error: RECIPE=paper: scripts/ablation.sh has no such"),
-        (["camvid"], {"DATA_ROT": "x"}, "error: DATA_ROT=x: is DATA_ROOT meant"),
+        (["camvid"], {"CAMVID_ROT": "x"}, "error: CAMVID_ROT=x: is CAMVID_ROOT meant"),
         ([], {}, "error: bash scripts/ablation.sh toy|camvid"),
         (["tiny"], {}, "error: bash scripts/ablation.sh toy|camvid"),
         (["toy", "paper"], {}, "error: paper: scripts/ablation.sh takes no such argument"),
@@ -129,14 +129,14 @@ def test_no_carriage_returns_where_there_is_no_terminal(tmp_path):
     (tools / "curl").write_text('#!/bin/sh\necho "$@"\nexit 1\n')
     (tools / "curl").chmod(0o755)
     path = f"{tools}{os.pathsep}{os.environ['PATH']}"
-    result = run("download", "camvid", PATH=path, DATA_ROOT=str(tmp_path / "camvid"))
+    result = run("download", "camvid", PATH=path, CAMVID_ROOT=str(tmp_path / "camvid"))
     assert result.returncode == 2 and "--silent" in result.stdout
     assert "progress" not in result.stdout and "could not be fetched" in result.stderr
 
 
-def test_data_root_is_camvids_folder_in_both_scripts(tmp_path):
+def test_camvid_root_is_the_folder_in_both_scripts(tmp_path):
     (tmp_path / "train").mkdir()
-    there = run("download", "camvid", DATA_ROOT=str(tmp_path))
+    there = run("download", "camvid", CAMVID_ROOT=str(tmp_path))
     assert there.returncode == 0 and there.stdout == f"{tmp_path}: there already\n"
-    missing = run("camvid", DATA_ROOT=str(tmp_path), PYTHON=sys.executable)
+    missing = run("camvid", CAMVID_ROOT=str(tmp_path), PYTHON=sys.executable)
     assert missing.returncode == 2 and f"error: {tmp_path}/trainannot: no such" in missing.stderr

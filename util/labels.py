@@ -9,15 +9,21 @@ both relative to a root path. Reading a list needs no image to exist; `check_fil
 
 from __future__ import annotations
 
+import contextlib
+import posixpath
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
+from util.progress import progress
 from util.run import UserError, atomic_path
 
 IGNORE = 255
+LOSSY_FORMATS = ("JPEG", "JPEG2000", "MPO")
+ORIENTATION = 0x0112  # EXIF tag
 
 
 @dataclass(frozen=True)
@@ -174,84 +180,48 @@ def generated_palette(count: int) -> tuple[tuple[int, int, int], ...]:
     return tuple(colours)
 
 
-def add_list_options(parser, what: str) -> None:
-    """--id-list-path, a list of images and `what`, and --root-path: the same in PSA, SCC and the
-    split.
-    """
-    parser.add_argument(
-        "--id-list-path", required=True, metavar="LIST", help=f"list of images and {what}"
-    )
-    parser.add_argument(
-        "--root-path",
-        default="./data/",
-        metavar="DIR",
-        help="folder that the list's paths start from (default: %(default)s)",
-    )
-
-
-def add_class_options(parser) -> None:
-    """The three options that choose a class set, the same in every script."""
-    parser.add_argument(
-        "--class-num",
-        type=int,
-        default=19,
-        metavar="K",
-        help="number of classes; 19 (Cityscapes) and 16 (SYNTHIA) need nothing more (default: 19)",
-    )
-    parser.add_argument(
-        "--stuff",
-        type=int,
-        nargs="*",
-        metavar="ID",
-        help="train IDs of stuff, for other class sets",
-    )
-    parser.add_argument(
-        "--things",
-        type=int,
-        nargs="*",
-        metavar="ID",
-        help="train IDs of things, for other class sets",
-    )
-
-
 # ------------------------------------------------------------------------------- label maps on disk
 
 
 def read_image(path: str | Path) -> np.ndarray:
-    """RGB image as uint8 H x W x 3."""
+    """RGB image as uint8 H x W x 3, turned as its EXIF orientation says."""
     return np.asarray(read_picture(path))
 
 
 def read_picture(path: str | Path) -> Image.Image:
-    """RGB image, decoded, as Pillow's: for what Pillow goes on with, since its layout differs from
-    arrays'.
+    """RGB image, decoded and turned, as Pillow's: for what Pillow goes on with.
+
+    16-bit grey is scaled to 8 bits by value / 257, so that 65535 is white.
     """
-    with _open_image(path) as image:
-        try:
-            image.load()
-            return image if image.mode == "RGB" else image.convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:
-            raise UserError(
-                f"{path}: the image is damaged ({error}); fetch or write it again"
-            ) from None
+    with _reading(path, "image"), Image.open(path) as image:
+        image.load()
+        if image.mode.startswith("I;16") or image.mode == "I":
+            values = np.asarray(image).clip(0, 65535)
+            image = Image.fromarray((values / 257 + 0.5).astype(np.uint8))
+        if image.mode == "F":
+            raise UserError(f"{path}: an image of floating-point values; write 8 bits a channel")
+        turned = ImageOps.exif_transpose(image)
+        return turned if turned.mode == "RGB" else turned.convert("RGB")
 
 
 def read_label(path: str | Path, class_num: int | None = None) -> np.ndarray:
     """Label map as a writable uint8 H x W array of train IDs and IGNORE.
 
     With `class_num`, values other than 0 .. class_num - 1 and 255 are an error that names the file
-    and the value.
+    and the value. A lossy format, colours and 1-bit maps (whose 255 would become 1) are refused.
     """
-    with _open_image(path) as image:
-        if image.mode not in ("L", "P", "1"):
+    with _reading(path, "label map"), Image.open(path) as image:
+        if image.format in LOSSY_FORMATS:
+            raise UserError(
+                f"{path}: a {image.format} changes the values of a label map; give a PNG of"
+                " train IDs"
+            )
+        if image.mode not in ("L", "P"):
             raise UserError(
                 f"{path}: a label map has one 8-bit channel, this one is {image.mode} (a colour"
                 " picture?); give the PNG of train IDs"
             )
-        try:
-            label = np.array(image, dtype=np.uint8)
-        except (OSError, SyntaxError, ValueError) as error:
-            raise UserError(f"{path}: the label map is damaged ({error}); write it again") from None
+        label = np.array(image, dtype=np.uint8)
     if class_num is not None:
         check_label_values(label, class_num, path)
     return label
@@ -274,19 +244,30 @@ def check_label_values(label: np.ndarray, class_num: int, path: str | Path) -> N
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
-    """(height, width) from the file's header, without decoding it."""
-    with _open_image(path) as image:
-        return image.height, image.width
+    """(height, width) as `read_image` gives it, from the file's header, without decoding it."""
+    with _reading(path, "image"), Image.open(path) as image:
+        sideways = image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
+        return (image.width, image.height) if sideways else (image.height, image.width)
 
 
-def _open_image(path: str | Path) -> Image.Image:
+@contextlib.contextmanager
+def _reading(path: str | Path, what: str):
+    """Turns whatever the image library raises in the block into one line that names the file."""
     try:
-        return Image.open(path)
+        yield
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; check the list and --root-path") from None
-    except (OSError, SyntaxError) as error:
+    except Image.DecompressionBombError:
         raise UserError(
-            f"{path}: not a readable image ({error}); fetch or write it again"
+            f"{path}: more than {2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels; cut it into"
+            " smaller ones"
+        ) from None
+    except Exception as error:  # the library's own kinds are many
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            f"{path}: the {what} cannot be read ({reason}); fetch or write it again"
         ) from None
 
 
@@ -309,8 +290,9 @@ def read_list(path: str | Path, columns: int | tuple[int, ...] = 2) -> list[tupl
     """Rows of a list file. `columns` is the number of columns allowed (several numbers: any of
     them).
 
-    Blank lines and Windows line ends are accepted; anything else that is odd is an error naming the
-    line.
+    Paths come back in their shortest form (`./a/../b.png` as `b.png`). Blank lines and Windows line
+    ends are accepted. An error names the line of anything else that is odd: a path that is absolute
+    or leaves the root, an image or a label that an earlier line has.
     """
     allowed = (columns,) if isinstance(columns, int) else tuple(columns)
     try:
@@ -322,6 +304,7 @@ def read_list(path: str | Path, columns: int | tuple[int, ...] = 2) -> list[tupl
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: the list cannot be read ({error})") from None
     rows = []
+    seen: dict[tuple[int, str], int] = {}
     for number, line in enumerate(text.splitlines(), start=1):
         row = tuple(line.split())
         if not row:
@@ -332,6 +315,14 @@ def read_list(path: str | Path, columns: int | tuple[int, ...] = 2) -> list[tupl
                 f"{path}, line {number}: {len(row)} columns where {wanted} are wanted "
                 "(`<image path> <label path>`, no spaces within a path)"
             )
+        row = tuple(root_relative(name, f"{path}, line {number}") for name in row)
+        for column, name in enumerate(row):
+            first = seen.setdefault((column, name), number)
+            if first != number:
+                raise UserError(
+                    f"{path}, line {number}: {name} is in line {first} already; each image and"
+                    " each label may occur once"
+                )
         rows.append(row)
     if not rows:
         raise UserError(f"{path}: the list is empty")
@@ -343,10 +334,18 @@ def write_list(path: str | Path, rows: list[tuple[str, ...]]) -> None:
         temporary.write_text("".join(" ".join(row) + "\n" for row in rows), encoding="utf-8")
 
 
+def root_relative(name: str, where: str) -> str:
+    """A list's path in its shortest form; UserError if it is not below the root. where: for it."""
+    short = posixpath.normpath(name.replace("\\", "/"))
+    if short.startswith(("/", "../")) or short in (".", "..") or ":" in short.split("/")[0]:
+        raise UserError(
+            f"{where}: {name} does not lie below --root-path; give a path relative to it"
+        )
+    return short
+
+
 def check_files(root: str | Path, relative_paths: list[str], list_path: str | Path) -> None:
-    """Fail before any work if a file named in a list is missing; names the first and counts the
-    rest.
-    """
+    """Fail before any work if a file of a list is missing; names the first, counts the rest."""
     missing = [p for p in relative_paths if not (Path(root) / p).is_file()]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -354,6 +353,53 @@ def check_files(root: str | Path, relative_paths: list[str], list_path: str | Pa
             f"{Path(root) / missing[0]}: no such file{more}, named in {list_path}; "
             "check --root-path and the list"
         )
+
+
+def check_same_shape(
+    path_a: str | Path, size_a: tuple[int, int], path_b: str | Path, size_b: tuple[int, int]
+) -> None:
+    """Fail if two maps of one scene differ in aspect ratio. sizes: (height, width).
+
+    Allowed is another resolution, with each side of the smaller map off by up to one pixel.
+    """
+    (small_h, small_w), (large_h, large_w) = sorted((size_a, size_b))
+    if abs(small_w * large_h - large_w * small_h) > large_h + large_w:
+        raise UserError(
+            f"{path_a}: {size_a[1]}x{size_a[0]} pixels do not show the same as the"
+            f" {size_b[1]}x{size_b[0]} of {path_b} (turned or cropped?); give both in one aspect"
+            " ratio"
+        )
+
+
+def check_pairs(
+    root: str | Path,
+    rows: list[tuple[str, str]],
+    list_path: str | Path,
+    class_num: int | None = None,
+    same_size: bool = False,
+) -> None:
+    """Fail before any work if an image or label map of a list is missing, unreadable or unfit.
+
+    Label maps are decoded and hold values of the class set only; each has its image's aspect ratio,
+    or with `same_size` its size.
+    """
+    root = Path(root)
+    check_files(root, [path for row in rows for path in row], list_path)
+
+    def check(row: tuple[str, str]) -> None:
+        image, label = root / row[0], root / row[1]
+        size, label_size = image_size(image), read_label(label, class_num).shape
+        check_same_shape(label, label_size, image, size)
+        if same_size and label_size != size:
+            raise UserError(
+                f"{label}: {label_size[1]}x{label_size[0]} pixels, but its image {image} has"
+                f" {size[1]}x{size[0]}; both must have one size here"
+            )
+
+    with ThreadPoolExecutor() as pool:
+        jobs = pool.map(check, rows)
+        for _ in progress(jobs, "checking images and labels", len(rows)):
+            pass
 
 
 def renamed_experiment(label_path: str, suffix: str) -> str:

@@ -5,19 +5,44 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
+import fcntl
 import hashlib
 import json
 import os
 import platform
 import random
+import re
 import resource
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
+
+RENDEZVOUS_SECONDS = 120  # for the processes of a run to find each other
+WORK_SECONDS = 24 * 3600  # that one process may take longer than another
+
+# What requirements.txt names: versions that results may depend on.
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "segment-anything",
+    "numpy",
+    "pillow",
+    "scipy",
+    "tensorboard",
+    "tqdm",
+    "scikit-learn",
+    "opencv-python-headless",
+    "pyclipper",
+    "transformers",
+)
 
 
 class UserError(Exception):
@@ -27,19 +52,41 @@ class UserError(Exception):
 
 
 def run_main(main) -> int:
-    """Call `main()` for a script: a UserError becomes one line on stderr and exit code 2, Ctrl-C
-    exit code 130.
+    """Call `main()` for a script and return its exit code.
+
+    A UserError, a full disk and too little shared memory become one line on stderr and exit code 2,
+    Ctrl-C exit code 130.
     """
     try:
         return main() or 0
     except UserError as error:
         # A worker process of a data loader hands its error on as a traceback, whose last line ends
         # in the message.
-        print(f"error: {str(error).rpartition('UserError: ')[2].strip()}", file=sys.stderr)
-        return 2
+        message = str(error).rpartition("UserError: ")[2].strip()
     except KeyboardInterrupt:
         print("stopped; run the same command again to go on", file=sys.stderr)
         return 130
+    except (OSError, RuntimeError) as error:
+        message = _machine_trouble(error)
+        if message is None:
+            raise
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+def _machine_trouble(error: Exception) -> str | None:
+    """What to tell of an error that the machine's limits cause, or None."""
+    text = str(error)
+    if "shared memory" in text or "/torch_" in text:
+        return (
+            "the data-loading processes ran out of shared memory (/dev/shm); use --workers 0, or"
+            " give the container more: docker run --shm-size=8g"
+        )
+    full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text
+    if full or "PytorchStreamWriter" in text or "file write failed" in text:
+        name = getattr(error, "filename", None)
+        return f"{name or 'output'}: the disk is full; make room, then run the same command again"
+    return None
 
 
 # -------------------------------------------------------------------------------------------- files
@@ -106,12 +153,16 @@ def check_settings(
     settings: dict,
     what: str = "results of",
     mend: str = "remove the folder or rename the experiment",
+    begun: bool = True,
 ) -> None:
-    """Note the settings of a new output folder in `path`; in one that has some, they must be the
-    same, so that results of different settings are never mixed. what, mend: words of the error.
+    """Note the settings of a new output folder in `path`; in one that has some they must be equal.
+
+    So results of different settings are never mixed. begun: whether the folder holds any result
+    yet; if not, settings that a failed run left there are replaced. Call this after every other
+    check. what, mend: words of the error.
     """
     path = Path(path)
-    if not path.exists():
+    if not path.exists() or not begun:
         write_json(path, settings)
         return
     before = read_json(path)
@@ -121,6 +172,37 @@ def check_settings(
                 f"{path.parent}: holds {what} {name} = {before.get(name)}, now it is"
                 f" {settings.get(name)}; {mend}"
             )
+
+
+@contextlib.contextmanager
+def folder_lock(folder: str | Path):
+    """Hold `folder` (which is created) for one run; a second one gets a UserError.
+
+    The lock is the kernel's, on <folder>/.lock: a killed run does not leave it behind. Of several
+    processes of one run only the first takes it.
+    """
+    if process_rank()[0] > 0:
+        yield
+        return
+    folder = Path(folder)
+    check_writable(folder)
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{folder}: another run is writing there now; wait for it, or choose another folder"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+
+
+def digests(paths: Iterable[str | Path]) -> dict[str, str]:
+    """{path: SHA-256} of files, read by several threads; each path once."""
+    names = list(dict.fromkeys(str(path) for path in paths))
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(names, pool.map(sha256, names)))
 
 
 def sha256(path: str | Path) -> str:
@@ -144,31 +226,31 @@ def seed_everything(seed: int) -> None:
 
 
 def select_device(name: str):
-    """torch.device for --device: auto takes CUDA where there is one; with several processes, GPU
-    LOCAL_RANK.
+    """torch.device for --device: auto takes CUDA where there is one, else the CPU.
+
+    With several processes, `cuda` is GPU LOCAL_RANK. A name that torch does not know, or whose
+    device it does not have here, is a UserError.
     """
     import torch
 
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda"):
-        if not torch.cuda.is_available():
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda", "mps") or (":" in name and not number.isdigit()):
+        raise UserError(f"--device {name}: no such device; give auto, cpu, cuda, cuda:N or mps")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise UserError(f"--device {name}: torch sees no Apple GPU here; use --device cpu")
+    if kind == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if not count:
             raise UserError(f"--device {name}: torch sees no CUDA device here; use --device cpu")
-        if name == "cuda":
-            name = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
+        if not number:
+            number = str(int(os.environ.get("LOCAL_RANK", 0)) % count)
+        if int(number) >= count:
+            raise UserError(f"--device {name}: torch sees {count} CUDA devices, 0 to {count - 1}")
+        name = f"cuda:{number}"
         torch.cuda.set_device(torch.device(name))
     return torch.device(name)
-
-
-def add_run_options(parser, seed: bool = True) -> None:
-    """--device and --seed, the same in every script."""
-    parser.add_argument(
-        "--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)"
-    )
-    if seed:
-        parser.add_argument(
-            "--seed", type=int, default=0, help="seed of all random numbers (default: 0)"
-        )
 
 
 def exact_mode() -> None:
@@ -202,21 +284,28 @@ def wait_for(paths: list[Path], what: str) -> None:
 
 
 @contextlib.contextmanager
-def process_group(device, timeout_seconds: int = 120):
-    """Join torchrun's process group for the block (nccl on CUDA, gloo elsewhere); nothing under
-    plain python.
+def process_group(device):
+    """Join torchrun's process group for the block (nccl on CUDA, gloo elsewhere).
+
+    Nothing under plain python. Processes that do not find each other give up after
+    RENDEZVOUS_SECONDS; afterwards a slow one is waited for during WORK_SECONDS.
     """
     rank, world = process_rank()
     if world == 1:
         yield rank, world
         return
-    import datetime
+    from datetime import timedelta
 
     import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
 
+    store = next(rendezvous("env://", timeout=timedelta(seconds=RENDEZVOUS_SECONDS)))[0]
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        timeout=datetime.timedelta(seconds=timeout_seconds),
+        store=dist.PrefixStore("process_group", store),
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=WORK_SECONDS),
     )
     try:
         yield rank, world
@@ -250,47 +339,68 @@ def path_from_here(path: str | Path) -> str:
     return str(path)
 
 
-def manifest(options: dict, inputs: dict[str, str | Path] | None = None) -> dict:
-    """What a run was made from: command, options, versions, git state, hardware, SHA-256 of the
-    files in `inputs`.
-    """
-    import torch
-    import torchvision
-
-    here = Path(__file__).resolve().parent
-
-    def git(*command: str) -> str | None:
+def package_versions() -> dict[str, str | None]:
+    """{package: version} of PACKAGES; None: not installed (transformers is optional)."""
+    versions: dict[str, str | None] = {}
+    for name in PACKAGES:
         try:
-            return subprocess.run(
-                ["git", "-C", str(here), *command],
-                capture_output=True,
-                text=True,
-                check=True,
-                timeout=20,
-            ).stdout.strip()
-        except (OSError, subprocess.SubprocessError):
-            return None
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    return versions
 
-    changed = git("status", "--porcelain", "--untracked-files=no")
+
+def hardware() -> dict:
+    """CPU model and the flags that matter for speed, cores, threads, RAM, GPUs and their driver."""
+    import torch
+
+    model, flags = platform.processor() or None, []
+    with contextlib.suppress(OSError):
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        model = next(iter(re.findall(r"^model name\s*: (.*)$", text, re.M)), model)
+        has = set(next(iter(re.findall(r"^flags\s*: (.*)$", text, re.M)), "").split())
+        flags = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in has]
+    driver = None
+    if torch.cuda.is_available():
+        driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return {
+        "machine": platform.machine(),
+        "cpu": model,
+        "cpu_flags": flags,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "ram_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "cuda": torch.version.cuda,
+        "driver": driver and driver.splitlines()[0],
+    }
+
+
+def _output(*command: str) -> str | None:
+    """What a command prints, or None if it fails."""
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return run.stdout.strip()
+
+
+def manifest(options: dict, inputs: dict[str, str | Path] | None = None) -> dict:
+    """What a run was made from: command, options, versions, git state, hardware, input files.
+
+    inputs: {name: file}; the manifest has their SHA-256.
+    """
+    git = ("git", "-C", str(Path(__file__).resolve().parent))
+    changed = _output(*git, "status", "--porcelain", "--untracked-files=no")
     return {
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "options": {k: path_from_here(v) if isinstance(v, Path) else v for k, v in options.items()},
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
-            "numpy": np.__version__,
-        },
+        "versions": {"python": platform.python_version(), **package_versions()},
         "git": {
-            "commit": git("rev-parse", "HEAD"),
+            "commit": _output(*git, "rev-parse", "HEAD"),
             "changed": None if changed is None else bool(changed),
         },
-        "hardware": {
-            "machine": platform.machine(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        },
+        "hardware": hardware(),
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
         "inputs": {
             name: {"path": path_from_here(path), "sha256": sha256(path)}

@@ -1,19 +1,25 @@
-"""Time PSA's fast path against the plain one of tests/oracle_psa.py, stage by stage, in one run.
+"""Time PSA with any segmenter, stage by stage; for SAMs against tests/oracle_psa.py in one run.
 
     # scenes of the embedded benchmark
     python -m scripts.dev.bench_psa --sam-type tiny
     python -m scripts.dev.bench_psa --sam-type vit_b --size 1024 2048 --images 1
     python -m scripts.dev.bench_psa --sam-type vit_h --size 1024 2048 --amp bf16 --no-oracle
+    python -m scripts.dev.bench_psa --sam-type facebook/sam2.1-hiera-large --size 1024 2048
 
-Prints seconds per image and stage for both, the ratio, and the share of pixels on which they agree.
-Without a checkpoint an official SAM gets random weights; the thresholds are then set on the first
-image so that a third of the proposals pass the predicted IoU and 150 the stability, about as with
-trained weights, and box NMS is off (random masks fill the image).
+Prints seconds per image and stage, images per second and peak memory; where there is an oracle, the
+plain implementation on segment_anything's own classes, also its times, the ratio, and the share of
+pixels on which both agree. On a GPU the device is waited for around each stage.
+
+Without weights a model gets random ones: an official SAM, MobileSAM, facebook/sam2.1-hiera-large,
+and a local folder of transformers with configurations alone. The thresholds are then set on the
+first image so that a third of the proposals pass the predicted IoU and 150 the stability, about as
+with trained weights, and box NMS is off (random masks fill the image).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import time
 from dataclasses import replace
@@ -22,19 +28,19 @@ from pathlib import Path
 import numpy as np
 import torch
 from scipy import ndimage
-from segment_anything import sam_model_registry
 from segment_anything.utils.amg import calculate_stability_score
 
 from dataset.toy import draw_scene
-from model.sam import SAM_TYPES, build_sam, default_checkpoint
-from model.sam_fast import FastSam, ProposalSettings
+from model.sam import SAM_TYPES, default_checkpoint, load_segmenter, output_name, sam_builder
+from model.sam_fast import FastSam
+from model.segmenter import ProposalSettings, Segmenter
 from seco_sam import aggregate
 from tests.oracle_psa import oracle_psa
 from util.labels import CITYSCAPES_19, IGNORE
+from util.options import add_run_options
 from util.run import (
     Stopwatch,
     UserError,
-    add_run_options,
     exact_mode,
     peak_memory_mb,
     run_main,
@@ -43,6 +49,8 @@ from util.run import (
     tune_cpu,
 )
 
+SAM2_LARGE = "facebook/sam2.1-hiera-large"
+
 
 def pixel_labels(label: np.ndarray, seed: int) -> np.ndarray:
     """Half of a scene's labels, in blobs as pixel-level pseudo-labels have them."""
@@ -50,20 +58,62 @@ def pixel_labels(label: np.ndarray, seed: int) -> np.ndarray:
     return np.where(field > 0, IGNORE, label).astype(np.uint8)
 
 
+def random_segmenter(options: argparse.Namespace, device: torch.device) -> Segmenter | None:
+    """The segmenter of --sam-type with random weights if its own are absent, else None."""
+    if options.sam_type in SAM_TYPES:
+        if options.sam_checkpoint or default_checkpoint(options.sam_type).is_file():
+            return None
+        return FastSam(sam_builder(options.sam_type)().eval().to(device))
+    folder = Path(options.sam_checkpoint or options.sam_type)
+    if any(folder.glob("*.safetensors")):
+        return None
+    try:
+        import transformers
+
+        from model.sam_transformers import SETTINGS, TransformersSam
+    except ImportError:
+        return None  # `load_segmenter` says what to install
+    if folder.is_dir():
+        config = transformers.AutoConfig.from_pretrained(folder)
+        processor = transformers.AutoImageProcessor.from_pretrained(folder)
+    elif options.sam_type == SAM2_LARGE:
+        config, processor = sam2_large(transformers), transformers.Sam2ImageProcessor()
+    else:
+        return None
+    model = transformers.AutoModelForMaskGeneration.from_config(config).eval().to(device)
+    return TransformersSam(model, processor, SETTINGS[config.model_type])
+
+
+def sam2_large(transformers):
+    """The configuration of SAM 2.1 L (sam2/configs/sam2.1/sam2.1_hiera_l.yaml of Meta's sam2)."""
+    backbone = transformers.Sam2HieraDetConfig(
+        hidden_size=144,
+        num_attention_heads=2,
+        blocks_per_stage=[2, 6, 36, 4],
+        embed_dim_per_stage=[144, 288, 576, 1152],
+        num_attention_heads_per_stage=[2, 4, 8, 16],
+        window_size_per_stage=[8, 4, 16, 8],
+        global_attention_blocks=[23, 33, 43],
+    )
+    return transformers.Sam2Config(
+        vision_config=transformers.Sam2VisionConfig(
+            backbone_config=backbone, backbone_channel_list=[1152, 576, 288, 144]
+        )
+    )
+
+
 def settings_for_random_weights(
-    sam: FastSam, image: np.ndarray, proposals: int = 150
+    sam: Segmenter, image: np.ndarray, proposals: int = 150
 ) -> ProposalSettings:
     """Thresholds that a third of the proposals and `proposals` of them pass."""
-    sam.set_image(image)
     sam.settings = replace(sam.settings, predicted_iou=-np.inf, stability=-1.0, box_nms=1.0)
-    everything = sam.proposals()
+    sam.set_image(image)
+    everything = sam.find_proposals()
     iou = float(everything.predicted_iou.quantile(2 / 3))
     passing = everything.low[everything.predicted_iou > iou]
     stability = torch.cat(
         [
-            calculate_stability_score(
-                sam._full_size(passing[i : i + 8]), sam.sam.mask_threshold, 1.0
-            )
+            calculate_stability_score(sam.full_size(passing[i : i + 8]), sam.mask_threshold, 1.0)
             for i in range(0, len(passing), 8)
         ]
     )
@@ -71,17 +121,31 @@ def settings_for_random_weights(
     return replace(sam.settings, predicted_iou=iou, stability=limit)
 
 
+class DeviceStopwatch(Stopwatch):
+    """Waits for the GPU before and after each stage."""
+
+    @contextlib.contextmanager
+    def __call__(self, stage: str, threads: int = 1):
+        torch.cuda.synchronize()
+        with super().__call__(stage, threads):
+            yield
+            torch.cuda.synchronize()
+
+
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--sam-type", default="tiny", choices=SAM_TYPES, help="size of SAM (default: %(default)s)"
+        "--sam-type",
+        default="tiny",
+        metavar="TYPE",
+        help="as of seco_sam.py (default: %(default)s)",
     )
     parser.add_argument(
         "--sam-checkpoint",
-        metavar="FILE",
-        help="SAM's weights (default: the official place, else random)",
+        metavar="PATH",
+        help="its weights, as of seco_sam.py (default: the default place, else random)",
     )
     parser.add_argument(
         "--size",
@@ -98,14 +162,25 @@ def parse_args(argv=None) -> argparse.Namespace:
         "--recipe", default="release", choices=("release", "paper"), help="(default: %(default)s)"
     )
     parser.add_argument(
-        "--amp", default="none", choices=("none", "bf16"), help="of the fast path (default: none)"
+        "--amp",
+        default="none",
+        choices=("none", "bf16"),
+        help="of PSA, not of the oracle (default: none)",
     )
-    parser.add_argument("--no-oracle", action="store_true", help="time the fast path alone")
+    parser.add_argument("--no-oracle", action="store_true", help="time PSA alone")
     add_run_options(parser)
     options = parser.parse_args(argv)
     if options.images < 1:
         raise UserError(f"--images {options.images}: give a number from 1 up")
     return options
+
+
+def print_stages(name: str, watch: Stopwatch, total: float, images: int) -> None:
+    """Seconds an image of all stages and of what is left of `total` seconds."""
+    print(f"{name:10s} {total / images:9.2f} s/image  {images / total:7.2f} images/s")
+    rest = total - sum(watch.seconds.values())
+    for stage, seconds in [*watch.seconds.items(), ("rest", rest)]:
+        print(f"    {stage:30s} {seconds / images:9.3f} s")
 
 
 def main(argv=None) -> None:
@@ -114,29 +189,29 @@ def main(argv=None) -> None:
     exact_mode()
     tune_cpu()  # for both: the ratio is that of the algorithms
     seed_everything(options.seed)
-    checkpoint = Path(options.sam_checkpoint or default_checkpoint(options.sam_type))
-    random_weights = options.sam_checkpoint is None and not checkpoint.is_file()
-    sam = (
-        sam_model_registry[options.sam_type]().eval().to(device)
-        if random_weights
-        else build_sam(options.sam_type, checkpoint, device)
-    )
-    fast = FastSam(sam, amp=options.amp == "bf16")
+    sam = random_segmenter(options, device)
+    random_weights = sam is not None
+    if sam is None:
+        sam = load_segmenter(options.sam_type, options.sam_checkpoint, device)
+    sam.amp = options.amp == "bf16"
+    oracle = isinstance(sam, FastSam) and not options.no_oracle
+    new_watch = DeviceStopwatch if device.type == "cuda" else Stopwatch
+    sam.watch, watch = new_watch(), new_watch()
     scenes = [draw_scene(options.seed + i, "target", *options.size) for i in range(options.images)]
     if random_weights:
-        fast.settings = settings_for_random_weights(fast, scenes[0].image)
+        sam.settings = settings_for_random_weights(sam, scenes[0].image)
         print(
-            f"{checkpoint} is absent: random weights, thresholds {fast.settings.predicted_iou:.3f}"
-            f" / {fast.settings.stability:.3f}, no box NMS"
+            f"no weights of {options.sam_type} here: random ones, thresholds"
+            f" {sam.settings.predicted_iou:.3f} / {sam.settings.stability:.3f}, no box NMS"
         )
     official = dict(
-        points_per_side=fast.settings.points_per_side,
-        pred_iou_thresh=fast.settings.predicted_iou,
-        stability_score_thresh=fast.settings.stability,
-        box_nms_thresh=fast.settings.box_nms,
+        points_per_side=sam.settings.points_per_side,
+        pred_iou_thresh=sam.settings.predicted_iou,
+        stability_score_thresh=sam.settings.stability,
+        box_nms_thresh=sam.settings.box_nms,
     )
-    times, agreement, proposals, prompts, watch = [0.0, 0.0], [], [], [], Stopwatch()
-    fast.watch.seconds.clear()
+    times, agreement, proposals, prompts = [0.0, 0.0], [], [], []
+    sam.watch.seconds.clear()
 
     def clock() -> float:
         if device.type == "cuda":
@@ -146,38 +221,26 @@ def main(argv=None) -> None:
     for index, scene in enumerate(scenes):
         label = pixel_labels(scene.label, index)
         start = clock()
-        result = aggregate(scene.image, label, fast, CITYSCAPES_19, options.recipe)
+        result = aggregate(scene.image, label, sam, CITYSCAPES_19, options.recipe)
         middle = clock()
         times[0] += middle - start
         proposals.append(len(result.aligned))
         prompts.append(len(result.prompts))
-        if not options.no_oracle:
+        if oracle:
+            stuff, things = CITYSCAPES_19.stuff, CITYSCAPES_19.things
             plain = oracle_psa(
-                scene.image,
-                label,
-                sam,
-                CITYSCAPES_19.stuff,
-                CITYSCAPES_19.things,
-                options.recipe,
-                official,
-                watch,
+                scene.image, label, sam.sam, stuff, things, options.recipe, official, watch
             )
             times[1] += clock() - middle
             agreement.append(float((plain == result.label).mean()))
-    n = options.images
     print(
-        f"{options.sam_type}, {options.size[1]}x{options.size[0]}, {n} images, {device},"
-        f" {torch.get_num_threads()} threads, {options.amp}: {np.mean(proposals):.0f} proposals and"
-        f" {np.mean(prompts):.0f} prompts an image"
+        f"{output_name(options.sam_type)}, {options.size[1]}x{options.size[0]}, {options.images}"
+        f" images, {device}, {torch.get_num_threads()} threads, {options.amp}:"
+        f" {np.mean(proposals):.0f} proposals and {np.mean(prompts):.0f} prompts an image"
     )
-    rows = [("fast path", fast.watch.seconds, times[0])] + (
-        [] if options.no_oracle else [("oracle", watch.seconds, times[1])]
-    )
-    for name, stages, total in rows:
-        print(f"{name:10s} {total / n:9.2f} s/image  {n / total:7.2f} images/s")
-        for stage, seconds in [*stages.items(), ("rest", total - sum(stages.values()))]:
-            print(f"    {stage:30s} {seconds / n:9.3f} s")
-    if agreement:
+    print_stages("PSA", sam.watch, times[0], options.images)
+    if oracle:
+        print_stages("oracle", watch, times[1], options.images)
         print(
             f"ratio {times[1] / times[0]:.1f}, agreement {100 * min(agreement):.4f} % of the pixels"
             " (worst image)"

@@ -27,15 +27,8 @@ import numpy as np
 from tqdm import tqdm
 
 from util.connectivity import connectivities
-from util.labels import (
-    add_class_options,
-    check_files,
-    class_set,
-    read_label,
-    read_list,
-    write_label,
-    write_list,
-)
+from util.labels import check_files, class_set, read_label, read_list, write_label, write_list
+from util.options import add_class_options
 from util.run import UserError, check_writable, run_main
 
 

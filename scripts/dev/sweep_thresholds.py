@@ -21,14 +21,9 @@ import numpy as np
 
 from scripts.lib.report import label_lists, markdown_table, mean_and_deviation
 from seco_scc import decide, numbered
-from util.labels import (
-    IGNORE,
-    add_class_options,
-    class_set,
-    read_label,
-    read_list,
-)
+from util.labels import IGNORE, class_set, read_label, read_list
 from util.metrics import summary
+from util.options import add_class_options
 from util.pictures import line_chart, save_picture
 from util.run import UserError, read_json, run_main, write_json
 

@@ -92,7 +92,7 @@ run_seed() {
     validate before "$W/source/latest.pth"
 
     stage pixel "$W/pix" "$W/splits/pix/all.txt" -- "$PYTHON" -m scripts.make_pseudo_labels \
-        --image-list "$(target_list)" --root-path "$W" --checkpoint "$W/source/latest.pth" --exp pix --out-list "$W/splits/pix/all.txt" "${CLASSES[@]}" "${PIXEL[@]}"
+        --id-list-path "$(target_list)" --root-path "$W" --checkpoint "$W/source/latest.pth" --exp pix --out-list "$W/splits/pix/all.txt" "${CLASSES[@]}" "${PIXEL[@]}"
     quality pixel "$W/splits/pix/all.txt"
 
     if [ "$RECIPE" != paper ]; then run_recipe release; fi

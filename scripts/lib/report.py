@@ -15,7 +15,8 @@ import statistics
 import sys
 from pathlib import Path
 
-from util.labels import add_class_options, class_set, read_image, read_label, read_list
+from util.labels import class_set, read_image, read_label, read_list
+from util.options import add_class_options
 from util.pictures import bar_chart, colour_label, contact_sheet, line_chart, save_picture
 from util.run import UserError, read_json, run_main, write_json
 
@@ -155,7 +156,7 @@ def side_by_side(seed_folder: Path, classes, count: int) -> None:
     import torch
 
     from eval import predict
-    from model.deeplabv3plus import load_segmentation_model
+    from model.network import load_network
     from util.images import to_tensor
 
     lists = label_lists(seed_folder)
@@ -169,7 +170,7 @@ def side_by_side(seed_folder: Path, classes, count: int) -> None:
         "after": seed_folder / f"adapt_seco{suffix}" / "latest.pth",
     }
     models = {
-        name: load_segmentation_model(path, torch.device("cpu"))[0]
+        name: load_network(path, torch.device("cpu"), classes.count).model
         for name, path in checkpoints.items()
         if path.is_file()
     }

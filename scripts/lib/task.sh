@@ -122,7 +122,7 @@ before() {
         return
     fi
     stage before_labels "$DATA_ROOT/$exp" "$SPLITS/$exp/val.txt" -- "$PYTHON" -m scripts.make_pseudo_labels \
-        --image-list "$VAL_LIST" --root-path "$DATA_ROOT" "${CLASSES[@]}" --checkpoint "$CHECKPOINT" --exp "$exp" --top-p 1 \
+        --id-list-path "$VAL_LIST" --root-path "$DATA_ROOT" "${CLASSES[@]}" --checkpoint "$CHECKPOINT" --exp "$exp" --top-p 1 \
         "${TEST_SIZE[@]}" --out-list "$SPLITS/$exp/val.txt" --device "$DEVICE"
     stage before "$OUT/eval_before/metrics.json" -- "$PYTHON" eval.py --labels "$SPLITS/$exp/val.txt" \
         --id-list-path "$VAL_LIST" --root-path "$DATA_ROOT" "${CLASSES[@]}" --out "$OUT/eval_before"
@@ -137,7 +137,7 @@ run_task() {
         --lists "$SPLITS"
     before
     stage pixel "$DATA_ROOT/$EXP" "$SPLITS/$EXP/train.txt" from "${source[1]}" -- "${LAUNCH[@]}" \
-        -m scripts.make_pseudo_labels --image-list "$TRAIN_LIST" --root-path "$DATA_ROOT" "${CLASSES[@]}" "${source[@]}" \
+        -m scripts.make_pseudo_labels --id-list-path "$TRAIN_LIST" --root-path "$DATA_ROOT" "${CLASSES[@]}" "${source[@]}" \
         --exp "$EXP" --preset dtst "${TEST_SIZE[@]}" --top-p "$TOP_P" --out-list "$SPLITS/$EXP/train.txt" --device "$DEVICE"
     labels="${EXP}_$SAM_TYPE$suffix"
     stage psa "$DATA_ROOT/$labels" "$SPLITS/$labels/train.txt" -- "${LAUNCH[@]}" seco_sam.py \

@@ -1,0 +1,287 @@
+"""What PSA asks of a promptable segmenter, and all of it that is not the network.
+
+`Segmenter` is the one interface: `set_image`, then `proposals` and `predict`. PSA knows nothing
+else. The grid of points, the filters by predicted IoU and stability, the suppression of doubles,
+the halving of the batch when memory runs out and the streaming of full-size masks are here, shared
+by all models. A backend supplies the network: `encode` an image, `decode` prompts, `enlargement` of
+its masks (model/sam_fast.py, model/sam_transformers.py).
+
+Pixels of an image are (x, y) with (0, 0) at the upper left. H x W is the image's size, h x w that
+of the low-resolution masks, P counts prompts, k points of a prompt, M masks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import torch
+from segment_anything.utils.amg import (
+    batched_mask_to_box,
+    build_point_grid,
+    calculate_stability_score,
+)
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.ops.boxes import batched_nms
+
+from util.run import Stopwatch
+
+FULL_SIZE_PIXELS = 1 << 28  # of masks that a GPU looks at together at the image's size
+
+# A proposal: its mask (bool, inside its box) and the box x0 y0 x1 y1, inclusive.
+ProposalMask = tuple[Tensor, tuple[int, int, int, int]]
+
+# Masks of decoded prompts, made when asked for: of which of them (bool P x M; None: of all), to
+# their low-resolution logits, float32 (number of masks) x h x w.
+LowMasks = Callable[[Tensor | None], Tensor]
+
+
+@dataclass(frozen=True)
+class ProposalSettings:
+    """Settings of an automatic mask generator. The defaults are segment_anything's, which SeCo uses
+    unchanged.
+    """
+
+    points_per_side: int = 32
+    predicted_iou: float = 0.88  # proposals at or below it are rejected
+    stability: float = 0.95  # proposals below it are rejected
+    stability_offset: float = 1.0  # in logits
+    box_nms: float = 0.7  # IoU of boxes
+
+
+SAM_SETTINGS = ProposalSettings()
+
+
+@dataclass(frozen=True)
+class Proposals:
+    """Proposals at low resolution, where those of a street scene are not gigabytes.
+
+    low: mask logits M x h x w, in descending predicted IoU; boxes: int64 M x 4, x0 y0 x1 y1,
+    inclusive, in pixels of the image; predicted_iou: M.
+    """
+
+    low: Tensor
+    boxes: Tensor
+    predicted_iou: Tensor
+
+
+class Segmenter:
+    """One network and the image it has encoded.
+
+    device: torch.device of all tensors that come out. prompt_batch: prompts decoded at a time
+    (default: 4 on a CPU, whose caches like few, 64 on a GPU), halved for good when memory runs out.
+    amp: compute in bf16; may be set anew before `set_image`. watch: seconds of each stage.
+    """
+
+    mask_threshold = 0.0  # logits above it are the mask
+
+    def __init__(
+        self,
+        device: torch.device,
+        settings: ProposalSettings = SAM_SETTINGS,
+        prompt_batch: int | None = None,
+        amp: bool = False,
+        watch: Stopwatch | None = None,
+    ):
+        self.device, self.settings, self.amp = device, settings, amp
+        self.prompt_batch = prompt_batch or (64 if device.type == "cuda" else 4)
+        self.watch = watch or Stopwatch()
+        self.size: tuple[int, int] = (0, 0)  # of the image, H W
+        self.threads, self._map = 1, map
+        if device.type == "cpu" and torch.get_num_threads() > 1:
+            self.threads = torch.get_num_threads()
+            self._map = ThreadPoolExecutor(
+                self.threads, initializer=torch.set_num_threads, initargs=(1,)
+            ).map
+
+    # ------------------------------------------------------------------------- what a backend gives
+
+    def encode(self, image: np.ndarray) -> None:
+        """Keep what `decode` needs of an image, uint8 H x W x 3, RGB. `self.size` is set."""
+        raise NotImplementedError
+
+    def to_input(self, points: np.ndarray) -> np.ndarray:
+        """Points ... x 2 (x, y), from the image's pixels to those of the network's input."""
+        raise NotImplementedError
+
+    def decode(
+        self, points: Tensor, boxes: Tensor | None, several: bool
+    ) -> Callable[[int, int], tuple[Tensor, LowMasks]]:
+        """A function of a range start, stop of the prompts, which gives their predicted IoU,
+        float32 P x M, and their masks.
+
+        points: P x k x 2, all positive; boxes: P x 4, x0 y0 x1 y1, or None; both in pixels of the
+        network's input. several: the masks of an ambiguous prompt (M = 3), else the one mask
+        (M = 1).
+        """
+        raise NotImplementedError
+
+    def enlargement(self, height: int, width: int) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+        """How low-resolution masks of this size come to the image's: steps of a size to enlarge to
+        (bilinear) and the size of the upper left part that is kept.
+        """
+        raise NotImplementedError
+
+    # ------------------------------------------------------------------------------- what PSA calls
+
+    @torch.inference_mode()
+    def set_image(self, image: np.ndarray) -> None:
+        """Encode an image, uint8 H x W x 3, RGB. `proposals` and `predict` are about it."""
+        self.size = image.shape[:2]
+        self.encode(image)
+
+    def proposals(self) -> Iterator[ProposalMask]:
+        """Automatic masks of the image in descending predicted IoU, on the device.
+
+        They are found at once; the masks are made at full size while they are taken, few at a time.
+        """
+        return self._full_size_masks(self.find_proposals())
+
+    @torch.inference_mode()
+    def predict(self, boxes: np.ndarray, points: list[np.ndarray]) -> Tensor:
+        """One mask per prompt (single-mask output): bool P x H x W on the device.
+
+        boxes: P x 4, x0 y0 x1 y1; points: P arrays k x 2 of positive points, x y; both in pixels of
+        the image. Prompts with the same number of points are decoded together.
+        """
+        result = torch.zeros(len(boxes), *self.size, dtype=torch.bool, device=self.device)
+        counts = np.array([len(p) for p in points])
+        tensor = lambda x: torch.as_tensor(x, dtype=torch.float, device=self.device)
+        for count in np.unique(counts):
+            chosen = np.flatnonzero(counts == count)
+            coords = np.stack([points[i] for i in chosen]).astype(np.float64)
+            corners = self.to_input(boxes[chosen].astype(np.float64).reshape(-1, 2, 2))
+            prompts = self.decode(
+                tensor(self.to_input(coords)), tensor(corners.reshape(-1, 4)), False
+            )
+
+            def masks(start: int, stop: int) -> Tensor:
+                return self.full_size(prompts(start, stop)[1](None)) > self.mask_threshold
+
+            with self.watch("prompts"):
+                found = torch.cat(self._halving(masks, len(chosen)))
+            result[torch.as_tensor(chosen, device=self.device)] = found
+        return result
+
+    # ------------------------------------------------------------------------- shared by all models
+
+    @torch.inference_mode()
+    def find_proposals(self) -> Proposals:
+        """The proposals of the image before they are made at full size.
+
+        The order and the tests are segment_anything's generator's. Its test for boxes at the edge
+        of a crop is left out: the only crop is the image, where it never fires.
+        """
+        settings = self.settings
+        grid = build_point_grid(settings.points_per_side) * np.array(self.size)[None, ::-1]
+        points = torch.as_tensor(self.to_input(grid), device=self.device)[:, None]
+        decode = self.decode(points, None, True)
+
+        def judged(start: int, stop: int) -> tuple[Tensor, Tensor, Tensor] | None:
+            with self.watch("decode proposals", self.threads):
+                iou, low_masks = decode(start, stop)
+                kept = iou > settings.predicted_iou
+                if not kept.any():
+                    return None
+            with self.watch("upscale and filter", self.threads):
+                low = low_masks(kept)
+                stable, boxes = self._stable(low)
+                return low[stable], boxes, iou[kept][stable]
+
+        found = [part for part in self._halving(judged, len(points)) if part is not None]
+        if not found:
+            return Proposals(
+                torch.zeros(0, 1, 1, device=self.device),
+                torch.zeros(0, 4, dtype=torch.long, device=self.device),
+                torch.zeros(0, device=self.device),
+            )
+        with self.watch("nms"):
+            low, boxes, iou = (torch.cat(part) for part in zip(*found))
+            keep = batched_nms(
+                boxes.float(), iou, torch.zeros(len(boxes), device=self.device), settings.box_nms
+            )
+            return Proposals(low[keep], boxes[keep], iou[keep])
+
+    @torch.inference_mode()
+    def full_size(self, low: Tensor) -> Tensor:
+        """Low-resolution logits M x h x w → logits M x H x W at the image's size."""
+        masks = low[:, None]
+        for size, (rows, columns) in self.enlargement(*low.shape[-2:]):
+            masks = F.interpolate(masks, size, mode="bilinear", align_corners=False)
+            masks = masks[..., :rows, :columns]
+        return masks[:, 0]
+
+    @torch.inference_mode()
+    def _full_size_masks(self, found: Proposals) -> Iterator[ProposalMask]:
+        """The proposals' masks one after the other, made at full size in small batches."""
+        start = 0
+        while start < len(found.low):
+            stop = start + self.prompt_batch
+            masks = self.full_size(found.low[start:stop]) > self.mask_threshold
+            for mask, (x0, y0, x1, y1) in zip(masks, found.boxes[start:stop].tolist()):
+                yield mask[y0 : y1 + 1, x0 : x1 + 1], (x0, y0, x1, y1)
+            start = stop
+
+    def _halving(self, decode, count: int) -> list:
+        """`decode(start, stop)` over 0..count in prompt batches; on out-of-memory the batch is
+        halved, for good.
+
+        On a CPU as many batches are decoded side by side as there are cores, one core each: the
+        matrices of a batch are too small to keep several cores busy.
+        """
+        results, start = [], 0
+        while start < count:
+            starts = range(start, count, self.prompt_batch)
+            stops = (min(begin + self.prompt_batch, count) for begin in starts)
+            try:
+                for result in self._map(torch.inference_mode()(decode), starts, stops):
+                    results.append(result)
+                    start += self.prompt_batch
+            except torch.OutOfMemoryError:
+                if self.prompt_batch == 1:
+                    raise
+                self.prompt_batch = self.prompt_batch // 2
+                torch.cuda.empty_cache()
+        return results
+
+    def _stable(self, low: Tensor) -> tuple[Tensor, Tensor]:
+        """Which of M low-resolution masks are stable, bool M, and the boxes of those, int64 x 4;
+        judged at full size, in portions that fit into memory.
+        """
+        if self.device.type == "cpu":
+            return self._stable_on_cpu(low)
+        threshold, settings = self.mask_threshold, self.settings
+        stable, boxes = [], []
+        for part in low.split(max(1, FULL_SIZE_PIXELS // (self.size[0] * self.size[1]))):
+            logits = self.full_size(part)
+            stable.append(
+                calculate_stability_score(logits, threshold, settings.stability_offset)
+                >= settings.stability
+            )
+            boxes.append(batched_mask_to_box(logits[stable[-1]] > threshold).long())
+        return torch.cat(stable), torch.cat(boxes)
+
+    def _stable_on_cpu(self, low: Tensor) -> tuple[Tensor, Tensor]:
+        """As `_stable`, one mask at a time, so that it stays in the cache; OpenCV enlarges and
+        numpy counts several times faster than torch does on a CPU. OpenCV rounds other last bits: a
+        score may change by a pixel on its threshold.
+        """
+        threshold, settings = np.float32(self.mask_threshold), self.settings
+        stable, boxes = torch.zeros(len(low), dtype=torch.bool), []
+        steps = self.enlargement(*low.shape[-2:])
+        for number, logits in enumerate(low.contiguous().numpy()):
+            for size, (rows, columns) in steps:
+                logits = cv2.resize(logits, size[::-1], interpolation=cv2.INTER_LINEAR)
+                logits = logits[:rows, :columns]
+            least = np.count_nonzero(logits > threshold + np.float32(settings.stability_offset))
+            most = np.count_nonzero(logits > threshold - np.float32(settings.stability_offset))
+            if most and np.float32(least) / np.float32(most) >= settings.stability:
+                stable[number] = True
+                inside = logits > threshold
+                ys, xs = np.flatnonzero(inside.any(axis=1)), np.flatnonzero(inside.any(axis=0))
+                boxes.append([xs[0], ys[0], xs[-1], ys[-1]] if ys.size else [0] * 4)
+        return stable, torch.tensor(boxes, dtype=torch.long).reshape(-1, 4)

@@ -1,0 +1,312 @@
+"""Segmenters of every architecture with random weights and few channels, for the tests.
+
+`FAMILIES` maps a name to a function that makes model and image processor of transformers;
+`small_sam` and `small_mobile_sam` are `Sam`s. Images have 64 pixels on their longest side, models
+take SIDE.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import warnings
+from pathlib import Path
+
+import torch
+from segment_anything.modeling import (
+    ImageEncoderViT,
+    MaskDecoder,
+    PromptEncoder,
+    Sam,
+    TwoWayTransformer,
+)
+from torch import nn
+
+SIDE, WIDTH = 96, 32  # pixels of the networks' input; channels
+
+
+def stirred(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Random weights of a size at which prompts matter, predicted IoUs near 0.5; in eval mode."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                fan_in = parameter[0].numel() if "embed" not in name else 4
+                parameter.normal_(0, 1.5 * fan_in**-0.5, generator=generator)
+        for name, parameter in model.mask_decoder.named_parameters():  # logits on both sides of 0
+            if "hypernetworks_mlps" in name and ("proj_out" in name or ".layers.2." in name):
+                parameter.sub_(parameter.mean(dim=0))
+        head = model.mask_decoder.iou_prediction_head
+        last = head.proj_out if hasattr(head, "proj_out") else head.layers[-1]
+        last.weight.mul_(0.3)
+        last.bias.fill_(0.5)
+    return model.eval()
+
+
+# ------------------------------------------------------------------- segment_anything, mobile_sam
+
+
+def small_sam() -> Sam:
+    """segment_anything's `Sam` with an image encoder of two blocks."""
+    torch.manual_seed(0)
+    encoder = ImageEncoderViT(
+        img_size=SIDE,
+        patch_size=16,
+        embed_dim=WIDTH,
+        depth=2,
+        num_heads=2,
+        out_chans=WIDTH,
+        norm_layer=lambda width: nn.LayerNorm(width, eps=1e-6),
+        use_rel_pos=True,
+        window_size=4,
+        global_attn_indexes=(1,),
+    )
+    return stirred(
+        Sam(
+            image_encoder=encoder,
+            prompt_encoder=PromptEncoder(WIDTH, (SIDE // 16,) * 2, (SIDE,) * 2, 16),
+            mask_decoder=MaskDecoder(
+                transformer_dim=WIDTH,
+                transformer=TwoWayTransformer(2, WIDTH, 2, 64),
+                iou_head_hidden_dim=WIDTH,
+            ),
+            pixel_mean=[123.675, 116.28, 103.53],
+            pixel_std=[58.395, 57.12, 57.375],
+        )
+    )
+
+
+def small_mobile_sam() -> Sam:
+    """mobile_sam's `Sam` with its own parts: a narrow TinyViT. Its input of 1024 pixels, its last
+    stage of 320 channels and its output of 256 cannot be changed.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from mobile_sam import modeling
+        from mobile_sam.modeling.tiny_vit_sam import TinyViT
+    torch.manual_seed(0)
+    encoder = TinyViT(
+        img_size=1024,
+        num_classes=1,
+        embed_dims=[8, 8, 16, 320],
+        depths=[1, 1, 1, 1],
+        num_heads=[1, 1, 2, 5],
+        mlp_ratio=1.0,
+        window_sizes=[8, 8, 8, 8],
+    )
+    return stirred(
+        modeling.Sam(
+            image_encoder=encoder,
+            prompt_encoder=modeling.PromptEncoder(256, (64, 64), (1024, 1024), 16),
+            mask_decoder=modeling.MaskDecoder(
+                transformer_dim=256,
+                transformer=modeling.TwoWayTransformer(1, 256, 2, 64),
+                iou_head_hidden_dim=WIDTH,
+            ),
+            pixel_mean=[123.675, 116.28, 103.53],
+            pixel_std=[58.395, 57.12, 57.375],
+        )
+    )
+
+
+# ----------------------------------------------------------------------------------- transformers
+
+
+def prompts_and_decoder(prefix: str, **sizes) -> dict:
+    """Configurations of the two parts that all families share."""
+    import transformers
+
+    prompt = getattr(transformers, f"{prefix}PromptEncoderConfig")
+    decoder = getattr(transformers, f"{prefix}MaskDecoderConfig")
+    more = {"vit_dim": WIDTH} if prefix == "SamHQ" else {}
+    return {
+        "prompt_encoder_config": prompt(hidden_size=WIDTH, **sizes),
+        "mask_decoder_config": decoder(
+            hidden_size=WIDTH,
+            mlp_dim=64,
+            num_attention_heads=2,
+            iou_head_hidden_dim=WIDTH,
+            **more,
+        ),
+    }
+
+
+def padded(prefix: str):
+    """SAM or SAM-HQ of the sizes of `small_sam`."""
+    import transformers as t
+
+    vision = getattr(t, f"{prefix}VisionConfig")(
+        hidden_size=WIDTH,
+        output_channels=WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=SIDE,
+        patch_size=16,
+        window_size=4,
+        global_attn_indexes=[1],
+        mlp_dim=4 * WIDTH,
+        num_pos_feats=WIDTH // 2,
+    )
+    config = getattr(t, f"{prefix}Config")(
+        vision_config=vision, **prompts_and_decoder(prefix, image_size=SIDE, patch_size=16)
+    )
+    processor = t.SamImageProcessor(
+        size={"longest_edge": SIDE}, pad_size={"height": SIDE, "width": SIDE}
+    )
+    return getattr(t, f"{prefix}Model")(config), processor
+
+
+def sam2_vision(side: int = SIDE):
+    import transformers as t
+
+    backbone = t.Sam2HieraDetConfig(
+        hidden_size=8,
+        image_size=[side, side],
+        blocks_per_stage=[1, 1, 2, 1],
+        embed_dim_per_stage=[8, 16, 32, 64],
+        num_attention_heads_per_stage=[1, 1, 2, 2],
+        window_size_per_stage=[4, 4, 4, 4],
+        global_attention_blocks=[3],
+        window_positional_embedding_background_size=[4, 4],
+    )
+    return t.Sam2VisionConfig(
+        backbone_config=backbone,
+        backbone_channel_list=[64, 32, 16, 8],
+        backbone_feature_sizes=[[side // n] * 2 for n in (4, 8, 16)],
+        fpn_hidden_size=WIDTH,
+    )
+
+
+def square_processor(kind: str, side: int = SIDE):
+    import transformers as t
+
+    return getattr(t, f"{kind}ImageProcessor")(size={"height": side, "width": side})
+
+
+def sam2():
+    import transformers as t
+
+    parts = prompts_and_decoder("Sam2", image_size=SIDE)
+    return t.Sam2Model(t.Sam2Config(vision_config=sam2_vision(), **parts)), square_processor("Sam2")
+
+
+def sam3_vision(side: int):
+    import transformers as t
+
+    backbone = t.Sam3ViTConfig(
+        hidden_size=WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        image_size=side,
+        window_size=4,
+        global_attn_indexes=[1],
+        pretrain_image_size=56,
+    )
+    return t.Sam3VisionConfig(
+        backbone_config=backbone,
+        fpn_hidden_size=WIDTH,
+        backbone_feature_sizes=[[side * n // 14] * 2 for n in (4, 2, 1)],
+    )
+
+
+def sam3():
+    import transformers as t
+
+    side = 84
+    parts = prompts_and_decoder("Sam3Tracker", image_size=side, patch_size=14)
+    config = t.Sam3TrackerConfig(vision_config=sam3_vision(side), **parts)
+    return t.Sam3TrackerModel(config), square_processor("Sam3", side)
+
+
+def edgetam():
+    import transformers as t
+
+    backbone = t.TimmWrapperConfig(
+        architecture="repvit_m1",
+        model_args={"in_chans": 3, "features_only": True, "out_indices": [0, 1, 2, 3]},
+    )
+    vision = t.EdgeTamVisionConfig(
+        backbone_config=backbone,
+        backbone_feature_sizes=[[SIDE // n] * 2 for n in (4, 8, 16)],
+        fpn_hidden_size=WIDTH,
+    )
+    parts = prompts_and_decoder("EdgeTam", image_size=SIDE)
+    return t.EdgeTamModel(t.EdgeTamConfig(vision_config=vision, **parts)), square_processor("Sam2")
+
+
+FAMILIES = {
+    "sam": lambda: padded("Sam"),
+    "sam_hq": lambda: padded("SamHQ"),
+    "sam2": sam2,
+    "sam3_tracker": sam3,
+    "edgetam": edgetam,
+}
+# The package's processors, whose masks the tests compare with.
+PROCESSORS = {
+    "sam": "SamProcessor",
+    "sam_hq": "SamHQProcessor",
+    "sam2": "Sam2Processor",
+    "sam3_tracker": "Sam3TrackerProcessor",
+    "edgetam": "Sam2Processor",
+}
+
+
+# -------------------------------------------------------------------------- PSA in other processes
+
+
+# transformers imports its parts when they are asked for: once, in the process that is forked.
+PRELOADED = [
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.image_processing_auto",
+    "transformers.models.sam.image_processing_sam",
+    "transformers.models.sam2.image_processing_sam2",
+    "transformers.models.sam3.image_processing_sam3",
+    "transformers.models.sam.modeling_sam",
+    "transformers.models.sam_hq.modeling_sam_hq",
+    "transformers.models.sam2.modeling_sam2",
+    "transformers.models.sam3.modeling_sam3",
+    "transformers.models.sam3_tracker.modeling_sam3_tracker",
+    "transformers.models.edgetam.modeling_edgetam",
+    "transformers.models.timm_wrapper.modeling_timm_wrapper",
+    "mobile_sam",
+]
+
+
+def start_psa(arguments: list[str], rank: int = 0, world: int = 1, kill_after: int = 0):
+    """seco_sam.py with small models in a process of its own, forked from one that has imported
+    everything. Proposals are few and none is rejected. kill_after: it kills itself once it has
+    written so many labels.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["seco_sam", *PRELOADED])
+    process = context.Process(target=run_psa, args=(arguments, rank, world, kill_after))
+    process.start()
+    return process
+
+
+def run_psa(arguments: list[str], rank: int, world: int, kill_after: int) -> None:
+    import seco_sam
+    from model import sam
+    from model.segmenter import ProposalSettings
+
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
+    sam.sam_builder = lambda sam_type: small_mobile_sam if sam_type == "vit_t" else small_sam
+    load, write_label = seco_sam.load_segmenter, seco_sam.write_label
+    written = []
+
+    def load_small(*args):
+        segmenter = load(*args)
+        segmenter.settings = ProposalSettings(2, -1e9, -1.0, box_nms=1.0)
+        return segmenter
+
+    def write_and_die(path: Path, *args) -> None:
+        write_label(path, *args)
+        written.append(path)
+        if len(written) == kill_after:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    seco_sam.load_segmenter, seco_sam.write_label = load_small, write_and_die
+    seco_sam.main(arguments)

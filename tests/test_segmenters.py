@@ -1,0 +1,527 @@
+"""Segmenters: masks and proposals equal to each library's own, PSA with each, names, errors.
+
+All networks are small and random (tests/small_segmenters.py); nothing is downloaded.
+"""
+
+import json
+import sys
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from segment_anything import SamAutomaticMaskGenerator, SamPredictor
+from small_segmenters import (
+    FAMILIES,
+    PROCESSORS,
+    SIDE,
+    padded,
+    prompts_and_decoder,
+    sam2_vision,
+    sam3_vision,
+    small_mobile_sam,
+    small_sam,
+    start_psa,
+    stirred,
+)
+
+import seco_sam
+from dataset.toy import draw_scene
+from model import sam as model_sam
+from model.sam import files_digest, load_segmenter, output_name
+from model.sam_fast import FastSam
+from model.segmenter import ProposalSettings
+from util.labels import CITYSCAPES_19, IGNORE, write_label, write_list
+from util.pictures import save_picture
+from util.run import UserError, run_main, sha256
+
+HEIGHT, WIDTH = 48, 64
+EVERYTHING = ProposalSettings(4, -1e9, -1.0, box_nms=1.0)
+BOXES = np.array([[3.0, 4.0, 20.0, 30.0], [5.0, 5.0, 40.0, 40.0], [30.0, 8.0, 60.0, 44.0]])
+POINTS = [np.array([[6.0, 7.0]]), np.array([[10.0, 10.0], [20.0, 20.0]]), np.array([[41.0, 20.0]])]
+
+
+def scene(height: int = HEIGHT, width: int = WIDTH, seed: int = 0):
+    """Image and pixel labels, half of which are missing."""
+    drawn = draw_scene(seed, "target", 2 * height, 2 * width)
+    label = drawn.label[::2, ::2].copy()
+    label[:, ::16] = label[::16] = IGNORE
+    return np.ascontiguousarray(drawn.image[::2, ::2]), label
+
+
+no_timm = pytest.mark.skipif(not find_spec("timm"), reason="timm is absent")
+EACH = [pytest.param(f, marks=no_timm) if f == "edgetam" else f for f in FAMILIES]
+each_family = pytest.mark.parametrize("family", EACH)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """{family: its folder as the Hub has it}."""
+    pytest.importorskip("transformers")
+    root = tmp_path_factory.mktemp("models")
+    made = {}
+    for family, make in FAMILIES.items():
+        if family == "edgetam" and not find_spec("timm"):
+            continue
+        made[family] = root / f"{family}-small"
+        torch.manual_seed(0)
+        model, processor = make()
+        stirred(model).save_pretrained(made[family])
+        processor.save_pretrained(made[family])
+    return made
+
+
+@pytest.fixture(scope="module")
+def loaded(folders):
+    """{family: its segmenter, as `load_segmenter` makes it}."""
+    return {family: load_segmenter(str(folder)) for family, folder in folders.items()}
+
+
+def anew(segmenter, **options):
+    """The same network, no image yet."""
+    return type(segmenter)(segmenter.model, segmenter.image_processor, **options)
+
+
+def between(values: torch.Tensor) -> float:
+    """A threshold in the widest gap of the middle third of the values, which parts them surely."""
+    values = values.sort().values[len(values) // 3 : -len(values) // 3]
+    widest = int(values.diff().argmax())
+    return float(values[widest : widest + 2].mean())
+
+
+def thresholds(segmenter, image, side: int = 4) -> ProposalSettings:
+    """Settings that each reject some of the proposals of random weights, none of them by a hair."""
+    segmenter.settings = ProposalSettings(side, -1e9, -1.0, box_nms=1.0)
+    segmenter.set_image(image)
+    found = segmenter.find_proposals()
+    predicted_iou = between(found.predicted_iou)
+    logits = segmenter.full_size(found.low[found.predicted_iou > predicted_iou])
+    inside, outside = ((logits > sign).flatten(1).sum(1) for sign in (1.0, -1.0))
+    score = (inside / outside.clamp(min=1))[inside > 0]
+    return ProposalSettings(side, predicted_iou, between(score), box_nms=1.0)
+
+
+def in_place(proposals, height: int, width: int) -> list[np.ndarray]:
+    """Proposals as full-size masks."""
+    masks = []
+    for mask, (x0, y0, x1, y1) in proposals:
+        masks.append(np.zeros((height, width), bool))
+        masks[-1][y0 : y1 + 1, x0 : x1 + 1] = mask.numpy()
+    return masks
+
+
+def check_proposals(segmenter, image, generate, side: int = 4) -> None:
+    """Proposals equal to those of `generate(settings)`, masks in order, at settings that count."""
+    settings = thresholds(segmenter, image, side)
+    counts = [len(segmenter.find_proposals().low)]
+    for box_nms in (1.0, 0.9):
+        segmenter.settings = replace(settings, box_nms=box_nms)
+        masks = in_place(segmenter.proposals(), *image.shape[:2])
+        expected = generate(segmenter.settings)
+        assert len(masks) == len(expected)
+        assert all((mask == wanted).all() for mask, wanted in zip(masks, expected))
+        counts.append(len(masks))
+    assert counts[0] / 2 > counts[1] >= 4 and counts[1] > counts[2] >= 1
+
+
+# ------------------------------------------------------------------------------------ equal masks
+
+
+@pytest.mark.parametrize("amp", [False, True], ids=["fp32", "bf16"])
+@each_family
+def test_prompts_give_the_librarys_own_masks(family, amp, loaded):
+    """Through the package's processor, model and post-processing, one prompt at a time."""
+    import transformers
+
+    segmenter = anew(loaded[family], prompt_batch=1 if amp else 2, amp=amp)
+    processor = getattr(transformers, PROCESSORS[family])(segmenter.image_processor)
+    for height, width in ((HEIGHT, WIDTH), (100, 70), (SIDE, SIDE)):
+        image, _ = scene(height, width)
+        segmenter.set_image(image)
+        masks = segmenter.predict(BOXES, POINTS)
+        assert 0.01 < masks.float().mean() < 0.99 and masks.shape == (3, height, width)
+        for mask, box, points in zip(masks, BOXES, POINTS):
+            inputs = processor(
+                images=image,
+                input_points=[[points.tolist()]],
+                input_labels=[[[1] * len(points)]],
+                input_boxes=[[box.tolist()]],
+                return_tensors="pt",
+            )
+            sizes = {k: inputs.pop(k) for k in ("original_sizes",)}
+            sizes |= {k: inputs.pop(k) for k in ("reshaped_input_sizes",) if k in inputs}
+            inputs = {k: v.float() if v.is_floating_point() else v for k, v in inputs.items()}
+            with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=amp):
+                result = segmenter.model(**inputs, multimask_output=False)
+            own = processor.post_process_masks(result.pred_masks.float(), **sizes)[0]
+            assert torch.equal(mask, own[0, 0])
+
+
+@each_family
+def test_proposals_are_those_of_the_librarys_generator(family, loaded):
+    """On an image that is square: on others the package's generator misplaces the grid of models
+    whose input is stretched (see the next test).
+    """
+    import transformers
+
+    segmenter = anew(loaded[family])
+    image, _ = scene(WIDTH, WIDTH)
+    pipeline = transformers.pipeline(
+        "mask-generation", model=segmenter.model, image_processor=segmenter.image_processor
+    )
+
+    def generate(settings):
+        from PIL import Image
+
+        return pipeline(
+            Image.fromarray(image),
+            points_per_crop=settings.points_per_side,
+            pred_iou_thresh=settings.predicted_iou,
+            stability_score_thresh=settings.stability,
+            crops_nms_thresh=settings.box_nms,
+        )["masks"]
+
+    check_proposals(segmenter, image, lambda s: [np.asarray(m) for m in generate(s)])
+
+
+@each_family
+def test_the_grid_covers_an_image_that_is_not_square(family, loaded):
+    """Each point's three masks, decoded alone through the package's processor."""
+    import transformers
+
+    segmenter = anew(loaded[family], settings=EVERYTHING)
+    image, _ = scene(30, 80)
+    segmenter.set_image(image)
+    found = segmenter.find_proposals()
+    processor = getattr(transformers, PROCESSORS[family])(segmenter.image_processor)
+    expected = []
+    for y in (30 * np.arange(0.5, 4) / 4).tolist():
+        for x in (80 * np.arange(0.5, 4) / 4).tolist():
+            inputs = processor(images=image, input_points=[[[[x, y]]]], return_tensors="pt")
+            points = inputs["input_points"].float()
+            with torch.inference_mode():
+                result = segmenter.model(inputs["pixel_values"], input_points=points)
+            expected += result.iou_scores[0, 0].tolist()
+    assert found.predicted_iou.tolist() == pytest.approx(
+        sorted(expected, reverse=True), rel=1e-4, abs=1e-5
+    )
+
+
+@pytest.mark.parametrize("kind", ["sam", "mobile"])
+def test_the_fast_path_gives_the_packages_own_masks_and_proposals(kind):
+    """For MobileSAM mobile_sam's own predictor and generator."""
+    if kind == "mobile":
+        mobile_sam = pytest.importorskip("mobile_sam")
+        sam, predictor = small_mobile_sam(), mobile_sam.SamPredictor
+        generator = mobile_sam.SamAutomaticMaskGenerator
+    else:
+        sam, predictor, generator = small_sam(), SamPredictor, SamAutomaticMaskGenerator
+    segmenter = FastSam(sam)
+    image, _ = scene()
+    segmenter.set_image(image)
+    masks, plain = segmenter.predict(BOXES, POINTS), predictor(sam)
+    plain.set_image(image)
+    for mask, box, points in zip(masks, BOXES, POINTS):
+        own, _, _ = plain.predict(points, np.ones(len(points)), box=box, multimask_output=False)
+        assert (mask.numpy() == own[0]).all()
+    assert 0.01 < masks.float().mean() < 0.99
+    check_proposals(
+        segmenter,
+        image,
+        lambda settings: [
+            entry["segmentation"]
+            for entry in generator(
+                sam,
+                points_per_side=settings.points_per_side,
+                pred_iou_thresh=settings.predicted_iou,
+                stability_score_thresh=settings.stability,
+                box_nms_thresh=settings.box_nms,
+            ).generate(image)
+        ],
+        side=3 if kind == "mobile" else 4,  # 1024 pixels cannot be had smaller
+    )
+
+
+# -------------------------------------------------- the same weights in two implementations of SAM
+
+# Names of parts in segment_anything and in transformers, in order of replacement.
+RENAMED = [
+    ("image_encoder.", "vision_encoder."),
+    ("patch_embed.proj", "patch_embed.projection"),
+    ("blocks.", "layers."),
+    ("neck.0", "neck.conv1"),
+    ("neck.1", "neck.layer_norm1"),
+    ("neck.2", "neck.conv2"),
+    ("neck.3", "neck.layer_norm2"),
+    (".norm_final_attn", ".layer_norm_final_attn"),
+    (".norm", ".layer_norm"),
+    ("output_upscaling.0", "upscale_conv1"),
+    ("output_upscaling.1", "upscale_layer_norm"),
+    ("output_upscaling.3", "upscale_conv2"),
+    ("mask_downscaling.0", "mask_embed.conv1"),
+    ("mask_downscaling.1", "mask_embed.layer_norm1"),
+    ("mask_downscaling.3", "mask_embed.conv2"),
+    ("mask_downscaling.4", "mask_embed.layer_norm2"),
+    ("mask_downscaling.6", "mask_embed.conv3"),
+    ("point_embeddings.", "point_embed."),
+    (
+        "pe_layer.positional_encoding_gaussian_matrix",
+        "shared_embedding.positional_embedding",
+    ),
+]
+
+
+def in_transformers_words(state: dict) -> dict:
+    """segment_anything's state dict with the names of transformers' SamModel."""
+    renamed = {}
+    for name, value in state.items():
+        for old, new in RENAMED:
+            name = name.replace(old, new)
+        if "_mlps." in name or "iou_prediction_head" in name:  # layers 0, 1, 2
+            for number, new in enumerate(("proj_in", "layers.0", "proj_out")):
+                name = name.replace(f"layers.{number}.", f"{new}.", 1) if new else name
+                if f"{new}." in name:
+                    break
+        renamed[name] = value
+    shared = renamed["prompt_encoder.shared_embedding.positional_embedding"]
+    return renamed | {"shared_image_embedding.positional_embedding": shared}
+
+
+@pytest.mark.parametrize("size", [(72, SIDE), (SIDE, SIDE), (SIDE, 60)])
+def test_the_official_sam_by_two_ways_gives_the_same_labels(size, tmp_path):
+    pytest.importorskip("transformers")
+    official = small_sam()
+    model, processor = padded("Sam")
+    model.load_state_dict(in_transformers_words(official.state_dict()))
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    fast, other = FastSam(official), load_segmenter(str(tmp_path))
+    labels = []
+    image, label = scene(*size)
+    fast.settings = other.settings = thresholds(fast, image, side=8)
+    for segmenter in (fast, other):
+        result = seco_sam.aggregate(image, label, segmenter, CITYSCAPES_19)
+        labels.append(result.label)
+        assert len(result.prompts) > 2 and len(result.aligned) > 4
+    assert (labels[0] != IGNORE).any()
+    assert (labels[0] == labels[1]).mean() >= 0.9999
+
+
+def test_settings_are_those_of_the_familys_own_generator(loaded):
+    expected = {"sam": 0.88, "sam_hq": 0.88, "sam2": 0.8, "sam3_tracker": 0.8, "edgetam": 0.8}
+    found = {family: segmenter.settings for family, segmenter in loaded.items()}
+    assert all(settings.predicted_iou == expected[f] for f, settings in found.items())
+    assert {(s.points_per_side, s.stability, s.box_nms) for s in found.values()} == {
+        (32, 0.95, 0.7)
+    }
+
+
+@each_family
+def test_several_cores_give_what_one_gives(family, loaded):
+    image, _ = scene()
+    found = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        segmenter = anew(loaded[family], settings=EVERYTHING, prompt_batch=1)
+        torch.set_num_threads(1)  # of the encoder, whose sums depend on it
+        segmenter.set_image(image)
+        proposals = in_place(segmenter.proposals(), HEIGHT, WIDTH)
+        found.append(np.stack([*segmenter.predict(BOXES, POINTS).numpy(), *proposals]))
+        assert segmenter.threads == threads
+    assert (found[0] == found[1]).all()
+
+
+# ----------------------------------------------------------------------------------- the command
+
+
+def make_root(root: Path) -> None:
+    rows = []
+    for i in range(2):
+        image, label = scene(seed=i)
+        label[:, : WIDTH // 2] = IGNORE
+        save_picture(root / f"images/{i}.png", image)
+        write_label(root / f"pix/{i}.png", label, CITYSCAPES_19.palette)
+        rows.append((f"images/{i}.png", f"pix/{i}.png"))
+    write_list(root / "splits/pix/all.txt", rows)
+
+
+def command(root: Path, sam_type: str, *more: str) -> list[str]:
+    options = f"--id-list-path {root}/splits/pix/all.txt --root-path {root} --device cpu --sam-type"
+    return [*options.split(), sam_type, *more]
+
+
+def outputs(root: Path, name: str) -> dict[str, bytes]:
+    paths = [*sorted((root / name).glob("*.png")), root / f"splits/{name}/all.txt"]
+    return {path.name: path.read_bytes() for path in paths}
+
+
+@pytest.mark.parametrize("family", ["vit_t", *EACH])
+def test_psa_end_to_end_killed_resumed_and_in_two_processes(family, request, tmp_path):
+    if family == "vit_t":
+        pytest.importorskip("mobile_sam")
+        torch.save(small_mobile_sam().state_dict(), tmp_path / "mobile_sam.pt")
+        options, name = ("vit_t", "--sam-checkpoint", f"{tmp_path}/mobile_sam.pt"), "pix_vit_t"
+    else:
+        folder = request.getfixturevalue("folders")[family]
+        options, name = (str(folder),), f"pix_{folder.name}"
+    roots = [tmp_path / way for way in ("whole", "killed", "two")]
+    for root in roots:
+        make_root(root)
+    whole, killed, two = (command(root, *options) for root in roots)
+    together = [start_psa(two, rank, 2) for rank in range(2)]
+    first = [start_psa(whole), start_psa(killed, kill_after=1)]
+    for process in (*together, *first):
+        process.join(120)
+    assert [p.exitcode for p in (*together, *first)] == [0, 0, 0, -9]
+    assert len(list((roots[1] / name).glob("*.png"))) == 1
+    again = start_psa(killed)
+    again.join(120)
+    assert again.exitcode == 0
+    results = [outputs(root, name) for root in roots]
+    assert len(results[0]) == 3 and results[0] == results[1] == results[2]
+    summary = json.loads((roots[0] / name / "summary.json").read_text())
+    assert summary["proposals_per_image"] > 5 and summary["coverage_after"] > 10
+    settings = json.loads((roots[0] / name / "settings.json").read_text())
+    assert settings["sam_type"] == name.removeprefix("pix_") and len(settings["sam_sha256"]) == 64
+
+
+@pytest.mark.parametrize(
+    "sam_type, name",
+    [
+        ("vit_h", "vit_h"),
+        ("facebook/sam2.1-hiera-large", "sam2.1-hiera-large"),
+        ("pretrained/sam2.1-hiera-large/", "sam2.1-hiera-large"),
+        ("/data/my models/EdgeTAM hf", "EdgeTAM_hf"),
+    ],
+)
+def test_names_in_outputs(sam_type, name):
+    assert output_name(sam_type) == name
+
+
+# --------------------------------------------------------------------------- folders of the Hub
+
+
+def test_sam2_of_the_hub_is_saved_as_a_video_model(folders, loaded, tmp_path):
+    """facebook/sam2.1-*: config.json says sam2_video, the processor's settings are in one file."""
+    import transformers as t
+
+    image_model = loaded["sam2"].model
+    config = t.Sam2VideoConfig(
+        vision_config=sam2_vision(),
+        image_size=SIDE,
+        memory_attention_hidden_size=32,
+        memory_encoder_hidden_size=32,
+        memory_attention_num_layers=1,
+        memory_fuser_num_layers=1,
+        mask_downsampler_embed_dim=32,
+        memory_fuser_embed_dim=32,
+        **prompts_and_decoder("Sam2Video", image_size=SIDE),
+    )
+    video = t.Sam2VideoModel(config)
+    assert not video.load_state_dict(image_model.state_dict(), strict=False).unexpected_keys
+    video.save_pretrained(tmp_path)
+    processor = t.AutoImageProcessor.from_pretrained(folders["sam2"])
+    t.Sam2VideoProcessor(processor, t.Sam2VideoVideoProcessor()).save_pretrained(tmp_path)
+    assert not (tmp_path / "preprocessor_config.json").exists()
+    found = load_segmenter(str(tmp_path))
+    check_same_weights(found.model, image_model)
+    assert found.image_processor.size == processor.size and found.settings.predicted_iou == 0.8
+
+
+def test_sam3_of_the_hub_holds_detector_and_tracker(folders, loaded, tmp_path):
+    """facebook/sam3: config.json says sam3_video, the tracker shares the detector's encoder."""
+    import transformers as t
+    from safetensors.torch import save_file
+
+    tracker = loaded["sam3_tracker"].model
+    parts = prompts_and_decoder("Sam3TrackerVideo", image_size=84, patch_size=14)
+    config = t.Sam3TrackerVideoConfig(vision_config=sam3_vision(84), image_size=84, **parts)
+    t.Sam3VideoConfig(tracker_config=config.to_dict()).save_pretrained(tmp_path)
+    t.AutoImageProcessor.from_pretrained(folders["sam3_tracker"]).save_pretrained(tmp_path)
+
+    def place(name: str) -> str:
+        if name.startswith("vision_encoder.backbone."):
+            return f"detector_model.{name}"
+        neck = "vision_encoder.neck."
+        return name.replace(neck, "tracker_neck.") if neck in name else f"tracker_model.{name}"
+
+    state = {place(name): value.contiguous() for name, value in tracker.state_dict().items()}
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    check_same_weights(load_segmenter(str(tmp_path)).model, tracker)
+
+
+def check_same_weights(model, expected) -> None:
+    found, wanted = model.state_dict(), expected.state_dict()
+    assert type(model) is type(expected) and found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+# ------------------------------------------------------------------------------------- bad input
+
+
+def said(function, *arguments) -> str:
+    """The one line of the UserError."""
+    with pytest.raises(UserError) as error:
+        function(*arguments)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_absent_packages_say_what_to_install(monkeypatch, tmp_path):
+    (tmp_path / "mobile_sam.pt").write_bytes(b"")
+    for package in ("mobile_sam", "transformers"):
+        monkeypatch.setitem(sys.modules, package, None)
+    line = said(load_segmenter, "vit_t", tmp_path / "mobile_sam.pt")
+    assert "pip install mobilesam-mirror timm" in line
+    assert 'pip install "transformers>=5"' in said(load_segmenter, "facebook/sam2.1-hiera-large")
+    assert "nor a folder that is there" in said(load_segmenter, "vit_x")
+
+
+def test_absent_weights_say_where_to_get_them(monkeypatch, tmp_path):
+    pytest.importorskip("mobile_sam")
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    monkeypatch.chdir(tmp_path)
+    line = said(load_segmenter, "vit_t")
+    assert "pretrained/mobile_sam.pt" in line and model_sam.MOBILE_URL + "mobile_sam.pt" in line
+    # No network, nothing downloaded before.
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    line = said(load_segmenter, "facebook/sam2.1-hiera-large")
+    assert "https://huggingface.co/facebook/sam2.1-hiera-large" in line
+    assert "--sam-checkpoint" in line
+    assert "no such folder" in said(load_segmenter, "facebook/sam2.1-hiera-large", "nowhere")
+
+
+def test_bad_types_and_folders(folders, tmp_path, capsys, monkeypatch):
+    assert "nor a folder that is there" in said(load_segmenter, "vit_x")
+    assert "nor a folder that is there" in said(load_segmenter, "./nowhere")
+    assert "config.json: not readable" in said(load_segmenter, str(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    assert "model_type bert" in said(load_segmenter, str(tmp_path))
+    (tmp_path / "config.json").write_bytes((folders["sam2"] / "config.json").read_bytes())
+    assert str(tmp_path) in said(load_segmenter, str(tmp_path))  # no weights
+    (tmp_path / "model.safetensors").write_bytes(b"cut short")
+    assert str(tmp_path) in said(load_segmenter, str(tmp_path))
+    other = (folders["sam_hq"] / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(other)
+    processor = (folders["sam2"] / "preprocessor_config.json").read_bytes()
+    (tmp_path / "preprocessor_config.json").write_bytes(processor)
+    assert "do not fit its config.json" in said(load_segmenter, str(tmp_path))
+    make_root(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["seco_sam.py"])
+    code = run_main(lambda: seco_sam.main(command(tmp_path, "vit_x")))
+    assert code == 2 and "error: --sam-type vit_x" in capsys.readouterr().err
+
+
+def test_weights_are_told_apart(loaded, tmp_path):
+    """By one digest, for a file that of the file; MobileSAM's weights are not SAM's."""
+    files = loaded["sam2"].files
+    names = [path.name for path in files]
+    assert names == ["model.safetensors", "config.json", "preprocessor_config.json"]
+    assert files_digest(files) != files_digest(loaded["sam"].files)
+    assert files_digest(files) != files_digest(files[:1]) == sha256(files[0])
+    if pytest.importorskip("mobile_sam"):
+        torch.save(small_mobile_sam().state_dict(), tmp_path / "mobile_sam.pt")
+        assert "give --sam-type vit_t" in said(load_segmenter, "vit_h", tmp_path / "mobile_sam.pt")

@@ -1,0 +1,295 @@
+"""What the scripts share: paths and lists, reading of images and labels, option checks, locks."""
+
+import argparse
+import multiprocessing
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from PIL import Image
+
+from util import progress as shown
+from util.labels import (
+    check_pairs,
+    check_same_shape,
+    image_size,
+    read_image,
+    read_label,
+    read_list,
+    root_relative,
+)
+from util.options import add_run_options, check_range, check_run_options
+from util.run import (
+    PACKAGES,
+    UserError,
+    check_settings,
+    digests,
+    folder_lock,
+    manifest,
+    read_json,
+    run_main,
+    sha256,
+)
+
+# --- lists and paths
+
+
+def write(path, text):
+    path.write_text(text)
+    return path
+
+
+def test_paths_of_a_list_come_back_short(tmp_path):
+    path = write(tmp_path / "l.txt", "./images/a/../b.png pix/../pix/./b.png\n")
+    assert read_list(path) == [("images/b.png", "pix/b.png")]
+
+
+@pytest.mark.parametrize("name", ["/etc/x.png", "../x.png", "pix/../../evil/0.png", "..", "C:/x"])
+def test_paths_that_leave_the_root_are_refused(tmp_path, name):
+    path = write(tmp_path / "l.txt", f"images/0.png {name}\n")
+    with pytest.raises(UserError, match=r"line 1: .*below --root-path"):
+        read_list(path)
+
+
+@pytest.mark.parametrize("second", ["a.png q/b.png", "b.png q/a.png", "./a.png q/c.png"])
+def test_repeated_images_and_labels_are_refused(tmp_path, second):
+    path = write(tmp_path / "l.txt", f"a.png q/a.png\n{second}\n")
+    with pytest.raises(UserError, match="line 2: .* is in line 1 already"):
+        read_list(path)
+
+
+def test_root_relative_keeps_what_is_right():
+    assert root_relative("a/b c.png", "x") == "a/b c.png"
+
+
+# --- images and labels
+
+
+def saved(path, array, **options):
+    Image.fromarray(array).save(path, **options)
+    return path
+
+
+def test_16_bit_grey_is_scaled(tmp_path):
+    values = np.array([[0, 257, 32896, 65535]], dtype=np.uint16)
+    image = read_image(saved(tmp_path / "g.png", values))
+    assert image[..., 0].tolist() == [[0, 1, 128, 255]] and image.shape == (1, 4, 3)
+
+
+def test_exif_turned_pictures_are_turned(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    pixels = np.zeros((8, 16, 3), np.uint8)
+    pixels[:, :8] = 255
+    path = saved(tmp_path / "p.png", pixels, exif=exif)
+    image = read_image(path)
+    assert image.shape == (16, 8, 3) and image_size(path) == (16, 8)
+    assert image[0].min() == 255 and image[-1].max() == 0
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "1-bit", "rgb", "truncated", "text", "16-bit"])
+def test_labels_of_another_kind_are_refused_in_a_line(tmp_path, kind):
+    path = tmp_path / ("l.jpg" if kind == "jpeg" else "l.png")
+    label = np.random.default_rng(0).integers(0, 19, (64, 64)).astype(np.uint8)
+    if kind == "1-bit":
+        Image.fromarray(label > 9).save(path)
+    elif kind == "rgb":
+        Image.fromarray(np.stack([label] * 3, -1)).save(path)
+    elif kind == "16-bit":
+        Image.fromarray(label.astype(np.uint16)).save(path)
+    else:
+        Image.fromarray(label).save(path)
+    if kind == "truncated":
+        path.write_bytes(path.read_bytes()[:200])
+    if kind == "text":
+        path.write_text("label")
+    with pytest.raises(UserError, match="l\\.(png|jpg): ") as error:
+        read_label(path, 19)
+    assert "\n" not in str(error.value)
+
+
+def test_huge_images_get_one_line(tmp_path, monkeypatch):
+    path = saved(tmp_path / "h.png", np.zeros((40, 40), np.uint8))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    for read in (read_image, read_label, image_size):
+        with pytest.raises(UserError, match="million pixels"):
+            read(path)
+
+
+@pytest.mark.parametrize("other", [(512, 1024), (129, 257), (1024, 2048), (256, 512), (341, 683)])
+def test_lower_resolutions_show_the_same(other):
+    check_same_shape("a", (1024, 2048), "b", other)
+    check_same_shape("b", other, "a", (1024, 2048))
+
+
+@pytest.mark.parametrize("other", [(2048, 1024), (1024, 2000), (512, 512), (720, 1280)])
+def test_other_aspect_ratios_are_refused(other):
+    with pytest.raises(UserError, match=f"{other[1]}x{other[0]}"):
+        check_same_shape("a", (1024, 2048), "b", other)
+
+
+def test_check_pairs(tmp_path):
+    image = saved(tmp_path / "i.png", np.zeros((20, 40, 3), np.uint8))
+    saved(tmp_path / "l.png", np.zeros((10, 20), np.uint8))
+    rows = [("i.png", "l.png")]
+    check_pairs(tmp_path, rows, "list", 19)
+    with pytest.raises(UserError, match="one size"):
+        check_pairs(tmp_path, rows, "list", 19, same_size=True)
+    saved(tmp_path / "l.png", np.zeros((40, 20), np.uint8))
+    with pytest.raises(UserError, match=r"l\.png: 20x40 .* 40x20"):
+        check_pairs(tmp_path, rows, "list", 19)
+    image.unlink()
+    with pytest.raises(UserError, match=r"i\.png: no such file"):
+        check_pairs(tmp_path, rows, "list", 19)
+
+
+# --- options
+
+
+def options(*argv):
+    parser = argparse.ArgumentParser()
+    add_run_options(parser)
+    return parser.parse_args(argv)
+
+
+@pytest.mark.parametrize("device", ["banana", "gpu", "0", "cuda:x", "cpu:", "cuda:99", "mps:zz"])
+def test_unknown_devices_are_refused(device):
+    with pytest.raises(UserError, match=f"--device {device}: "):
+        check_run_options(options("--device", device))
+
+
+@pytest.mark.parametrize("seed", ["-1", "4294967296"])
+def test_seeds_outside_the_range_are_refused(seed):
+    with pytest.raises(UserError, match=f"--seed {seed}: give 0 or more and at most 4.29497e"):
+        check_run_options(options("--seed", seed))
+
+
+def test_fitting_run_options_pass():
+    check_run_options(options("--device", "cpu", "--seed", str(2**32 - 1)))
+
+
+@pytest.mark.parametrize(
+    "value, fits", [(0.5, True), (0, False), (-1, False), (2, True), (3, False), (None, True)]
+)
+def test_check_range(value, fits):
+    space = argparse.Namespace(batch_size=value)
+    if fits:
+        check_range(space, "batch_size", above=0, most=2)
+    else:
+        with pytest.raises(UserError, match=f"--batch-size {value}: give a number above 0 and"):
+            check_range(space, "batch_size", above=0, most=2)
+
+
+def test_not_a_number_and_each_of_several_values_are_checked():
+    for value in (float("nan"), float("inf"), [1, -1]):
+        with pytest.raises(UserError, match="--lr"):
+            check_range(argparse.Namespace(lr=value), "lr", above=0)
+
+
+# --- runs
+
+
+def hold(folder, ready, leave):
+    with folder_lock(folder):
+        ready.set()
+        leave.wait(30)
+
+
+def test_a_second_run_in_a_folder_stops_and_a_killed_one_leaves_no_lock(tmp_path):
+    context = multiprocessing.get_context("fork")
+    ready, leave = context.Event(), context.Event()
+    first = context.Process(target=hold, args=(tmp_path, ready, leave))
+    first.start()
+    assert ready.wait(30)
+    with pytest.raises(UserError, match="another run is writing there"), folder_lock(tmp_path):
+        pass
+    first.kill()
+    first.join()
+    with folder_lock(tmp_path):
+        pass
+
+
+def test_settings_of_a_run_that_made_nothing_do_not_bind(tmp_path):
+    path = tmp_path / "settings.json"
+    check_settings(path, {"seed": 1})
+    check_settings(path, {"seed": 2}, begun=False)
+    assert read_json(path) == {"seed": 2}
+    with pytest.raises(UserError, match="seed = 2, now it is 3"):
+        check_settings(path, {"seed": 3})
+
+
+def test_digests(tmp_path):
+    path = write(tmp_path / "a", "x")
+    assert digests([path, path]) == {str(path): sha256(path)}
+
+
+@pytest.mark.parametrize(
+    "error, told",
+    [
+        (OSError(28, "No space left on device", "x.pth"), "the disk is full"),
+        (RuntimeError("PytorchStreamWriter failed writing file data/0"), "the disk is full"),
+        (RuntimeError("unable to allocate shared memory(shm) for file </torch_1>"), "--shm-size"),
+    ],
+)
+def test_limits_of_the_machine_are_told_in_a_line(error, told, capsys):
+    def main():
+        raise error
+
+    assert run_main(main) == 2
+    said = capsys.readouterr().err
+    assert told in said and said.count("\n") == 1
+
+
+def test_other_errors_keep_their_traceback():
+    def main():
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError):
+        run_main(main)
+
+
+def test_manifests_name_every_run_time_package():
+    wanted = [
+        line.split("#")[0].split(">")[0].strip()
+        for line in (ROOT / "requirements.txt").read_text().splitlines()
+        if line.split("#")[0].strip()
+    ]
+    assert set(wanted) <= set(PACKAGES)
+    found = manifest({})
+    assert all(found["versions"][name] for name in wanted)
+    assert found["hardware"]["cpu"] and found["hardware"]["ram_gb"] > 1
+
+
+# --- progress
+
+
+def test_a_log_gets_plain_lines_now_and_then(capsys, monkeypatch):
+    clock = iter(range(0, 10000, 10))
+    monkeypatch.setattr(shown.time, "monotonic", lambda: next(clock))
+    assert list(shown.progress(range(12), "PSA")) == list(range(12))
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 4 and lines[0].startswith("PSA: 3/12 img, 10.00 s each, 2 min left")
+    assert not any("\r" in line for line in lines)
+
+
+PROCESSES = """
+import sys, time
+sys.path.insert(0, {root!r})
+import torch
+from util import run
+run.RENDEZVOUS_SECONDS = 3
+with run.process_group(torch.device("cpu")) as (rank, world):
+    time.sleep(6 * rank)   # slower than the rendezvous may take
+    total = torch.ones(1)
+    torch.distributed.all_reduce(total)
+    assert total.item() == world == 2
+"""
+
+
+def test_a_slow_process_is_waited_for(tmp_path):
+    script = write(tmp_path / "two.py", PROCESSES.format(root=str(ROOT)))
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    run = subprocess.run([sys.executable, *launch], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
