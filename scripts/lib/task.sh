@@ -62,7 +62,8 @@ need_inputs() {
         lacks "$CHECKPOINT: the model that the starting labels come from" \
             "$CHECKPOINT_FROM; another file: CHECKPOINT=…; another model's probabilities: PROBABILITIES=<folder>"
     fi
-    [ -f "$SAM_CHECKPOINT" ] || lacks "$SAM_CHECKPOINT: SAM's weights ($SAM_TYPE)" "bash scripts/download.sh sam $SAM_TYPE"
+    [ -f "$SAM_CHECKPOINT" ] || lacks "$SAM_CHECKPOINT: SAM's weights ($SAM_TYPE)" \
+        "bash scripts/download.sh sam $SAM_TYPE (vit_t: model/README.md)"
     [ -f "$BACKBONE_WEIGHTS" ] || [ "$BACKBONE_WEIGHTS" = imagenet ] ||
         lacks "$BACKBONE_WEIGHTS: UniMatch's ImageNet ResNet-101 (deep stem)" \
             "the link 'ResNet-101' in the README of github.com/LiheYoung/UniMatch; or STEM=torchvision BACKBONE_WEIGHTS=imagenet"
@@ -205,7 +206,7 @@ main() { # main ARGUMENT… of the script
     one_of RECIPE release paper
     one_of REHEARSE 0 1
     one_of USE_SCC 0 1
-    one_of SAM_TYPE tiny vit_b vit_l vit_h
+    one_of SAM_TYPE tiny vit_t vit_b vit_l vit_h
     one_of STEM deep torchvision
     numbers SEED 0 4294967295
     REHEARSE="${REHEARSE:-0}" RECIPE="${RECIPE:-release}" USE_SCC="${USE_SCC:-1}" SEED="${SEED:-0}" DEVICE="${DEVICE:-auto}"
