@@ -42,6 +42,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import pyclipper
 import torch
 from PIL import Image
 from torch import Tensor
@@ -56,9 +57,9 @@ from util.labels import (
     check_files,
     class_set,
     image_size,
-    read_image,
     read_label,
     read_list,
+    read_picture,
     renamed_experiment,
     renamed_list,
     write_label,
@@ -216,26 +217,55 @@ def paint(painted: Tensor, mask: Tensor, class_id: int, recipe: str) -> None:
 # ---------------------------------------------------------------------------------- things: prompts
 
 
-def rotated_unclip_box(connectivity: Connectivity, height: int, width: int) -> np.ndarray | None:
-    """Release box: the minimum-area rectangle of the connectivity's largest contour, offset
-    outwards with round corners by UNCLIP x area / perimeter, its bounds rounded outwards and
-    clipped to the image. None for a line, which has no area.
-
-    A contour runs through pixel centres. Round corners make the offset's bounds those of the
-    rectangle plus the offset.
+def corners_in_order(corners: np.ndarray) -> np.ndarray:
+    """Four corners 4 x 2 (x, y) around the rectangle: upper left, upper right, lower right, lower
+    left, where left are the two of smallest x.
     """
+    by_x = corners[np.argsort(corners[:, 0], kind="stable")]
+    upper_left, lower_left = (0, 1) if by_x[1, 1] > by_x[0, 1] else (1, 0)
+    upper_right, lower_right = (2, 3) if by_x[3, 1] > by_x[2, 1] else (3, 2)
+    return by_x[[upper_left, upper_right, lower_right, lower_left]]
+
+
+def area_and_perimeter(polygon: np.ndarray) -> tuple[float, float]:
+    """Of a polygon k x 2, summed in float64 in the order of shapely, which the released code calls:
+    another order gives other last bits, and now and then another box.
+    """
+    x, y = polygon.astype(np.float64).T
+    twice = sum((x - x[0]) * (np.roll(y, 1) - np.roll(y, -1)))
+    sides = np.sqrt((np.roll(x, -1) - x) ** 2 + (np.roll(y, -1) - y) ** 2)
+    return abs(float(twice)) / 2, float(sum(sides))
+
+
+def rotated_unclip_box(connectivity: Connectivity, height: int, width: int) -> np.ndarray | None:
+    """Release box: the minimum-area rectangle of the connectivity's outer contour, offset outwards
+    with round corners by UNCLIP x area / perimeter; its bounds, clipped to the image.
+
+    The offset is Clipper's, which computes in whole numbers: corners lose their decimals, the
+    result is rounded. None where nothing is left of it: lines, and rectangles so thin that they
+    become lines. The contour has all its points and the coordinates of the whole label map, on
+    which the rectangle's last bits depend.
+    """
+    rows, columns = connectivity.window
     contours, _ = cv2.findContours(
-        connectivity.mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE
+        connectivity.mask.astype(np.uint8),
+        cv2.RETR_EXTERNAL,
+        cv2.CHAIN_APPROX_NONE,
+        offset=(columns.start, rows.start),
     )
     rectangle = cv2.minAreaRect(max(contours, key=cv2.contourArea))
-    side_a, side_b = rectangle[1]
-    if side_a * side_b == 0:
+    corners = corners_in_order(cv2.boxPoints(rectangle))
+    area, perimeter = area_and_perimeter(corners)
+    offset = pyclipper.PyclipperOffset()
+    offset.AddPath(
+        corners.astype(np.int64).tolist(), pyclipper.JT_ROUND, pyclipper.ET_CLOSEDPOLYGON
+    )
+    polygons = offset.Execute(UNCLIP * area / perimeter)
+    if not polygons:
         return None
-    offset = UNCLIP * side_a * side_b / (2 * (side_a + side_b))
-    rows, columns = connectivity.window
-    corners = cv2.boxPoints(rectangle).astype(np.float64) + (columns.start, rows.start)
-    low, high = np.floor(corners.min(axis=0) - offset), np.ceil(corners.max(axis=0) + offset)
-    return np.concatenate([low, high]).clip(0, [width - 1, height - 1] * 2)
+    vertices = np.concatenate(polygons).astype(np.float64)
+    box = np.concatenate([vertices.min(axis=0), vertices.max(axis=0)])
+    return box.clip(0, [width - 1, height - 1] * 2)
 
 
 def enlarged_box(connectivity: Connectivity, height: int, width: int) -> np.ndarray:
@@ -401,12 +431,10 @@ def aggregate(
 def read_pair(root: Path, row: tuple[str, str], class_num: int) -> tuple[np.ndarray, np.ndarray]:
     """Image and pseudo-label of a list's row; the image is resized to the size of the label map."""
     label = read_label(root / row[1], class_num)
-    image = read_image(root / row[0])
-    if image.shape[:2] != label.shape:
-        image = np.asarray(
-            Image.fromarray(image).resize(label.shape[::-1], Image.Resampling.BILINEAR)
-        )
-    return image, label
+    image = read_picture(root / row[0])
+    if image.size != label.shape[::-1]:
+        image = image.resize(label.shape[::-1], Image.Resampling.BICUBIC)  # released code
+    return np.asarray(image), label
 
 
 # ------------------------------------------------------------------------------------ what is shown
