@@ -90,7 +90,7 @@ from util.scc_report import write_report
 
 # Released code.
 EPOCHS = 20  # T of the learning rate's decay
-DECAY, POWER = 10, 0.75  # learning rate x (1 + DECAY t / T) ^ -POWER
+DECAY, POWER = 10, 0.75  # learning rate x (1 + DECAY t / T) ^ -POWER, t = 1 at the first update
 BACKBONE_FACTOR = 0.1  # the backbone's learning rate over the classifier's
 MOMENTUM, WEIGHT_DECAY, LABEL_SMOOTHING = 0.9, 1e-3, 0.1
 # Ours, where paper and released code are silent.
@@ -148,34 +148,48 @@ def numbered(label: np.ndarray, class_num: int) -> np.ndarray:
 def patch_window(
     box: tuple[int, int, int, int], height: int, width: int, patch: tuple[int, int]
 ) -> tuple[int, int, int, int]:
-    """(y0, x0, y1, x1) of the image's part that shows a connectivity with `box` (x, y, width,
-    height).
+    """(y0, x0, y1, x1) of the image's part that shows a connectivity (released code, exactly).
 
-    `patch` (h, w) pixels centred on the box; grown at the same aspect if the box is larger; shifted
-    into the image. In an image smaller than that, the image's side is the limit. (released code)
+    box: (x, y, width, height); height, width: of the image; patch: (h, w); all in pixels. The
+    window is `patch` around the box's centre, grown at the same aspect ratio if the box is larger,
+    shifted into the image, and cut where the image is smaller.
     """
-    x, y, box_width, box_height = box
-    grow = max(1.0, box_height / patch[0], box_width / patch[1])
-    high, wide = min(height, round(patch[0] * grow)), min(width, round(patch[1] * grow))
-    top = min(max(round(y + box_height / 2 - high / 2), 0), height - high)
-    left = min(max(round(x + box_width / 2 - wide / 2), 0), width - wide)
-    return top, left, top + high, left + wide
+    x, y, box_width, box_height = (int(value) for value in box)
+    high, wide = patch
+    if box_width > wide or box_height > high:
+        grow = max(box_height / high, box_width / wide)
+        high, wide = int(grow * high), int(grow * wide)
+    y0, y1 = span(int(y + box_height / 2), high, height)
+    x0, x1 = span(int(x + box_width / 2), wide, width)
+    return y0, x0, y1, x1
+
+
+def span(centre: int, length: int, limit: int) -> tuple[int, int]:
+    """(start, end) of about `length` pixels around `centre`, shifted and cut to 0 .. limit."""
+    start, end = centre - length // 2, centre + length // 2
+    if start < 0:
+        start, end = 0, end - start
+    if end > limit:
+        start, end = start - (end - limit), limit
+    return max(start, 0), end
 
 
 def cut_patch(
     image: np.ndarray, numbers: np.ndarray, row: np.ndarray, patch: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The patch (uint8 h x w x 3) of an INDEX row and its connectivity's mask (uint8 h/2 x w/2 of 0
-    and 1, nearest).
+    """(patch uint8 h x w x 3, mask uint8 h/2 x w/2 of 0 and 1) of an INDEX row.
+
+    image: uint8 H x W x 3; numbers: int32 H x W, what `numbered` gives. The patch is resized
+    bilinearly, the mask to the nearest pixel, first to h x w and then to the stem's h/2 x w/2
+    (released code; it does not round the resized patch to whole numbers).
     """
     y0, x0, y1, x1 = patch_window(
         (row["x"], row["y"], row["width"], row["height"]), *numbers.shape, patch
     )
     picture = cv2.resize(image[y0:y1, x0:x1], patch[::-1], interpolation=cv2.INTER_LINEAR)
     mask = (numbers[y0:y1, x0:x1] == row["number"]).astype(np.uint8)
-    return picture, cv2.resize(
-        mask, (patch[1] // 2, patch[0] // 2), interpolation=cv2.INTER_NEAREST
-    )
+    mask = cv2.resize(mask, patch[::-1], interpolation=cv2.INTER_NEAREST)
+    return picture, np.ascontiguousarray(mask[::2, ::2])
 
 
 def quantile_threshold(values: np.ndarray, quantile: float) -> float:
@@ -186,14 +200,18 @@ def quantile_threshold(values: np.ndarray, quantile: float) -> float:
 def filter_connectivities(
     loss: np.ndarray, score: np.ndarray, predicted: np.ndarray, rule: str, quantile: float
 ) -> tuple[np.ndarray, dict]:
-    """Which connectivities are kept (bool), and the thresholds.
+    """Which connectivities are kept (bool N), and the thresholds (released code).
 
-    loss, score: float64; predicted: int. The thresholds of a predicted class are quantiles of its
-    connectivities, the global one is their mean over all connectivities. rule "both_loss": dropped
-    if the loss exceeds both; "loss": if it exceeds the class's; "score": if the score is below the
-    class's. (released code) A connectivity whose loss or score is not finite is dropped and has no
-    part in the thresholds.
+    loss, score: float64 N; predicted: int N. A predicted class's threshold is the quantile q of its
+    connectivities' losses, or 1 - q of their scores. The global threshold is the mean of these over
+    all connectivities. A connectivity is dropped by rule
+    - "both_loss": if its loss exceeds both thresholds;
+    - "loss" (the release's local_loss): if its loss exceeds its class's;
+    - "score" (local_score): if its score is below its class's.
+    Ours: one whose loss or score is not finite is dropped and has no part in the thresholds.
     """
+    if rule == "score":
+        quantile = 1 - quantile
     values, finite = score if rule == "score" else loss, np.isfinite(loss) & np.isfinite(score)
     per_class = {
         int(c): quantile_threshold(values[finite & (predicted == c)], quantile)
@@ -584,7 +602,7 @@ def train(data: Data, out: Path, device: torch.device) -> None:
     bar = tqdm(batches, desc="SCC training", unit="it", initial=done, total=options.iterations)
     for iteration, (images, second, classes) in enumerate(bar, start=done):
         for group, lr in zip(optimizer.param_groups, base):
-            group["lr"] = lr * (1 + DECAY * iteration / total) ** -POWER
+            group["lr"] = lr * (1 + DECAY * (iteration + 1) / total) ** -POWER
         loss = F.cross_entropy(
             logits_of(model, images, second, device, options.amp == "bf16"),
             classes.to(device),
