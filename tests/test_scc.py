@@ -20,9 +20,11 @@ from PIL import Image
 from torch.nn import functional as F
 
 import seco_scc as scc
+from dataset import scc as scc_data
 from dataset.toy import draw_scene
 from model.scc import MaskShares, PatchClassifier, PooledClassifier, pooled_features
 from scripts.dev import plant_noise
+from util import scc_files
 from util.connectivity import connectivities
 from util.images import normalised
 from util.labels import CITYSCAPES_19, IGNORE, read_label, read_list, write_label, write_list
@@ -129,8 +131,8 @@ def data_of(root, recipe="release", **changes):
     for name, value in changes.items():
         setattr(options, name, value)
     rows = read_list(root / "splits/pix/all.txt")
-    index = np.concatenate([scc.index_image(root / row[1], i, 19) for i, row in enumerate(rows)])
-    return scc.Data(root, rows, index, 19, options)
+    parts = [scc_data.index_image(root / row[1], i, 19) for i, row in enumerate(rows)]
+    return scc.Data(root, rows, np.concatenate(parts), 19, options)
 
 
 # -------------------------------------------------------------------------- connectivities, patches
@@ -139,7 +141,7 @@ def data_of(root, recipe="release", **changes):
 def test_index_and_numbers_agree_with_the_masks(made):
     for _, path in read_list(made / "splits/pix/all.txt"):
         label = read_label(made / path)
-        numbers, rows = scc.numbered(label, 19), scc.index_image(made / path, 7, 19)
+        numbers, rows = scc_data.numbered(label, 19), scc_data.index_image(made / path, 7, 19)
         assert ((numbers < 0) == (label == IGNORE)).all()
         assert len(rows) == numbers.max() + 1
         for row in rows:
@@ -184,14 +186,14 @@ def test_cut_patch_of_a_small_and_of_a_large_connectivity():
     random = np.random.default_rng(2)
     image = random.integers(0, 256, (96, 192, 3), dtype=np.uint8)
     numbers = random.integers(-1, 3, (96, 192)).astype(np.int32)
-    row = np.array([(0, 2, 5, 9, 80, 40, 20, 10)], scc.INDEX)[0]
+    row = np.array([(0, 2, 5, 9, 80, 40, 20, 10)], scc_data.INDEX)[0]
     patch, mask = scc.cut_patch(
         image, numbers, row, (32, 64)
     )  # box centre (90, 45): rows 29 to 61, columns 58 to 122
     assert (patch == image[29:61, 58:122]).all() and (
         mask == (numbers == 2)[29:61:2, 58:122:2]
     ).all()
-    row = np.array([(0, 1, 5, 9, 0, 0, 128, 64)], scc.INDEX)[
+    row = np.array([(0, 1, 5, 9, 0, 0, 128, 64)], scc_data.INDEX)[
         0
     ]  # twice the patch: every fourth pixel of the mask
     patch, mask = scc.cut_patch(image, numbers, row, (32, 64))
@@ -266,7 +268,7 @@ def test_one_pass_serves_all_connectivities():
     images = torch.randint(0, 256, (2, 64, 96, 3), dtype=torch.uint8)
     numbers = np.random.default_rng(4).integers(-1, 5, (2, 64, 96)).astype(np.int32)
     with torch.no_grad():
-        logits = model(normalised(images), [scc.mask_shares(n, 5, (64, 96)) for n in numbers])
+        logits = model(normalised(images), [scc_data.mask_shares(n, 5, (64, 96)) for n in numbers])
         features = model.features(normalised(images))
         for image, number in np.ndindex(2, 5):
             weight = F.avg_pool2d(
@@ -406,7 +408,7 @@ def test_corrected_label_against_a_loop():
     random = np.random.default_rng(10)
     numbers = random.integers(-1, 7, (20, 30)).astype(np.int32)
     final = random.choice([0, 5, 18, IGNORE], 7).astype(np.uint8)
-    corrected = scc.corrected_label(np.zeros((20, 30), np.uint8), numbers, final)
+    corrected = scc.corrected_label(numbers, final)
     for y, x in np.ndindex(20, 30):
         assert corrected[y, x] == (IGNORE if numbers[y, x] < 0 else final[numbers[y, x]])
 
@@ -415,15 +417,16 @@ def test_corrected_label_against_a_loop():
 
 
 def test_an_epoch_has_every_connectivity_once_and_the_pool_is_bounded(made, monkeypatch):
-    monkeypatch.setattr(scc, "POOL", 20)
+    monkeypatch.setattr(scc_data, "POOL", 20)
     data = data_of(made)
-    order, visits = scc.release_order(data, 0)
+    order, visits = scc_data.release_order(data, 0)
     assert sorted(order) == list(range(len(data.index))) and max(map(len, visits)) <= 20
     assert len(visits) == sum(-(-len(data.of_image(i)) // 20) for i in range(5))
     assert (
-        order.tolist() != sorted(order) and order.tolist() != scc.release_order(data, 1)[0].tolist()
+        order.tolist() != sorted(order)
+        and order.tolist() != scc_data.release_order(data, 1)[0].tolist()
     )
-    assert order.tolist() == scc.release_order(data, 0)[0].tolist()
+    assert order.tolist() == scc_data.release_order(data, 0)[0].tolist()
     # Taking visits only when they are needed never has more than the pool and one visit in memory.
     pool, coming = set(), iter(visits)
     for member in order:
@@ -434,20 +437,20 @@ def test_an_epoch_has_every_connectivity_once_and_the_pool_is_bounded(made, monk
 
 
 def test_release_batches_against_opening_the_image_for_each_connectivity(made, monkeypatch):
-    monkeypatch.setattr(scc, "POOL", 40)
+    monkeypatch.setattr(scc_data, "POOL", 40)
     data = data_of(made, workers=3)
     reads = []
     monkeypatch.setattr(
         data, "read", lambda image, read=data.read: reads.append(image) or read(image)
     )
     per_epoch = scc.batches_per_epoch(data)
-    batches = list(scc.patch_batches(data, 0, per_epoch + 1))
+    batches = list(scc_data.patch_batches(data, scc.cut_patch, 0, per_epoch + 1))
     assert len(batches) == per_epoch + 1 == len(data.index) // 8 + 1
-    visits = scc.release_order(data, 0)[1]
+    visits = scc_data.release_order(data, 0)[1]
     assert len(reads) <= 2 * len(visits) and reads.count(0) <= 2 * -(-len(data.of_image(0)) // 40)
     seen = (
-        scc.release_order(data, 0)[0][: per_epoch * 8].tolist()
-        + scc.release_order(data, 1)[0][:8].tolist()
+        scc_data.release_order(data, 0)[0][: per_epoch * 8].tolist()
+        + scc_data.release_order(data, 1)[0][:8].tolist()
     )
     mirrored = 0
     for place, member in enumerate(seen):
@@ -471,8 +474,13 @@ def test_release_batches_against_opening_the_image_for_each_connectivity(made, m
     assert 0.3 < mirrored / len(seen) < 0.7
 
 
+def release_batches(data, start, stop):
+    return scc_data.patch_batches(data, scc.cut_patch, start, stop)
+
+
 @pytest.mark.parametrize(
-    "recipe, batches_of", [("release", scc.patch_batches), ("paper", scc.image_batches)]
+    "recipe, batches_of",
+    [("release", release_batches), ("paper", scc_data.image_batches)],
 )
 def test_batches_follow_from_their_number_alone(made, recipe, batches_of):
     """Starting in the middle of an epoch, or with other workers, gives the same batches."""
@@ -559,7 +567,7 @@ def test_small_connectivities_might_as_well_not_be_there(root, recipe):
     limit, wrong = 12, []
     for _, path in read_list(root / "splits/pix/all.txt"):
         label, truth = read_label(root / path), read_label(root / path.replace("pix/", "gt/", 1))
-        numbers = scc.numbered(label, 19)
+        numbers = scc_data.numbered(label, 19)
         for number in range(numbers.max() + 1):
             if (numbers == number).sum() < limit:
                 inside = truth[(numbers == number) & (truth != IGNORE)]
@@ -628,8 +636,8 @@ def test_other_thresholds_run_only_the_correction(
     def refuse(*_):
         raise AssertionError("not to be called")
 
-    for name in ("train", "score_image", "index_image"):
-        monkeypatch.setattr(scc, name, refuse)
+    for module, name in ((scc, "train"), (scc, "score_image"), (scc_files, "index_image")):
+        monkeypatch.setattr(module, name, refuse)
     scc.main(command(tmp_path, recipe, *thresholds))
     other = results(tmp_path, recipe)
     assert (
@@ -843,7 +851,7 @@ def test_other_settings_or_labels_in_the_same_folder(finished, tmp_path):
         scc.main(command(tmp_path, "release", "--iterations", "7"))
     label = read_label(tmp_path / "pix/train/0.png")
     write_label(tmp_path / "pix/train/0.png", label[::-1], CITYSCAPES_19.palette)
-    with pytest.raises(UserError, match="other label maps"):
+    with pytest.raises(UserError, match="pix/train/0.png: has changed since"):
         scc.main(command(tmp_path, "release"))
     assert results(tmp_path, "release") == before
 

@@ -18,6 +18,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 import seco_scc as scc
+from dataset.scc import index_image, numbered, patch_batches
 from model.scc import PatchClassifier, PooledClassifier, linear
 from util.images import normalised
 from util.labels import IGNORE, read_label
@@ -33,8 +34,8 @@ def regions(request):
     path = DATA / f"scc/label_{request.param}.png"
     with open(DATA / f"scc/regions_{request.param}.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    numbers = scc.numbered(read_label(path, 19), 19)
-    return rows, scc.index_image(path, 0, 19), formula_image(*MAPS[request.param]), numbers
+    numbers = numbered(read_label(path, 19), 19)
+    return rows, index_image(path, 0, 19), formula_image(*MAPS[request.param]), numbers
 
 
 def whole(row, *names):
@@ -116,7 +117,7 @@ def camvid(tmp_path):
         ["--id-list-path=all.txt", "--backbone=resnet10", "--backbone-weights=none"]
         + ["--patch-size", "32", "64", "--batch-size=8", "--iterations=6", "--device=cpu"]
     )
-    index = scc.index_image(tmp_path / "pix/label.png", 0, 19)
+    index = index_image(tmp_path / "pix/label.png", 0, 19)
     return scc.Data(tmp_path, rows, index, 19, options)
 
 
@@ -127,7 +128,9 @@ def test_six_iterations_against_the_schedule_written_out(camvid, tmp_path):
     scc.seed_everything(0)
     model = scc.make_classifier(data.options, 19, torch.device("cpu")).train()
     momentum = {}
-    for t, (patches, masks, classes) in enumerate(scc.patch_batches(data, 0, 6), start=1):
+    for t, (patches, masks, classes) in enumerate(
+        patch_batches(data, scc.cut_patch, 0, 6), start=1
+    ):
         logits = model(normalised(patches), masks)
         target = F.one_hot(classes, 19) * 0.9 + 0.1 / 19
         loss = -(target * logits.log_softmax(dim=1)).sum(dim=1).mean()
