@@ -64,7 +64,6 @@ from util.images import normalised
 from util.labels import (
     IGNORE,
     ClassSet,
-    check_files,
     check_pairs,
     class_set,
     read_list,
@@ -764,7 +763,6 @@ def read_ground_truth(
                 " --id-list-path"
             )
     pairs = [(label, truth[image]) for image, label in rows]
-    check_files(options.root_path, [label for label, _ in pairs], options.id_list_path)
     check_pairs(options.root_path, pairs, options.gt, class_num, same_size=True)
     return truth
 
@@ -849,12 +847,12 @@ def main(argv=None) -> None:
     with folder_lock(out), process_group(torch.device("cpu")) as (rank, _):
         truth = None
         if rank == 0:
-            truth = read_ground_truth(options, rows, classes.count)
             labels = [root / renamed_experiment(label, suffix) for _, label in rows]
             for folder in {out, out / "scores", out / "report", *(p.parent for p in labels)}:
                 remove_leftovers(folder)
             settings = settings_of(options, classes.count)
             prepare_folder(out, settings, root, rows, labels, options.id_list_path)
+            truth = read_ground_truth(options, rows, classes.count)
         wait_for_all()
         data = Data(root, rows, read_index(out), classes.count, options)
         if rank == 0:

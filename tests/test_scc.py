@@ -28,7 +28,7 @@ from util import scc_files
 from util.connectivity import connectivities
 from util.images import normalised
 from util.labels import CITYSCAPES_19, IGNORE, read_label, read_list, write_label, write_list
-from util.run import UserError
+from util.run import UserError, folder_lock
 
 RECIPES = ("release", "paper")
 
@@ -84,7 +84,7 @@ def command(root, recipe, *extra):
         "--recipe",
         recipe,
         "--backbone",
-        "resnet18",
+        "resnet10",
         "--backbone-weights",
         "none",
         "--iterations",
@@ -633,9 +633,6 @@ def test_other_thresholds_run_only_the_correction(
 ):
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
 
-    def refuse(*_):
-        raise AssertionError("not to be called")
-
     for module, name in ((scc, "train"), (scc, "score_image"), (scc_files, "index_image")):
         monkeypatch.setattr(module, name, refuse)
     scc.main(command(tmp_path, recipe, *thresholds))
@@ -823,37 +820,172 @@ def test_diagnostics_against_the_confusion_matrix_and_loops(finished, tmp_path, 
         (("--quantile", "1.5"), "--quantile 1.5"),
         (("--iterations", "0"), "--iterations 0"),
         (("--min-area", "0"), "--min-area 0"),
-        (("--min-area", "99999"), "the largest connectivity has"),
         (("--tau-ns", "-1"), "--tau-ns -1.0"),
         (("--patch-size", "31", "64"), "--patch-size 31 64"),
         (("--workers", "0"), "--workers 0"),
+        (("--lr", "-1"), "--lr -1"),
+        (("--lr", "nan"), "--lr nan"),
+        (("--vis", "-1"), "--vis -1"),
+        (("--recipe", "paper", "--seed", "4294967296"), "--seed 4294967296"),
+        (("--seed", "-1"), "--seed -1"),
+        (("--device", "banana"), "--device banana"),
         (("--backbone-weights", "nowhere.pth"), "nowhere.pth"),
+    ],
+)
+def test_wrong_options_are_told_before_anything_is_made(root, extra, words):
+    with pytest.raises(UserError, match=words):
+        scc.main(command(root, "release", *extra))
+    assert not list(root.glob("pix_scc*"))
+
+
+@pytest.mark.parametrize(
+    "extra, words",
+    [
+        (("--min-area", "99999"), "the largest connectivity has"),
         (("--stage", "score"), "run --stage train first"),
         (("--stage", "correct"), "run --stage score first"),
         (("--class-num", "11"), "--class-num 11"),
+        (("--class-num", "4", "--stuff", "0", "--things", "1"), "with 4 classes"),
         (("--backbone-weights", "imagenet", "--stem", "deep"), "imagenet"),
+        (("--lr", "1e30", "--iterations", "9"), "--lr 1e.30: SCC's loss is not finite"),
     ],
 )
-def test_wrong_options(root, extra, words):
+def test_a_failed_first_run_is_told_and_does_not_block_the_next_one(root, extra, words):
     with pytest.raises(UserError, match=words):
         scc.main(command(root, "release", *extra))
     assert not (root / "pix_scc/checkpoint.pth").exists()
-    if (
-        extra[0] == "--min-area"
-    ):  # the mistake leaves no settings behind that would refuse the mended command
-        assert not (root / "pix_scc/settings.json").exists()
+    scc.main(command(root, "release", "--stage", "train"))
 
 
-def test_other_settings_or_labels_in_the_same_folder(finished, tmp_path):
+def test_labels_may_change_until_there_is_work_of_them(root, finished):
+    label = read_label(root / "pix/train/0.png")
+    write_label(root / "pix/train/0.png", label[::-1], CITYSCAPES_19.palette)
+    with pytest.raises(UserError, match="run --stage train first"):
+        scc.main(command(root, "release", "--stage", "score", "--iterations", "9"))
+    write_label(root / "pix/train/0.png", label, CITYSCAPES_19.palette)
+    scc.main(command(root, "release"))
+    assert results(root, "release") == results(finished, "release")
+
+
+def test_other_settings_lists_or_files_in_the_same_folder(finished, tmp_path):
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     before = results(tmp_path, "release")
-    with pytest.raises(UserError, match="iterations = 4, now it is 7"):
-        scc.main(command(tmp_path, "release", "--iterations", "7"))
-    label = read_label(tmp_path / "pix/train/0.png")
-    write_label(tmp_path / "pix/train/0.png", label[::-1], CITYSCAPES_19.palette)
-    with pytest.raises(UserError, match="pix/train/0.png: has changed since"):
-        scc.main(command(tmp_path, "release"))
+
+    def refused(words, *extra):
+        with pytest.raises(UserError, match=words):
+            scc.main(command(tmp_path, "release", *extra))
+        assert results(tmp_path, "release") == before
+
+    refused("iterations = 4, now it is 7", "--iterations", "7")
+    for path, change in (("pix/train/0.png", write_label), ("images/train/2.png", None)):
+        kept = (tmp_path / path).read_bytes()
+        if change:
+            change(tmp_path / path, read_label(tmp_path / path)[::-1], CITYSCAPES_19.palette)
+        else:
+            picture = Image.open(tmp_path / path).transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            picture.save(tmp_path / path)
+        refused(f"{path}: has changed since")
+        (tmp_path / path).write_bytes(kept)
+    rows = read_list(tmp_path / "splits/pix/all.txt")
+    write_list(tmp_path / "splits/pix/all.txt", rows[::-1])
+    refused("was made from another list")
+    write_list(tmp_path / "splits/pix/all.txt", rows)
+    scc.main(command(tmp_path, "release"))
     assert results(tmp_path, "release") == before
+
+
+def test_a_lost_classifier_takes_its_scores_with_it_and_lost_results_come_back(finished, tmp_path):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    out, before = tmp_path / "pix_scc", results(tmp_path, "release")
+    (out / "checkpoint.pth").unlink()
+    for path in (out / "scores").glob("*.npz"):
+        with np.load(path) as scores:
+            other = {name: scores[name][::-1] for name in scores.files}
+        np.savez(path, **other)
+    scc.main(command(tmp_path, "release"))
+    assert results(tmp_path, "release") == before
+    (out / "scores/000001.npz").unlink()
+    (out / "train/4.png").unlink()
+    (tmp_path / "splits/pix_scc/all.txt").unlink()
+    scc.main(command(tmp_path, "release"))
+    assert results(tmp_path, "release") == before
+
+
+def test_labels_of_another_program_are_not_overwritten(root):
+    other = root / "pix_scc/train/1.png"
+    other.parent.mkdir(parents=True)
+    shutil.copy(root / "gt/train/1.png", other)
+    with pytest.raises(UserError, match="no settings.json that says what made them"):
+        scc.main(command(root, "release"))
+    assert other.read_bytes() == (root / "gt/train/1.png").read_bytes()
+
+
+def test_two_runs_in_one_folder(root):
+    with folder_lock(root / "pix_scc"):
+        with pytest.raises(UserError, match="another run is writing there now"):
+            scc.main(command(root, "release"))
+    scc.main(command(root, "release", "--stage", "train"))
+
+
+@pytest.mark.parametrize(
+    "label, words",
+    [
+        ("pix/../gt/train/0.png", None),
+        ("./pix/train/0.png", None),
+        ("pix/../../evil/0.png", "does not lie below --root-path"),
+        ("/pix/train/0.png", "does not lie below --root-path"),
+        ("pix/train/1.png", "is in line 1 already"),
+    ],
+)
+def test_no_list_row_leads_to_writing_over_an_input(root, label, words):
+    rows = [("images/train/1.png", "pix/train/1.png"), ("images/train/0.png", label)]
+    inputs = {p: p.read_bytes() for p in root.rglob("*.png")}
+    write_list(root / "splits/pix/all.txt", rows[1:] if words is None else rows)
+    if words is None:
+        scc.main(command(root, "release"))
+    else:
+        with pytest.raises(UserError, match=words):
+            scc.main(command(root, "release"))
+    assert {p: p.read_bytes() for p in inputs} == inputs
+    made = {p.name for p in root.iterdir()} - {"images", "pix", "gt", "splits"}
+    assert made == ({label.split("/")[-3].replace(".", "") + "_scc"} if words is None else set())
+    assert not (root.parent / "evil").exists() and not list(root.glob(".*"))
+
+
+def refuse(*_):
+    raise AssertionError("not to be called")
+
+
+def test_maps_that_do_not_fit_are_told_before_the_training(root, monkeypatch):
+    monkeypatch.setattr(scc, "train", refuse)
+
+    def refused(path, label, words):
+        kept = (root / path).read_bytes()
+        if label is None:
+            (root / path).write_bytes(kept[: len(kept) // 2])
+        else:
+            write_label(root / path, label, CITYSCAPES_19.palette)
+        with pytest.raises(UserError, match=words):
+            scc.main(command(root, "release", "--gt", str(root / "splits/gt.txt")))
+        (root / path).write_bytes(kept)
+
+    truth = read_label(root / "gt/train/2.png")
+    refused("gt/train/2.png", truth[::2, ::2], "gt/train/2.png: 64x32 pixels, but .*128x64")
+    refused("gt/train/2.png", np.where(truth == 0, 77, truth), "gt/train/2.png: holds the value 77")
+    refused("gt/train/2.png", None, "gt/train/2.png: the label map cannot be read")
+    label = read_label(root / "pix/train/2.png")
+    refused("pix/train/2.png", label.T, "pix/train/2.png: .*64x128")
+    refused("pix/train/2.png", np.where(label == 0, 77, label), "holds the value 77")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_labels_smaller_than_their_images(root, recipe):
+    for _, path in read_list(root / "splits/pix/all.txt"):
+        label = read_label(root / path)[::2, ::2]
+        write_label(root / path, label, CITYSCAPES_19.palette)
+    scc.main(command(root, recipe))
+    for _, path in read_list(root / f"splits/pix_{suffix(recipe)}/all.txt"):
+        assert read_label(root / path, 19).shape == (32, 64)
 
 
 def test_wrong_files(root):
