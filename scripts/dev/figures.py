@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from dataset.scc import numbered
 from scripts.lib.report import cost_table, label_table, model_table
-from seco_scc import numbered
 from util.labels import CITYSCAPES_19, IGNORE, read_image, read_label, read_list
 from util.pictures import (
     class_legend,
