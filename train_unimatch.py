@@ -14,10 +14,10 @@ Outputs  in --save-path: latest.pth (resumes), best.pth, train.log (the shipped 
          metrics.jsonl, TensorBoard events, pictures/, curves.png, manifest.json, settings.json,
          summary.json
 
-    python train_unimatch.py --labeled-id-path splits/cityscapes/DTST_vit_h_scc/labeled.txt \\
-        --unlabeled-id-path splits/cityscapes/DTST_vit_h_scc/unlabeled.txt --val-id-path
-        splits/cityscapes/val.txt \\ --backbone-weights pretrained/resnet101.pth --eval-mode
-        sliding_window --save-path runs/seco
+    python train_unimatch.py --labeled-id-path splits/cityscapes/DTST_gta_vit_h_scc/labeled.txt \\
+        --unlabeled-id-path splits/cityscapes/DTST_gta_vit_h_scc/unlabeled.txt \\
+        --val-id-path splits/cityscapes/val.txt --root-path data/cityscapes \\
+        --backbone-weights pretrained/resnet101.pth --eval-mode sliding_window --save-path runs/seco
     # the same on four GPUs; the global batch stays 8
     torchrun --nproc_per_node 4 train_unimatch.py …
     # two iterations and one evaluation image: memory and time
@@ -45,12 +45,12 @@ import pprint
 import statistics
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from dataset.augment import SCALES, cutmix
 from dataset.copy_paste import PARTNERS, RARE_CLASSES, RareClassPool
@@ -60,7 +60,7 @@ from model.checkpoint import load_exactly, read_checkpoint, state_dict_in
 from model.deeplabv3plus import DILATIONS, DeepLabV3Plus, channel_dropout, parameter_count
 from model.resnet import BLOCKS, STEMS, load_backbone
 from util.images import normalised
-from util.labels import IGNORE, check_files, class_set, read_label, read_list
+from util.labels import IGNORE, check_files, check_pairs, class_set, read_label, read_list
 from util.losses import (
     OHEM_MIN_KEPT,
     OHEM_THRESHOLD,
@@ -70,14 +70,16 @@ from util.losses import (
     pseudo_label_loss,
     total_loss,
 )
-from util.options import add_class_options, add_run_options
+from util.options import add_class_options, add_run_options, check_range, check_run_options
 from util.pictures import colour_label, contact_sheet, line_chart, save_picture
+from util.progress import progress as progress_bar
 from util.run import (
     UserError,
     atomic_path,
     check_settings,
     check_writable,
     exact_mode,
+    folder_lock,
     manifest,
     peak_memory_mb,
     process_group,
@@ -390,11 +392,12 @@ def mean_over_processes(values: dict[str, torch.Tensor]) -> dict[str, float]:
 class Logs:
     """train.log, metrics.jsonl and TensorBoard events of process 0.
 
-    `sizes` goes into checkpoints; resuming cuts the files back to the sizes at the checkpoint, so
-    that what was logged after it is not there twice.
+    `sizes` goes into checkpoints. Resuming cuts the files back to the sizes at the checkpoint and
+    removes event files begun after it, so that nothing is there twice.
     """
 
     FILES = ("train.log", "metrics.jsonl")
+    EVENTS = "events.out.tfevents.*"
 
     def __init__(self, folder: Path, sizes: dict[str, int] | None, iteration: int):
         from torch.utils.tensorboard import SummaryWriter
@@ -403,7 +406,12 @@ class Logs:
         for name in self.FILES:
             path = folder / name
             path.touch()
-            os.truncate(path, min((sizes or {}).get(name, 0), path.stat().st_size))
+            cut_back(path, (sizes or {}).get(name, 0))
+        for path in folder.glob(self.EVENTS) if sizes else ():
+            if path.name in sizes:
+                cut_back(path, sizes[path.name])
+            else:
+                path.unlink()
         self.json_lines = open(folder / "metrics.jsonl", "a", encoding="utf-8", buffering=1)
         self.handler = logging.FileHandler(folder / "train.log", encoding="utf-8")
         self.handler.setFormatter(logging.Formatter("[%(asctime)s][%(levelname)8s] %(message)s"))
@@ -414,7 +422,8 @@ class Logs:
 
     def sizes(self) -> dict[str, int]:
         self.events.flush()  # what comes before a checkpoint must outlive a kill after it
-        return {name: (self.folder / name).stat().st_size for name in self.FILES}
+        events = [path.name for path in self.folder.glob(self.EVENTS)]
+        return {name: (self.folder / name).stat().st_size for name in (*self.FILES, *events)}
 
     def train(self, epoch: int, within: int, iteration: int, values: dict[str, float]) -> None:
         tags = {f"train/{name}": value for name, value in values.items()}
@@ -449,6 +458,10 @@ class Logs:
         self.json_lines.close()
         self.handler.close()
         self.events.close()
+
+
+def cut_back(path: Path, size: int) -> None:
+    os.truncate(path, min(size, path.stat().st_size))
 
 
 def epoch_picture(path: Path, shown: dict, classes, samples: int = 3) -> None:
@@ -503,25 +516,44 @@ def curves_picture(path: Path, log) -> None:
 
 
 def label_pixel_counts(
-    rows: list[tuple[str, str]], root: Path, class_num: int, quiet: bool
+    rows: list[tuple[str, str]], root: Path, class_num: int, list_path: Path
 ) -> np.ndarray:
-    """Pixels per class of each label map, int64 len(rows) x class_num; unknown values are an error
-    naming the file.
-    """
-    counts = np.zeros((len(rows), class_num), dtype=np.int64)
-    for number, (_, path) in enumerate(
-        tqdm(rows, desc="checking labels", unit="file", disable=quiet, leave=False)
-    ):
-        counts[number] = np.bincount(read_label(root / path, class_num).ravel(), minlength=256)[
-            :class_num
-        ]
-    if not counts.any():
+    """Pixels per class of each label map, int64 len(rows) x class_num; none at all is an error."""
+    with ThreadPoolExecutor() as pool:
+        labels = pool.map(lambda row: read_label(root / row[1], class_num), rows)
+        counts = [np.bincount(label.ravel(), minlength=256)[:class_num] for label in labels]
+    if not np.any(counts):
         raise UserError(
-            f"{root / rows[0][1]}: no label map of the labeled list has a labeled pixel; nothing"
-            " can be learned"
+            f"{list_path}: no label map of it has a labeled pixel; nothing can be learned"
         )
-    return counts
+    return np.array(counts, dtype=np.int64)
 
+
+def read_lists(args, class_num: int) -> tuple[list, list, list]:
+    """Rows of the labeled, the unlabeled (image paths) and the validation list, with all that they
+    name checked. Evaluation needs ground truth in its image's size; a training label may be smaller
+    or larger.
+    """
+    labeled = read_list(args.labeled_id_path)
+    unlabeled, validation = [], []
+    if args.unlabeled_id_path:
+        unlabeled = [row[0] for row in read_list(args.unlabeled_id_path, (1, 2))]
+    both = {image for image, _ in labeled}.intersection(unlabeled)
+    if both:
+        raise UserError(
+            f"{min(both)}: in {args.labeled_id_path} and in {args.unlabeled_id_path}; each image"
+            " is in one of the two, make both with scripts/make_split.py"
+        )
+    if args.val_id_path:
+        validation = read_list(args.val_id_path)
+    check_files(args.root_path, unlabeled, args.unlabeled_id_path)
+    if validation:
+        check_pairs(args.root_path, validation, args.val_id_path, class_num, same_size=True)
+    check_pairs(args.root_path, labeled, args.labeled_id_path, class_num)
+    return labeled, unlabeled, validation
+
+
+RESULTS = ("latest.pth", "best.pth", "summary.json")  # a folder with one of them holds a run
 
 # What a run is: changing one of these in a folder that holds a run is an error. Others (workers,
 # pictures, processes) may change.
@@ -562,14 +594,14 @@ def run_settings(args, counts: np.ndarray, inputs: dict[str, Path]) -> dict:
 
 def batch_per_process(args, world: int) -> int:
     """Samples per process and accumulation step, checked."""
-    if args.global_batch < 1 or args.global_batch % world:
+    if args.global_batch % world:
         raise UserError(
             f"--global-batch {args.global_batch}: it must be a multiple of the number of processes,"
             f" {world}"
         )
     share = args.global_batch // world
     batch = args.batch_per_process or share
-    if batch < 1 or share % batch:
+    if share % batch:
         raise UserError(
             f"--batch-per-process {batch}: {share} samples of the global batch fall to each of"
             f" {world} processes; give a divisor of {share}"
@@ -688,13 +720,12 @@ def train(
     length, seconds = sampler.per_epoch, []
     every = max(length // 8, 1)  # UniMatch's rows: eight or nine an epoch
     shown = None
-    with tqdm(
-        total=sampler.total,
-        initial=progress.iteration,
+    with progress_bar(
         desc="training",
+        total=sampler.total,
         unit="it",
-        disable=logs is None,
-        smoothing=0.05,
+        quiet=logs is None,
+        initial=progress.iteration,
     ) as bar:
         while progress.iteration < sampler.total:
             epoch, within = divmod(progress.iteration, length)
@@ -724,11 +755,11 @@ def train(
                         within,
                         {name: total / (within + 1) for name, total in progress.sums.items()},
                     )
-                bar.update()
                 bar.set_postfix_str(
                     f"epoch {epoch}, loss {values['loss_all']:.3f}, best {progress.best:.2f}",
                     refresh=False,
                 )
+                bar.update()
             progress.iteration += 1
             if within == length - 1:
                 finish_epoch(trainer, progress, logs, args, classes, val_rows, epoch, shown)
@@ -1149,28 +1180,19 @@ def checked_options(argv: list[str] | None):
         raise UserError(
             "--photometric: only with --supervised; UniMatch's labeled images stay as they are"
         )
-    for name, least in (
-        ("crop_size", 33),
-        ("epochs", 1),
-        ("eval_every", 1),
-        ("workers", 0),
-        ("min_kept", 1),
-        ("checkpoint_every", 0),
-        ("pictures_every", 0),
-    ):
-        if getattr(args, name) < least:
-            raise UserError(
-                f"--{name.replace('_', '-')} {getattr(args, name)}: give {least} or more"
-            )
-    if not 0 < args.scales[0] <= args.scales[1]:
+    check_run_options(args)
+    check_range(args, "crop_size", least=33)
+    check_range(args, "epochs", "eval_every", "min_kept", "global_batch", least=1)
+    check_range(args, "batch_per_process", "loss_groups", least=1)
+    check_range(args, "workers", "checkpoint_every", "pictures_every", "lr_multi", least=0)
+    check_range(args, "lr", "scales", above=0)
+    check_range(args, "ohem_threshold", "conf_thresh", "class_balance", least=0, most=1)
+    check_range(args, "copy_paste_classes", least=0, most=args.class_num - 1)
+    if args.scales[0] > args.scales[1]:
         raise UserError(
-            f"--scales {args.scales[0]:g} {args.scales[1]:g}: give two factors above 0, the smaller"
-            " one first"
+            f"--scales {args.scales[0]:g} {args.scales[1]:g}: give the smaller factor first"
         )
     args.scales = list(args.scales)  # as settings.json gives it back
-    for name in ("ohem_threshold", "conf_thresh", "class_balance"):
-        if not 0 <= getattr(args, name) <= 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: it lies in 0 to 1")
     if args.channels_last is None:
         args.channels_last = args.amp == "bf16"
     if args.loss_groups is None:
@@ -1190,22 +1212,13 @@ def main(argv: list[str] | None = None) -> None:
     rank, world = process_rank()
     classes = class_set(args.class_num, args.stuff, args.things)
     batch = batch_per_process(args, world)
-    labeled = read_list(args.labeled_id_path)
-    unlabeled = (
-        [row[0] for row in read_list(args.unlabeled_id_path, (1, 2))]
-        if args.unlabeled_id_path
-        else []
-    )
-    val_rows = read_list(args.val_id_path) if args.val_id_path else []
-    check_files(args.root_path, [path for row in labeled for path in row], args.labeled_id_path)
-    check_files(args.root_path, unlabeled, args.unlabeled_id_path)
-    check_files(args.root_path, [path for row in val_rows for path in row], args.val_id_path)
+    labeled, unlabeled, val_rows = read_lists(args, classes.count)
     if args.image_cache:
         check_writable(args.image_cache)
     device = select_device(args.device)
     set_precision(args)
     tune_cpu()
-    counts = label_pixel_counts(labeled, args.root_path, classes.count, quiet=rank > 0)
+    counts = label_pixel_counts(labeled, args.root_path, classes.count, args.labeled_id_path)
     inputs = {
         "labeled": args.labeled_id_path,
         "unlabeled": args.unlabeled_id_path,
@@ -1217,15 +1230,6 @@ def main(argv: list[str] | None = None) -> None:
     }
     inputs = {name: path for name, path in inputs.items() if path}
     model = build_model(args, classes.count)
-    if rank == 0 and not args.dry_run:
-        check_writable(args.save_path)
-        check_settings(
-            args.save_path / "settings.json",
-            run_settings(args, counts, inputs),
-            "a run with",
-            "choose another --save-path, or remove that folder",
-        )
-        remove_leftovers(args.save_path)
     rare = (
         RareClassPool(
             labeled,
@@ -1249,8 +1253,24 @@ def main(argv: list[str] | None = None) -> None:
         args.photometric,
     )
     weights = class_weights(counts.sum(axis=0), args.class_balance) if args.class_balance else None
-    with process_group(device):
-        run(args, classes, batch, samples, val_rows, model, device, inputs, weights)
+    lock = contextlib.nullcontext() if args.dry_run else folder_lock(args.save_path)
+    with lock:
+        if rank == 0 and not args.dry_run:
+            open_folder(args, run_settings(args, counts, inputs))
+        with process_group(device):
+            run(args, classes, batch, samples, val_rows, model, device, inputs, weights)
+
+
+def open_folder(args, settings: dict) -> None:
+    """Make --save-path ready: a run of other settings there is an error, a failed start is not."""
+    check_settings(
+        args.save_path / "settings.json",
+        settings,
+        "a run with",
+        "choose another --save-path, or remove that folder",
+        begun=any((args.save_path / name).is_file() for name in RESULTS),
+    )
+    remove_leftovers(args.save_path)
 
 
 def run(
