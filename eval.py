@@ -25,7 +25,7 @@ Modes (UniMatch's): `original`, the whole image in one pass; `sliding_window`, w
 the central square of image and label. The shipped GTA log was evaluated with sliding windows,
 SYNTHIA's and BDD's with original: state the mode with every figure.
 
-Copied away, this file needs util/, model/ and dataset/augment.py.
+Copied away, this file needs util/ and model/.
 """
 
 from __future__ import annotations
@@ -391,8 +391,8 @@ def prepared(args, rows, class_num: int, device) -> tuple[Callable[[], np.ndarra
     """
     root = args.root_path
     if args.checkpoint:
-        check_pairs(root, rows, args.id_list_path, class_num, same_size=True)
         model = checked_network(args.checkpoint, class_num, args.mode, device)
+        check_pairs(root, rows, args.id_list_path, class_num, same_size=True)
         how = (class_num, args.mode, args.crop_size, device, "evaluation")
         crop = "" if args.mode == "original" else f" {args.crop_size}"
         return lambda: evaluate_checkpoint(model, rows, root, *how), (

@@ -1170,7 +1170,7 @@ def options() -> argparse.ArgumentParser:
     return parser
 
 
-def checked_options(argv: list[str] | None):
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = options().parse_args(argv)
     if args.supervised == bool(args.unlabeled_id_path):
         raise UserError(
@@ -1208,7 +1208,7 @@ def checked_options(argv: list[str] | None):
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = checked_options(argv)
+    args = parse_args(argv)
     rank, world = process_rank()
     classes = class_set(args.class_num, args.stuff, args.things)
     batch = batch_per_process(args, world)

@@ -169,7 +169,7 @@ def trainer_for(variant: str, args, device):
         str(args.min_kept),
         *VARIANTS[variant],
     ]
-    options = train_unimatch.checked_options(argv)
+    options = train_unimatch.parse_args(argv)
     train_unimatch.set_precision(options)
     model = train_unimatch.to_device(
         train_unimatch.build_model(options, args.class_num), options, device, 1
