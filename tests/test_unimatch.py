@@ -950,8 +950,7 @@ def test_non_finite_losses_stop_the_run(data, tmp_path):
         main(command(data, tmp_path / "run", "--lr", "1e30", val=False))
 
 
-# --------------------------------------------------------------------------------------- benchmarks
-# and the SLURM example
+# ------------------------------------------------------------------- benchmarks, the SLURM example
 
 
 @pytest.mark.slow
