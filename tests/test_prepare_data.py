@@ -1,5 +1,6 @@
 """Labels and lists from the official layouts, and every way a data set is known to be broken."""
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -127,6 +128,15 @@ def test_shipped_lists_are_what_is_prepared(cityscapes):
                 assert (
                     stem.startswith(split + "/") and label == f"gtFine/{stem}_gtFine_{ending}.png"
                 )
+
+
+def test_readme_of_the_lists_names_what_is_there():
+    text = (ROOT / "splits/README.md").read_text()
+    rows = re.findall(r"^\| (`.*?\.txt`) \|", text, re.MULTILINE)
+    named = []
+    for files in (re.findall(r"`(.*?)`", row) for row in rows):
+        named += [Path(files[0]).parent / Path(file).name for file in files]
+    assert len(named) == 12 and all((ROOT / "splits" / path).is_file() for path in named)
 
 
 def test_training_labels_may_be_absent_as_a_whole(cityscapes, capsys):
