@@ -36,7 +36,7 @@ if [ ! "$CAMVID_ROOT" -ef data/camvid ]; then
         if [ -d "$CAMVID_ROOT/$folder" ]; then ln -sfn "$(cd "$CAMVID_ROOT/$folder" && pwd)" "data/camvid/$folder"; fi
     done
 fi
-"$PYTHON" -m scripts.prepare_data camvid --root data/camvid --lists "$OUT/lists"
+"$PYTHON" -m scripts.prepare_data camvid --root-path data/camvid --out "$OUT/lists"
 if [ -d data/camvid/test ]; then
     (cd data && for image in camvid/test/0001TP*.png; do echo "$image ${image/test/testlabels}"; done) > "$OUT/lists/dusk_test.txt"
     target_list() { echo splits/camvid/dusk.txt; }

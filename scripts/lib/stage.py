@@ -88,11 +88,7 @@ def named_by(path: str, command: list[str]) -> list[str]:
     """The files that the rows of a list name; none for any other file."""
     if not path.endswith(".txt") or not os.path.isfile(path):
         return []
-    roots = [
-        after
-        for word, after in zip(command, command[1:])
-        if word in ("--root-path", "--root")  # the latter: scripts/prepare_data.py
-    ]
+    roots = [after for word, after in zip(command, command[1:]) if word == "--root-path"]
     with open(path, encoding="utf-8", errors="replace") as file:
         return [os.path.join(*roots[-1:], name) for line in file for name in line.split()]
 
