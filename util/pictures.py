@@ -30,10 +30,14 @@ def font(size: int) -> ImageFont.FreeTypeFont:
 
 
 def save_picture(path: str | Path, image: Image.Image | np.ndarray) -> None:
+    """Write a picture: JPEG if the name ends in .jpg, else PNG."""
     if isinstance(image, np.ndarray):
         image = Image.fromarray(image)
     with atomic_path(path) as temporary:
-        image.save(temporary, format="PNG")
+        if Path(path).suffix == ".jpg":
+            image.convert("RGB").save(temporary, format="JPEG", quality=85)
+        else:
+            image.save(temporary, format="PNG")
 
 
 # --------------------------------------------------------------------------------------- label maps

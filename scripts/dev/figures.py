@@ -4,8 +4,8 @@
     python -m scripts.dev.figures
     python -m scripts.dev.figures --image 2           another image for the pipeline picture
 
-Reads runs/<name>/ (results.md, results.json, pictures/, seed0/), model/sam_tiny.json and
-training_logs/. Writes images/*.png, training_logs/ours/<name>/ (results, the first seed's manifests
+Reads runs/<name>/ (results.md, results.json, pictures/, seed0/), model/sam_tiny*.json and
+training_logs/. Writes images/, training_logs/ours/<name>/ (results, the first seed's manifests
 and the curves of the run, so that its figures can be traced) and what stands between the markers
 `<!-- <name>:begin -->` and `<!-- <name>:end -->` in the README that has them: the repository's,
 that of training_logs/ours/ or that of model/.
@@ -23,7 +23,13 @@ import numpy as np
 from PIL import Image
 
 from dataset.scc import numbered
-from scripts.lib.report import cost_table, label_table, model_table
+from scripts.lib.report import (
+    cost_table,
+    label_table,
+    markdown_table,
+    mean_and_deviation,
+    model_table,
+)
 from util.labels import CITYSCAPES_19, IGNORE, read_image, read_label, read_list
 from util.pictures import (
     class_legend,
@@ -40,6 +46,7 @@ from util.run import UserError, atomic_path, read_json, run_main, write_json
 ROOT = Path(__file__).resolve().parents[2]
 
 DOCUMENTS = ("README.md", "training_logs/ours/README.md", "model/README.md")
+PICTURE_WIDTH = 1400  # pixels, at most
 RUNS = ("ablation_toy", "toy_unseen", "camvid_release")
 # The paper's Tables 6 and 7, GTA to Cityscapes, DTST (source-free), mIoU after adaptation; "no SAM"
 # is DTST itself.
@@ -111,10 +118,11 @@ def ablation_tables(run: Path) -> str:
         f"Seeds: {', '.join(map(str, results['seeds']))}. Figures in %, mean ± standard deviation"
         " over the seeds.\n\n"
     )
+    sweep = run / "sweep.md"
     tables = (
         label_table(results["labels"]),
         model_table(results["models"], PAPER_ABLATION, "paper (DTST, GTA → Cityscapes)"),
-        (run / "sweep.md").read_text(encoding="utf-8").rstrip() + "\n",
+        *([sweep.read_text(encoding="utf-8").rstrip() + "\n"] if sweep.is_file() else []),
         cost_table({stage: results["stages"][stage] for stage in MAIN_LINE}),
     )
     return text + "\n".join(tables)
@@ -191,49 +199,109 @@ def shipped_curves() -> Image.Image:
     return line_chart(series, "the authors' logs", "epoch", "mIoU (%)")
 
 
-def sam_table() -> str:
-    """The tiny SAM's measurements (model/sam_tiny.json) as tables."""
-    measured = read_json(ROOT / "model" / "sam_tiny.json")
+def sam_table(name: str) -> str:
+    """The measurements of a tiny SAM (model/<name>.json) as tables."""
+    measured = read_json(ROOT / "model" / f"{name}.json")
     training, results = measured["training"], measured["results"]
     sizes = list(next(iter(next(iter(results.values()))["prompts"].values())))
-    lines = [
-        (
-            f"Training: {training['step']} steps, {training['minutes'] / 60:.1f} hours on"
-            f" {training['hardware']['cores']} CPU cores, seed {training['options']['seed']}."
-            if training and "minutes" in training
-            else ""
-        ),
-        "",
-        (
-            "Box and point prompts, mean IoU by the object's size in pixels (in brackets: filling"
-            " the box instead):"
-        ),
-        "",
-        "| scenes | objects | " + " | ".join(sizes) + " |",
-        "|---|---|" + "---|" * len(sizes),
-    ]
     show = lambda value: "–" if value is None else f"{value:.2f}"  # noqa: E731
-    for style, result in results.items():
-        for kind, bins in result["prompts"].items():
-            lines.append(
-                f"| {style} | {kind} | "
-                + " | ".join(f"{show(v['iou'])} ({show(v['fill'])})" for v in bins.values())
-                + " |"
-            )
-    lines += [
-        "",
-        "Mask proposals at the official thresholds:",
-        "",
-        "| scenes | proposals an image | mean IoU | pixels covered | stuff pixels covered |",
-        "|---|---|---|---|---|",
+    rows = [
+        [style, kind, *(f"{show(v['iou'])} ({show(v['fill'])})" for v in bins.values())]
+        for style, result in results.items()
+        for kind, bins in result["prompts"].items()
     ]
-    for style, result in results.items():
-        p = result["proposals"]
-        lines.append(
-            f"| {style} | {p['number']:.1f} | {show(p['iou'])} | {100 * p['covered']:.0f} % | "
-            f"{100 * p['stuff_covered']:.0f} % |"
+    proposals = [
+        [
+            style,
+            f"{p['number']:.1f}",
+            show(p["iou"]),
+            f"{100 * p['covered']:.0f} %",
+            f"{100 * p['stuff_covered']:.0f} %",
+        ]
+        for style, p in ((style, result["proposals"]) for style, result in results.items())
+    ]
+    return "\n".join(
+        (
+            f"Training: {training['step']} steps, seed {training['options']['seed']}. Box and point"
+            " prompts, mean IoU by the object's size in pixels (in brackets: filling the box):\n",
+            markdown_table(["images", "objects", *sizes], rows),
+            "Mask proposals at the official thresholds:\n",
+            markdown_table(
+                ["images", "proposals an image", "mean IoU", "pixels covered", "stuff covered"],
+                proposals,
+            ),
         )
-    return "\n".join(lines)
+    )
+
+
+# ---------------------------------------------------------------------------------- README's tables
+
+OURS = {  # run of training_logs/ours: title of its column
+    "ablation_toy": "drawn scenes",
+    "toy_unseen": "drawn scenes, seeds not looked at",
+    "camvid_release": "photographs, day to dusk",
+}
+
+
+def ours_table() -> str:
+    """The recorded runs side by side: quality of the labels, mIoU of the models."""
+    runs = {name: read_json(ROOT / "training_logs/ours" / name / "results.json") for name in OURS}
+    header = [
+        f"{title} (seeds {', '.join(map(str, runs[name]['seeds']))})"
+        for name, title in OURS.items()
+    ]
+
+    def labels(row: str) -> list[str]:
+        found = [run["labels"].get(row) for run in runs.values()]
+        return [
+            " / ".join(f"{np.mean(r[key]):.1f}" for key in ("coverage", "accuracy", "miou"))
+            if r
+            else "not run"
+            for r in found
+        ]
+
+    def model(row: str) -> list[str]:
+        cells = []
+        for run in runs.values():
+            values, before = run["models"].get(row), run["models"]["before"]["miou"]
+            if values is None:
+                cells.append("not run")
+                continue
+            gain = np.mean(values["miou"]) - np.mean(before)
+            cells.append(
+                mean_and_deviation(values["miou"]) + ("" if row == "before" else f" ({gain:+.1f})")
+            )
+        return cells
+
+    rows = [
+        [f"{title}: coverage / accuracy / mIoU of labels", *labels(row)]
+        for row, title in (("pixel", "pixel labels"), ("psa", "PSA"), ("scc", "PSA + SCC"))
+    ]
+    rows += [
+        [title, *model(row)]
+        for row, title in (
+            ("before", "source model"),
+            ("pixel", "UniMatch on pixel labels"),
+            ("seco", "**SeCo**"),
+            ("bound", "upper bound (target ground truth)"),
+        )
+    ]
+    return markdown_table(["", *header], rows)
+
+
+def toy_output() -> str:
+    """What `bash scripts/toy.sh` prints at its end: the main line of the first recorded seed."""
+    results = read_json(ROOT / "training_logs/ours/ablation_toy/results.json")
+    first = (
+        lambda table, rows: {  # noqa: E731
+            row: {key: values[:1] for key, values in table[row].items()} for row in rows
+        }
+    )
+    tables = (
+        label_table(first(results["labels"], ("pixel", "psa", "scc"))),
+        model_table(first(results["models"], ("before", "seco"))),
+    )
+    return "```\n" + "\n".join(tables) + "```"
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -267,18 +335,22 @@ def main(argv=None) -> None:
         put(name, tables.replace("### ", "#### "))
     toy, camvid = (ROOT / "runs" / name for name in ("ablation_toy", "camvid_release"))
     if (toy / "results.md").is_file():
-        save_picture(images / "pipeline.png", pipeline_picture(toy, options.image))
+        save_picture(images / "pipeline.jpg", pipeline_picture(toy, options.image))
     for run, picture, name in (
-        (toy, "side_by_side", "side_by_side"),
-        (toy, "scc_loss_histogram", "scc_loss_histogram"),
-        (toy, "ablation", "ablation"),
-        (toy, "sweep", "sweep"),
-        (camvid, "side_by_side", "camvid"),
+        (toy, "side_by_side.png", "side_by_side.jpg"),
+        (toy, "scc_loss_histogram.png", "scc_loss_histogram.png"),
+        (toy, "ablation.png", "ablation.png"),
+        (toy, "sweep.png", "sweep.png"),
+        (camvid, "side_by_side.png", "camvid.jpg"),
     ):
-        if (run / "pictures" / f"{picture}.png").is_file():
-            shutil.copyfile(run / "pictures" / f"{picture}.png", images / f"{name}.png")
-    if (ROOT / "model/sam_tiny.json").is_file():
-        put("sam_tiny", sam_table())
+        if (run / "pictures" / picture).is_file():
+            image = Image.open(run / "pictures" / picture)
+            image.thumbnail((PICTURE_WIDTH, image.height))
+            save_picture(images / name, image)
+    for name in ("sam_tiny", "sam_tiny_photo"):
+        put(name, sam_table(name))
+    put("ours", ours_table())
+    put("toy_output", toy_output())
     save_picture(images / "shipped_logs.png", shipped_curves())
 
 
