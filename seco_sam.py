@@ -221,8 +221,8 @@ def corners_in_order(corners: np.ndarray) -> np.ndarray:
 
 
 def area_and_perimeter(polygon: np.ndarray) -> tuple[float, float]:
-    """Of a polygon k x 2, summed in float64 in the order of shapely, which the released code calls:
-    another order gives other last bits, and now and then another box.
+    """Of a polygon k x 2; float64, in the order of sums of shapely, which the released code
+    calls.
     """
     x, y = polygon.astype(np.float64).T
     twice = sum((x - x[0]) * (np.roll(y, 1) - np.roll(y, -1)))

@@ -59,7 +59,7 @@ def test_page_of_a_run(tmp_path):
     for file in (
         run / "pictures/sweep.png",
         run / "pictures/side_by_side.png",
-        data / "exp/vis/0.png",
+        data / "exp/vis/aachen/0.png",
     ):
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (4, 4)).save(file)
@@ -68,18 +68,21 @@ def test_page_of_a_run(tmp_path):
         file.write_text("")
     (run / "adapt/manifest.json").write_text('{"versions": {"torch": "<2>"}}')
     (run / "results.md").write_text("Seeds: 0.\n\n### A & B\n\n| a | b |\n|---|---|\n| x < 1 | |\n")
-    record(run / "stages/psa.json", ["python", "seco_sam.py", "<x>"], [f"{data}/exp/vis/0.png"])
+    record(
+        run / "stages/psa.json", ["python", "seco_sam.py", "<x>"], [f"{data}/exp/vis/aachen/0.png"]
+    )
     record(run / "stages/scc.json", ["seco_scc.py"], [f"{data}/exp_scc/report/index.html"])
     record(run / "stages/adapt.json", ["train"], ["@/adapt/manifest.json", "@/adapt/train.log"])
     page.main([str(run)])
     read = check_page(
         run / "index.html", "a <run> & 100 %", "x < 1", "A & B", "seco_sam.py <x>", '"torch": "<2>"'
     )
+    assert "PSA: exp, 0" in "".join(read.text)
     pictures = [unquote(t) for t in read.targets if t.endswith(".png")]
     assert pictures[::2] == [
         "pictures/side_by_side.png",
         "pictures/sweep.png",
-        "../data/exp/vis/0.png",
+        "../data/exp/vis/aachen/0.png",
     ]
     assert "../data/exp_scc/report/index.html" in read.targets
     assert read.text.count("x < 1") == 1 and "sweep.md" not in "".join(read.text)

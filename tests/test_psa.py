@@ -369,10 +369,11 @@ def start(root: Path, *more: str, rank: int = 0, world: int = 1, kill: str = "ne
     tests = str(ROOT / "tests")
     return subprocess.Popen(
         [sys.executable, "-c", IN_A_PROCESS, tests, kill, *command(root, *more)],
-        env={**os.environ, "RANK": str(rank), "WORLD_SIZE": str(world)},
+        env={**os.environ, "RANK": f"{rank}", "WORLD_SIZE": f"{world}", "PYTHONUNBUFFERED": "1"},
         cwd=ROOT,
-        stdout=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        text=True,
     )
 
 
@@ -424,16 +425,27 @@ def test_a_finished_list_is_not_computed_again(finished):
 
 
 def test_two_processes_give_the_same_bytes(finished, tmp_path):
-    """Also where labels are there already and their records are not."""
     root = make_root(tmp_path)
-    for _ in range(2):
-        processes = [start(root, rank=rank, world=2) for rank in range(2)]
-        for process in processes:
-            assert process.wait(timeout=300) == 0, process.stderr.read()
-        assert outputs(root) == outputs(finished)
-        assert summary_of(root)["images"] == 4
-        shutil.rmtree(root / "pix_tiny/stats")
-        (root / "pix_tiny/summary.json").unlink()
+    processes = [start(root, rank=rank, world=2) for rank in range(2)]
+    for process in processes:
+        assert process.wait(timeout=300) == 0, process.stderr.read()
+    assert outputs(root) == outputs(finished)
+    assert summary_of(root)["images"] == 4
+
+
+def test_the_first_process_waits_for_records_that_are_gone(finished, monkeypatch):
+    before = outputs(finished)
+    for i in (1, 3):  # of the second process
+        (finished / f"pix_tiny/stats/{i}.png.json").unlink()
+    (finished / "pix_tiny/summary.json").unlink()
+    first = start(finished, rank=0, world=2)
+    assert "2 of 2 images are done" in first.stdout.readline()
+    assert "waiting for the other processes" in first.stdout.readline()
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run(finished).code == 0
+    assert first.wait(timeout=300) == 0, first.stderr.read()
+    assert outputs(finished) == before and summary_of(finished)["images"] == 4
 
 
 def test_killed_and_started_again_gives_the_same_bytes(finished, tmp_path):
@@ -522,6 +534,10 @@ def test_what_made_a_label_may_not_change(finished):
 def test_other_settings_are_never_mixed(finished):
     result = run(finished, "--amp", "bf16")
     assert result.code == 2 and "amp" in result.error
+    assert run(finished, "--stuff", "0", "--things", "13").code == 2
+    # Nor in a folder that holds results of other lists only.
+    write_list(finished / "splits/pix/all.txt", [("images/3.png", "pix/3.png")])
+    (finished / "pix_tiny/3.png").unlink()
     assert run(finished, "--stuff", "0", "--things", "13").code == 2
 
 
