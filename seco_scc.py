@@ -649,8 +649,8 @@ def add_decision_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_training_options(parser: argparse.ArgumentParser) -> None:
-    """The network, what it sees and how long it learns."""
+def add_network_options(parser: argparse.ArgumentParser) -> None:
+    """The classifier and what it sees."""
     parser.add_argument(
         "--backbone",
         default="resnet101",
@@ -675,6 +675,27 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
             " checkpoint (default: %(default)s)"
         ),
     )
+    parser.add_argument(
+        "--patch-size",
+        type=int,
+        nargs=2,
+        default=(256, 512),
+        metavar=("H", "W"),
+        help="release: pixels of a connectivity's patch, even (default: 256 512)",
+    )
+    parser.add_argument(
+        "--scale",
+        type=float,
+        default=0.5,
+        help=(
+            "paper: size of the images that the features are taken of, over the label maps'"
+            " (default: 0.5)"
+        ),
+    )
+
+
+def add_training_options(parser: argparse.ArgumentParser) -> None:
+    """How long and how fast it learns."""
     parser.add_argument(
         "--iterations",
         type=int,
@@ -701,23 +722,6 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0.01,
         help="learning rate of the classifier; the backbone's is a tenth (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--patch-size",
-        type=int,
-        nargs=2,
-        default=(256, 512),
-        metavar=("H", "W"),
-        help="release: pixels of a connectivity's patch, even (default: 256 512)",
-    )
-    parser.add_argument(
-        "--scale",
-        type=float,
-        default=0.5,
-        help=(
-            "paper: size of the images that the features are taken of, over the label maps'"
-            " (default: 0.5)"
-        ),
     )
 
 
@@ -769,6 +773,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add_list_options(parser, "labels")
     add_class_options(parser)
     add_decision_options(parser)
+    add_network_options(parser)
     add_training_options(parser)
     add_work_options(parser)
     add_run_options(parser)
