@@ -3,16 +3,16 @@
 row and overall.
 
 Inputs   RUN and REFERENCE, each one of: a run's folder (metrics.jsonl or event files), a folder of
-         training_logs/, a UniMatch-style text log. The run may still be going: rows it has not
-         reached are "not yet".
+         training_logs/, a text log of UniMatch. The run may still be going: rows it has not reached
+         are "not yet".
 Outputs  a table on the screen; --picture (default: <RUN>/compare_<reference>.png) with mIoU, the
          band and the losses; the command that lays both in TensorBoard. Exit code 0: all rows
          reached are in the band, 1: some are not.
 
     python -m scripts.compare_logs runs/gta2cs/adapt training_logs/seco_gta
 
-Only what both have is compared: best, last and last-20 mean are taken up to the last epoch that
-both have reached.
+Only epochs that both have evaluated are compared. One that evaluates every five epochs is compared
+at those; best, last and last-20 mean are taken over the epochs that both have.
 
 Copied away, this file needs util/.
 """
@@ -20,7 +20,6 @@ Copied away, this file needs util/.
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from util.options import check_range
 from util.pictures import COLOURS, Chart, line_chart, save_picture
 from util.run import UserError, check_writable, run_main
 from util.training_log import LOSS_NAMES, TrainingLog, read_training_log
@@ -56,13 +56,23 @@ class Row:
         return "FAIL (high)" if difference > 0 else "FAIL (low)"
 
 
-def jitter(values: dict[int, float], epoch: int, radius: int = 10) -> float:
-    """Standard deviation of the reference around its own running mean (11 epochs) near an epoch:
-    how much two single evaluations differ without any difference between the runs.
+def spacing(epochs: list[int]) -> int:
+    """Epochs between two evaluations: the median."""
+    return max(1, int(np.median(np.diff(epochs)))) if len(epochs) > 1 else 1
+
+
+def jitter(values: dict[int, float], epoch: int) -> float:
+    """Standard deviation of the reference around its own running mean near an epoch: how much two
+    single evaluations differ without any difference between the runs.
+
+    Near: 10 epochs to either side, the mean over 5 to either side; where evaluations are farther
+    apart than that allows, two and one.
     """
+    apart = spacing(sorted(values))
+    radius, half = max(10, 2 * apart), max(5, apart)
     epochs = sorted(e for e in values if abs(e - epoch) <= radius)
     residuals = [
-        values[e] - np.mean([values[f] for f in values if abs(f - e) <= 5]) for e in epochs
+        values[e] - np.mean([values[f] for f in values if abs(f - e) <= half]) for e in epochs
     ]
     return float(np.std(residuals))
 
@@ -74,9 +84,28 @@ def band(reference: TrainingLog, epoch: int, tolerance: float) -> float:
     return tolerance + 2 * jitter(reference.miou, epoch)
 
 
+def common_epochs(run: TrainingLog, reference: TrainingLog) -> list[int]:
+    """Epochs that both have evaluated, in order."""
+    return [epoch for epoch in reference.epochs if epoch in run.miou]
+
+
+def compared_epochs(run: TrainingLog, reference: TrainingLog) -> list[int]:
+    """For each of EPOCHS the nearest epoch that both have evaluated, or, where the run has not got
+    there, the nearest one of the reference that is yet to come. Each once.
+    """
+    common, reached = common_epochs(run, reference), max(run.miou, default=-1)
+    to_come = [epoch for epoch in reference.epochs if epoch > reached]
+    nearest = set()
+    for wanted in EPOCHS:
+        pool = common if wanted <= reached else to_come
+        if pool and wanted <= reference.epochs[-1]:
+            nearest.add(min(pool, key=lambda epoch: (abs(epoch - wanted), epoch)))
+    return sorted(nearest)
+
+
 def miou_rows(run: TrainingLog, reference: TrainingLog, tolerance: float) -> list[Row]:
     """Rows at fixed epochs, then last, best and mean of the last 20 up to the last common epoch."""
-    common = [epoch for epoch in reference.epochs if epoch in run.miou]
+    common = common_epochs(run, reference)
     rows = [
         Row(
             f"epoch {epoch}",
@@ -84,8 +113,7 @@ def miou_rows(run: TrainingLog, reference: TrainingLog, tolerance: float) -> lis
             run.miou.get(epoch),
             band(reference, epoch, tolerance),
         )
-        for epoch in EPOCHS
-        if epoch in reference.miou
+        for epoch in compared_epochs(run, reference)
     ]
     if not common:
         return rows
@@ -106,9 +134,13 @@ def miou_rows(run: TrainingLog, reference: TrainingLog, tolerance: float) -> lis
 
 def class_rows(run: TrainingLog, reference: TrainingLog, tolerance: float) -> list[Row]:
     """Per class: the mean IoU of the last 20 common epochs; the band widens by twice the class's
-    own deviation there.
+    own deviation there. [] if one of the logs has no IoU per class.
     """
-    common = [epoch for epoch in reference.epochs if epoch in run.miou][-LAST:]
+    common = [
+        epoch
+        for epoch in common_epochs(run, reference)
+        if epoch in run.class_iou and epoch in reference.class_iou
+    ][-LAST:]
     rows = []
     for index, name in enumerate(reference.class_names if common else ()):
         a = [reference.class_iou[epoch][index] for epoch in common]
@@ -122,8 +154,17 @@ def class_rows(run: TrainingLog, reference: TrainingLog, tolerance: float) -> li
 
 
 def differing_settings(run: TrainingLog, reference: TrainingLog) -> list[str]:
-    """Notes on settings that make the two incomparable, as far as the logs tell them."""
+    """Notes on what the two do not share, as far as the logs tell it."""
     notes = []
+    for name, log in (("run", run), ("reference", reference)):
+        if log.miou and not log.class_names:
+            notes.append(f"the {name} has no IoU per class; only mIoU is compared")
+    apart = [spacing(log.epochs) for log in (run, reference)]
+    if run.miou and apart != [1, 1]:
+        notes.append(
+            f"epochs between evaluations: run {apart[0]}, reference {apart[1]}; compared at the"
+            f" {len(common_epochs(run, reference))} epochs that both have"
+        )
     if run.eval_mode and reference.eval_mode and run.eval_mode != reference.eval_mode:
         notes.append(
             f"evaluation mode: run {run.eval_mode}, reference {reference.eval_mode}; the numbers"
@@ -187,9 +228,11 @@ def print_rows(title: str, rows: list[Row]) -> None:
         )
 
 
-def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("run", type=Path, help="run folder, metrics.jsonl or text log")
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, help="run folder, metrics.jsonl, event file or text log")
     parser.add_argument("reference", type=Path, help="folder of training_logs/, or as RUN")
     parser.add_argument(
         "--tolerance",
@@ -210,26 +253,54 @@ def main(argv=None) -> int:
     )
     parser.add_argument("--picture", type=Path, help="where the PNG goes")
     options = parser.parse_args(argv)
-    for name in ("tolerance", "class_tolerance"):
-        if not 0 <= getattr(options, name) < math.inf:
-            raise UserError(
-                f"--{name.replace('_', '-')} {getattr(options, name)}: give points from 0"
-            )
+    check_range(options, "tolerance", "class_tolerance", least=0)
+    return options
+
+
+def read_both(options) -> tuple[TrainingLog, TrainingLog]:
+    """(run, reference), which are of one set of classes."""
     run, reference = read_training_log(options.run), read_training_log(options.reference)
     if not reference.miou:
         raise UserError(
             f"{options.reference}: no evaluation in it, so there is nothing to compare with"
         )
-    if run.miou and run.class_names != reference.class_names:
-        raise UserError(
-            f"{options.run} has {len(run.class_names)} classes, {options.reference}"
-            f" {len(reference.class_names)} (or other names); take the reference of the same task"
-        )
-    target = (
-        options.picture
-        or (options.run if options.run.is_dir() else options.run.parent)
-        / f"compare_{options.reference.stem}.png"
+    if run.class_names and reference.class_names:
+        if set(run.class_names) != set(reference.class_names):
+            raise UserError(
+                f"{options.run} has {len(run.class_names)} classes, {options.reference}"
+                f" {len(reference.class_names)} (or other names); take the reference of the same"
+                " task"
+            )
+    return run, reference
+
+
+def overall(rows: list[Row], classes: list[Row]) -> tuple[str, bool]:
+    """The last line of the table, and whether a row is out of the band."""
+    reached = [row for row in rows + classes if row.run is not None]
+    failed = [row.name for row in reached if row.verdict != "pass"]
+    waiting = len(rows) - sum(row.run is not None for row in rows)
+    line = (
+        f"overall: {'FAIL' if failed else 'pass' if reached else 'nothing to compare yet'}"
+        f" ({len(reached) - len(failed)} of {len(reached)} rows in the band"
+        f"{f', {waiting} not reached yet' if waiting else ''})"
     )
+    return line + (f"; out: {', '.join(failed)}" if failed else ""), bool(failed)
+
+
+def tensorboard_line(run: Path, reference: Path) -> str:
+    """The command that lays both in TensorBoard, or what has to be done before."""
+    for path in (run, reference):
+        if path.is_file() and path.suffix != ".jsonl" and "tfevents" not in path.name:
+            return f"for TensorBoard, first: python -m scripts.dev.import_log {path} --out <folder>"
+    folders = [path if path.is_dir() else path.parent for path in (run, reference)]
+    return f"tensorboard --logdir_spec run:{folders[0]},reference:{folders[1]}"
+
+
+def main(argv=None) -> int:
+    options = parse_args(argv)
+    run, reference = read_both(options)
+    folder = options.run if options.run.is_dir() else options.run.parent
+    target = options.picture or folder / f"compare_{options.reference.stem}.png"
     check_writable(target.parent)
 
     for note in differing_settings(run, reference):
@@ -239,33 +310,14 @@ def main(argv=None) -> int:
         f" {run.eval_mode or 'evaluation mode not recorded'}); reference: {options.reference}"
         f" ({len(reference.miou)}, {reference.eval_mode or 'not recorded'})"
     )
-    rows, classes = (
-        miou_rows(run, reference, options.tolerance),
-        class_rows(run, reference, options.class_tolerance),
-    )
+    rows = miou_rows(run, reference, options.tolerance)
+    classes = class_rows(run, reference, options.class_tolerance)
     print_rows("mIoU, %", rows)
     if classes:
         print_rows("IoU, mean of the last 20", classes)
     save_picture(target, picture(run, reference, options.tolerance))
-    reached = [row for row in rows + classes if row.run is not None]
-    failed = [row.name for row in reached if row.verdict != "pass"]
-    waiting = len(rows) - sum(row.run is not None for row in rows)
-    print(
-        f"\noverall: {'FAIL' if failed else 'pass' if reached else 'nothing to compare yet'}"
-        f" ({len(reached) - len(failed)} of {len(reached)} rows in the band"
-        f"{f', {waiting} not reached yet' if waiting else ''})"
-        + (f"; out: {', '.join(failed)}" if failed else "")
-    )
-    print(f"picture: {target}")
-    if options.run.is_file() and options.run.suffix != ".jsonl":
-        print(
-            f"for TensorBoard, first: python -m scripts.dev.import_log {options.run} --out <folder>"
-        )
-    else:
-        folders = [
-            path if path.is_dir() else path.parent for path in (options.run, options.reference)
-        ]
-        print(f"tensorboard --logdir_spec run:{folders[0]},reference:{folders[1]}")
+    line, failed = overall(rows, classes)
+    print(f"\n{line}\npicture: {target}\n{tensorboard_line(options.run, options.reference)}")
     return 1 if failed else 0
 
 

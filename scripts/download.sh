@@ -65,7 +65,7 @@ fetch_camvid() {
     mkdir -p "$(dirname "$CAMVID_ROOT")"
     mv "$unpacked/CamVid" "$CAMVID_ROOT"
     rm -rf "$unpacked" "$CAMVID_ROOT.tar.gz.part"
-    echo "$CAMVID_ROOT: done; check it: python -m scripts.prepare_data camvid --root $CAMVID_ROOT"
+    echo "$CAMVID_ROOT: done; check it: python -m scripts.prepare_data camvid --root-path $CAMVID_ROOT"
 }
 
 case "${1:-}" in
@@ -79,10 +79,10 @@ Fetched by this script:
 To be fetched by you, behind a login and a licence:
   Cityscapes   https://www.cityscapes-dataset.com/downloads/
                leftImg8bit_trainvaltest.zip (11 GB) and gtFine_trainvaltest.zip (0.2 GB), unpacked in data/cityscapes/
-               then: python -m scripts.prepare_data cityscapes --root data/cityscapes
+               then: python -m scripts.prepare_data cityscapes --root-path data/cityscapes
   BDD100K      https://bdd-data.berkeley.edu/ (login)
                "10K Images" and "Segmentation", unpacked in data/bdd/
-               then: python -m scripts.prepare_data bdd --root data/bdd
+               then: python -m scripts.prepare_data bdd --root-path data/bdd
 To be fetched by you, without a login:
   DT-ST        https://github.com/DZhaoXd/DT-ST: its links lead to G2C_model_iter020000.pth and S2C_model_iter020000.pth;
                put them, or adapted models of your own, in pretrained/

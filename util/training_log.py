@@ -26,8 +26,26 @@ from util.run import UserError, read_json
 LOSS_NAMES = ("loss_all", "loss_x", "loss_s", "loss_w_fp", "mask_ratio")
 TEXT_LOSSES = dict(zip(("Total loss", "Loss x", "Loss s", "Loss w_fp", "Mask ratio"), LOSS_NAMES))
 LR_TAG, MIOU_TAG = "train/lr", "eval/mIoU"
+# Names of losses in other versions of UniMatch (those of 2022 say `Mask`) and in code built on it;
+# lower case, without spaces and underscores.
+LOSS_WORDINGS = {
+    **{name.lower().replace(" ", "").replace("_", ""): tag for name, tag in TEXT_LOSSES.items()},
+    **{"loss": "loss_all", "lossall": "loss_all", "lossu": "loss_s", "lossus": "loss_s"},
+    **{"lossfp": "loss_w_fp", "lossuwfp": "loss_w_fp", "mask": "mask_ratio"},
+}
 # Names in the shipped SYNTHIA log that differ from Cityscapes' official ones.
 OFFICIAL_NAMES = {"light": "traffic light", "sign": "traffic sign", "motocycle": "motorcycle"}
+
+
+def official_name(name: str) -> str:
+    """A class name as this kit has it. TensorBoardX writes `traffic_light`."""
+    name = name.replace("_", " ")
+    return OFFICIAL_NAMES.get(name, name)
+
+
+def loss_name(wording: str) -> str | None:
+    """`Mask ratio`, `Mask`, `Loss w_fp`, … → one of LOSS_NAMES; None for anything else."""
+    return LOSS_WORDINGS.get(re.sub(r"[\s_]", "", wording).lower())
 
 
 @dataclass
@@ -37,7 +55,8 @@ class TrainingLog:
     miou: epoch → mIoU; class_iou: epoch → IoU per class, in the order of class_names; lr: epoch →
     learning rate as printed at the epoch's start; losses: rows (epoch, iteration, {loss name:
     value}); times: ("eval" | "epoch", epoch) or (epoch, iteration) → seconds since 1970, the log's
-    clock read as UTC.
+    clock read as UTC. eval_mode: several modes are joined by `, then `. A log may have no IoU per
+    class, for all epochs or for some.
     """
 
     name: str
@@ -76,7 +95,7 @@ def summary(log: TrainingLog, last: int = 20) -> dict:
         "last_mean": float(np.mean([log.miou[epoch] for epoch in epochs[-last:]])),
         "evaluations": len(epochs),
     }
-    if log.class_names == SYNTHIA_16.names:
+    if log.class_names == SYNTHIA_16.names and best in log.class_iou:
         figures["best_13"] = float(np.mean([log.class_iou[best][i] for i in IDS_13_IN_16]))
     return figures
 
@@ -91,7 +110,11 @@ def iterations_range(log: TrainingLog) -> tuple[int, int]:
     by_epoch: dict[int, list[int]] = {}
     for epoch, iteration, _ in log.losses:
         by_epoch.setdefault(epoch, []).append(iteration)
-    complete = [rows for epoch, rows in by_epoch.items() if epoch in log.miou and len(rows) > 1]
+    complete = [
+        rows
+        for epoch, rows in by_epoch.items()
+        if (epoch in log.miou or epoch < max(by_epoch)) and len(rows) > 1
+    ]
     if not complete:
         raise UserError(
             f"{log.name}: no complete epoch, so its iterations per epoch are unknown; "
@@ -104,77 +127,95 @@ def iterations_range(log: TrainingLog) -> tuple[int, int]:
 
 # ----------------------------------------------------------------------------------------- text log
 
-_TIME = re.compile(r"^\[(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d),(\d{3})\]\[\s*\w+\] (.*)$")
-_EPOCH = re.compile(r"^=+> Epoch: (\d+), LR: ([\d.]+), Previous best: [\d.]+$")
-_ROW = re.compile(r"^Iters: (\d+), (.*)$")
-_CLASS = re.compile(r"^\*+ Evaluation \*+ >>>> Class \[(\d+) (.+)\] IoU: (\d+\.\d\d)$")
-_MEAN = re.compile(r"^\*+ Evaluation (\w+) \*+ >>>> MeanIoU: (\d+\.\d\d)$", re.IGNORECASE)
-_NUMBER = re.compile(r"^(\d+\.\d{3}|nan|inf)$")
+_NUMBER = r"\d+(?:\.\d*)?(?:[eE][+-]?\d+)?"
+_TIME = re.compile(r"^\[?(\d{4}-\d\d-\d\d)[ T](\d\d:\d\d:\d\d)(?:[,.](\d{1,6}))?")
+_EPOCH = re.compile(r"=+> Epoch:? *(\d+)")
+_LR = re.compile(rf"\b(?:LR|learning rate) *[:=] *({_NUMBER})", re.IGNORECASE)
+_ROW = re.compile(r"\bIters?: *(\d+)(?:/\d+)?, *(.*)$", re.IGNORECASE)
+_LOSS = re.compile(rf"([A-Za-z][\w ]*?) *: *({_NUMBER}|nan|inf)(?=,|\s|$)")
+_CLASS = re.compile(rf"\*+ Evaluation .*Class \[(\d+) (.+)\] IoU: ({_NUMBER}|nan)", re.IGNORECASE)
+_MEAN = re.compile(
+    rf"\*+ Evaluation(?: (\w+))? \*+ >+ m(?:ean)? ?IoU: ({_NUMBER}|nan)", re.IGNORECASE
+)
 
 
 def read_text_log(path: str | Path) -> TrainingLog:
-    """A UniMatch-style text log. Other lines are passed over, as is a last line cut short by a run
-    still going.
+    """A text log of UniMatch, of any version, or of code built on it.
 
-    If the run was resumed, an epoch that starts again replaces what was logged of it.
+    Other lines are passed over, as is a last line cut short by a run still going. If the run was
+    resumed, an epoch that starts again replaces what was logged of it. Lines without a clock have
+    the time of the line before.
     """
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        text = path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+    lines = _whole_lines(text)
     log = TrainingLog(path.stem, config=_text_config(lines))
-    epoch, names, ious = -1, {}, {}
+    epoch, time, names, ious, modes = -1, 0.0, {}, {}, []
     for line in lines:
-        stamped = _TIME.match(line)
-        if not stamped:
-            continue
-        time, text = _seconds(*stamped.groups()[:2]), stamped.group(3)
-        if match := _EPOCH.match(text):
+        time = _seconds(line) or time
+        if match := _EPOCH.search(line):
             epoch = int(match.group(1))
             log.losses = [row for row in log.losses if row[0] < epoch]
-            log.lr[epoch] = float(match.group(2))
             log.times["epoch", epoch] = time
-        elif (match := _ROW.match(text)) and epoch >= 0:
-            losses = _text_losses(match.group(2))
-            if losses:
-                log.losses.append((epoch, int(match.group(1)), losses))
-                log.times[epoch, int(match.group(1))] = time
-        elif match := _CLASS.match(text):
-            class_id = int(match.group(1))
-            names[class_id] = OFFICIAL_NAMES.get(match.group(2), match.group(2))
-            ious[class_id] = float(match.group(3))
-        elif (match := _MEAN.match(text)) and epoch >= 0:
-            log.eval_mode, log.miou[epoch] = match.group(1), float(match.group(2))
-            log.class_names = tuple(names[i] for i in sorted(names))
-            log.class_iou[epoch] = tuple(ious[i] for i in sorted(ious))
-            log.times["eval", epoch] = time
+            if rate := _LR.search(line):
+                log.lr[epoch] = float(rate.group(1))
+        elif epoch < 0:
+            continue
+        elif match := _ROW.search(line):
+            row = (epoch, int(match.group(1)), _text_losses(match.group(2)))
+            if row[2]:
+                repeated = bool(log.losses) and log.losses[-1][:2] == row[:2]
+                log.losses[len(log.losses) - repeated :] = [row]
+                log.times[row[:2]] = time
+        elif match := _CLASS.search(line):
+            names[int(match.group(1))] = official_name(match.group(2))
+            ious[int(match.group(1))] = float(match.group(3))
+        elif match := _MEAN.search(line):
+            log.miou[epoch], log.times["eval", epoch] = float(match.group(2)), time
+            if ious:
+                log.class_names = tuple(names[i] for i in sorted(names))
+                log.class_iou[epoch] = tuple(ious[i] for i in sorted(ious))
             ious = {}
+            modes += [match.group(1)] if match.group(1) else []
     if epoch < 0:
         raise UserError(
             f"{path}: no line `===========> Epoch: …`; this is not a UniMatch-style text log"
         )
+    log.eval_mode = ", then ".join(dict.fromkeys(modes)) or None
     return log
 
 
-def _seconds(clock: str, milliseconds: str) -> float:
-    moment = datetime.datetime.strptime(clock, "%Y-%m-%d %H:%M:%S").replace(
-        tzinfo=datetime.timezone.utc
-    )
-    return moment.timestamp() + int(milliseconds) / 1000
-
-
-def _text_losses(text: str) -> dict[str, float] | None:
-    """`Total loss: 0.893, Loss x: …` → {loss name: value}; None if a value is cut short or a name
-    unknown.
+def _whole_lines(text: str) -> list[str]:
+    """The lines of a log. A last one without a line end counts only if it is as long as its kind:
+    an earlier line is like it in all but digits, with as many decimals.
     """
-    losses = {}
-    for part in text.split(", "):
-        name, _, value = part.partition(": ")
-        if name not in TEXT_LOSSES or not _NUMBER.match(value):
-            return None
-        losses[TEXT_LOSSES[name]] = float(value)
-    return losses
+    lines = text.splitlines()
+    if lines and not text.endswith("\n"):
+
+        def kind(line: str) -> str:
+            return re.sub(r"\d", "0", re.sub(r"(?<![.\d])\d+", "0", line))
+
+        if kind(lines[-1]) not in {kind(line) for line in lines[:-1]}:
+            lines.pop()
+    return lines
+
+
+def _seconds(line: str) -> float | None:
+    """Seconds since 1970 by the clock that the line starts with, if it does."""
+    match = _TIME.match(line)
+    if not match:
+        return None
+    moment = datetime.datetime.fromisoformat(f"{match.group(1)} {match.group(2)}+00:00")
+    return moment.timestamp() + float(f"0.{match.group(3) or 0}")
+
+
+def _text_losses(text: str) -> dict[str, float]:
+    """`Total loss: 0.893, Loss x: …` → {loss name: value}, of the losses with a name we know."""
+    found = ((loss_name(name), value) for name, value in _LOSS.findall(text))
+    return {name: float(value) for name, value in found if name}
 
 
 def _text_config(lines: list[str]) -> dict:
@@ -199,6 +240,18 @@ def _text_config(lines: list[str]) -> dict:
 
 def read_training_logs_folder(folder: Path) -> TrainingLog:
     """A folder that scripts/dev/import_log.py wrote: epochs.csv, losses.csv, config.json."""
+    try:
+        return _training_logs_folder(folder)
+    except (KeyError, ValueError, TypeError) as error:
+        raise UserError(
+            f"{folder}: epochs.csv, losses.csv or config.json is not as import_log.py writes it"
+            f" ({type(error).__name__}: {error}); import the text log again"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from None
+
+
+def _training_logs_folder(folder: Path) -> TrainingLog:
     config = read_json(folder / "config.json")
     log = TrainingLog(
         folder.name,
@@ -210,10 +263,13 @@ def read_training_logs_folder(folder: Path) -> TrainingLog:
     with open(folder / "epochs.csv", newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             epoch = int(row["epoch"])
-            log.lr[epoch] = float(row["lr"])
+            if row["lr"]:
+                log.lr[epoch] = float(row["lr"])
             if row["mIoU"]:
                 log.miou[epoch] = float(row["mIoU"])
-                log.class_iou[epoch] = tuple(float(row[name]) for name in log.class_names)
+            values = [row[name] for name in log.class_names]
+            if values and all(values):
+                log.class_iou[epoch] = tuple(float(value) for value in values)
     with open(folder / "losses.csv", newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             losses = {name: float(row[name]) for name in LOSS_NAMES if row.get(name)}
@@ -242,7 +298,7 @@ def read_metrics_json_lines(path: Path) -> TrainingLog:
         epoch = row["epoch"]
         if MIOU_TAG in row:
             ious = {
-                tag.removeprefix("eval/").removesuffix("_IoU"): value
+                official_name(tag.removeprefix("eval/").removesuffix("_IoU")): value
                 for tag, value in row.items()
                 if tag.endswith("_IoU")
             }
@@ -262,51 +318,73 @@ def read_metrics_json_lines(path: Path) -> TrainingLog:
     return log
 
 
-def read_events(folder: Path) -> TrainingLog:
-    """TensorBoard event files in `folder`, of UniMatch, of train_unimatch.py or of
-    training_logs/.
+def _meaning(tag: str) -> tuple[str, str] | None:
+    """What a TensorBoard tag holds: ("loss", loss name), ("lr" | "mIoU", ""), ("class", name)."""
+    kind, _, rest = tag.strip("/").partition("/")
+    if kind == "train":
+        return (
+            ("lr", "") if rest == "lr" else ("loss", loss_name(rest)) if loss_name(rest) else None
+        )
+    if kind == "eval" and rest.lower() in ("miou", "meaniou"):
+        return "mIoU", ""
+    if kind == "eval" and rest.lower().endswith("_iou"):
+        return "class", official_name(rest[: -len("_iou")])
+    return None
+
+
+def read_events(path: Path) -> TrainingLog:
+    """A TensorBoard event file, or those in a folder, of any version of UniMatch (through
+    torch.utils.tensorboard or tensorboardX), of train_unimatch.py or of training_logs/.
     """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    accumulator = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    accumulator = EventAccumulator(str(path), size_guidance={"scalars": 0})
     accumulator.Reload()
-    tags = accumulator.Tags()["scalars"]
-    log = TrainingLog(folder.name)
-    if MIOU_TAG in tags:
-        log.miou = {event.step: event.value for event in accumulator.Scalars(MIOU_TAG)}
+    found = {_meaning(tag): accumulator.Scalars(tag) for tag in accumulator.Tags()["scalars"]}
+    evaluations = found.get(("mIoU", ""), [])
+    log = TrainingLog(path.name, miou={event.step: event.value for event in evaluations})
     per_class = {
-        tag.removeprefix("eval/").removesuffix("_IoU"): {
-            e.step: e.value for e in accumulator.Scalars(tag)
+        key[1]: {event.step: event.value for event in events}
+        for key, events in found.items()
+        if key and key[0] == "class"
+    }
+    log.class_names = next(
+        (s.names for s in (CITYSCAPES_19, SYNTHIA_16) if set(s.names) == set(per_class)),
+        tuple(sorted(per_class)),
+    )
+    if per_class:
+        log.class_iou = {
+            epoch: tuple(per_class[name].get(epoch, math.nan) for name in log.class_names)
+            for epoch in log.miou
         }
-        for tag in tags
-        if tag.startswith("eval/") and tag.endswith("_IoU")
-    }
-    found = {OFFICIAL_NAMES.get(name, name): values for name, values in per_class.items()}
-    known = next(
-        (s.names for s in (CITYSCAPES_19, SYNTHIA_16) if set(s.names) == set(found)),
-        tuple(sorted(found)),
-    )
-    log.class_names = known
-    log.class_iou = {
-        epoch: tuple(found[name].get(epoch, math.nan) for name in known) for epoch in log.miou
-    }
     steps: dict[int, dict[str, float]] = {}
+    times: dict[int, float] = {}
     for name in LOSS_NAMES:
-        if f"train/{name}" in tags:
-            for event in accumulator.Scalars(f"train/{name}"):
-                steps.setdefault(event.step, {})[name] = event.value
-    log.iterations_per_epoch = _iterations_in(folder) or (
-        math.ceil((max(steps) + 1) / max(1, len(log.miou))) if steps else None
-    )
-    length = log.iterations_per_epoch
+        for event in found.get(("loss", name), []):
+            steps.setdefault(event.step, {})[name] = event.value
+            times[event.step] = event.wall_time
+    length = _iterations_in(path) or _iterations_by_clock(times, evaluations)
+    log.iterations_per_epoch = length
     log.losses = [(step // length, step % length, steps[step]) for step in sorted(steps)]
-    if LR_TAG in tags and length:
-        for event in accumulator.Scalars(LR_TAG):
-            log.lr.setdefault(event.step // length, event.value)
+    for event in found.get(("lr", ""), []) if length else []:
+        log.lr.setdefault(event.step // length, event.value)
     return log
 
 
-def _iterations_in(folder: Path) -> int | None:
+def _iterations_by_clock(times: dict[int, float], evaluations: list) -> int | None:
+    """Iterations per epoch: those that were done when the last evaluated epoch was, an equal share
+    for each epoch.
+    """
+    if not times:
+        return None
+    last = evaluations[-1] if evaluations else None
+    done = [step for step, time in times.items() if last is None or time <= last.wall_time]
+    return math.ceil((max(done or times) + 1) / (last.step + 1 if last else 1))
+
+
+def _iterations_in(path: Path) -> int | None:
+    """Iterations per epoch as the records beside the event files tell it."""
+    folder = path if path.is_dir() else path.parent
     for name in ("config.json", "manifest.json"):
         if (folder / name).is_file():
             value = read_json(folder / name).get("iterations_per_epoch")
@@ -317,10 +395,12 @@ def _iterations_in(folder: Path) -> int | None:
 
 def read_training_log(path: str | Path) -> TrainingLog:
     """Whatever `path` is: a run's folder, a folder of training_logs/, a metrics.jsonl, an event
-    file's folder, a text log.
+    file or its folder, a text log.
     """
     path = Path(path)
     if path.is_file():
+        if path.name.startswith("events.out.tfevents."):
+            return read_events(path)
         return read_metrics_json_lines(path) if path.suffix == ".jsonl" else read_text_log(path)
     if not path.is_dir():
         raise UserError(f"{path}: no such run folder or log file")

@@ -103,8 +103,10 @@ def differences(claimed: list[tuple[str, ...]], derived: list[tuple[str, ...]]) 
     ]
 
 
-def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "--print", action="store_true", help="print the derived table and check nothing"
     )
@@ -114,7 +116,11 @@ def main(argv=None) -> int:
     parser.add_argument(
         "--logs", type=Path, default=ROOT / "training_logs", help="(default: training_logs)"
     )
-    options = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv=None) -> int:
+    options = parse_args(argv)
     derived = derived_table(options.logs)
     if options.print:
         print(markdown(derived))

@@ -126,7 +126,8 @@ def pipeline_picture(run: Path, index: int) -> Image.Image:
     """
     from model.sam import build_sam
     from model.sam_fast import FastSam
-    from seco_sam import aggregate, prompt_picture, proposal_picture
+    from seco_sam import aggregate
+    from util.psa_panel import prompt_picture, proposal_picture
 
     seed, classes = run / "seed0", CITYSCAPES_19
     image_path, pixel_path = read_list(seed / "splits/pix/all.txt")[index]

@@ -2,15 +2,15 @@
 """Turn a UniMatch-style text log into TensorBoard event files, CSV and a config.json.
 training_logs/ was made with it.
 
-Input    a text log as UniMatch prints it (also FixMatch's and the supervised baseline's of the same
-         code base)
+Input    a text log as UniMatch prints it, of any version (also FixMatch's and the supervised
+         baseline's of the same code base)
 Outputs  in --out: events.out.tfevents.<start>.<name>, with the tags of train_unimatch.py and the
          log's own clock (read as UTC); epochs.csv (learning rate, mIoU, IoU per class); losses.csv
          (every printed row); config.json. The same log gives the same bytes.
 
-    python -m scripts.dev.import_log seco_gta.log --out training_logs/seco_gta
-    python -m scripts.dev.import_log exp/mine/out.log --out runs/mine_imported \\
-        --iterations-per-epoch 372
+    python -m scripts.dev.import_log tests/data/logs/seco_gta.log --out runs/imported
+    python -m scripts.dev.import_log tests/data/logs/seco_gta.log --out runs/imported \\
+        --iterations-per-epoch 236
 
 A text log does not say how many iterations an epoch has, and the step axis of the losses needs it.
 Where its rows leave several possible, the middle one is taken unless --iterations-per-epoch says
@@ -27,6 +27,7 @@ import datetime
 import sys
 from pathlib import Path
 
+from util.options import check_range
 from util.run import UserError, atomic_path, check_writable, run_main, sha256, write_json
 from util.training_log import (
     LOSS_NAMES,
@@ -56,7 +57,7 @@ def scalars(log: TrainingLog) -> list[tuple[float, int, str, float]]:
         rows.append((time, epoch, MIOU_TAG, miou))
         rows += [
             (time, epoch, f"eval/{name}_IoU", value)
-            for name, value in zip(log.class_names, log.class_iou[epoch])
+            for name, value in zip(log.class_names, log.class_iou.get(epoch, ()))
         ]
     return sorted(rows, key=lambda row: row[0])
 
@@ -98,52 +99,64 @@ def clock(seconds: float) -> str:
     return moment.strftime("%Y-%m-%d %H:%M:%S") + f".{round(seconds * 1000) % 1000:03d}"
 
 
-def import_log(log: TrainingLog, out: Path, source: Path, iterations: int | None) -> dict:
-    """Write the four files; returns what config.json holds."""
+def epoch_row(log: TrainingLog, epoch: int) -> list:
+    """A row of epochs.csv: epoch, start, learning rate, time of the evaluation, mIoU, IoU of each
+    class.
+    """
+    row = [epoch, clock(log.times["epoch", epoch])]
+    row.append(f"{log.lr[epoch]:.5f}" if epoch in log.lr else "")
+    row += (
+        [clock(log.times["eval", epoch]), f"{log.miou[epoch]:.2f}"]
+        if epoch in log.miou
+        else ["", ""]
+    )
+    ious = [f"{value:.2f}" for value in log.class_iou.get(epoch, ())]
+    return row + (ious or [""] * len(log.class_names))
+
+
+def loss_row(log: TrainingLog, epoch: int, iteration: int, losses: dict[str, float]) -> list:
+    """A row of losses.csv: epoch, iteration, step, time, losses."""
+    step = epoch * log.iterations_per_epoch + iteration
+    values = [f"{losses[name]:.3f}" if name in losses else "" for name in LOSS_NAMES]
+    return [epoch, iteration, step, clock(log.times[epoch, iteration]), *values]
+
+
+def choose_iterations(log: TrainingLog, source: Path, wanted: int | None) -> tuple[int, int, int]:
+    """(iterations per epoch, least, most possible): `wanted`, or the middle of what is possible."""
     try:
         low, high = iterations_range(log)
     except UserError:
-        if iterations is None:
+        if wanted is None:
             raise
-        low = high = iterations
-    chosen = iterations if iterations is not None else (low + high) // 2
+        low = high = wanted
+    chosen = wanted if wanted is not None else (low + high) // 2
     if not low <= chosen <= high:
         raise UserError(
             f"--iterations-per-epoch {chosen}: the rows of {source} allow {low} to {high}"
         )
+    return chosen, low, high
+
+
+def import_log(log: TrainingLog, out: Path, source: Path, iterations: int | None) -> dict:
+    """Write the four files; returns what config.json holds."""
+    chosen, low, high = choose_iterations(log, source, iterations)
     log.iterations_per_epoch = chosen
     start, end = min(log.times.values()), max(log.times.values())
-    write_events(out / f"events.out.tfevents.{int(start)}.{out.name}", scalars(log))
+    started = [epoch for kind, epoch in log.times if kind == "epoch"]
+    events = out / f"events.out.tfevents.{int(start)}.{out.name}"
+    for other in out.glob("events.out.tfevents.*"):
+        if other != events:
+            raise UserError(f"{other}: is of another run; choose another folder with --out")
+    write_events(events, scalars(log))
     write_csv(
         out / "epochs.csv",
         ["epoch", "started", "lr", "evaluated", "mIoU", *log.class_names],
-        [
-            [epoch, clock(log.times["epoch", epoch]), f"{lr:.5f}"]
-            + (
-                [
-                    clock(log.times["eval", epoch]),
-                    f"{log.miou[epoch]:.2f}",
-                    *(f"{v:.2f}" for v in log.class_iou[epoch]),
-                ]
-                if epoch in log.miou
-                else [""] * (2 + len(log.class_names))
-            )
-            for epoch, lr in log.lr.items()
-        ],
+        [epoch_row(log, epoch) for epoch in started],
     )
     write_csv(
         out / "losses.csv",
         ["epoch", "iteration", "step", "time", *LOSS_NAMES],
-        [
-            [
-                epoch,
-                iteration,
-                epoch * chosen + iteration,
-                clock(log.times[epoch, iteration]),
-                *(f"{losses[name]:.3f}" if name in losses else "" for name in LOSS_NAMES),
-            ]
-            for epoch, iteration, losses in log.losses
-        ],
+        [loss_row(log, *row) for row in log.losses],
     )
     config = {
         "source": source.name,
@@ -162,10 +175,12 @@ def import_log(log: TrainingLog, out: Path, source: Path, iterations: int | None
     return config
 
 
-def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("log", type=Path, help="the text log")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write to")
     parser.add_argument(
         "--iterations-per-epoch",
         type=int,
@@ -173,6 +188,12 @@ def main(argv=None) -> None:
         help="iterations per epoch and process (default: the middle of what the rows allow)",
     )
     options = parser.parse_args(argv)
+    check_range(options, "iterations_per_epoch", least=1)
+    return options
+
+
+def main(argv=None) -> None:
+    options = parse_args(argv)
     log = read_text_log(options.log)
     check_writable(options.out)
     config = import_log(log, options.out, options.log, options.iterations_per_epoch)
@@ -180,8 +201,8 @@ def main(argv=None) -> None:
     low, high = config["iterations_per_epoch_possible"]
     print(
         f"{options.out}: {config['loss_rows']} loss rows, {config['evaluations']} evaluations"
-        f" ({log.eval_mode}), {config['iterations_per_epoch']} iterations per epoch (possible:"
-        f" {low} to {high})"
+        f" ({log.eval_mode or 'mode not told'}), {config['iterations_per_epoch']} iterations per"
+        f" epoch (possible: {low} to {high})"
     )
     if figures:
         print(
