@@ -171,7 +171,7 @@ def cut_patch(
     return picture, np.ascontiguousarray(mask[::2, ::2])
 
 
-# ------------------------------------------------------------------------- release: the filter
+# ----------------------------------------------------------------------------- release: the filter
 
 
 def quantile_threshold(values: np.ndarray, quantile: float) -> float:
@@ -560,8 +560,12 @@ def write_results(run: Run, watch: Stopwatch) -> None:
 
 def wait_for_all() -> None:
     """Go on when every process of the run is here."""
-    if process_rank()[1] > 1:
+    if process_rank()[1] == 1:
+        return
+    try:
         torch.distributed.barrier()
+    except RuntimeError:
+        raise UserError("another process of this run has stopped; its message says why") from None
 
 
 def run_stages(run: Run, device: torch.device) -> None:
