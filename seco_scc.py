@@ -171,7 +171,7 @@ def cut_patch(
     return picture, np.ascontiguousarray(mask[::2, ::2])
 
 
-# ------------------------------------------------------------------------- release: the filter
+# ----------------------------------------------------------------------------- release: the filter
 
 
 def quantile_threshold(values: np.ndarray, quantile: float) -> float:
@@ -502,25 +502,98 @@ def score(data: Data, out: Path, device: torch.device, rank: int, world: int) ->
             save_scores(out, image, scores)
 
 
-def correct(data: Data, out: Path, classes: ClassSet, suffix: str, list_path: Path) -> Verdicts:
+# ------------------------------------------------------------------------------------------ results
+
+
+@dataclass
+class Run:
+    """What is corrected, and where the results go."""
+
+    data: Data
+    classes: ClassSet
+    suffix: str  # of the experiment's name
+    out: Path  # folder of the results
+    list_path: Path  # list of the corrected labels
+    truth: dict[str, str] | None  # {image path: ground-truth path} of --gt
+
+
+def correct(run: Run) -> Verdicts:
     """Write the corrected labels, connectivities.csv and the list of the labels."""
-    verdicts = judge(data, *read_scores(out, data))
+    data, table = run.data, run.out / "connectivities.csv"
+    verdicts = judge(data, *read_scores(run.out, data))
     # Labels of other thresholds may be there; while they are replaced nothing may list them.
-    for path in (list_path, out / "connectivities.csv"):
+    for path in (run.list_path, table):
         path.unlink(missing_ok=True)
+    rows = [(image, renamed_experiment(label, run.suffix)) for image, label in data.rows]
 
     def write(image: int) -> None:
-        final = verdicts.final[data.part(image)]
-        target = data.root / renamed_experiment(data.rows[image][1], suffix)
-        write_label(target, corrected_label(data.numbers(image), final), classes.palette)
+        label = corrected_label(data.numbers(image), verdicts.final[data.part(image)])
+        write_label(data.root / rows[image][1], label, run.classes.palette)
 
     with ThreadPoolExecutor() as pool:
-        jobs = pool.map(write, range(len(data.rows)))
-        for _ in progress(jobs, "SCC correction", len(data.rows)):
+        jobs = pool.map(write, range(len(rows)))
+        for _ in progress(jobs, "SCC correction", len(rows)):
             pass
-    write_connectivities(out / "connectivities.csv", data, verdicts)
-    write_list(list_path, [(image, renamed_experiment(path, suffix)) for image, path in data.rows])
+    write_connectivities(table, data, verdicts)
+    write_list(run.list_path, rows)
     return verdicts
+
+
+def write_results(run: Run, watch: Stopwatch) -> None:
+    """The correction and its report, and what they say in short."""
+    folder = run.out / "report"
+    with watch("correct"):
+        verdicts = correct(run)
+    with watch("report"):
+        vis = run.data.options.vis
+        report = write_report(folder, run.data, verdicts, run.classes, run.truth, vis)
+    write_json(folder / "report.json", report)
+    if report["note"]:
+        print(f"note: {report['note']}")
+    print(
+        f"{report['kept']} connectivities kept, {report['corrected']} corrected,"
+        f" {report['dropped']} dropped; {report['coverage_before']:.1f} % of the pixels labeled"
+        f" before, {report['coverage_after']:.1f} % after\nlabels: {run.out}\nlist:"
+        f" {run.list_path}\nreport: {folder / 'index.html'}"
+    )
+
+
+def wait_for_all() -> None:
+    """Go on when every process of the run is here."""
+    if process_rank()[1] == 1:
+        return
+    try:
+        torch.distributed.barrier()
+    except RuntimeError:
+        raise UserError("another process of this run has stopped; its message says why") from None
+
+
+def run_stages(run: Run, device: torch.device) -> None:
+    """Training, scoring and correction, or the one of --stage; the manifest."""
+    out, options, (rank, world) = run.out, run.data.options, process_rank()
+    stage, checkpoint, images = options.stage, out / "checkpoint.pth", len(run.data.rows)
+    earlier = read_json(out / "run.json")["seconds"] if (out / "run.json").is_file() else {}
+    watch = Stopwatch()
+    if stage in ("all", "train") and rank == 0 and not checkpoint.is_file():
+        remove_scores(out)
+        with watch("train"):
+            train(run.data, out, device)
+    wait_for_all()
+    if stage in ("all", "score"):
+        if not checkpoint.is_file():
+            raise UserError(f"{checkpoint}: no such file; run --stage train first")
+        with watch("score"):
+            score(run.data, out, device, rank, world)
+    wait_for_all()
+    if rank > 0:
+        return
+    if stage in ("all", "correct"):
+        if not all(score_path(out, image).is_file() for image in range(images)):
+            raise UserError(f"{out / 'scores'}: not all images are scored; run --stage score first")
+        write_results(run, watch)
+    record = manifest(vars(options), {"list": options.id_list_path})
+    record["seconds"] = earlier | {name: round(spent, 2) for name, spent in watch.seconds.items()}
+    write_json(out / "run.json", {**record, "peak_memory": peak_memory_mb(device)})
 
 
 # ------------------------------------------------------------------------------------------ options
@@ -580,8 +653,8 @@ def add_decision_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_training_options(parser: argparse.ArgumentParser) -> None:
-    """The network, what it sees and how long it learns."""
+def add_network_options(parser: argparse.ArgumentParser) -> None:
+    """The classifier and what it sees."""
     parser.add_argument(
         "--backbone",
         default="resnet101",
@@ -606,6 +679,27 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
             " checkpoint (default: %(default)s)"
         ),
     )
+    parser.add_argument(
+        "--patch-size",
+        type=int,
+        nargs=2,
+        default=(256, 512),
+        metavar=("H", "W"),
+        help="release: pixels of a connectivity's patch, even (default: 256 512)",
+    )
+    parser.add_argument(
+        "--scale",
+        type=float,
+        default=0.5,
+        help=(
+            "paper: size of the images that the features are taken of, over the label maps'"
+            " (default: 0.5)"
+        ),
+    )
+
+
+def add_training_options(parser: argparse.ArgumentParser) -> None:
+    """How long and how fast it learns."""
     parser.add_argument(
         "--iterations",
         type=int,
@@ -632,23 +726,6 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0.01,
         help="learning rate of the classifier; the backbone's is a tenth (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--patch-size",
-        type=int,
-        nargs=2,
-        default=(256, 512),
-        metavar=("H", "W"),
-        help="release: pixels of a connectivity's patch, even (default: 256 512)",
-    )
-    parser.add_argument(
-        "--scale",
-        type=float,
-        default=0.5,
-        help=(
-            "paper: size of the images that the features are taken of, over the label maps'"
-            " (default: 0.5)"
-        ),
     )
 
 
@@ -700,6 +777,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add_list_options(parser, "labels")
     add_class_options(parser)
     add_decision_options(parser)
+    add_network_options(parser)
     add_training_options(parser)
     add_work_options(parser)
     add_run_options(parser)
@@ -736,108 +814,56 @@ def output_folder(options: argparse.Namespace, rows: list[tuple[str, str]], suff
     return Path(options.root_path) / names.pop()
 
 
-def settings_of(options: argparse.Namespace, class_num: int) -> dict:
+def settings_of(options: argparse.Namespace) -> dict:
     """What scores depend on. Thresholds are not among it: they may change at will."""
     names = ("recipe", "backbone", "stem", "iterations", "min_area", "batch_size", "lr", "amp")
-    settings = {name: getattr(options, name) for name in (*names, "seed")}
+    names += ("seed", "class_num")
+    settings = {name: getattr(options, name) for name in names}
     if options.recipe == "release":
         settings["patch_size"] = list(options.patch_size)
     else:
         settings["scale"] = options.scale
     weights = options.backbone_weights
     settings["backbone_weights"] = sha256(weights) if Path(weights).is_file() else weights
-    return {**settings, "class_num": class_num}
+    return settings
 
 
-def read_ground_truth(
-    options: argparse.Namespace, rows: list[tuple[str, str]], class_num: int
-) -> dict[str, str] | None:
-    """{image path: ground-truth path} of --gt; UserError if it does not fit the labels."""
-    if options.gt is None:
-        return None
-    truth = dict(read_list(options.gt))
+def read_ground_truth(path: str, rows: list[tuple[str, str]]) -> dict[str, str]:
+    """{image path: ground-truth path} of --gt, which must name every image of the list."""
+    truth = dict(read_list(path))
     for image, _ in rows:
         if image not in truth:
             raise UserError(
-                f"{options.gt}: names no ground truth for {image}; --gt needs every image of"
+                f"{path}: names no ground truth for {image}; --gt needs every image of"
                 " --id-list-path"
             )
-    pairs = [(label, truth[image]) for image, label in rows]
-    check_pairs(options.root_path, pairs, options.gt, class_num, same_size=True)
     return truth
 
 
-def wait_for_all() -> None:
-    """Go on when every process of the run is here."""
-    if process_rank()[1] > 1:
-        torch.distributed.barrier()
-
-
-def write_results(
-    data: Data,
+def prepare(
+    options: argparse.Namespace,
+    rows: list[tuple[str, str]],
     out: Path,
-    classes: ClassSet,
-    truth: dict[str, str] | None,
     suffix: str,
-    list_path: Path,
-    watch: Stopwatch,
-) -> None:
-    """The correction and its report, and what they say in short."""
-    with watch("correct"):
-        verdicts = correct(data, out, classes, suffix, list_path)
-    with watch("report"):
-        report = write_report(out / "report", data, verdicts, classes, truth, data.options.vis)
-    write_json(out / "report" / "report.json", report)
-    if report["note"]:
-        print(f"note: {report['note']}")
-    print(
-        f"{report['kept']} connectivities kept, {report['corrected']} corrected,"
-        f" {report['dropped']} dropped; {report['coverage_before']:.1f} % of the pixels labeled"
-        f" before, {report['coverage_after']:.1f} % after\nlabels: {out}\nlist:"
-        f" {list_path}\nreport: {out / 'report' / 'index.html'}"
-    )
-
-
-def run_stages(
-    data: Data,
-    out: Path,
-    classes: ClassSet,
     truth: dict[str, str] | None,
-    suffix: str,
-    list_path: Path,
-    device: torch.device,
 ) -> None:
-    """Training, scoring and correction, or the one of --stage; the manifest."""
-    stage, checkpoint, (rank, world) = data.options.stage, out / "checkpoint.pth", process_rank()
-    earlier = read_json(out / "run.json")["seconds"] if (out / "run.json").is_file() else {}
-    watch = Stopwatch()
-    if stage in ("all", "train") and rank == 0 and not checkpoint.is_file():
-        remove_scores(out)
-        with watch("train"):
-            train(data, out, device)
-    wait_for_all()
-    if stage in ("all", "score"):
-        if not checkpoint.is_file():
-            raise UserError(f"{checkpoint}: no such file; run --stage train first")
-        with watch("score"):
-            score(data, out, device, rank, world)
-    wait_for_all()
-    if rank > 0:
-        return
-    if stage in ("all", "correct"):
-        if not all(score_path(out, i).is_file() for i in range(len(data.rows))):
-            raise UserError(f"{out / 'scores'}: not all images are scored; run --stage score first")
-        write_results(data, out, classes, truth, suffix, list_path, watch)
-    record = manifest(vars(data.options), {"list": data.options.id_list_path})
-    record["seconds"] = earlier | {name: round(spent, 2) for name, spent in watch.seconds.items()}
-    write_json(out / "run.json", {**record, "peak_memory": peak_memory_mb(device)})
+    """All checks that open files, the index and the settings."""
+    root = Path(options.root_path)
+    labels = [root / renamed_experiment(label, suffix) for _, label in rows]
+    for folder in {out, out / "scores", out / "report", *(path.parent for path in labels)}:
+        remove_leftovers(folder)
+    prepare_folder(out, settings_of(options), root, rows, labels, options.id_list_path)
+    if truth is not None:
+        pairs = [(label, truth[image]) for image, label in rows]
+        check_pairs(root, pairs, options.gt, options.class_num, same_size=True)
 
 
 def main(argv=None) -> None:
     options = parse_args(argv)
     classes = class_set(options.class_num, options.stuff, options.things)
-    suffix = "scc" if options.recipe == "release" else "scc_paper"
     root, rows = Path(options.root_path), read_list(options.id_list_path)
+    truth = read_ground_truth(options.gt, rows) if options.gt else None
+    suffix = "scc" if options.recipe == "release" else "scc_paper"
     out = output_folder(options, rows, suffix)
     list_path = renamed_list(options.id_list_path, rows[0][1], suffix)
     device = select_device(options.device)
@@ -845,14 +871,8 @@ def main(argv=None) -> None:
         exact_mode()
     check_writable(list_path.parent)
     with folder_lock(out), process_group(torch.device("cpu")) as (rank, _):
-        truth = None
         if rank == 0:
-            labels = [root / renamed_experiment(label, suffix) for _, label in rows]
-            for folder in {out, out / "scores", out / "report", *(p.parent for p in labels)}:
-                remove_leftovers(folder)
-            settings = settings_of(options, classes.count)
-            prepare_folder(out, settings, root, rows, labels, options.id_list_path)
-            truth = read_ground_truth(options, rows, classes.count)
+            prepare(options, rows, out, suffix, truth)
         wait_for_all()
         data = Data(root, rows, read_index(out), classes.count, options)
         if rank == 0:
@@ -861,7 +881,7 @@ def main(argv=None) -> None:
                 f"{len(data.index)} connectivities in {len(rows)} images"
                 + (f", {small} of them under --min-area" if small else "")
             )
-        run_stages(data, out, classes, truth, suffix, list_path, device)
+        run_stages(Run(data, classes, suffix, out, list_path, truth), device)
 
 
 if __name__ == "__main__":

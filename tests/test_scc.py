@@ -1037,5 +1037,8 @@ def test_planted_noise_changes_the_class_of_whole_connectivities(root):
     first = [(root / path).read_bytes() for _, path in rows]
     plant_noise.main(command)
     assert [(root / path).read_bytes() for _, path in rows] == first
-    with pytest.raises(UserError, match="--exp gt"):
-        plant_noise.main([*command, "--exp", "gt"])
+    before = {path: path.read_bytes() for path in root.rglob("*.png")}
+    for exp in ("gt", "images", "../gt", ""):
+        with pytest.raises(UserError, match=f"--exp {exp}: "):
+            plant_noise.main([*command, "--exp", exp])
+    assert {path: path.read_bytes() for path in root.rglob("*.png")} == before

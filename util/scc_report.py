@@ -27,7 +27,7 @@ from util.pictures import (
     overlay,
     save_picture,
 )
-from util.run import UserError, atomic_path
+from util.run import atomic_path
 
 DECISIONS = {"kept": COLOURS[0], "corrected": COLOURS[1], "dropped": COLOURS[6]}
 THUMBNAIL = (96, 96)  # pixels
@@ -130,39 +130,35 @@ def label_size(data, image: int) -> int:
         return label.width * label.height
 
 
+def votes_of_image(data, image: int, truth_path: str) -> np.ndarray:
+    """Ground-truth pixels of each class in each connectivity of image i: int64 N x K."""
+    truth, numbers = read_label(data.root / truth_path, data.class_num), data.numbers(image)
+    count, counted = len(data.of_image(image)), (numbers >= 0) & (truth != IGNORE)
+    places = numbers[counted].astype(np.int64) * data.class_num + truth[counted]
+    return np.bincount(places, minlength=count * data.class_num).reshape(count, data.class_num)
+
+
 def compare_with_ground_truth(data, verdicts, gt_rows: dict[str, str]) -> dict:
     """Purity, accuracies in percent, and the AUROC of eta (or the loss) for connectivities of a
-    wrong class.
+    wrong class. The ground truth has the label maps' sizes.
 
     A connectivity's true class is the most frequent ground-truth class in it, its purity that
     class's share; those on ground-truth 255 alone are left out. accuracy_*: of labeled pixels,
     before, after, and if exactly the connectivities of a wrong class were dropped, as a perfect
-    noise model would; the rest counts connectivities: kept_right: the share of true labels among
-    those kept, changed_right: of true classes among those given another class, dropped_wrong: of
-    wrong labels among those dropped, sure_right: of true classes among predictions other than the
-    label whose probability exceeds tau_cr, whatever was decided, not_judged_wrong: of wrong labels
-    among those under --min-area.
+    noise model would. The rest counts connectivities:
+    - kept_right: the share of true labels among those kept;
+    - changed_right: of true classes among those given another class;
+    - dropped_wrong: of wrong labels among those dropped;
+    - sure_right: of true classes among predictions other than the label whose probability exceeds
+      tau_cr, whatever was decided;
+    - not_judged_wrong: of wrong labels among those under --min-area.
     """
-    true, purity, right_before, right_after = (np.zeros(len(data.index)) for _ in range(4))
-    known = np.zeros(len(data.index))
+    true, purity, right_before, right_after, known = (np.zeros(len(data.index)) for _ in range(5))
     for image, (image_path, _) in enumerate(data.rows):
-        truth = read_label(data.root / gt_rows[image_path], data.class_num)
-        numbers = data.numbers(image)
-        if truth.shape != numbers.shape:
-            raise UserError(
-                f"{data.root / gt_rows[image_path]}: {truth.shape[1]} x {truth.shape[0]} pixels,"
-                f" the label map has {numbers.shape[1]} x {numbers.shape[0]}"
-            )
-        part = data.part(image)
-        count, counted = part.stop - part.start, (numbers >= 0) & (truth != IGNORE)
-        votes = np.bincount(
-            numbers[counted].astype(np.int64) * data.class_num + truth[counted],
-            minlength=count * data.class_num,
-        ).reshape(count, data.class_num)
-        each = np.arange(count)
+        votes, part = votes_of_image(data, image, gt_rows[image_path]), data.part(image)
+        each, final = np.arange(len(votes)), verdicts.final[part]
         true[part], known[part] = votes.argmax(axis=1), votes.sum(axis=1)
         purity[part] = votes.max(axis=1) / np.maximum(known[part], 1)
-        final = verdicts.final[part]
         right_before[part] = votes[each, data.index["class_id"][part]]
         right_after[part] = np.where(
             final == IGNORE, 0, votes[each, np.minimum(final, data.class_num - 1)]

@@ -95,12 +95,9 @@ def oracle_patch(
     y0, x0, y1, x1 = scc.patch_window(
         (row["x"], row["y"], row["width"], row["height"]), HEIGHT, WIDTH, patch
     )
-    return (
-        cv2.resize(image[y0:y1, x0:x1], patch[::-1], interpolation=cv2.INTER_LINEAR),
-        cv2.resize(
-            mask[y0:y1, x0:x1], (patch[1] // 2, patch[0] // 2), interpolation=cv2.INTER_NEAREST
-        ),
-    )
+    picture = cv2.resize(image[y0:y1, x0:x1], patch[::-1], interpolation=cv2.INTER_LINEAR)
+    mask = cv2.resize(mask[y0:y1, x0:x1], patch[::-1], interpolation=cv2.INTER_NEAREST)
+    return picture, mask[::2, ::2]
 
 
 def make_data(root: Path, rows: list[tuple[str, str]]) -> Data:
@@ -126,7 +123,37 @@ def resident_mb() -> float:
     return peak_memory_mb()["host_mb"]
 
 
-def main(argv=None) -> None:
+def oracle_rate(root: Path, data: Data, count: int) -> float:
+    """Connectivities per second of the oracle, for `count` of them; each of its patches must be
+    that of seco_scc.cut_patch.
+    """
+    chosen = np.random.default_rng(1).permutation(data.starts[FILES])[:count].tolist()
+    store_masks(root, data, chosen)
+    start = time.process_time()
+    slow = [oracle_patch(root, data, member, data.options.patch_size) for member in chosen]
+    rate = len(chosen) / (time.process_time() - start)
+    for member, (patch, mask) in zip(chosen, slow):
+        picture, numbers = data.read(int(data.index["image"][member]))
+        fast = scc.cut_patch(picture, numbers, data.index[member], data.options.patch_size)
+        assert (fast[0] == patch).all() and (fast[1] == mask).all(), (
+            f"connectivity {member} differs"
+        )
+    return rate
+
+
+def stream_rate(data: Data, batches: int) -> tuple[float, list[float]]:
+    """(connectivities per second of the training's batches, resident MB at ten times)."""
+    start, readings = time.process_time(), []
+    stream = patch_batches(data, scc.cut_patch, 0, batches)
+    for number, _ in enumerate(progress(stream, "patches", batches, "batch"), start=1):
+        if number % max(1, batches // 10) == 0:
+            readings.append(round(resident_mb(), 0))
+    # The pool is filled before the first batch: its patches are work done as well.
+    drawn = batches * data.options.batch_size + POOL
+    return drawn / (time.process_time() - start), readings
+
+
+def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -148,7 +175,11 @@ def main(argv=None) -> None:
         help="connectivities the oracle cuts (default: %(default)s)",
     )
     parser.add_argument("--out", type=Path, help="JSON file of the figures")
-    options = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv=None) -> None:
+    options = parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         rows = make_images(root, options.images)
@@ -159,28 +190,8 @@ def main(argv=None) -> None:
             f"{len(data.index)} connectivities in {len(rows)} images of {WIDTH} x {HEIGHT}; "
             f"index: {data.index.nbytes / 1e6:.1f} MB, resident memory grew by {index_mb:.0f} MB"
         )
-
-        chosen = np.random.default_rng(1).permutation(data.starts[FILES])[: options.oracle].tolist()
-        store_masks(root, data, chosen)
-        start = time.process_time()
-        slow = [oracle_patch(root, data, member, data.options.patch_size) for member in chosen]
-        slow_rate = len(chosen) / (time.process_time() - start)
-        for member, (patch, mask) in zip(chosen, slow):
-            image = int(data.index["image"][member])
-            picture, numbers = data.read(image)
-            fast = scc.cut_patch(picture, numbers, data.index[member], data.options.patch_size)
-            assert (fast[0] == patch).all() and (fast[1] == mask).all(), (
-                f"connectivity {member} differs"
-            )
-
-        start, readings, drawn = time.process_time(), [], 0
-        stream = patch_batches(data, scc.cut_patch, 0, options.batches)
-        for number, _ in enumerate(progress(stream, "patches", options.batches, "batch"), start=1):
-            drawn += 64
-            if number % max(1, options.batches // 10) == 0:
-                readings.append(round(resident_mb(), 0))
-        # The pool is filled before the first batch: its patches are work done as well.
-        fast_rate = (drawn + POOL) / (time.process_time() - start)
+        slow_rate = oracle_rate(root, data, options.oracle)
+        fast_rate, readings = stream_rate(data, options.batches)
     print(
         f"cutting patches: {fast_rate:.0f} connectivities/s, opening the image for each:"
         f" {slow_rate:.1f}/s, {fast_rate / slow_rate:.1f}x\nresident memory while streaming, MB:"

@@ -14,7 +14,10 @@ kept):
         --gt data/toy/s0/lists/target_train_gt.txt \\
         --backbone resnet10 --backbone-weights runs/toy_release/seed0/source/latest.pth \\
         --min-area 30 --patch-size 64 128 --iterations 600 --lr 0.1
-    python seco_scc.py … --recipe paper --min-area 30 --scale 1 --iterations 600 --lr 0.05
+    python seco_scc.py --id-list-path splits/planted/all.txt \\
+        --gt data/toy/s0/lists/target_train_gt.txt \\
+        --backbone resnet10 --backbone-weights runs/toy_release/seed0/source/latest.pth \\
+        --min-area 30 --recipe paper --scale 1 --iterations 600 --lr 0.05
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ import numpy as np
 
 from util.connectivity import connectivities
 from util.labels import check_files, class_set, read_label, read_list, write_label, write_list
-from util.options import add_class_options
+from util.options import add_class_options, check_range
 from util.progress import progress
 from util.run import UserError, check_writable, run_main
 
@@ -51,7 +54,23 @@ def planted(
     return noisy, large, wrong
 
 
-def main(argv=None) -> None:
+def targets_of(rows: list[tuple[str, str]], exp: str, list_path: str) -> list[str]:
+    """Where the labels go: their paths with the first folder named `exp`; never an input's path."""
+    if not exp or Path(exp).name != exp:
+        raise UserError(f"--exp {exp}: give the name of a folder, without a path")
+    targets = [f"{exp}/{label.partition('/')[2]}" for _, label in rows]
+    taken = {name for row in rows for name in row}
+    for (_, label), target in zip(rows, targets):
+        if target in taken or "/" not in label:
+            raise UserError(
+                f"--exp {exp}: would write {label} of {list_path} over another file; give another"
+                " name"
+            )
+        taken.add(target)
+    return targets
+
+
+def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -87,19 +106,23 @@ def main(argv=None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     add_class_options(parser)
     options = parser.parse_args(argv)
+    check_range(options, "share", least=0, most=1)
+    check_range(options, "min_area", least=1)
+    check_range(options, "seed", least=0)
+    return options
+
+
+def main(argv=None) -> None:
+    options = parse_args(argv)
     classes = class_set(options.class_num, options.stuff, options.things)
-    if not 0 <= options.share <= 1:
-        raise UserError(f"--share {options.share}: give a number from 0 to 1")
     if classes.count < 2:
         raise UserError(f"--class-num {classes.count}: a wrong class needs two classes or more")
     rows = read_list(options.id_list_path)
-    if any(Path(row[1]).parts[0] == options.exp for row in rows):
-        raise UserError(f"--exp {options.exp}: is the folder of the true labels; give another name")
+    targets = targets_of(rows, options.exp, options.id_list_path)
     check_files(options.root_path, [row[1] for row in rows], options.id_list_path)
     check_writable(options.root_path / options.exp)
     random, large, wrong = np.random.default_rng(options.seed), 0, 0
-    written = [(image, f"{options.exp}/{label.partition('/')[2]}") for image, label in rows]
-    for (_, label), (_, target) in zip(progress(rows, "planting"), written):
+    for (_, label), target in zip(progress(rows, "planting"), targets):
         noisy, of_image, wrong_here = planted(
             read_label(options.root_path / label, classes.count),
             classes.count,
@@ -109,7 +132,7 @@ def main(argv=None) -> None:
         )
         write_label(options.root_path / target, noisy, classes.palette)
         large, wrong = large + of_image, wrong + wrong_here
-    write_list(options.out_list, written)
+    write_list(options.out_list, [(image, to) for (image, _), to in zip(rows, targets)])
     print(
         f"{wrong} of {large} connectivities of {options.min_area} pixels or more got a wrong class;"
         f" list: {options.out_list}"
