@@ -2,17 +2,16 @@
 """Adapt DeepLabV3+ with UniMatch (CVPR 2023) from a labeled and an unlabeled list, or train it on
 labels alone.
 
-Inputs   --labeled-id-path     rows `<image path> <label path>`: the images whose corrected labels
-         act as ground truth
-         --unlabeled-id-path   rows `<image path>` (a second column is not read)
+Inputs   --labeled-id-path     rows `<image path> <label path>`: what acts as ground truth
+         --unlabeled-id-path   rows `<image path>`; a second column is not read
          --val-id-path         optional, rows `<image path> <ground truth>`: evaluated after every
-                               epoch, and best.pth kept. The only ground truth that this script
-                               opens, and nothing trains on it
-         --supervised          no unlabeled list: OHEM cross-entropy on the labeled one (source
-                               model, upper bound)
-Outputs  in --save-path: latest.pth (resumes), best.pth, train.log (the shipped logs' format),
-         metrics.jsonl, TensorBoard events, pictures/, curves.png, manifest.json, settings.json,
-         summary.json
+                               epoch. The only ground truth that this script opens; nothing trains
+                               on it
+         --supervised          instead of an unlabeled list: OHEM cross-entropy on the labeled one
+                               (source model, upper bound)
+Outputs  in --save-path: latest.pth (resumes), best.pth (best evaluation), train.log (the shipped
+         logs' format), metrics.jsonl, TensorBoard events, pictures/, curves.png, manifest.json,
+         settings.json, summary.json
 
     python train_unimatch.py --labeled-id-path splits/cityscapes/DTST_gta_vit_h_scc/labeled.txt \\
         --unlabeled-id-path splits/cityscapes/DTST_gta_vit_h_scc/unlabeled.txt \\
@@ -387,13 +386,8 @@ class Run:
 
 def train(run: Run) -> list[float]:
     """From progress.iteration to the end; returns the seconds of each iteration."""
-    args, trainer, sampler, progress, logs = (
-        run.args,
-        run.trainer,
-        run.sampler,
-        run.progress,
-        run.logs,
-    )
+    args, trainer, sampler = run.args, run.trainer, run.sampler
+    progress, logs = run.progress, run.logs
     micro_batches = iter(batches(run.samples, sampler, args.workers, trainer.device))
     length, seconds = sampler.per_epoch, []
     every = max(length // 8, 1)  # UniMatch's rows: eight or nine an epoch

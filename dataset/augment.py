@@ -67,13 +67,13 @@ def draw_crop(
     0.5.
     """
     longest = max(height, width)
-    long_side = int(
-        random.integers(int(longest * scales[0]), int(longest * scales[1]), endpoint=True)
-    )
+    least, most = (max(int(longest * scale), 1) for scale in scales)
+    long_side = int(random.integers(least, most, endpoint=True))
+    short_side = max(int(min(height, width) * long_side / longest + 0.5), 1)
     if height > width:
-        new_height, new_width = long_side, int(width * long_side / height + 0.5)
+        new_height, new_width = long_side, short_side
     else:
-        new_height, new_width = int(height * long_side / width + 0.5), long_side
+        new_height, new_width = short_side, long_side
     left = int(random.integers(0, max(new_width - size, 0), endpoint=True))
     top = int(random.integers(0, max(new_height - size, 0), endpoint=True))
     return Crop(new_height, new_width, top, left, size, bool(random.random() < 0.5))

@@ -152,6 +152,13 @@ def test_geometry_is_unimatchs():
     assert narrower == set(range(15, 31))
 
 
+def test_images_of_a_single_row_keep_a_pixel():
+    for seed in range(5):
+        crop = draw_crop(np.random.default_rng(seed), 1, 90, 33, (0.1, 0.2))
+        assert crop.height == 1 and 9 <= crop.width <= 18
+        assert cropped_image(Image.new("RGB", (90, 1)), crop).shape == (33, 33, 3)
+
+
 def test_normalisation():
     image = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
     expected = (image / 255 - np.array(IMAGENET_MEAN)) / np.array(IMAGENET_STD)
