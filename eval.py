@@ -14,9 +14,9 @@ Outputs  the table on screen; in --out: metrics.json, confusion.png, confusion.c
          (manifest)
 
     python eval.py --checkpoint runs/seco/latest.pth --id-list-path splits/cityscapes/val.txt \\
-        --mode sliding_window
-    python eval.py --labels splits/cityscapes/DTST_vit_h/all.txt \\
-        --id-list-path splits/cityscapes/train_gt.txt
+        --root-path data/cityscapes --mode sliding_window
+    python eval.py --labels splits/cityscapes/DTST_gta_vit_h/train.txt \\
+        --id-list-path splits/cityscapes/train.txt --root-path data/cityscapes
     # the same figures, images shared out to four processes
     torchrun --nproc_per_node 4 eval.py …
 
@@ -25,12 +25,13 @@ Modes (UniMatch's): `original`, the whole image in one pass; `sliding_window`, w
 the central square of image and label. The shipped GTA log was evaluated with sliding windows,
 SYNTHIA's and BDD's with original: state the mode with every figure.
 
-Copied away, this file needs util/, model/ and dataset/augment.py.
+Copied away, this file needs util/ and model/.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -40,7 +41,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
-from tqdm import tqdm
 
 from model.deeplabv3plus import DeepLabV3Plus
 from model.network import Network, load_network
@@ -51,19 +51,23 @@ from util.labels import (
     IGNORE,
     ClassSet,
     check_files,
+    check_pairs,
+    check_same_shape,
     class_set,
+    image_size,
     read_image,
     read_label,
     read_list,
 )
 from util.metrics import confusion_matrix, summary
-from util.options import add_class_options, add_run_options
+from util.options import add_class_options, add_run_options, check_range, check_run_options
 from util.pictures import confusion_picture, save_picture
+from util.progress import progress
 from util.run import (
     UserError,
     atomic_path,
-    check_writable,
     exact_mode,
+    folder_lock,
     manifest,
     process_group,
     process_rank,
@@ -148,19 +152,13 @@ def evaluate_checkpoint(
     """The confusion matrix of a network (in eval mode) over `rows` (image path, ground-truth path),
     of this process's share of them; `summed` adds the processes' up. `bar`: title of the progress
     bar of process 0. A `model.network.Network` resizes images itself: mode is then `original`.
+    Ground truth has its image's size (util.labels.check_pairs, with same_size).
     """
     rank, world = process_rank()
     confusion = np.zeros((class_num, class_num + 1), dtype=np.int64)
     share = rows[rank::world]
-    for image_path, truth_path in tqdm(
-        share, desc=bar, unit="image", disable=bar is None or rank > 0, leave=False
-    ):
+    for image_path, truth_path in progress(share, bar or "", quiet=bar is None or rank > 0):
         image, truth = read_image(root / image_path), read_label(root / truth_path, class_num)
-        if image.shape[:2] != truth.shape:
-            raise UserError(
-                f"{root / truth_path}: the label map is {truth.shape[1]}x{truth.shape[0]}, its"
-                f" image {image.shape[1]}x{image.shape[0]}; evaluation needs both in one size"
-            )
         if mode == "center_crop":
             truth = truth[center_square(*truth.shape, crop_size)]
         with torch.inference_mode():
@@ -173,16 +171,44 @@ def evaluate_checkpoint(
     return confusion
 
 
-def labels_in_folder(folder: Path, rows) -> dict[str, Path]:
-    """{image path: label map} of the images of `rows` that have one: `<folder>/<image path without
-    its first folder>.png`, where make_pseudo_labels.py, seco_sam.py and seco_scc.py put them below
-    `<root>/<exp>`. Absolute paths.
+def labels_in_folder(folder: Path, images: list[str]) -> dict[str, Path]:
+    """{image path: label map} of the images that have one: `<folder>/<image path without its first
+    folder>.png`, where make_pseudo_labels.py, seco_sam.py and seco_scc.py put them below
+    `<root>/<exp>`. Absolute paths. Two images with one label map are an error.
     """
-    paths = {
-        image: (folder / Path(*Path(image).parts[1:])).with_suffix(".png").resolve()
-        for image, _ in rows
-    }
-    return {image: path for image, path in paths.items() if path.is_file()}
+    image_of: dict[Path, str] = {}
+    for image in images:
+        below = Path(*Path(image).parts[1:]) if "/" in image else Path(image)
+        path = (folder / below).with_suffix(".png").resolve()
+        if path.is_file() and image_of.setdefault(path, image) != image:
+            raise UserError(
+                f"{path}: would be the label map of {image_of[path]} and of {image}; give --labels"
+                " a list, whose rows say which is whose"
+            )
+    return {image: path for path, image in image_of.items()}
+
+
+def label_of_images(labels: Path, rows, list_path: Path, root: Path) -> dict[str, str | Path]:
+    """{image path: label map} of those images of `rows` that `labels`, a list or a folder, has one
+    for; files and aspect ratios checked.
+    """
+    images = [image for image, _ in rows]
+    if labels.is_dir():
+        found = labels_in_folder(labels, images)
+    else:
+        listed = dict(read_list(labels))
+        found = {image: listed[image] for image in images if image in listed}
+    if not found:
+        raise UserError(
+            f"{labels}: has none of the images of {list_path} (its first: {images[0]}); lists are"
+            " matched by image path, a folder's files by that path without its first folder"
+        )
+    check_files(root, list(found.values()), labels)
+    for image, truth in rows:
+        if image in found:
+            pair = root / found[image], root / truth
+            check_same_shape(pair[0], image_size(pair[0]), pair[1], image_size(pair[1]))
+    return found
 
 
 def evaluate_labels(
@@ -195,9 +221,7 @@ def evaluate_labels(
     """
     rank, world = process_rank()
     confusion = np.zeros((class_num, class_num + 1), dtype=np.int64)
-    for image_path, truth_path in tqdm(
-        rows[rank::world], desc="labels", unit="image", disable=rank > 0, leave=False
-    ):
+    for image_path, truth_path in progress(rows[rank::world], "labels", quiet=rank > 0):
         truth = read_label(root / truth_path, class_num)
         if image_path in label_of_image:
             label = read_label(root / label_of_image[image_path], class_num)
@@ -278,7 +302,7 @@ def table(metrics: dict, header: str) -> str:
 # --------------------------------------------------------------------------------------------- main
 
 
-def options() -> argparse.ArgumentParser:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -321,7 +345,10 @@ def options() -> argparse.ArgumentParser:
     )
     add_class_options(parser)
     add_run_options(parser, seed=False)
-    return parser
+    args = parser.parse_args(argv)
+    check_range(args, "crop_size", least=33)
+    check_run_options(args)
+    return args
 
 
 def checked_network(checkpoint: Path, class_num: int, mode: str, device):
@@ -337,90 +364,65 @@ def checked_network(checkpoint: Path, class_num: int, mode: str, device):
     return network
 
 
-def write_results(
-    out: Path, confusion: np.ndarray, metrics: dict, classes: ClassSet, record: dict
-) -> None:
-    with atomic_path(out / "confusion.csv") as temporary:
+def write_results(args, confusion: np.ndarray, metrics: dict, classes: ClassSet, images: int):
+    """The files of --out; run.json last."""
+    with atomic_path(args.out / "confusion.csv") as temporary:
         rows = [",".join(["ground truth \\ prediction", *classes.names, "none"])]
         rows += [
             ",".join([name, *map(str, counts)])
             for name, counts in zip(classes.names, confusion.tolist())
         ]
         temporary.write_text("\n".join(rows) + "\n", encoding="utf-8")
-    save_picture(out / "confusion.png", confusion_picture(confusion, classes.names))
-    write_json(out / "metrics.json", {**metrics, **record})
+    save_picture(args.out / "confusion.png", confusion_picture(confusion, classes.names))
+    record = {
+        "mode": args.mode if args.checkpoint else "labels",
+        "images": images,
+        "class_num": classes.count,
+    }
+    write_json(args.out / "metrics.json", {**metrics, **record})
+    inputs = {"list": args.id_list_path, "checkpoint": args.checkpoint, "labels": args.labels}
+    inputs = {name: path for name, path in inputs.items() if path and path.is_file()}
+    write_json(args.out / "run.json", manifest(vars(args), inputs))
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = options().parse_args(argv)
-    classes = class_set(args.class_num, args.stuff, args.things)
-    if args.crop_size < 33:
-        raise UserError(f"--crop-size {args.crop_size}: give 33 or more pixels")
-    rows = read_list(args.id_list_path)
-    check_files(
-        args.root_path,
-        [path for row in rows for path in (row if args.checkpoint else row[1:])],
-        args.id_list_path,
-    )
-    device = select_device(args.device)
-    exact_mode()
+def prepared(args, rows, class_num: int, device) -> tuple[Callable[[], np.ndarray], str]:
+    """(what gives this process's share of the confusion matrix, the table's header), everything
+    that it reads checked.
+    """
+    root = args.root_path
     if args.checkpoint:
-        model = checked_network(args.checkpoint, classes.count, args.mode, device)
-        measure: Callable[[], np.ndarray] = lambda: evaluate_checkpoint(
-            model,
-            rows,
-            args.root_path,
-            classes.count,
-            args.mode,
-            args.crop_size,
-            device,
-            "evaluation",
-        )
+        model = checked_network(args.checkpoint, class_num, args.mode, device)
+        check_pairs(root, rows, args.id_list_path, class_num, same_size=True)
+        how = (class_num, args.mode, args.crop_size, device, "evaluation")
         crop = "" if args.mode == "original" else f" {args.crop_size}"
-        header = (
+        return lambda: evaluate_checkpoint(model, rows, root, *how), (
             f"{args.checkpoint}, {len(rows)} images of {args.id_list_path}, mode {args.mode}{crop},"
             " IoU in percent"
         )
-    else:
-        label_of_image = (
-            labels_in_folder(args.labels, rows)
-            if args.labels.is_dir()
-            else dict(read_list(args.labels))
-        )
-        missing = [image for image, _ in rows if image not in label_of_image]
-        if len(missing) == len(rows):
-            raise UserError(
-                f"{args.labels}: has none of the images of {args.id_list_path} (its first:"
-                f" {rows[0][0]}); lists are matched by image path, a folder's files by that path"
-                " without its first folder"
-            )
-        check_files(
-            args.root_path,
-            [label_of_image[image] for image, _ in rows if image in label_of_image],
-            args.labels,
-        )
-        measure = lambda: evaluate_labels(label_of_image, rows, args.root_path, classes.count)
-        header = f"{args.labels} against {args.id_list_path}: {len(rows)} images, IoU in percent"
-        if missing:
-            header += f"; {len(missing)} of them have no label map and count as unlabeled"
-    if args.out:
-        check_writable(args.out)
-    with process_group(device) as (rank, _):
-        confusion = summed(measure(), device)
+    check_files(root, [truth for _, truth in rows], args.id_list_path)
+    label_of_image = label_of_images(args.labels, rows, args.id_list_path, root)
+    header = f"{args.labels} against {args.id_list_path}: {len(rows)} images, IoU in percent"
+    if missing := len(rows) - len(label_of_image):
+        header += f"; {missing} of them have no label map and count as unlabeled"
+    return lambda: evaluate_labels(label_of_image, rows, root, class_num), header
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    classes = class_set(args.class_num, args.stuff, args.things)
+    rows = read_list(args.id_list_path)
+    device = select_device(args.device)
+    exact_mode()
+    measure, header = prepared(args, rows, classes.count, device)
+    with folder_lock(args.out) if args.out else contextlib.nullcontext():
+        with process_group(device) as (rank, _):
+            confusion = summed(measure(), device)
         if rank > 0:
             return
-    metrics = figures(confusion, classes)
-    print(table(metrics, header))
-    if args.out:
-        inputs = {"list": args.id_list_path, "checkpoint": args.checkpoint, "labels": args.labels}
-        inputs = {name: path for name, path in inputs.items() if path and path.is_file()}
-        record = {
-            "mode": args.mode if args.checkpoint else "labels",
-            "images": len(rows),
-            "class_num": classes.count,
-        }
-        write_results(args.out, confusion, metrics, classes, record)
-        write_json(args.out / "run.json", manifest(vars(args), inputs))
+        metrics = figures(confusion, classes)
+        print(table(metrics, header))
+        if args.out:
+            write_results(args, confusion, metrics, classes, len(rows))
 
 
 if __name__ == "__main__":

@@ -3,49 +3,65 @@ pseudo-labels.
 
 Stuff takes the shape of SAM's mask proposals (semantic alignment), things that of the masks SAM
 returns for box and point prompts made from their connectivities. Pixels that no mask reaches get no
-label (255).
+label (255), or keep their pixel-level one (--fill pixel).
 
 Input:   --id-list-path, lines `<image path> <pseudo-label path>` relative to --root-path; labels
          are PNGs of train IDs. The first folder of a label path is the experiment, <exp>.
 Output:  <root>/<exp>_<sam type>/…, the same paths with the aggregated labels, and their list in
-         splits/<dataset>/<exp>_<sam type>/, beside the list that was read. `--recipe paper` and the
-         ablations add to the name: <exp>_vit_h_paper, <exp>_vit_h_only_alignment. Beside the
-         labels: summary.json, vis/, settings.json, stats/.
+         splits/<dataset>/<exp>_<sam type>/, beside the list that was read. `--recipe paper`, the
+         ablations and `--fill` add to the name: <exp>_vit_h_paper, <exp>_vit_h_only_alignment,
+         <exp>_vit_h_fill. Beside the labels: summary.json, vis/, settings.json, stats/ (a record
+         of each image).
 
-    python seco_sam.py --id-list-path splits/cityscapes/HRDA_seco/all.txt --class-num 19
-    python seco_sam.py --id-list-path splits/cityscapes/HRDA_seco/all.txt --class-num 19 \\
-        --limit 8 --vis 8
+    python seco_sam.py --id-list-path splits/cityscapes/HRDA_seco/all.txt \\
+        --root-path data/cityscapes --class-num 19
+    # a look at the first eight images
+    python seco_sam.py --id-list-path splits/cityscapes/HRDA_seco/all.txt \\
+        --root-path data/cityscapes --class-num 19 --limit 8 --vis 8
     torchrun --nproc_per_node=4 seco_sam.py --id-list-path splits/cityscapes/HRDA_seco/all.txt \\
-        --class-num 19 --amp bf16
-    python seco_sam.py --id-list-path splits/camvid/day/all.txt --class-num 11 \\
-        --stuff 0 1 3 4 5 7 --things 2 6 8 9 10 \\
-        --sam-type vit_b
+        --root-path data/cityscapes --class-num 19 --amp bf16
+    # other classes, here CamVid's in the folder of scripts/camvid.sh
+    python seco_sam.py --id-list-path runs/camvid_release/seed0/splits/pix/all.txt \\
+        --root-path runs/camvid_release/seed0 --class-num 11 --stuff 0 1 3 4 5 7 \\
+        --things 2 6 8 9 10 --sam-type vit_b
 
 The same command goes on where it was stopped; images that are done are skipped and stay in the
-list. Needs when copied away: model/{segmenter,sam,sam_fast,sam_decoder,sam_tiny}.py,
-util/{run,labels,connectivity,pictures}.py, for the tiny SAM model/sam_tiny.pth, for models of
-transformers model/sam_transformers.py.
+list. From Python, for one image:
+
+    from model.sam import load_segmenter
+    from seco_sam import aggregate
+    from util.labels import class_set, read_image, read_label, write_label
+
+    classes = class_set(19)
+    sam = load_segmenter("vit_h", device="cuda")
+    image = read_image("street.png")
+    label = read_label("street_pixel_label.png", classes.count)
+    result = aggregate(image, label, sam, classes)
+    write_label("street_psa.png", result.label, classes.palette)
+
+Needs when copied away: model/{segmenter,sam,sam_fast,sam_decoder,sam_tiny,sam_transformers}.py,
+util/{connectivity,labels,options,pictures,progress,psa_panel,psa_records,run}.py and, for the tiny
+SAM, model/sam_tiny.pth.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import hashlib
 import sys
 import time
-import zipfile
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import cv2
 import numpy as np
+import pyclipper
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from model.sam import files_digest, load_segmenter, output_name
 from model.segmenter import ProposalMask, Segmenter
@@ -53,48 +69,58 @@ from util.connectivity import Connectivity, connectivities
 from util.labels import (
     IGNORE,
     ClassSet,
-    check_files,
+    check_pairs,
     class_set,
-    image_size,
-    read_image,
     read_label,
     read_list,
-    renamed_experiment,
-    renamed_list,
+    read_picture,
     write_label,
-    write_list,
 )
-from util.options import add_class_options, add_list_options, add_run_options
-from util.pictures import COLOURS, colour_label, contact_sheet, overlay, save_picture
+from util.options import (
+    add_class_options,
+    add_list_options,
+    add_run_options,
+    check_range,
+    check_run_options,
+)
+from util.pictures import save_picture
+from util.progress import progress
+from util.psa_panel import panel
+from util.psa_records import (
+    Places,
+    check_folder,
+    image_record,
+    load_proposals,
+    places_of,
+    row_digests,
+    rows_to_do,
+    save_proposals,
+    write_summary,
+)
 from util.run import (
-    UserError,
-    atomic_path,
-    check_settings,
     check_writable,
     exact_mode,
+    folder_lock,
     manifest,
     peak_memory_mb,
     process_rank,
-    read_json,
     run_main,
     select_device,
-    sha256,
     tune_cpu,
-    wait_for,
     write_json,
 )
 
-MIN_SHARE = 0.20  # stuff share that a proposal must exceed (released code)
-MIN_CLASS_PIXELS = 10  # classes with at most so many labeled pixels prompt nothing (released code)
-MIN_AREA = 10  # connectivities with fewer pixels prompt nothing (released code)
-UNCLIP = (
-    1.25  # a box is offset by UNCLIP x area / perimeter of the rotated rectangle (released code)
-)
-ENTROPY_WINDOW = 17  # pixels, side of the window of the local label entropy (released code)
-ENTROPY_EPSILON = 1e-6  # (released code)
-BOX_AREA_FACTOR = 1.5  # enlargement of a box's area (paper, section 3)
-# paper recipe: a mask painted over by more than this share is filtered out (our choice: the paper's
-# Algorithm 1, line 15, filters overlapping connectivities and does not say how)
+# Of the released code:
+MIN_SHARE = 0.20  # stuff share that a proposal must exceed
+MIN_CLASS_PIXELS = 10  # classes with at most so many labeled pixels prompt nothing
+MIN_AREA = 10  # connectivities with fewer pixels prompt nothing
+UNCLIP = 1.25  # a box is offset by UNCLIP x area / perimeter of the rotated rectangle
+ENTROPY_WINDOW = 17  # pixels, side of the window of the local label entropy
+ENTROPY_EPSILON = 1e-6
+# Of the paper recipe:
+BOX_AREA_FACTOR = 1.5  # enlargement of a box's area (section 3)
+# A mask painted over by more than this share is filtered out (our choice: the paper's Algorithm 1,
+# line 15, filters overlapping connectivities and does not say how).
 MAX_OVERLAP = 0.5
 
 
@@ -169,38 +195,6 @@ def semantic_alignment(
     return painted, aligned
 
 
-def save_proposals(path: Path, masks: list[ProposalMask]) -> None:
-    """The masks to a file, as bits, compressed: a few hundred kilobytes for an image of
-    2048x1024.
-    """
-    boxes = np.array([box for _, box in masks], dtype=np.int32).reshape(-1, 4)
-    bits = np.packbits(
-        np.concatenate([m.cpu().numpy().ravel() for m, _ in masks] or [np.zeros(0, bool)])
-    )
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        np.savez_compressed(file, boxes=boxes, bits=bits)
-
-
-def load_proposals(path: Path, device: torch.device) -> list[ProposalMask]:
-    """What `save_proposals` wrote."""
-    try:
-        with np.load(path) as file:
-            boxes, bits = file["boxes"].tolist(), np.unpackbits(file["bits"]).astype(bool)
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise UserError(
-            f"{path}: not mask proposals of this script ({error}); remove the file"
-        ) from None
-    masks, start = [], 0
-    for x0, y0, x1, y1 in boxes:
-        height, width = y1 - y0 + 1, x1 - x0 + 1
-        mask = torch.from_numpy(bits[start : start + height * width].reshape(height, width)).to(
-            device
-        )
-        masks.append((mask, (x0, y0, x1, y1)))
-        start += height * width
-    return masks
-
-
 def paint(painted: Tensor, mask: Tensor, class_id: int, recipe: str) -> None:
     """Give `class_id` to the mask's pixels of `painted` (uint8, in place) by the recipe's rule for
     overlaps.
@@ -216,26 +210,55 @@ def paint(painted: Tensor, mask: Tensor, class_id: int, recipe: str) -> None:
 # ---------------------------------------------------------------------------------- things: prompts
 
 
-def rotated_unclip_box(connectivity: Connectivity, height: int, width: int) -> np.ndarray | None:
-    """Release box: the minimum-area rectangle of the connectivity's largest contour, offset
-    outwards with round corners by UNCLIP x area / perimeter, its bounds rounded outwards and
-    clipped to the image. None for a line, which has no area.
-
-    A contour runs through pixel centres. Round corners make the offset's bounds those of the
-    rectangle plus the offset.
+def corners_in_order(corners: np.ndarray) -> np.ndarray:
+    """Four corners 4 x 2 (x, y) around the rectangle: upper left, upper right, lower right, lower
+    left, where left are the two of smallest x.
     """
+    by_x = corners[np.argsort(corners[:, 0], kind="stable")]
+    upper_left, lower_left = (0, 1) if by_x[1, 1] > by_x[0, 1] else (1, 0)
+    upper_right, lower_right = (2, 3) if by_x[3, 1] > by_x[2, 1] else (3, 2)
+    return by_x[[upper_left, upper_right, lower_right, lower_left]]
+
+
+def area_and_perimeter(polygon: np.ndarray) -> tuple[float, float]:
+    """Of a polygon k x 2, summed in float64 in the order of shapely, which the released code calls:
+    another order gives other last bits, and now and then another box.
+    """
+    x, y = polygon.astype(np.float64).T
+    twice = sum((x - x[0]) * (np.roll(y, 1) - np.roll(y, -1)))
+    sides = np.sqrt((np.roll(x, -1) - x) ** 2 + (np.roll(y, -1) - y) ** 2)
+    return abs(float(twice)) / 2, float(sum(sides))
+
+
+def rotated_unclip_box(connectivity: Connectivity, height: int, width: int) -> np.ndarray | None:
+    """Release box: the minimum-area rectangle of the connectivity's outer contour, offset outwards
+    with round corners by UNCLIP x area / perimeter; its bounds, clipped to the image.
+
+    The offset is Clipper's, which computes in whole numbers: corners lose their decimals, the
+    result is rounded. None where nothing is left of it: lines, and rectangles so thin that they
+    become lines. The contour has all its points and the coordinates of the whole label map, on
+    which the rectangle's last bits depend.
+    """
+    rows, columns = connectivity.window
     contours, _ = cv2.findContours(
-        connectivity.mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE
+        connectivity.mask.astype(np.uint8),
+        cv2.RETR_EXTERNAL,
+        cv2.CHAIN_APPROX_NONE,
+        offset=(columns.start, rows.start),
     )
     rectangle = cv2.minAreaRect(max(contours, key=cv2.contourArea))
-    side_a, side_b = rectangle[1]
-    if side_a * side_b == 0:
+    corners = corners_in_order(cv2.boxPoints(rectangle))
+    area, perimeter = area_and_perimeter(corners)
+    offset = pyclipper.PyclipperOffset()
+    offset.AddPath(
+        corners.astype(np.int64).tolist(), pyclipper.JT_ROUND, pyclipper.ET_CLOSEDPOLYGON
+    )
+    polygons = offset.Execute(UNCLIP * area / perimeter)
+    if not polygons:
         return None
-    offset = UNCLIP * side_a * side_b / (2 * (side_a + side_b))
-    rows, columns = connectivity.window
-    corners = cv2.boxPoints(rectangle).astype(np.float64) + (columns.start, rows.start)
-    low, high = np.floor(corners.min(axis=0) - offset), np.ceil(corners.max(axis=0) + offset)
-    return np.concatenate([low, high]).clip(0, [width - 1, height - 1] * 2)
+    vertices = np.concatenate(polygons).astype(np.float64)
+    box = np.concatenate([vertices.min(axis=0), vertices.max(axis=0)])
+    return box.clip(0, [width - 1, height - 1] * 2)
 
 
 def enlarged_box(connectivity: Connectivity, height: int, width: int) -> np.ndarray:
@@ -357,34 +380,29 @@ def aggregate(
     classes: ClassSet,
     recipe: str = "release",
     only: str | None = None,
+    fill: str | None = None,
     cache: Path | None = None,
     keep_masks: bool = False,
 ) -> Aggregation:
     """PSA of one image. image: uint8 H x W x 3, RGB; label: uint8 H x W of train IDs and IGNORE.
 
-    only: None, or one half of PSA for all classes, as the paper's ablation: "alignment" or
-    "prompting". cache: file to take the mask proposals from, or to leave them in. keep_masks:
+    recipe: "release" or "paper". only: None, or one half of PSA for all classes, as the paper's
+    ablation: "alignment" or "prompting". fill: None, or "pixel": where no mask reaches, the pixel
+    keeps its label. cache: file to take the mask proposals from, or to leave them in. keep_masks:
     whether the result holds them.
     """
     every = tuple(sorted(classes.stuff + classes.things))
-    stuff, things = (
-        (every, ())
-        if only == "alignment"
-        else ((), every)
-        if only == "prompting"
-        else (classes.stuff, classes.things)
-    )
+    halves = {
+        None: (classes.stuff, classes.things),
+        "alignment": (every, ()),
+        "prompting": ((), every),
+    }
+    stuff, things = halves[only]
     sam.set_image(image)
     pixel = torch.as_tensor(label, device=sam.device)
     result, painted = Aggregation(label), torch.full_like(pixel, IGNORE)
     if stuff:
-        if cache is not None and cache.is_file():
-            masks = load_proposals(cache, sam.device)
-        else:
-            masks = sam.proposals()
-            if cache is not None:
-                masks = list(masks)
-                save_proposals(cache, masks)
+        masks = cached_proposals(sam, cache)
         if keep_masks:
             result.masks = masks = list(masks)
         with sam.watch("align"):
@@ -394,122 +412,112 @@ def aggregate(
     if result.prompts:
         over = prompt_things(sam, result.prompts, pixel, recipe)
         painted = torch.where(over == IGNORE, painted, over)
+    if fill == "pixel":
+        painted = torch.where(painted == IGNORE, pixel, painted)
     result.label = painted.cpu().numpy()
     return result
+
+
+def cached_proposals(sam: Segmenter, cache: Path | None) -> Iterable[ProposalMask]:
+    """The proposals of the image that `sam` has, from the file `cache` if it is there, else left in
+    it.
+    """
+    if cache is None:
+        return sam.proposals()
+    if cache.is_file():
+        return load_proposals(cache, sam.device)
+    masks = list(sam.proposals())
+    save_proposals(cache, masks)
+    return masks
+
+
+def bf16_agreement(image: np.ndarray, label: np.ndarray, sam: Segmenter, **how) -> float:
+    """Share (percent) of an image's pixels that get the same label in bf16 as in fp32. how: further
+    arguments of `aggregate`.
+    """
+    half = aggregate(image, label, sam, **how).label
+    sam.amp = False
+    exact = aggregate(image, label, sam, **how).label
+    sam.amp = True
+    return 100 * float((half == exact).mean())
+
+
+# ------------------------------------------------------------------------------------------- a list
 
 
 def read_pair(root: Path, row: tuple[str, str], class_num: int) -> tuple[np.ndarray, np.ndarray]:
     """Image and pseudo-label of a list's row; the image is resized to the size of the label map."""
     label = read_label(root / row[1], class_num)
-    image = read_image(root / row[0])
-    if image.shape[:2] != label.shape:
-        image = np.asarray(
-            Image.fromarray(image).resize(label.shape[::-1], Image.Resampling.BILINEAR)
-        )
-    return image, label
+    image = read_picture(root / row[0])
+    if image.size != label.shape[::-1]:
+        image = image.resize(label.shape[::-1], Image.Resampling.BICUBIC)  # released code
+    return np.asarray(image), label
 
 
-# ------------------------------------------------------------------------------------ what is shown
+def read_ahead(function: Callable, items: list, thread: ThreadPoolExecutor) -> Iterator:
+    """`function(item)` of all items in turn, two of them computed ahead."""
+    jobs = deque(thread.submit(function, item) for item in items[:2])
+    for index in range(len(items)):
+        result = jobs.popleft().result()
+        if index + 2 < len(items):
+            jobs.append(thread.submit(function, items[index + 2]))
+        yield result
 
 
-def panel(
-    image: np.ndarray, label: np.ndarray, result: Aggregation, classes: ClassSet
-) -> Image.Image:
-    """Image | pixel labels with the prompts | proposals | PSA, side by side."""
-    return contact_sheet(
-        [
-            [image, prompt_picture(image, label, result, classes)],
-            [proposal_picture(image, result), colour_label(result.label, classes.palette)],
-        ],
-        row_titles=["image | pixel labels, prompts", "proposals | PSA"],
-        legend=classes,
-    )
-
-
-def prompt_picture(
-    image: np.ndarray, label: np.ndarray, result: Aggregation, classes: ClassSet
-) -> np.ndarray:
-    """The pixel labels over the image, with the boxes and points of the prompts."""
-    prompts = overlay(image, label, classes.palette, 0.75)
-    for prompt in result.prompts:
-        x0, y0, x1, y1 = (round(v) for v in prompt.box.tolist())
-        cv2.rectangle(prompts, (x0, y0), (x1, y1), (255, 255, 255), 1)
-        for x, y in prompt.points:
-            cv2.circle(prompts, (round(x), round(y)), 2, (255, 255, 0), -1)
-    return prompts
-
-
-def proposal_picture(image: np.ndarray, result: Aggregation) -> np.ndarray:
-    """The mask proposals in changing colours over the darkened image."""
-    picture = (image * 0.35).astype(np.uint8)
-    for i, (mask, (x0, y0, x1, y1)) in enumerate(result.masks):
-        window, colour, mask = (
-            (slice(y0, y1 + 1), slice(x0, x1 + 1)),
-            np.array(COLOURS[i % len(COLOURS)]),
-            mask.cpu().numpy(),
-        )
-        picture[window][mask] = (0.35 * image[window][mask] + 0.65 * colour).astype(np.uint8)
-    return picture
-
-
-def read_stats(folder: Path) -> dict[str, dict]:
-    """{label path: its line} of all stats/*.jsonl; a line that a kill cut short is as good as
-    absent.
+def process(
+    rows: list[tuple[str, str]],
+    sam: Segmenter,
+    classes: ClassSet,
+    options: argparse.Namespace,
+    places: Places,
+    proposals: Path | None,
+    quiet: bool,
+) -> None:
+    """PSA of the rows. proposals: folder of this SAM's mask proposals. The next image is read and
+    the last one saved while the device works; memory does not grow.
     """
-    stats = {}
-    for path in sorted(folder.glob("*.jsonl")):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                entry = json.loads(line)
-                stats[entry["label"]] = entry
-            except (ValueError, KeyError):
-                continue
-    return stats
+    how = dict(classes=classes, recipe=options.recipe, only=options.only, fill=options.fill)
+
+    def read(row):
+        return *read_pair(places.root, row, classes.count), row_digests(places.root, row)
+
+    def save(row, label, result, digests, picture, times) -> None:
+        record = image_record(row, label, result, digests, classes) | times
+        if picture is not None:
+            save_picture(places.picture(row), picture)
+        write_json(places.record(row), record)  # before the label: one without it is made again
+        write_label(places.label(row), result.label, classes.palette)
+
+    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
+        inputs, saving = read_ahead(read, rows, reader), deque()
+        for index, row in enumerate(progress(rows, "PSA", quiet=quiet)):
+            sam.watch.seconds.clear()
+            start, more = time.perf_counter(), {}
+            with sam.watch("wait for image"):
+                image, label, digests = next(inputs)
+            if index == 0 and sam.amp:
+                more["bf16_agreement"] = bf16_agreement(image, label, sam, **how)
+                print(f"bf16 gives {more['bf16_agreement']:.2f} % of {row[0]} the labels of fp32")
+                sam.watch.seconds.clear()
+                start = time.perf_counter()
+            cache = proposals and proposals / proposals_name(image)
+            shown = row[1] in places.shown
+            result = aggregate(image, label, sam, cache=cache, keep_masks=shown, **how)
+            picture = panel(image, label, result, classes) if shown else None
+            result.masks = []
+            while len(saving) > 2:
+                saving.popleft().result()
+            more["seconds"] = {stage: round(s, 4) for stage, s in sam.watch.seconds.items()}
+            more["total_seconds"] = round(time.perf_counter() - start, 4)
+            saving.append(writer.submit(save, row, label, result, digests, picture, more))
+        for job in saving:
+            job.result()
 
 
-def summarise(stats: list[dict], classes: ClassSet) -> dict:
-    """The summary of a finished list from its images' lines: shares in percent, times in
-    seconds.
-    """
-    pixels = sum(s["pixels"] for s in stats)
-    per_class = lambda key: {
-        name: sum(s[key].get(str(i), 0) for s in stats)  # noqa: E731
-        for i, name in enumerate(classes.names)
-    }
-    seconds: dict[str, float] = {}
-    for entry in stats:
-        for stage, value in entry["seconds"].items():
-            seconds[stage] = seconds.get(stage, 0.0) + value
-    return {
-        "images": len(stats),
-        "coverage_before": 100 * sum(s["labeled_before"] for s in stats) / pixels,
-        "coverage_after": 100 * sum(s["labeled_after"] for s in stats) / pixels,
-        "proposals_per_image": sum(s["proposals"] for s in stats) / len(stats),
-        "proposals_with_a_class_per_image": sum(s["aligned"] for s in stats) / len(stats),
-        "prompts_per_class": per_class("prompts"),
-        "connectivities_per_class": per_class("connectivities"),
-        "seconds_per_stage": {stage: round(value, 2) for stage, value in seconds.items()},
-        "seconds_per_image": round(sum(s["total_seconds"] for s in stats) / len(stats), 3),
-    }
-
-
-def image_stats(
-    row: tuple[str, str], label: np.ndarray, result: Aggregation, classes: ClassSet
-) -> dict:
-    count = lambda ids: {
-        str(i): n for i, n in enumerate(np.bincount(ids, minlength=1).tolist()) if n
-    }  # noqa: E731
-    class_ids = [c.class_id for c in connectivities(result.label, range(classes.count))]
-    return {
-        "label": row[1],
-        "pixels": int(label.size),
-        "labeled_before": int(np.count_nonzero(label != IGNORE)),
-        "labeled_after": int(np.count_nonzero(result.label != IGNORE)),
-        "proposals": len(result.aligned),
-        "aligned": sum(c != IGNORE for c in result.aligned),
-        "prompts": count(np.array([p.class_id for p in result.prompts], dtype=int)),
-        "connectivities": count(np.array(class_ids, dtype=int)),
-    }
+def proposals_name(image: np.ndarray) -> str:
+    """The file of an image's mask proposals: named by its pixels and its size."""
+    height, width = image.shape[:2]
+    return f"{hashlib.sha256(image.tobytes()).hexdigest()[:32]}_{width}x{height}.npz"
 
 
 # --------------------------------------------------------------------------------------------- main
@@ -521,6 +529,31 @@ def parse_args(argv=None) -> argparse.Namespace:
     )
     add_list_options(parser, "pseudo-labels")
     add_class_options(parser)
+    add_sam_options(parser)
+    add_method_options(parser)
+    parser.add_argument(
+        "--limit",
+        type=int,
+        metavar="N",
+        help="only the first N images; their list is called <name>_first<N>.txt",
+    )
+    parser.add_argument(
+        "--vis",
+        type=int,
+        default=0,
+        metavar="N",
+        help="pictures of the first N images (default: 0)",
+    )
+    add_run_options(parser, seed=False)
+    options = parser.parse_args(argv)
+    check_run_options(options)
+    check_range(options, "prompt_batch", "limit", least=1)
+    check_range(options, "vis", least=0)
+    return options
+
+
+def add_sam_options(parser: argparse.ArgumentParser) -> None:
+    """Which segmenter, and how it computes."""
     parser.add_argument(
         "--sam-type",
         default="vit_h",
@@ -538,6 +571,35 @@ def parse_args(argv=None) -> argparse.Namespace:
             " pretrained/<official name>; tiny: the file shipped here)"
         ),
     )
+    parser.add_argument(
+        "--prompt-batch",
+        type=int,
+        metavar="N",
+        help=(
+            "prompts decoded at a time, halved when memory runs out (default: 4 on a CPU, 64 on a"
+            " GPU)"
+        ),
+    )
+    parser.add_argument(
+        "--amp",
+        default="none",
+        choices=("none", "bf16"),
+        help=(
+            "bf16 is faster; its agreement with fp32 on the first image is reported (default: none)"
+        ),
+    )
+    parser.add_argument(
+        "--proposal-cache",
+        metavar="DIR",
+        help=(
+            "keep the mask proposals here, the larger part of the work: another recipe, ablation or"
+            " set of labels of the same images takes them from there (default: not kept)"
+        ),
+    )
+
+
+def add_method_options(parser: argparse.ArgumentParser) -> None:
+    """Recipe, ablations and what happens where no mask is."""
     parser.add_argument(
         "--recipe",
         default="release",
@@ -560,199 +622,34 @@ def parse_args(argv=None) -> argparse.Namespace:
         help="ablation: prompts for all classes, no proposals",
     )
     parser.add_argument(
-        "--prompt-batch",
-        type=int,
-        metavar="N",
+        "--fill",
+        choices=("pixel",),
         help=(
-            "prompts decoded at a time, halved when memory runs out (default: 8 on a CPU, 64 on a"
-            " GPU)"
+            "where no mask reaches, keep the pixel-level pseudo-label; neither recipe does it"
+            " (default: no label there)"
         ),
     )
-    parser.add_argument(
-        "--amp",
-        default="none",
-        choices=("none", "bf16"),
-        help=(
-            "bf16 is faster; its agreement with fp32 on the first image is reported (default: none)"
-        ),
-    )
-    parser.add_argument(
-        "--proposal-cache",
-        metavar="DIR",
-        help=(
-            "keep the mask proposals here, the larger part of the work: another recipe, ablation or"
-            " set of labels of the same images takes them from there (default: not kept)"
-        ),
-    )
-    parser.add_argument(
-        "--limit",
-        type=int,
-        metavar="N",
-        help="only the first N images; their list is called <name>_first<N>.txt",
-    )
-    parser.add_argument(
-        "--vis",
-        type=int,
-        default=0,
-        metavar="N",
-        help="pictures of the first N images (default: 0)",
-    )
-    add_run_options(parser, seed=False)
-    options = parser.parse_args(argv)
-    for name in ("prompt_batch", "limit"):
-        if getattr(options, name) is not None and getattr(options, name) < 1:
-            raise UserError(
-                f"--{name.replace('_', '-')} {getattr(options, name)}: give a number from 1 up"
-            )
-    return options
 
 
 def output_suffix(options: argparse.Namespace) -> str:
+    """What the results' names have after the experiment's."""
     return (
         output_name(options.sam_type)
         + ("_paper" if options.recipe == "paper" else "")
         + (f"_only_{options.only}" if options.only else "")
+        + ("_fill" if options.fill else "")
     )
-
-
-def check_inputs(
-    rows: list[tuple[str, str]], root: Path, class_num: int, list_path: str
-) -> dict[str, str]:
-    """Every file of the rows is there, readable and of the class set; returns the SHA-256 of each
-    pseudo-label.
-    """
-    check_files(root, [path for row in rows for path in row], list_path)
-
-    def check(row: tuple[str, str]) -> str:
-        read_label(root / row[1], class_num)
-        image_size(root / row[0])
-        return sha256(root / row[1])
-
-    with ThreadPoolExecutor() as pool:
-        digests = list(
-            tqdm(
-                pool.map(check, rows), total=len(rows), desc="check labels", unit="img", leave=False
-            )
-        )
-    return {row[1]: digest for row, digest in zip(rows, digests)}
-
-
-def bf16_agreement(
-    image: np.ndarray,
-    label: np.ndarray,
-    sam: Segmenter,
-    classes: ClassSet,
-    recipe: str,
-    only: str | None,
-) -> float:
-    """Share (percent) of an image's pixels that get the same label in bf16 as in fp32."""
-    half = aggregate(image, label, sam, classes, recipe, only).label
-    sam.amp = False
-    exact = aggregate(image, label, sam, classes, recipe, only).label
-    sam.amp = True
-    sam.watch.seconds.clear()
-    return 100 * float((half == exact).mean())
-
-
-def process(
-    rows: list[tuple[str, str]],
-    digests: dict[str, str],
-    sam: Segmenter,
-    classes: ClassSet,
-    options: argparse.Namespace,
-    out: Path,
-    pictures: dict[str, Path],
-    stats_path: Path,
-    cache_key: str,
-    quiet: bool,
-) -> None:
-    """PSA of the rows. cache_key: names the SAM in the proposal cache. The next image is read and
-    the last one saved while the device works; memory does not grow.
-    """
-    root, suffix = Path(options.root_path), output_suffix(options)
-
-    def save(row, label, result, picture, seconds, total_seconds) -> None:
-        entry = image_stats(row, label, result, classes)
-        entry |= {"sha256": digests[row[1]], "seconds": seconds, "total_seconds": total_seconds}
-        if picture is not None:
-            save_picture(pictures[row[1]], picture)
-        stats_path.parent.mkdir(parents=True, exist_ok=True)
-        with open(
-            stats_path, "a", encoding="utf-8"
-        ) as file:  # before the label: a label without it is made again
-            file.write(json.dumps(entry) + "\n")
-        write_label(root / renamed_experiment(row[1], suffix), result.label, classes.palette)
-
-    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
-        pairs = deque(reader.submit(read_pair, root, row, classes.count) for row in rows[:2])
-        saving: deque = deque()
-        for index, row in enumerate(tqdm(rows, desc="PSA", unit="img", disable=quiet)):
-            sam.watch.seconds.clear()
-            start = time.perf_counter()
-            with sam.watch("wait for image"):
-                image, label = pairs.popleft().result()
-            if index + 2 < len(rows):
-                pairs.append(reader.submit(read_pair, root, rows[index + 2], classes.count))
-            if index == 0 and sam.amp:
-                agreement = bf16_agreement(image, label, sam, classes, options.recipe, options.only)
-                print(f"bf16 gives {agreement:.2f} % of {row[0]}'s pixels the same label as fp32")
-                write_json(
-                    out / "stats" / f"{stats_path.stem}_bf16.json",
-                    {"image": row[0], "agreement": agreement},
-                )
-            cache = None
-            if options.proposal_cache is not None:
-                size = "x".join(map(str, label.shape[::-1]))
-                cache = (
-                    Path(options.proposal_cache)
-                    / cache_key
-                    / f"{sha256(root / row[0])[:32]}_{size}.npz"
-                )
-            result = aggregate(
-                image, label, sam, classes, options.recipe, options.only, cache, row[1] in pictures
-            )
-            picture = panel(image, label, result, classes) if row[1] in pictures else None
-            result.masks = []
-            while len(saving) > 2:
-                saving.popleft().result()
-            seconds = {stage: round(value, 4) for stage, value in sam.watch.seconds.items()}
-            saving.append(
-                writer.submit(
-                    save,
-                    row,
-                    label,
-                    result,
-                    picture,
-                    seconds,
-                    round(time.perf_counter() - start, 4),
-                )
-            )
-        for job in saving:
-            job.result()
 
 
 def main(argv=None) -> None:
     options = parse_args(argv)
     classes = class_set(options.class_num, options.stuff, options.things)
-    root, suffix = Path(options.root_path), output_suffix(options)
     rows = read_list(options.id_list_path)[: options.limit]
-    outputs = {row[1]: root / renamed_experiment(row[1], suffix) for row in rows}
-    if len(outputs) < len(rows):
-        raise UserError(
-            f"{options.id_list_path}: lists the same label path twice; each may occur once"
-        )
-    experiments = {Path(row[1]).parts[0] for row in rows}
-    if len(experiments) > 1:
-        raise UserError(
-            f"{options.id_list_path}: label paths of several experiments"
-            f" ({', '.join(sorted(experiments))}); give one list for each"
-        )
-    out = root / renamed_experiment(rows[0][1], suffix).split("/")[0]
-    list_path = renamed_list(options.id_list_path, rows[0][1], suffix)
-    if options.limit:
-        list_path = list_path.with_stem(f"{list_path.stem}_first{options.limit}")
+    suffix = output_suffix(options)
+    places = places_of(
+        rows, options.id_list_path, options.root_path, suffix, options.limit, options.vis
+    )
     rank, world = process_rank()
-    own = rows[rank::world]
     device = select_device(options.device)
     if options.amp == "none":
         exact_mode()
@@ -764,77 +661,33 @@ def main(argv=None) -> None:
         options.prompt_batch,
         options.amp == "bf16",
     )
-    sam_digest = files_digest(sam.files)
-    digests = check_inputs(own, root, classes.count, options.id_list_path)
-    check_writable(out)
-    check_writable(list_path.parent)
-    check_settings(
-        out / "settings.json",
-        {
-            "recipe": options.recipe,
-            "only": options.only,
-            "sam_type": output_name(options.sam_type),
-            "sam_sha256": sam_digest,
-            "stuff": list(classes.stuff),
-            "things": list(classes.things),
-            "amp": options.amp,
-        },
+    sam_name, sam_digest = output_name(options.sam_type), files_digest(sam.files)
+    check_pairs(places.root, rows[rank::world], options.id_list_path, classes.count)
+    check_writable(places.list_path.parent)
+    proposals = options.proposal_cache and (
+        Path(options.proposal_cache) / f"{sam_name}_{sam_digest[:12]}_{options.amp}"
     )
-
-    cache_key = f"{output_name(options.sam_type)}_{sam_digest[:12]}_{options.amp}"
-    stats = read_stats(out / "stats")
-    pictures = {row[1]: out / "vis" / f"{Path(row[1]).stem}.png" for row in rows[: options.vis]}
-
-    def done(row: tuple[str, str]) -> bool:
-        if not outputs[row[1]].is_file() or row[1] not in stats:
-            return False
-        if stats[row[1]]["sha256"] != digests[row[1]]:
-            raise UserError(
-                f"{root / row[1]}: has changed since {outputs[row[1]]} was made from it; remove"
-                f" {out} or rename the experiment"
-            )
-        return row[1] not in pictures or pictures[row[1]].is_file()
-
-    todo = [row for row in own if not done(row)]
-    if len(todo) < len(own) and rank == 0:
-        print(f"{len(own) - len(todo)} of {len(own)} images are done already")
-    process(
-        todo,
-        digests,
-        sam,
-        classes,
-        options,
-        out,
-        pictures,
-        out / "stats" / f"rank{rank}.jsonl",
-        cache_key,
-        quiet=rank > 0,
-    )
-    if rank == 0:
-        wait_for(list(outputs.values()), "the other processes")
-        write_list(list_path, [(row[0], renamed_experiment(row[1], suffix)) for row in rows])
-        lines = read_stats(out / "stats")
-        summary = summarise([lines[row[1]] for row in rows], classes) | {
-            "peak_memory": peak_memory_mb(device)
-        }
-        agreement = [read_json(path) for path in sorted((out / "stats").glob("*_bf16.json"))]
-        if agreement:
-            summary["bf16_agreement"] = agreement
-        write_json(
-            out / "summary.json",
-            summary
-            | {
-                "manifest": manifest(
-                    vars(options),
-                    {"list": options.id_list_path, "sam": sam.files[0]},
-                )
-            },
-        )
-        print(
-            f"{len(rows)} images: {summary['coverage_before']:.1f} % of the pixels labeled before,"
-            f" {summary['coverage_after']:.1f} % after; {summary['proposals_per_image']:.0f}"
-            f" proposals an image\nlabels: {out}\nlist: {list_path}"
-        )
+    settings = {
+        "recipe": options.recipe,
+        "only": options.only,
+        "fill": options.fill,
+        "sam_type": sam_name,
+        "sam_sha256": sam_digest,
+        "stuff": list(classes.stuff),
+        "things": list(classes.things),
+        "amp": options.amp,
+    }
+    with folder_lock(places.out):
+        check_folder(places, rows, settings)
+        todo = rows_to_do(rows[rank::world], places, quiet=rank > 0)
+        process(todo, sam, classes, options, places, proposals, quiet=rank > 0)
+        if rank == 0:
+            inputs = {"list": options.id_list_path, "sam": sam.files[0]}
+            more = {
+                "peak_memory": peak_memory_mb(device),
+                "manifest": manifest(vars(options), inputs),
+            }
+            print(write_summary(rows, classes, places, more))
 
 
 if __name__ == "__main__":

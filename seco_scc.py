@@ -1,45 +1,47 @@
-"""SCC, semantic connectivity correction: find and correct the noisy connectivities of
-pseudo-labels, without ground truth.
+"""SCC, semantic connectivity correction: find and correct noisy connectivities of pseudo-labels.
 
-A classifier learns the connectivities' classes for a short while: clean labels are learned before
-noisy ones, so a high loss tells the noise. What is judged noisy is relabeled or loses its label
-(255).
+A classifier learns the classes of the connectivities for a short time. It learns clean labels
+before noisy ones, so a high loss tells the noise. A connectivity that is judged noisy gets another
+class or loses its label (255). No ground truth is used; --gt only adds figures to the report.
 
 Input:   --id-list-path, lines `<image path> <label path>` relative to --root-path: the list that
-         seco_sam.py wrote, or any labels' list.
+         seco_sam.py wrote, or any other. The first folder of a label path is the experiment, <exp>.
 Output:  <root>/<exp>_scc/ (`--recipe paper`: <exp>_scc_paper/): the corrected labels,
-         connectivities.csv, report/ (open report/index.html), run.json (manifest), and what a
-         stopped run goes on from: settings.json, index.npz, checkpoint.pth, scores/. The list of
-         the corrected labels goes to splits/<dataset>/<exp>_scc/.
+         connectivities.csv, report/index.html, run.json (manifest). Their list:
+         splits/<dataset>/<exp>_scc/. Beside them, what a stopped run goes on from
+         (util/scc_files.py).
 
-    python seco_scc.py --id-list-path splits/cityscapes/HRDA_seco_vit_h/all.txt --class-num 19
-    python seco_scc.py --id-list-path splits/cityscapes/HRDA_seco_vit_h/all.txt --class-num 19 \\
-        --recipe paper
-    # other thresholds: only the correction runs again
-    python seco_scc.py … --quantile 0.6
-    # the scoring is shared; training uses the first process
-    torchrun --nproc_per_node=4 seco_scc.py …
+    python seco_scc.py --id-list-path splits/cityscapes/HRDA_seco_vit_h/all.txt \\
+        --root-path data/cityscapes --class-num 19
+    # the paper's recipe
+    python seco_scc.py --id-list-path splits/cityscapes/HRDA_seco_vit_h/all.txt \\
+        --root-path data/cityscapes --class-num 19 --recipe paper
+    # another threshold: only the correction runs again
+    python seco_scc.py --id-list-path splits/cityscapes/HRDA_seco_vit_h/all.txt \\
+        --root-path data/cityscapes --class-num 19 --quantile 0.6
+    # four GPUs share the scoring; the first one trains
+    torchrun --nproc_per_node=4 seco_scc.py \\
+        --id-list-path splits/cityscapes/HRDA_seco_vit_h/all.txt \\
+        --root-path data/cityscapes --class-num 19
 
-Where the paper is silent, its recipe does as the released code (ResNet-101, SGD, learning rate,
-mirror) with plain cross-entropy; ours are: whole images at half resolution, four an iteration,
-features at stride 16 (layer 4 dilated), batch norm of the batch in training and of the running
-statistics in scoring, masks averaged over the features' cells. Nothing here opens a target ground
-truth, unless --gt names one for the report. Needs when copied away:
-model/{scc,resnet,checkpoint}.py, dataset/augment.py, util/{run,labels,connectivity,pictures,
-scc_report}.py.
+If it is stopped, run the same command again; it goes on.
+
+The paper does not state its optimizer and network. Its recipe takes those of the released code,
+with plain cross-entropy. Ours are: whole images at half size, four an iteration; features at stride
+16 (layer 4 dilated); batch statistics in training, running ones in scoring; masks averaged over the
+cells of the features.
+
+Needs when copied away: dataset/scc.py, model/{checkpoint,resnet,scc}.py,
+util/{connectivity,images,labels,options,pictures,progress,run,scc_files,scc_report}.py.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import hashlib
-import itertools
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
@@ -47,35 +49,46 @@ import numpy as np
 import torch
 from sklearn.mixture import GaussianMixture
 from torch.nn import functional as F
-from tqdm import tqdm
 
+from dataset.scc import (
+    Data,
+    ahead,
+    batches_per_epoch,
+    image_batches,
+    mask_shares,
+    patch_batches,
+)
 from model.resnet import BLOCKS, STEMS, load_backbone
-from model.scc import MaskShares, PatchClassifier, PooledClassifier
-from util.connectivity import connectivities
+from model.scc import PatchClassifier, PooledClassifier
 from util.images import normalised
 from util.labels import (
     IGNORE,
-    check_files,
+    ClassSet,
+    check_pairs,
     class_set,
-    image_size,
-    read_image,
-    read_label,
     read_list,
     renamed_experiment,
     renamed_list,
     write_label,
     write_list,
 )
-from util.options import add_class_options, add_list_options, add_run_options
+from util.options import (
+    add_class_options,
+    add_list_options,
+    add_run_options,
+    check_range,
+    check_run_options,
+)
+from util.progress import progress
 from util.run import (
     Stopwatch,
     UserError,
-    atomic_path,
-    check_settings,
     check_writable,
     exact_mode,
+    folder_lock,
     manifest,
     peak_memory_mb,
+    process_group,
     process_rank,
     read_json,
     remove_leftovers,
@@ -83,8 +96,17 @@ from util.run import (
     seed_everything,
     select_device,
     sha256,
-    wait_for,
     write_json,
+)
+from util.scc_files import (
+    prepare_folder,
+    read_index,
+    read_scores,
+    remove_scores,
+    save_scores,
+    save_state,
+    score_path,
+    write_connectivities,
 )
 from util.scc_report import write_report
 
@@ -94,88 +116,62 @@ DECAY, POWER = 10, 0.75  # learning rate x (1 + DECAY t / T) ^ -POWER
 BACKBONE_FACTOR = 0.1  # the backbone's learning rate over the classifier's
 MOMENTUM, WEIGHT_DECAY, LABEL_SMOOTHING = 0.9, 1e-3, 0.1
 # Ours, where paper and released code are silent.
-POOL = 1024  # patches in memory, 0.4 GB at 256x512, from which training batches are drawn
 MIN_CONNECTIVITIES = 50  # fewer losses than this are no basis for a mixture
-MIN_SEPARATION = (
-    1.0  # least distance of the mixture's means, in units of their root mean square deviation
-)
+MIN_SEPARATION = 1.0  # least distance of the mixture's means, in root mean square deviations
 SAVE_SECONDS = 60  # between checkpoints of the training
 
-INDEX = np.dtype(
-    [
-        ("image", "i4"),
-        ("number", "i4"),
-        ("class_id", "u1"),
-        ("area", "i4"),
-        ("x", "i4"),
-        ("y", "i4"),
-        ("width", "i4"),
-        ("height", "i4"),
-    ]
-)
 
-
-# -------------------------------------------------------------------------------------------- index
-
-
-def index_image(path: Path, image: int, class_num: int) -> np.ndarray:
-    """The connectivities of one label map as INDEX rows. Masks are not kept: `numbered` makes them
-    again.
-    """
-    label = read_label(path, class_num)
-    return np.array(
-        [
-            (image, number, c.class_id, c.area, *c.box)
-            for number, c in enumerate(connectivities(label, range(class_num)))
-        ],
-        dtype=INDEX,
-    )
-
-
-def numbered(label: np.ndarray, class_num: int) -> np.ndarray:
-    """int32 H x W: the number of the connectivity that each pixel belongs to, -1 where there is no
-    label.
-    """
-    numbers = np.full(label.shape, -1, dtype=np.int32)
-    for number, c in enumerate(connectivities(label, range(class_num))):
-        numbers[c.window][c.mask] = number
-    return numbers
-
-
-# ------------------------------------------------------------------------- release: patches, filter
+# --------------------------------------------------------------- release: patches of connectivities
 
 
 def patch_window(
     box: tuple[int, int, int, int], height: int, width: int, patch: tuple[int, int]
 ) -> tuple[int, int, int, int]:
-    """(y0, x0, y1, x1) of the image's part that shows a connectivity with `box` (x, y, width,
-    height).
+    """(y0, x0, y1, x1) of the image's part that shows a connectivity (released code, exactly).
 
-    `patch` (h, w) pixels centred on the box; grown at the same aspect if the box is larger; shifted
-    into the image. In an image smaller than that, the image's side is the limit. (released code)
+    box: (x, y, width, height); height, width: of the image; patch: (h, w); all in pixels. The
+    window is `patch` around the box's centre, grown at the same aspect ratio if the box is larger,
+    shifted into the image, and cut where the image is smaller.
     """
-    x, y, box_width, box_height = box
-    grow = max(1.0, box_height / patch[0], box_width / patch[1])
-    high, wide = min(height, round(patch[0] * grow)), min(width, round(patch[1] * grow))
-    top = min(max(round(y + box_height / 2 - high / 2), 0), height - high)
-    left = min(max(round(x + box_width / 2 - wide / 2), 0), width - wide)
-    return top, left, top + high, left + wide
+    x, y, box_width, box_height = (int(value) for value in box)
+    high, wide = patch
+    if box_width > wide or box_height > high:
+        grow = max(box_height / high, box_width / wide)
+        high, wide = int(grow * high), int(grow * wide)
+    y0, y1 = span(int(y + box_height / 2), high, height)
+    x0, x1 = span(int(x + box_width / 2), wide, width)
+    return y0, x0, y1, x1
+
+
+def span(centre: int, length: int, limit: int) -> tuple[int, int]:
+    """(start, end) of about `length` pixels around `centre`, shifted and cut to 0 .. limit."""
+    start, end = centre - length // 2, centre + length // 2
+    if start < 0:
+        start, end = 0, end - start
+    if end > limit:
+        start, end = start - (end - limit), limit
+    return max(start, 0), end
 
 
 def cut_patch(
     image: np.ndarray, numbers: np.ndarray, row: np.ndarray, patch: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The patch (uint8 h x w x 3) of an INDEX row and its connectivity's mask (uint8 h/2 x w/2 of 0
-    and 1, nearest).
+    """(patch uint8 h x w x 3, mask uint8 h/2 x w/2 of 0 and 1) of an INDEX row.
+
+    image: uint8 H x W x 3; numbers: int32 H x W, what `numbered` gives. The patch is resized
+    bilinearly, the mask to the nearest pixel, first to h x w and then to the stem's h/2 x w/2
+    (released code; it does not round the resized patch to whole numbers).
     """
     y0, x0, y1, x1 = patch_window(
         (row["x"], row["y"], row["width"], row["height"]), *numbers.shape, patch
     )
     picture = cv2.resize(image[y0:y1, x0:x1], patch[::-1], interpolation=cv2.INTER_LINEAR)
     mask = (numbers[y0:y1, x0:x1] == row["number"]).astype(np.uint8)
-    return picture, cv2.resize(
-        mask, (patch[1] // 2, patch[0] // 2), interpolation=cv2.INTER_NEAREST
-    )
+    mask = cv2.resize(mask, patch[::-1], interpolation=cv2.INTER_NEAREST)
+    return picture, np.ascontiguousarray(mask[::2, ::2])
+
+
+# ------------------------------------------------------------------------- release: the filter
 
 
 def quantile_threshold(values: np.ndarray, quantile: float) -> float:
@@ -186,14 +182,18 @@ def quantile_threshold(values: np.ndarray, quantile: float) -> float:
 def filter_connectivities(
     loss: np.ndarray, score: np.ndarray, predicted: np.ndarray, rule: str, quantile: float
 ) -> tuple[np.ndarray, dict]:
-    """Which connectivities are kept (bool), and the thresholds.
+    """Which connectivities are kept (bool N), and the thresholds (released code).
 
-    loss, score: float64; predicted: int. The thresholds of a predicted class are quantiles of its
-    connectivities, the global one is their mean over all connectivities. rule "both_loss": dropped
-    if the loss exceeds both; "loss": if it exceeds the class's; "score": if the score is below the
-    class's. (released code) A connectivity whose loss or score is not finite is dropped and has no
-    part in the thresholds.
+    loss, score: float64 N; predicted: int N. A predicted class's threshold is the quantile q of its
+    connectivities' losses, or 1 - q of their scores. The global threshold is the mean of these over
+    all connectivities. A connectivity is dropped by rule
+    - "both_loss": if its loss exceeds both thresholds;
+    - "loss" (the release's local_loss): if its loss exceeds its class's;
+    - "score" (local_score): if its score is below its class's.
+    Ours: one whose loss or score is not finite is dropped and has no part in the thresholds.
     """
+    if rule == "score":
+        quantile = 1 - quantile
     values, finite = score if rule == "score" else loss, np.isfinite(loss) & np.isfinite(score)
     per_class = {
         int(c): quantile_threshold(values[finite & (predicted == c)], quantile)
@@ -231,41 +231,33 @@ class NoiseModel:
 
 
 def noise_posterior(loss: np.ndarray, seed: int) -> NoiseModel:
-    """A mixture of two Gaussians fitted by EM to the losses, min-max-normalised as DivideMix does
-    (paper, equation 4).
+    """A mixture of two Gaussians fitted by EM to the losses (float64 N).
 
-    A loss that is not finite makes a connectivity noisy (eta 1) and is left out of the fit. Without
-    a mixture that tells two groups apart nothing else can be called noise: eta is 0, the labels are
-    kept, and `fallback` says why. That is so with fewer than MIN_CONNECTIVITIES losses, equal ones,
-    ones that a single Gaussian describes as well (Bayesian information criterion), means closer
-    than MIN_SEPARATION, or a noisy component that is likelier even at the clean one's mean. Below
-    the clean component's mean eta is not allowed to rise again, which a wide noisy component would
-    make it do.
+    Paper, equation 4; the losses are min-max-normalised as DivideMix does. Ours: a loss that is not
+    finite has eta 1 and no part in the fit. Without a mixture that tells two groups apart eta is 0,
+    so the labels are kept, and `fallback` says why.
     """
-    eta = np.where(np.isfinite(loss), 0.0, 1.0)
-    finite = loss[np.isfinite(loss)]
-    lost = (
-        ""
-        if len(finite) == len(loss)
-        else f"{len(loss) - len(finite)} losses are not finite (called noisy); "
-    )
-    if len(finite) < MIN_CONNECTIVITIES:
-        return NoiseModel(
-            eta,
-            fallback=(
-                f"{lost}{len(finite)} connectivities are fewer than {MIN_CONNECTIVITIES}: "
-                "no mixture is fitted, the labels are kept"
-            ),
-        )
-    low, high = float(finite.min()), float(finite.max())
+    finite = np.isfinite(loss)
+    model = fit_mixture(loss[finite], seed)
+    eta = np.ones(len(loss))
+    eta[finite] = model.eta
+    fallback, lost = model.fallback, len(loss) - int(finite.sum())
+    if fallback and lost:
+        fallback = f"{lost} losses are not finite (called noisy); {fallback}"
+    return replace(model, eta=eta, fallback=fallback)
+
+
+def fit_mixture(loss: np.ndarray, seed: int) -> NoiseModel:
+    """`noise_posterior` of finite losses."""
+    none = np.zeros(len(loss))
+    if len(loss) < MIN_CONNECTIVITIES:
+        why = f"{len(loss)} connectivities are fewer than {MIN_CONNECTIVITIES}"
+        return NoiseModel(none, fallback=f"{why}: no mixture is fitted, the labels are kept")
+    low, high = float(loss.min()), float(loss.max())
     if high - low < 1e-9:
-        return NoiseModel(
-            eta,
-            low,
-            high,
-            fallback=f"{lost}all losses are equal: no mixture is fitted, the labels are kept",
-        )
-    x = ((finite - low) / (high - low))[:, None]
+        why = "all losses are equal: no mixture is fitted, the labels are kept"
+        return NoiseModel(none, low, high, fallback=why)
+    x = ((loss - low) / (high - low))[:, None]
     single, mixture = (
         GaussianMixture(k, tol=1e-4, max_iter=200, reg_covar=5e-4, random_state=seed).fit(x)
         for k in (1, 2)
@@ -274,41 +266,40 @@ def noise_posterior(loss: np.ndarray, seed: int) -> NoiseModel:
     means = tuple(float(v) for v in mixture.means_[order, 0])
     deviations = tuple(float(v) for v in np.sqrt(mixture.covariances_[order, 0, 0]))
     weights = tuple(float(v) for v in mixture.weights_[order])
-    model = dict(low=low, high=high, means=means, deviations=deviations, weights=weights)
-    if single.bic(x) <= mixture.bic(x):
-        return NoiseModel(
-            eta,
-            **model,
-            fallback=(
-                f"{lost}one Gaussian describes the losses as well as two (Bayesian information"
-                f" criterion {single.bic(x):.1f} and {mixture.bic(x):.1f}), the components do not"
-                " separate: the labels are kept"
-            ),
-        )
-    separation = (means[1] - means[0]) / np.sqrt((deviations[0] ** 2 + deviations[1] ** 2) / 2)
-    if separation < MIN_SEPARATION:
-        return NoiseModel(
-            eta,
-            **model,
-            fallback=(
-                f"{lost}the mixture's components do not separate (means {means[0]:.3f} and"
-                f" {means[1]:.3f}, distance {separation:.2f} deviations): the labels are kept"
-            ),
-        )
+    model = NoiseModel(none, low, high, means, deviations, weights)
     floor = float(mixture.predict_proba(np.array([[means[0]]]))[0, order[1]])
-    if floor >= 0.5:
-        return NoiseModel(
-            eta,
-            **model,
-            fallback=(
-                f"{lost}the mixture's components do not separate (at the clean one's mean "
-                f"{means[0]:.3f} the noisy one is as likely): the labels are kept"
-            ),
+    why = not_separate(model, single.bic(x), mixture.bic(x), floor)
+    if why:
+        return replace(model, fallback=f"{why}: the labels are kept")
+    # Below the clean mean a wide noisy component would take over again.
+    eta = mixture.predict_proba(x)[:, order[1]]
+    return replace(model, eta=np.where(x[:, 0] < means[0], np.minimum(eta, floor), eta))
+
+
+def not_separate(model: NoiseModel, bic_one: float, bic_two: float, floor: float) -> str | None:
+    """Why the mixture's components are not two groups, or None.
+
+    bic_one, bic_two: Bayesian information criterion of one Gaussian and of two; floor: eta at the
+    clean component's mean.
+    """
+    if bic_one <= bic_two:
+        return (
+            "one Gaussian describes the losses as well as two (Bayesian information criterion"
+            f" {bic_one:.1f} and {bic_two:.1f}), the components do not separate"
         )
-    posterior = mixture.predict_proba(x)[:, order[1]]
-    posterior = np.where(x[:, 0] < means[0], np.minimum(posterior, floor), posterior)
-    eta[np.isfinite(loss)] = posterior
-    return NoiseModel(eta, **model)
+    deviation = np.sqrt(np.mean(np.square(model.deviations)))
+    separation = (model.means[1] - model.means[0]) / deviation
+    if separation < MIN_SEPARATION:
+        return (
+            f"the mixture's components do not separate (means {model.means[0]:.3f} and"
+            f" {model.means[1]:.3f}, distance {separation:.2f} deviations)"
+        )
+    if floor >= 0.5:
+        return (
+            "the mixture's components do not separate (at the clean one's mean"
+            f" {model.means[0]:.3f} the noisy one is as likely)"
+        )
+    return None
 
 
 def decide(
@@ -328,206 +319,52 @@ def decide(
     return decision, np.where(clean, class_id, np.where(sure, predicted, IGNORE)).astype(np.uint8)
 
 
-# ----------------------------------------------------------------------------------------- training
+# ------------------------------------------------------------------------------------ the decisions
 
 
-class Data:
-    """The images of a list with their connectivities. rows: of the list; index: INDEX; starts:
-    where each image's begin in it; judged: bool, those of --min-area pixels or more, which are
-    learned from and scored.
+@dataclass
+class Verdicts:
+    """One entry per connectivity, in the index's order."""
+
+    loss: np.ndarray
+    score: np.ndarray
+    predicted: np.ndarray
+    eta: np.ndarray  # NaN in the release recipe
+    decision: np.ndarray  # "kept", "corrected" or "dropped"
+    final: np.ndarray  # class or IGNORE
+    noise: NoiseModel | None  # fitted to the judged ones, whose eta it has
+    thresholds: dict
+
+
+def judge(data: Data, loss: np.ndarray, score: np.ndarray, predicted: np.ndarray) -> Verdicts:
+    """The recipe's decision on every connectivity (loss, score float64 N, predicted uint8 N).
+
+    Those under --min-area have the loss NaN: they are dropped and have no part in the thresholds.
     """
-
-    def __init__(
-        self, root: Path, rows: list[tuple[str, str]], index: np.ndarray, class_num: int, options
-    ):
-        self.root, self.rows, self.index, self.class_num, self.options = (
-            root,
-            rows,
-            index,
-            class_num,
-            options,
-        )
-        self.starts = np.searchsorted(index["image"], np.arange(len(rows) + 1))
-        self.judged = index["area"] >= options.min_area
-
-    def part(self, image: int) -> slice:
-        """Where the connectivities of image i are in the index, and in all that has one entry for
-        each connectivity.
-        """
-        return slice(self.starts[image], self.starts[image + 1])
-
-    def of_image(self, image: int) -> np.ndarray:
-        return self.index[self.part(image)]
-
-    def numbers(self, image: int) -> np.ndarray:
-        """int32 H x W: the number of each pixel's connectivity in image i, or -1."""
-        return numbered(read_label(self.root / self.rows[image][1], self.class_num), self.class_num)
-
-    def read(self, image: int) -> tuple[np.ndarray, np.ndarray]:
-        """(picture uint8 H x W x 3, numbered connectivities) of image i; the picture is resized to
-        its label map.
-        """
-        numbers = self.numbers(image)
-        picture = read_image(self.root / self.rows[image][0])
-        if picture.shape[:2] != numbers.shape:
-            picture = cv2.resize(picture, numbers.shape[::-1], interpolation=cv2.INTER_LINEAR)
-        return picture, numbers
-
-    def scaled(self, image: int) -> tuple[np.ndarray, np.ndarray]:
-        """As `read`, the picture at --scale."""
-        picture, numbers = self.read(image)
-        size = (
-            max(16, round(numbers.shape[1] * self.options.scale)),
-            max(16, round(numbers.shape[0] * self.options.scale)),
-        )
-        return cv2.resize(picture, size, interpolation=cv2.INTER_AREA), numbers
+    options, classes = data.options, data.index["class_id"]
+    scores = loss, score, predicted
+    if options.recipe == "release":
+        kept, thresholds = filter_connectivities(*scores, options.filter, options.quantile)
+        decision = np.where(kept, np.where(predicted == classes, "kept", "corrected"), "dropped")
+        final = np.where(kept, predicted, IGNORE).astype(np.uint8)
+        return Verdicts(*scores, np.full(len(loss), np.nan), decision, final, None, thresholds)
+    noise = noise_posterior(loss[data.judged], options.seed)
+    eta = np.ones(len(loss))
+    eta[data.judged] = noise.eta
+    decision, final = decide(eta, score, predicted, classes, options.tau_ns, options.tau_cr)
+    thresholds = {"tau_ns": options.tau_ns, "tau_cr": options.tau_cr}
+    return Verdicts(*scores, eta, decision, final, noise, thresholds)
 
 
-def release_order(data: Data, epoch: int) -> tuple[np.ndarray, list[np.ndarray]]:
-    """(order of an epoch's judged connectivities, visits): what each image visited in turn adds to
-    the pool they are drawn from.
+def corrected_label(numbers: np.ndarray, final: np.ndarray) -> np.ndarray:
+    """The label map uint8 H x W in which every connectivity has its final class.
 
-    The images come in random order, one with more than POOL connectivities in several visits.
-    Whenever the pool holds more than POOL, connectivities are drawn from it at random; what is left
-    at the end is shuffled. So the order is random, each connectivity comes once, an image is
-    decoded once, and at most POOL and one visit are in memory.
+    numbers: int32 H x W, what `numbered` gives; final: uint8, a class or IGNORE per number.
     """
-    random = np.random.default_rng([data.options.seed, epoch])
-    pool, order, visits = [], [], []
-    for image in random.permutation(len(data.rows)):
-        members = data.starts[image] + np.flatnonzero(data.judged[data.part(image)])
-        for visit in np.split(members, range(POOL, len(members), POOL)):
-            visits.append(visit)
-            pool.extend(visit.tolist())
-            while len(pool) > POOL:
-                place = int(random.integers(len(pool)))
-                pool[place], pool[-1] = pool[-1], pool[place]
-                order.append(pool.pop())
-    return np.array(order + random.permutation(pool).tolist(), dtype=np.int64), [
-        v for v in visits if len(v)
-    ]
+    return np.append(final, np.uint8(IGNORE))[numbers]  # the last entry serves number -1
 
 
-def patch_batches(
-    data: Data, start: int, stop: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Training batches start..stop of the release recipe: patches uint8 B x h x w x 3, masks B x 1
-    x h/2 x w/2, classes.
-
-    Everything follows from the seed and the batch's number, so a stopped training goes on exactly.
-    An incomplete last batch of an epoch is left out. --workers images are read and cut ahead.
-    """
-    options, size, per_epoch = data.options, data.options.batch_size, batches_per_epoch(data)
-
-    def cut(members: np.ndarray) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-        picture, numbers = data.read(int(data.index["image"][members[0]]))
-        return {
-            int(m): cut_patch(picture, numbers, data.index[m], options.patch_size) for m in members
-        }
-
-    with ThreadPoolExecutor(max(1, options.workers)) as readers:
-        for epoch in range(start // per_epoch, -(-stop // per_epoch)):
-            order, visits = release_order(data, epoch)
-            mirrored = np.random.default_rng([options.seed, epoch, 1]).random(len(order)) < 0.5
-            batches = range(
-                max(start - epoch * per_epoch, 0), min(stop - epoch * per_epoch, per_epoch)
-            )
-            wanted = np.zeros(len(data.index), bool)
-            wanted[order[batches.start * size : batches.stop * size]] = True
-            todo = (members[wanted[members]] for members in visits if wanted[members].any())
-            jobs = [
-                readers.submit(cut, members)
-                for members in itertools.islice(todo, max(1, options.workers))
-            ]
-            pool: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-            for batch in batches:
-                part = slice(batch * size, (batch + 1) * size)
-                for member in order[part].tolist():
-                    while member not in pool:
-                        pool.update(jobs.pop(0).result())
-                        jobs.extend(
-                            readers.submit(cut, members) for members in itertools.islice(todo, 1)
-                        )
-                patches, masks = (
-                    np.stack(x) for x in zip(*(pool.pop(member) for member in order[part].tolist()))
-                )
-                flip = mirrored[part]
-                patches[flip], masks[flip] = patches[flip][:, :, ::-1], masks[flip][:, :, ::-1]
-                yield (
-                    torch.from_numpy(patches),
-                    torch.from_numpy(masks)[:, None],
-                    torch.from_numpy(data.index["class_id"][order[part]].astype(np.int64)),
-                )
-
-
-def image_batches(
-    data: Data, start: int, stop: int
-) -> Iterator[tuple[torch.Tensor, list[MaskShares], torch.Tensor]]:
-    """Training batches start..stop of the paper recipe: whole images uint8 B x H x W x 3 (of one
-    size, the first one's), the masks of all their connectivities, their classes (IGNORE for those
-    not judged). An incomplete last batch of an epoch is left out.
-    """
-    options = data.options
-    images = judged_images(data)
-    size = min(options.batch_size, len(images))
-    per_epoch = batches_per_epoch(data)
-    with ThreadPoolExecutor(max(1, options.workers)) as reader:
-
-        def load(iteration: int):
-            random = np.random.default_rng([options.seed, iteration // per_epoch])
-            chosen = random.permutation(images)[iteration % per_epoch * size :][:size]
-            mirrored = random.random(len(images))[iteration % per_epoch * size :][:size] < 0.5
-            pictures, shares, classes = [], [], []
-            for image, mirror in zip(chosen, mirrored):
-                picture, numbers = data.scaled(image)
-                if pictures and picture.shape != pictures[0].shape:
-                    picture = cv2.resize(
-                        picture, pictures[0].shape[1::-1], interpolation=cv2.INTER_AREA
-                    )
-                shares.append(
-                    mask_shares(numbers, len(data.of_image(image)), picture.shape[:2], mirror)
-                )
-                pictures.append(np.ascontiguousarray(picture[:, ::-1]) if mirror else picture)
-                classes.append(
-                    np.where(
-                        data.judged[data.part(image)], data.of_image(image)["class_id"], IGNORE
-                    ).astype(np.int64)
-                )
-            return (
-                torch.from_numpy(np.stack(pictures)),
-                shares,
-                torch.from_numpy(np.concatenate(classes)),
-            )
-
-        ahead = max(1, options.workers)
-        jobs = [reader.submit(load, i) for i in range(start, min(start + ahead, stop))]
-        for iteration in range(start, stop):
-            batch = jobs.pop(0).result()
-            if iteration + ahead < stop:
-                jobs.append(reader.submit(load, iteration + ahead))
-            yield batch
-
-
-def mask_shares(
-    numbers: np.ndarray, count: int, size: tuple[int, int], mirror: bool = False
-) -> MaskShares:
-    """The masks at the resolution of the features of an image of `size`: stride 16, rounded up by
-    the convolutions.
-    """
-    return MaskShares(numbers, count, -(-size[0] // 16), -(-size[1] // 16), mirror)
-
-
-def batches_per_epoch(data: Data) -> int:
-    """Release: full batches; paper: groups of whole images. At least one."""
-    if data.options.recipe == "release":
-        return max(1, int(data.judged.sum()) // data.options.batch_size)
-    images = len(judged_images(data))
-    return images // min(data.options.batch_size, images)
-
-
-def judged_images(data: Data) -> np.ndarray:
-    """The images that have a judged connectivity."""
-    return np.unique(data.index["image"][data.judged])
+# --------------------------------------------------------------------------- training and scoring
 
 
 def make_classifier(options: argparse.Namespace, class_num: int, device: torch.device):
@@ -545,86 +382,80 @@ def logits_of(model, images: torch.Tensor, second, device: torch.device, amp: bo
         return model(normalised(images.to(device)), second).float()
 
 
-def train(data: Data, out: Path, device: torch.device) -> None:
-    """Train the classifier and leave `checkpoint.pth`; goes on from `training.pth`, where a stopped
-    run left off.
-    """
-    options = data.options
-    seed_everything(options.seed)
-    model = make_classifier(options, data.class_num, device)
-    load_backbone(model.backbone, options.backbone_weights)
-    optimizer = torch.optim.SGD(
+def decayed(lr: float, t: int, total: int) -> float:
+    """The learning rate of update t = 1, 2, … of `total` (released code)."""
+    return lr * (1 + DECAY * t / total) ** -POWER
+
+
+def make_optimizer(model, lr: float) -> torch.optim.SGD:
+    return torch.optim.SGD(
         [
-            {"params": model.backbone.parameters(), "lr": options.lr * BACKBONE_FACTOR},
-            {"params": model.classifier.parameters(), "lr": options.lr},
+            {"params": model.backbone.parameters(), "lr": lr * BACKBONE_FACTOR},
+            {"params": model.classifier.parameters(), "lr": lr},
         ],
         momentum=MOMENTUM,
         nesterov=True,
         weight_decay=WEIGHT_DECAY,
     )
-    base = [group["lr"] for group in optimizer.param_groups]
-    total, done = EPOCHS * batches_per_epoch(data), 0
-    if (out / "training.pth").is_file():
-        state = torch.load(out / "training.pth", map_location="cpu", weights_only=True)
+
+
+def train(data: Data, out: Path, device: torch.device) -> None:
+    """Train the classifier and leave `checkpoint.pth`; goes on from `training.pth`."""
+    options, stopped = data.options, out / "training.pth"
+    seed_everything(options.seed)
+    model = make_classifier(options, data.class_num, device)
+    load_backbone(model.backbone, options.backbone_weights)
+    optimizer = make_optimizer(model, options.lr)
+    base, done = [group["lr"] for group in optimizer.param_groups], 0
+    if stopped.is_file():
+        state = torch.load(stopped, map_location="cpu", weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         done = state["iteration"]
         print(f"training goes on at iteration {done}")
-
-    def save(path: Path, **content) -> None:
-        with atomic_path(path) as temporary:
-            torch.save(content, temporary)
-
     model.train()
-    smoothing = LABEL_SMOOTHING if options.recipe == "release" else 0.0
-    batches = (patch_batches if options.recipe == "release" else image_batches)(
-        data, done, options.iterations
-    )
-    saved = time.monotonic()
-    bar = tqdm(batches, desc="SCC training", unit="it", initial=done, total=options.iterations)
-    for iteration, (images, second, classes) in enumerate(bar, start=done):
+    if options.recipe == "release":
+        batches = patch_batches(data, cut_patch, done, options.iterations)
+        smoothing = LABEL_SMOOTHING
+    else:
+        batches, smoothing = image_batches(data, done, options.iterations), 0.0
+    total, saved = EPOCHS * batches_per_epoch(data), time.monotonic()
+    bar = progress(batches, "SCC training", options.iterations, "it", initial=done)
+    for t, (images, second, classes) in enumerate(bar, start=done + 1):
         for group, lr in zip(optimizer.param_groups, base):
-            group["lr"] = lr * (1 + DECAY * iteration / total) ** -POWER
+            group["lr"] = decayed(lr, t, total)
+        logits = logits_of(model, images, second, device, options.amp == "bf16")
         loss = F.cross_entropy(
-            logits_of(model, images, second, device, options.amp == "bf16"),
-            classes.to(device),
-            ignore_index=IGNORE,
-            label_smoothing=smoothing,
+            logits, classes.to(device), ignore_index=IGNORE, label_smoothing=smoothing
         )
         if not torch.isfinite(loss):
+            stopped.unlink(missing_ok=True)
             raise UserError(
-                f"SCC training: the loss is not finite at iteration {iteration}; use a smaller --lr"
+                f"--lr {options.lr}: SCC's loss is not finite at iteration {t}; give a smaller one"
             )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if iteration % 20 == 0:
-            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+        if t % 20 == 0:
+            bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
         if time.monotonic() - saved > SAVE_SECONDS:
-            save(
-                out / "training.pth",
-                model=model.state_dict(),
-                optimizer=optimizer.state_dict(),
-                iteration=iteration + 1,
-            )
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            save_state(stopped, **state, iteration=t)
             saved = time.monotonic()
-    save(out / "checkpoint.pth", model=model.state_dict(), iteration=options.iterations)
-    (out / "training.pth").unlink(missing_ok=True)
-
-
-# ------------------------------------------------------------------------------------------ scoring
+    save_state(out / "checkpoint.pth", model=model.state_dict(), iteration=options.iterations)
+    stopped.unlink(missing_ok=True)
 
 
 @torch.inference_mode()
 def score_image(
     model, data: Data, image: int, read, device: torch.device, pool: ThreadPoolExecutor
 ) -> dict[str, np.ndarray]:
-    """loss (cross-entropy against the label, float64), score (largest probability, float64) and
-    prediction (uint8) of the connectivities of image i, given what Data.read or Data.scaled says of
-    it; NaN, 0 and the label of those not judged. `pool` cuts the patches.
+    """{"loss", "score", "predicted"} of image i's connectivities: cross-entropy against the label
+    (float64), largest probability (float64), its class (uint8).
 
-    Batches never span images, so that the numbers do not depend on which process scores which
-    image.
+    Those not judged have NaN, 0 and their label. read: what Data.read or Data.scaled gives; `pool`
+    cuts the patches. Batches never span images, so the numbers do not depend on which process
+    scores which image.
     """
     options, rows, (picture, numbers) = data.options, data.of_image(image), read
     judged = data.judged[data.part(image)]
@@ -639,215 +470,64 @@ def score_image(
             patches, masks = (torch.from_numpy(np.stack(x)) for x in zip(*cut))
             logits.append(logits_of(model, patches, masks[:, None], device, amp).cpu())
     elif judged.any():
-        every = logits_of(
-            model,
-            torch.from_numpy(picture)[None],
-            [mask_shares(numbers, len(rows), picture.shape[:2])],
-            device,
-            amp,
-        )
+        shares = [mask_shares(numbers, len(rows), picture.shape[:2])]
+        every = logits_of(model, torch.from_numpy(picture)[None], shares, device, amp)
         logits.append(every.cpu()[torch.from_numpy(judged)])
     logits = torch.cat(logits).double()
-    loss, certainty, predicted = (
-        np.full(len(rows), np.nan),
-        np.zeros(len(rows)),
-        rows["class_id"].copy(),
-    )
+    count = len(rows)
+    loss, score, predicted = np.full(count, np.nan), np.zeros(count), rows["class_id"].copy()
     classes = torch.from_numpy(rows["class_id"][judged].astype(np.int64))
     loss[judged] = F.cross_entropy(logits, classes, reduction="none").numpy()
-    certainty[judged], predicted[judged] = (x.numpy() for x in logits.softmax(dim=1).max(dim=1))
-    return {"loss": loss, "score": certainty, "predicted": predicted}
+    score[judged], predicted[judged] = (x.numpy() for x in logits.softmax(dim=1).max(dim=1))
+    return {"loss": loss, "score": score, "predicted": predicted}
 
 
 def score(data: Data, out: Path, device: torch.device, rank: int, world: int) -> None:
-    """Scores of this process's images to scores/<image>.npz; those that exist are left. --workers
-    images are read ahead.
-    """
+    """Scores of this process's images to scores/; those that exist are left."""
     todo = [i for i in range(rank, len(data.rows), world) if not score_path(out, i).is_file()]
     if not todo:
         return
     model = make_classifier(data.options, data.class_num, device)
-    model.load_state_dict(
-        torch.load(out / "checkpoint.pth", map_location="cpu", weights_only=True)["model"]
-    )
+    state = torch.load(out / "checkpoint.pth", map_location="cpu", weights_only=True)
+    model.load_state_dict(state["model"])
     model.eval()
-    read, ahead = (
-        data.read if data.options.recipe == "release" else data.scaled,
-        max(1, data.options.workers),
-    )
-    with ThreadPoolExecutor(ahead) as readers, ThreadPoolExecutor(ahead) as cutters:
-        jobs = [readers.submit(read, image) for image in todo[:ahead]]
-        for place, image in enumerate(tqdm(todo, desc="SCC scoring", unit="img", disable=rank > 0)):
-            scores = score_image(model, data, image, jobs.pop(0).result(), device, cutters)
-            jobs.extend(
-                readers.submit(read, following)
-                for following in todo[place + ahead : place + ahead + 1]
-            )
-            with atomic_path(score_path(out, image)) as temporary, open(temporary, "wb") as file:
-                np.savez(file, **scores)
+    read, count = data.read, data.options.workers
+    if data.options.recipe == "paper":
+        read = data.scaled
+    with ThreadPoolExecutor(count) as readers, ThreadPoolExecutor(count) as cutters:
+        coming = ahead(readers, read, todo, count)
+        images = progress(zip(todo, coming), "SCC scoring", len(todo), quiet=rank > 0)
+        for image, content in images:
+            scores = score_image(model, data, image, content, device, cutters)
+            save_scores(out, image, scores)
 
 
-def score_path(out: Path, image: int) -> Path:
-    return out / "scores" / f"{image:06d}.npz"
-
-
-# --------------------------------------------------------------------------------------- correction
-
-
-@dataclass
-class Verdicts:
-    """One entry per connectivity, in the index's order."""
-
-    loss: np.ndarray
-    score: np.ndarray
-    predicted: np.ndarray
-    eta: np.ndarray  # NaN in the release recipe
-    decision: np.ndarray  # "kept", "corrected" or "dropped"
-    final: np.ndarray  # class or IGNORE
-    noise: NoiseModel | None  # fitted to the judged ones, whose eta it has
-    thresholds: dict
-
-
-def judge(data: Data, out: Path) -> Verdicts:
-    """The recipe's decision on every connectivity, from the scores."""
-    options, classes = data.options, data.index["class_id"]
-    loss, certainty, predicted = (
-        np.empty(len(classes)),
-        np.empty(len(classes)),
-        np.empty(len(classes), np.uint8),
-    )
-    for image in range(len(data.rows)):
-        part = data.part(image)
-        with np.load(score_path(out, image)) as scores:
-            loss[part], certainty[part], predicted[part] = (
-                scores["loss"],
-                scores["score"],
-                scores["predicted"],
-            )
-    if options.recipe == "paper":
-        noise = noise_posterior(loss[data.judged], options.seed)
-        eta = np.ones(len(loss))
-        eta[data.judged] = noise.eta
-        decision, final = decide(eta, certainty, predicted, classes, options.tau_ns, options.tau_cr)
-        return Verdicts(
-            loss,
-            certainty,
-            predicted,
-            eta,
-            decision,
-            final,
-            noise,
-            {"tau_ns": options.tau_ns, "tau_cr": options.tau_cr},
-        )
-    kept, thresholds = filter_connectivities(
-        loss, certainty, predicted, options.filter, options.quantile
-    )
-    decision = np.where(kept, np.where(predicted == classes, "kept", "corrected"), "dropped")
-    return Verdicts(
-        loss,
-        certainty,
-        predicted,
-        np.full(len(loss), np.nan),
-        decision,
-        np.where(kept, predicted, IGNORE).astype(np.uint8),
-        None,
-        thresholds,
-    )
-
-
-def corrected_label(label: np.ndarray, numbers: np.ndarray, final: np.ndarray) -> np.ndarray:
-    """The label map with every connectivity given its final class (uint8 per connectivity
-    number).
-    """
-    table = np.append(final, np.uint8(IGNORE))  # the last entry serves number -1
-    return table[numbers]
-
-
-def write_connectivities(path: Path, data: Data, verdicts: Verdicts) -> None:
-    """connectivities.csv: one line each, numbers at full precision."""
-    with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(
-            [
-                "image",
-                "id",
-                "class",
-                "area",
-                "x",
-                "y",
-                "width",
-                "height",
-                "loss",
-                "score",
-                "prediction",
-                "eta",
-                "decision",
-                "final",
-            ]
-        )
-        for row, loss, certainty, predicted, eta, decision, final in zip(
-            data.index,
-            verdicts.loss,
-            verdicts.score,
-            verdicts.predicted,
-            verdicts.eta,
-            verdicts.decision,
-            verdicts.final,
-        ):
-            writer.writerow(
-                [
-                    data.rows[row["image"]][0],
-                    *(int(v) for v in list(row)[1:]),
-                    repr(float(loss)),
-                    repr(float(certainty)),
-                    int(predicted),
-                    "" if np.isnan(eta) else repr(float(eta)),
-                    decision,
-                    int(final),
-                ]
-            )
-
-
-def correct(data: Data, out: Path, classes, suffix: str, list_path: Path) -> Verdicts:
-    """Write the corrected labels, their list and connectivities.csv."""
-    verdicts = judge(data, out)
+def correct(data: Data, out: Path, classes: ClassSet, suffix: str, list_path: Path) -> Verdicts:
+    """Write the corrected labels, connectivities.csv and the list of the labels."""
+    verdicts = judge(data, *read_scores(out, data))
     # Labels of other thresholds may be there; while they are replaced nothing may list them.
     for path in (list_path, out / "connectivities.csv"):
         path.unlink(missing_ok=True)
 
     def write(image: int) -> None:
-        label_path = data.rows[image][1]
-        label = read_label(data.root / label_path, data.class_num)
         final = verdicts.final[data.part(image)]
-        write_label(
-            data.root / renamed_experiment(label_path, suffix),
-            corrected_label(label, numbered(label, data.class_num), final),
-            classes.palette,
-        )
+        target = data.root / renamed_experiment(data.rows[image][1], suffix)
+        write_label(target, corrected_label(data.numbers(image), final), classes.palette)
 
     with ThreadPoolExecutor() as pool:
-        list(
-            tqdm(
-                pool.map(write, range(len(data.rows))),
-                desc="SCC correction",
-                total=len(data.rows),
-                unit="img",
-            )
-        )
+        jobs = pool.map(write, range(len(data.rows)))
+        for _ in progress(jobs, "SCC correction", len(data.rows)):
+            pass
     write_connectivities(out / "connectivities.csv", data, verdicts)
-    write_list(list_path, [(row[0], renamed_experiment(row[1], suffix)) for row in data.rows])
+    write_list(list_path, [(image, renamed_experiment(path, suffix)) for image, path in data.rows])
     return verdicts
 
 
-# --------------------------------------------------------------------------------------------- main
+# ------------------------------------------------------------------------------------------ options
 
 
-def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_list_options(parser, "labels")
-    add_class_options(parser)
+def add_decision_options(parser: argparse.ArgumentParser) -> None:
+    """The recipe and its thresholds."""
     parser.add_argument(
         "--recipe",
         default="release",
@@ -855,11 +535,53 @@ def parse_args(argv=None) -> argparse.Namespace:
         help="what the released code does, or what the paper says (default: %(default)s)",
     )
     parser.add_argument(
-        "--stage",
-        default="all",
-        choices=("all", "train", "score", "correct"),
-        help="one stage of the three; the earlier ones must have run (default: all)",
+        "--filter",
+        default="both_loss",
+        choices=("both_loss", "loss", "score"),
+        help="release: what drops a connectivity (default: %(default)s)",
     )
+    parser.add_argument(
+        "--quantile",
+        type=float,
+        default=0.5,
+        help=(
+            "release: of the losses or scores of a class, its threshold, 0 to 1 (default:"
+            " %(default)s)"
+        ),
+    )
+    parser.add_argument(
+        "--tau-ns",
+        type=float,
+        default=0.60,
+        help=(
+            "paper: noise threshold; from this eta on a connectivity is noisy, 0 to 1 (default:"
+            " %(default)s)"
+        ),
+    )
+    parser.add_argument(
+        "--tau-cr",
+        type=float,
+        default=0.95,
+        help=(
+            "paper: correction threshold; above this probability a noisy one gets the predicted"
+            " class, 0 to 1 (default: %(default)s)"
+        ),
+    )
+    parser.add_argument(
+        "--min-area",
+        type=int,
+        default=1,
+        metavar="PIXELS",
+        help=(
+            "smaller connectivities lose their label unseen: slivers where SAM's masks meet are"
+            " mostly mislabeled and can be half of what is learned from; the released code has a"
+            " limit of 100, commented out (default: 1, all are judged)"
+        ),
+    )
+
+
+def add_training_options(parser: argparse.ArgumentParser) -> None:
+    """The network, what it sees and how long it learns."""
     parser.add_argument(
         "--backbone",
         default="resnet101",
@@ -897,17 +619,6 @@ def parse_args(argv=None) -> argparse.Namespace:
         ),
     )
     parser.add_argument(
-        "--min-area",
-        type=int,
-        default=1,
-        metavar="PIXELS",
-        help=(
-            "smaller connectivities lose their label unseen: slivers where SAM's masks meet are"
-            " mostly mislabeled and can be half of what is learned from; the released code has a"
-            " limit of 100, commented out (default: 1, all are judged)"
-        ),
-    )
-    parser.add_argument(
         "--batch-size",
         type=int,
         metavar="N",
@@ -939,38 +650,15 @@ def parse_args(argv=None) -> argparse.Namespace:
             " (default: 0.5)"
         ),
     )
+
+
+def add_work_options(parser: argparse.ArgumentParser) -> None:
+    """How the run goes; none of them changes what it decides, but --amp by a little."""
     parser.add_argument(
-        "--filter",
-        default="both_loss",
-        choices=("both_loss", "loss", "score"),
-        help="release: what drops a connectivity (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--quantile",
-        type=float,
-        default=0.5,
-        help=(
-            "release: of the losses or scores of a class, its threshold, 0 to 1 (default:"
-            " %(default)s)"
-        ),
-    )
-    parser.add_argument(
-        "--tau-ns",
-        type=float,
-        default=0.60,
-        help=(
-            "paper: noise threshold; from this eta on a connectivity is noisy, 0 to 1 (default:"
-            " %(default)s)"
-        ),
-    )
-    parser.add_argument(
-        "--tau-cr",
-        type=float,
-        default=0.95,
-        help=(
-            "paper: correction threshold; above this probability a noisy one gets the predicted"
-            " class, 0 to 1 (default: %(default)s)"
-        ),
+        "--stage",
+        default="all",
+        choices=("all", "train", "score", "correct"),
+        help="one stage of the three; the earlier ones must have run (default: all)",
     )
     parser.add_argument(
         "--amp",
@@ -1003,198 +691,177 @@ def parse_args(argv=None) -> argparse.Namespace:
             "AUROC to the report, changes nothing else"
         ),
     )
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_list_options(parser, "labels")
+    add_class_options(parser)
+    add_decision_options(parser)
+    add_training_options(parser)
+    add_work_options(parser)
     add_run_options(parser)
     options = parser.parse_args(argv)
+    check_run_options(options)
     if options.batch_size is None:
         options.batch_size = 64 if options.recipe == "release" else 4
     options.patch_size = tuple(options.patch_size)
-    for name in ("quantile", "tau_ns", "tau_cr"):
-        if not 0 <= getattr(options, name) <= 1:
-            raise UserError(
-                f"--{name.replace('_', '-')} {getattr(options, name)}: give a number from 0 to 1"
-            )
-    for name in ("iterations", "min_area", "batch_size", "lr", "scale", "workers"):
-        if getattr(options, name) <= 0:
-            raise UserError(
-                f"--{name.replace('_', '-')} {getattr(options, name)}: give a number above 0"
-            )
+    check_range(options, "quantile", "tau_ns", "tau_cr", least=0, most=1)
+    check_range(options, "iterations", "min_area", "batch_size", "workers", least=1)
+    check_range(options, "lr", "scale", above=0)
+    check_range(options, "vis", least=0)
     if min(options.patch_size) < 32 or any(side % 2 for side in options.patch_size):
+        height, width = options.patch_size
+        raise UserError(f"--patch-size {height} {width}: give even numbers from 32 up")
+    weights = options.backbone_weights
+    if weights not in ("imagenet", "none") and not Path(weights).is_file():
         raise UserError(
-            f"--patch-size {options.patch_size[0]} {options.patch_size[1]}: give even numbers from"
-            " 32 up"
+            f"{weights}: no such file; --backbone-weights is imagenet, none or a .pth file"
         )
     return options
 
 
-def check_ground_truth(
-    gt: dict[str, str], rows: list[tuple[str, str]], root: Path, gt_list: str
-) -> None:
-    """Fail before any work if --gt does not cover the list."""
+# --------------------------------------------------------------------------------------------- main
+
+
+def output_folder(options: argparse.Namespace, rows: list[tuple[str, str]], suffix: str) -> Path:
+    """<root>/<exp>_<suffix>; all labels must be of one experiment."""
+    names = {renamed_experiment(label, suffix).partition("/")[0] for _, label in rows}
+    if len(names) > 1:
+        raise UserError(
+            f"{options.id_list_path}: label paths of several experiments; give one list for each"
+        )
+    return Path(options.root_path) / names.pop()
+
+
+def settings_of(options: argparse.Namespace, class_num: int) -> dict:
+    """What scores depend on. Thresholds are not among it: they may change at will."""
+    names = ("recipe", "backbone", "stem", "iterations", "min_area", "batch_size", "lr", "amp")
+    settings = {name: getattr(options, name) for name in (*names, "seed")}
+    if options.recipe == "release":
+        settings["patch_size"] = list(options.patch_size)
+    else:
+        settings["scale"] = options.scale
+    weights = options.backbone_weights
+    settings["backbone_weights"] = sha256(weights) if Path(weights).is_file() else weights
+    return {**settings, "class_num": class_num}
+
+
+def read_ground_truth(
+    options: argparse.Namespace, rows: list[tuple[str, str]], class_num: int
+) -> dict[str, str] | None:
+    """{image path: ground-truth path} of --gt; UserError if it does not fit the labels."""
+    if options.gt is None:
+        return None
+    truth = dict(read_list(options.gt))
     for image, _ in rows:
-        if image not in gt:
+        if image not in truth:
             raise UserError(
-                f"{gt_list}: names no ground truth for {image}; --gt needs every image of"
+                f"{options.gt}: names no ground truth for {image}; --gt needs every image of"
                 " --id-list-path"
             )
-    check_files(root, [gt[image] for image, _ in rows], gt_list)
+    pairs = [(label, truth[image]) for image, label in rows]
+    check_pairs(options.root_path, pairs, options.gt, class_num, same_size=True)
+    return truth
 
 
-def make_index(
-    rows: list[tuple[str, str]], root: Path, class_num: int, out: Path, list_path: str
-) -> np.ndarray:
-    """The index of all connectivities, from out/index.npz if the label maps are still the same
-    ones.
-    """
-    check_files(root, [path for row in rows for path in row], list_path)
-    with ThreadPoolExecutor() as pool:
-        digests = np.array(list(pool.map(lambda row: sha256(root / row[1]), rows)))
-        if (out / "index.npz").is_file():
-            stored = np.load(out / "index.npz")
-            if not np.array_equal(stored["digests"], digests):
-                raise UserError(
-                    f"{out}: was made from other label maps than {list_path} names now; remove the"
-                    " folder or rename the experiment"
-                )
-            return stored["index"]
-        for row in rows:
-            image_size(root / row[0])
-        parts = list(
-            tqdm(
-                pool.map(
-                    lambda item: index_image(root / item[1][1], item[0], class_num), enumerate(rows)
-                ),
-                desc="SCC index",
-                total=len(rows),
-                unit="img",
-            )
-        )
-    index = np.concatenate(parts)
-    if not len(index):
-        raise UserError(
-            f"{list_path}: its label maps hold no label at all (only 255); check --root-path and"
-            " the list"
-        )
-    with atomic_path(out / "index.npz") as temporary, open(temporary, "wb") as file:
-        np.savez(file, index=index, digests=digests)
-    return index
+def wait_for_all() -> None:
+    """Go on when every process of the run is here."""
+    if process_rank()[1] > 1:
+        torch.distributed.barrier()
+
+
+def write_results(
+    data: Data,
+    out: Path,
+    classes: ClassSet,
+    truth: dict[str, str] | None,
+    suffix: str,
+    list_path: Path,
+    watch: Stopwatch,
+) -> None:
+    """The correction and its report, and what they say in short."""
+    with watch("correct"):
+        verdicts = correct(data, out, classes, suffix, list_path)
+    with watch("report"):
+        report = write_report(out / "report", data, verdicts, classes, truth, data.options.vis)
+    write_json(out / "report" / "report.json", report)
+    if report["note"]:
+        print(f"note: {report['note']}")
+    print(
+        f"{report['kept']} connectivities kept, {report['corrected']} corrected,"
+        f" {report['dropped']} dropped; {report['coverage_before']:.1f} % of the pixels labeled"
+        f" before, {report['coverage_after']:.1f} % after\nlabels: {out}\nlist:"
+        f" {list_path}\nreport: {out / 'report' / 'index.html'}"
+    )
+
+
+def run_stages(
+    data: Data,
+    out: Path,
+    classes: ClassSet,
+    truth: dict[str, str] | None,
+    suffix: str,
+    list_path: Path,
+    device: torch.device,
+) -> None:
+    """Training, scoring and correction, or the one of --stage; the manifest."""
+    stage, checkpoint, (rank, world) = data.options.stage, out / "checkpoint.pth", process_rank()
+    earlier = read_json(out / "run.json")["seconds"] if (out / "run.json").is_file() else {}
+    watch = Stopwatch()
+    if stage in ("all", "train") and rank == 0 and not checkpoint.is_file():
+        remove_scores(out)
+        with watch("train"):
+            train(data, out, device)
+    wait_for_all()
+    if stage in ("all", "score"):
+        if not checkpoint.is_file():
+            raise UserError(f"{checkpoint}: no such file; run --stage train first")
+        with watch("score"):
+            score(data, out, device, rank, world)
+    wait_for_all()
+    if rank > 0:
+        return
+    if stage in ("all", "correct"):
+        if not all(score_path(out, i).is_file() for i in range(len(data.rows))):
+            raise UserError(f"{out / 'scores'}: not all images are scored; run --stage score first")
+        write_results(data, out, classes, truth, suffix, list_path, watch)
+    record = manifest(vars(data.options), {"list": data.options.id_list_path})
+    record["seconds"] = earlier | {name: round(spent, 2) for name, spent in watch.seconds.items()}
+    write_json(out / "run.json", {**record, "peak_memory": peak_memory_mb(device)})
 
 
 def main(argv=None) -> None:
     options = parse_args(argv)
     classes = class_set(options.class_num, options.stuff, options.things)
-    root, suffix = Path(options.root_path), "scc" if options.recipe == "release" else "scc_paper"
-    rows = read_list(options.id_list_path)
-    gt_rows = dict(read_list(options.gt)) if options.gt else None
-    out = root / renamed_experiment(rows[0][1], suffix).split("/")[0]
-    if {renamed_experiment(row[1], suffix).split("/")[0] for row in rows} != {out.name}:
-        raise UserError(
-            f"{options.id_list_path}: label paths of several experiments; give one list for each"
-        )
+    suffix = "scc" if options.recipe == "release" else "scc_paper"
+    root, rows = Path(options.root_path), read_list(options.id_list_path)
+    out = output_folder(options, rows, suffix)
     list_path = renamed_list(options.id_list_path, rows[0][1], suffix)
-    rank, world = process_rank()
     device = select_device(options.device)
     if options.amp == "none":
         exact_mode()
-    weights = Path(options.backbone_weights)
-    if options.backbone_weights not in ("imagenet", "none") and not weights.is_file():
-        raise UserError(
-            f"{weights}: no such file; --backbone-weights is imagenet, none or a .pth file"
-        )
-    if gt_rows is not None:
-        check_ground_truth(gt_rows, rows, root, options.gt)
-    check_writable(out)
     check_writable(list_path.parent)
-    if world == 1:
-        for folder in {
-            out,
-            out / "scores",
-            out / "report",
-            *((root / renamed_experiment(row[1], suffix)).parent for row in rows),
-        }:
-            remove_leftovers(folder)
-    settings = {
-        "recipe": options.recipe,
-        "images_sha256": hashlib.sha256("\n".join(image for image, _ in rows).encode()).hexdigest(),
-        "backbone": options.backbone,
-        "stem": options.stem,
-        "backbone_weights": sha256(weights) if weights.is_file() else options.backbone_weights,
-        "iterations": options.iterations,
-        "min_area": options.min_area,
-        "batch_size": options.batch_size,
-        "lr": options.lr,
-        "patch_size": list(options.patch_size) if options.recipe == "release" else None,
-        "scale": options.scale if options.recipe == "paper" else None,
-        "amp": options.amp,
-        "seed": options.seed,
-        "class_num": classes.count,
-    }
-    if rank > 0:
-        wait_for([out / "index.npz"], "the index")
-    index = make_index(rows, root, classes.count, out, options.id_list_path)
-    if not (index["area"] >= options.min_area).any():
-        raise UserError(
-            f"--min-area {options.min_area}: the largest connectivity has {index['area'].max()}"
-            " pixels; give fewer"
-        )
-    if rank > 0:
-        wait_for([out / "settings.json"], "the index")
-    check_settings(
-        out / "settings.json", settings
-    )  # thresholds are not among them: they may change at will
-    data, watch, checkpoint = (
-        Data(root, rows, index, classes.count, options),
-        Stopwatch(),
-        out / "checkpoint.pth",
-    )
-    if rank == 0:
-        small = len(index) - int(data.judged.sum())
-        print(
-            f"{len(index)} connectivities in {len(rows)} images"
-            + (f", {small} of them under --min-area" if small else "")
-        )
-        earlier = read_json(out / "run.json")["seconds"] if (out / "run.json").is_file() else {}
-
-    if options.stage in ("all", "train") and rank == 0 and not checkpoint.is_file():
-        with watch("train"):
-            train(data, out, device)
-    if options.stage in ("all", "score"):
-        if options.stage == "score" and not checkpoint.is_file():
-            raise UserError(f"{checkpoint}: no such file; run --stage train first")
-        wait_for([checkpoint], "the training")
-        with watch("score"):
-            score(data, out, device, rank, world)
-    if options.stage in ("all", "correct") and rank == 0:
-        scored = [score_path(out, i) for i in range(len(rows))]
-        if options.stage == "correct" and not all(path.is_file() for path in scored):
-            raise UserError(f"{out / 'scores'}: not all images are scored; run --stage score first")
-        wait_for(scored, "the other processes")
-        with watch("correct"):
-            verdicts = correct(data, out, classes, suffix, list_path)
-        with watch("report"):
-            report = write_report(out / "report", data, verdicts, classes, gt_rows, options.vis)
-        write_json(out / "report" / "report.json", report)
-        if verdicts.noise is not None and verdicts.noise.fallback:
-            print(f"note: {verdicts.noise.fallback}")
-        counts = {
-            name: int((verdicts.decision == name).sum())
-            for name in ("kept", "corrected", "dropped")
-        }
-        print(
-            f"{counts['kept']} connectivities kept, {counts['corrected']} corrected,"
-            f" {counts['dropped']} dropped; {report['coverage_before']:.1f} % of the pixels labeled"
-            f" before, {report['coverage_after']:.1f} % after\nlabels: {out}\nlist:"
-            f" {list_path}\nreport: {out / 'report' / 'index.html'}"
-        )
-    if rank == 0:
-        seconds = earlier | {stage: round(spent, 2) for stage, spent in watch.seconds.items()}
-        write_json(
-            out / "run.json",
-            {
-                **manifest(vars(options), {"list": options.id_list_path}),
-                "seconds": seconds,
-                "peak_memory": peak_memory_mb(device),
-            },
-        )
+    with folder_lock(out), process_group(torch.device("cpu")) as (rank, _):
+        truth = None
+        if rank == 0:
+            labels = [root / renamed_experiment(label, suffix) for _, label in rows]
+            for folder in {out, out / "scores", out / "report", *(p.parent for p in labels)}:
+                remove_leftovers(folder)
+            settings = settings_of(options, classes.count)
+            prepare_folder(out, settings, root, rows, labels, options.id_list_path)
+            truth = read_ground_truth(options, rows, classes.count)
+        wait_for_all()
+        data = Data(root, rows, read_index(out), classes.count, options)
+        if rank == 0:
+            small = len(data.index) - int(data.judged.sum())
+            print(
+                f"{len(data.index)} connectivities in {len(rows)} images"
+                + (f", {small} of them under --min-area" if small else "")
+            )
+        run_stages(data, out, classes, truth, suffix, list_path, device)
 
 
 if __name__ == "__main__":

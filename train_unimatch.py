@@ -14,10 +14,10 @@ Outputs  in --save-path: latest.pth (resumes), best.pth, train.log (the shipped 
          metrics.jsonl, TensorBoard events, pictures/, curves.png, manifest.json, settings.json,
          summary.json
 
-    python train_unimatch.py --labeled-id-path splits/cityscapes/DTST_vit_h_scc/labeled.txt \\
-        --unlabeled-id-path splits/cityscapes/DTST_vit_h_scc/unlabeled.txt --val-id-path
-        splits/cityscapes/val.txt \\ --backbone-weights pretrained/resnet101.pth --eval-mode
-        sliding_window --save-path runs/seco
+    python train_unimatch.py --labeled-id-path splits/cityscapes/DTST_gta_vit_h_scc/labeled.txt \\
+        --unlabeled-id-path splits/cityscapes/DTST_gta_vit_h_scc/unlabeled.txt \\
+        --val-id-path splits/cityscapes/val.txt --root-path data/cityscapes \\
+        --backbone-weights pretrained/resnet101.pth --eval-mode sliding_window --save-path runs/seco
     # the same on four GPUs; the global batch stays 8
     torchrun --nproc_per_node 4 train_unimatch.py …
     # two iterations and one evaluation image: memory and time
@@ -34,69 +34,60 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
-import inspect
 import itertools
-import json
-import logging
 import math
-import os
-import pprint
-import statistics
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
-from tqdm import tqdm
 
-from dataset.augment import SCALES, cutmix
-from dataset.copy_paste import PARTNERS, RARE_CLASSES, RareClassPool
-from dataset.samples import AUTHORS_PROCESSES, MicroBatches, TrainingSamples, batches
-from eval import MODES, evaluate_checkpoint, figures, summed
+from dataset.augment import cutmix
+from dataset.copy_paste import PARTNERS, RareClassPool
+from dataset.samples import MicroBatches, TrainingSamples, batches
+from eval import evaluate_checkpoint, figures, summed
 from model.checkpoint import load_exactly, read_checkpoint, state_dict_in
 from model.deeplabv3plus import DILATIONS, DeepLabV3Plus, channel_dropout, parameter_count
-from model.resnet import BLOCKS, STEMS, load_backbone
+from model.resnet import load_backbone
 from util.images import normalised
-from util.labels import IGNORE, check_files, class_set, read_label, read_list
+from util.labels import ClassSet, class_set
 from util.losses import (
-    OHEM_MIN_KEPT,
-    OHEM_THRESHOLD,
     balanced_cross_entropy,
     class_weights,
     ohem_cross_entropy,
     pseudo_label_loss,
     total_loss,
 )
-from util.options import add_class_options, add_run_options
-from util.pictures import colour_label, contact_sheet, line_chart, save_picture
+from util.parallel import average_running_statistics, distributed, mean_over_processes, to_device
+from util.progress import progress as progress_bar
 from util.run import (
     UserError,
     atomic_path,
-    check_settings,
     check_writable,
     exact_mode,
+    folder_lock,
     manifest,
-    peak_memory_mb,
     process_group,
     process_rank,
-    remove_leftovers,
     run_main,
     seed_everything,
     select_device,
-    sha256,
     tune_cpu,
     write_json,
 )
-from util.training_log import TEXT_LOSSES, read_metrics_json_lines
-from util.training_log import summary as log_summary
+from util.train_inputs import (
+    input_files,
+    label_pixel_counts,
+    open_folder,
+    read_lists,
+    run_settings,
+)
+from util.train_logs import Logs, announce, dry_run_report, epoch_picture, log_header, summarise
+from util.train_options import add_training_options, batch_per_process, check_training_options
 
-MOMENTUM, WEIGHT_DECAY = (
-    0.9,
-    1e-4,
-)  # SGD without Nesterov; batch norm and biases decay too (UniMatch)
+MOMENTUM, WEIGHT_DECAY = 0.9, 1e-4  # SGD without Nesterov; batch norm and biases decay too
 POLY_POWER = 0.9
 FACTORS = 4  # stream of random numbers, after those of dataset/samples.py
 
@@ -151,58 +142,36 @@ def perturbation_factors(seed: int, iteration: int, global_batch: int, channels:
     )
 
 
+def optimizer_of(model: DeepLabV3Plus, args) -> torch.optim.Optimizer:
+    """UniMatch's SGD, or AdamW: group 0 the backbone at --lr, group 1 the rest at --lr-multi times
+    that.
+    """
+    rest = [p for name, p in model.named_parameters() if not name.startswith("backbone.")]
+    groups = [
+        {"params": list(model.backbone.parameters()), "lr": args.lr},
+        {"params": rest, "lr": args.lr * args.lr_multi},
+    ]
+    if args.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=args.lr)
+    return torch.optim.SGD(groups, lr=args.lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
+
+
 class Trainer:
     """The network with its optimizer, and UniMatch's iteration.
 
     network: what forward and backward go through (DistributedDataParallel, a compiled module or the
-    model itself); model: the DeepLabV3Plus inside. group: samples per loss group. weights: of the
-    classes, for --class-balance.
+    model itself); plain: the same without gradients' averaging; model: the DeepLabV3Plus inside.
+    group: samples per loss group. total: iterations of the run. weights: of the classes, for
+    --class-balance.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        args,
-        device,
-        group: int,
-        total: int,
-        weights: torch.Tensor | None = None,
-    ):
+    def __init__(self, model, args, device, group: int, total: int, weights=None):
+        self.model, self.args, self.device = model, args, device
+        self.group, self.total = group, total
         self.weights = None if weights is None else weights.to(device)
-        self.model, self.args, self.device, self.group, self.total = (
-            model,
-            args,
-            device,
-            group,
-            total,
-        )
-        backbone = list(model.backbone.parameters())
-        rest = [p for name, p in model.named_parameters() if not name.startswith("backbone.")]
-        groups = [
-            {"params": backbone, "lr": args.lr},
-            {"params": rest, "lr": args.lr * args.lr_multi},
-        ]
-        self.optimizer = (
-            torch.optim.AdamW(groups, lr=args.lr)
-            if args.optimizer == "adamw"
-            else torch.optim.SGD(groups, lr=args.lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
-        )
-        plain = torch.compile(model) if args.compile else model
-        self.plain = self.network = plain
-        if process_rank()[1] > 1:
-            ddp = nn.parallel.DistributedDataParallel
-            # Buffers are equal already (see average_running_statistics); newer versions of torch
-            # name the option otherwise.
-            option = (
-                "forward_sync_buffers"
-                if "forward_sync_buffers" in inspect.signature(ddp).parameters
-                else "broadcast_buffers"
-            )
-            self.network = ddp(
-                plain,
-                device_ids=[device.index] if device.type == "cuda" else None,
-                **{option: False},
-            )
+        self.optimizer = optimizer_of(model, args)
+        self.plain = torch.compile(model) if args.compile else model
+        self.network = distributed(self.plain, device)
         model.train()
 
     def amp(self):
@@ -218,15 +187,20 @@ class Trainer:
         return torch.stack([loss(*chunk) for chunk in chunks]).mean()
 
     def loss_x(self, pred_x: torch.Tensor, mask_x: torch.Tensor) -> torch.Tensor:
-        if self.weights is not None:
-            return self.per_group(
-                lambda p, m: balanced_cross_entropy(p, m, self.weights), pred_x, mask_x
-            )
-        return self.per_group(
-            lambda p, m: ohem_cross_entropy(p, m, self.args.ohem_threshold, self.args.min_kept),
-            pred_x,
-            mask_x,
-        )
+        def loss(logits, labels):
+            if self.weights is not None:
+                return balanced_cross_entropy(logits, labels, self.weights)
+            return ohem_cross_entropy(logits, labels, self.args.ohem_threshold, self.args.min_kept)
+
+        return self.per_group(loss, pred_x, mask_x)
+
+    def consistency(self, pred: torch.Tensor, target: dict) -> torch.Tensor:
+        """The loss of `pred` with pseudo-labels, confidence and padding as targets."""
+
+        def loss(*chunk):
+            return pseudo_label_loss(*chunk, self.args.conf_thresh)
+
+        return self.per_group(loss, pred, *(target[n] for n in ("label", "confidence", "ignore")))
 
     def supervised_losses(self, batch: dict) -> tuple[torch.Tensor, dict, dict]:
         with self.amp():
@@ -235,60 +209,48 @@ class Trainer:
         return loss, {"loss_all": loss, "loss_x": loss}, {"pred_x": pred_x}
 
     def unimatch_losses(self, batch: dict, factors) -> tuple[torch.Tensor, dict, dict]:
-        """Section "one iteration" of UniMatch's released code.
+        """UniMatch's losses of one batch, as its released code has them.
 
         batch: dataset.samples.TrainingSamples' items, stacked. factors: pair (c1, c4) of 2B x C x 1
         x 1, for [x; w]. Returns the loss, the logged values and what the pictures show.
         """
-        count = len(batch["x"])
+        count, conf_thresh = len(batch["x"]), self.args.conf_thresh
         mask_x, box1, box2, ignore_w, ignore_mix = (
             batch[name].to(self.device, non_blocking=True)
             for name in ("mask_x", "box1", "box2", "ignore", "ignore_mix")
         )
-        mix = self.mix_pseudo_labels(
-            batch["w_mix"], (box1 | box2).flatten(1).any(dim=1)
-        )  # forward A
+        factors = tuple(f.to(self.device) for f in factors)
+
+        # forward A, in eval mode: pseudo-labels of the images pasted from
+        mix = self.mix_pseudo_labels(batch["w_mix"], (box1 | box2).flatten(1).any(dim=1))
         mix["ignore"] = ignore_mix
         with self.amp():
+            # forward B: labels and weak views, these also with perturbed features
             images = self.images(torch.cat([batch["x"], batch["w"]]))
-            logits, pred_fp = self.network(
-                images, tuple(f.to(self.device) for f in factors), fp_from=count
-            )  # forward B
-            pred_s = self.network(self.images(torch.cat([batch["s1"], batch["s2"]])))  # forward C
+            logits, pred_fp = self.network(images, factors, fp_from=count)
+            # forward C: both strong views, already pasted into
+            pred_s = self.network(self.images(torch.cat([batch["s1"], batch["s2"]])))
         (pred_x, pred_w), (pred_s1, pred_s2) = logits.chunk(2), pred_s.chunk(2)
         w = {**with_confidence(pred_w), "ignore": ignore_w}
+        target_s1, target_s2 = cutmix_targets(w, mix, box1), cutmix_targets(w, mix, box2)
 
-        def consistency(pred, target):
-            return self.per_group(
-                lambda *chunk: pseudo_label_loss(*chunk, self.args.conf_thresh),
-                pred,
-                target["label"],
-                target["confidence"],
-                target["ignore"],
-            )
-
-        target_s1 = cutmix_targets(w, mix, box1)
         loss_x = self.loss_x(pred_x, mask_x)
-        loss_s1, loss_s2 = (
-            consistency(pred_s1, target_s1),
-            consistency(pred_s2, cutmix_targets(w, mix, box2)),
-        )
-        loss_fp = consistency(pred_fp, w)
+        loss_s1 = self.consistency(pred_s1, target_s1)
+        loss_s2 = self.consistency(pred_s2, target_s2)
+        loss_fp = self.consistency(pred_fp, w)
         loss = total_loss(loss_x, loss_s1, loss_s2, loss_fp)
-        kept = ((w["confidence"] >= self.args.conf_thresh) & ~ignore_w).sum() / (
-            ~ignore_w
-        ).sum().clamp(min=1)
-        return (
-            loss,
-            {
-                "loss_all": loss,
-                "loss_x": loss_x,
-                "loss_s": (loss_s1 + loss_s2) / 2,
-                "loss_w_fp": loss_fp,
-                "mask_ratio": kept,
-            },
-            {"pred_x": pred_x, "pred_w": pred_w, "label_s1": target_s1["label"]},
-        )
+
+        valid = ~ignore_w
+        kept = ((w["confidence"] >= conf_thresh) & valid).sum() / valid.sum().clamp(min=1)
+        logged = {
+            "loss_all": loss,
+            "loss_x": loss_x,
+            "loss_s": (loss_s1 + loss_s2) / 2,
+            "loss_w_fp": loss_fp,
+            "mask_ratio": kept,
+        }
+        shown = {"pred_x": pred_x, "pred_w": pred_w, "label_s1": target_s1["label"]}
+        return loss, logged, shown
 
     def mix_pseudo_labels(self, w_mix: torch.Tensor, needed: torch.Tensor) -> dict:
         """Label and confidence of the images pasted from, in eval mode; only of those that
@@ -319,22 +281,16 @@ class Trainer:
         for group, factor in zip(self.optimizer.param_groups, (1.0, self.args.lr_multi)):
             group["lr"] = learning_rate(iteration, self.total, self.args.lr) * factor
         self.optimizer.zero_grad()
-        values: dict[str, torch.Tensor] = {}
         factors = None
         if not self.args.supervised:
-            channels = self.model.backbone.channels
-            factors = perturbation_factors(
-                self.args.seed, iteration, sampler.global_batch, (channels[0], channels[3])
-            )
+            c1, _, _, c4 = self.model.backbone.channels
+            seed = self.args.seed
+            factors = perturbation_factors(seed, iteration, sampler.global_batch, (c1, c4))
+        values: dict[str, torch.Tensor] = {}
         for number in range(sampler.steps):
             batch = next(micro_batches)
-            last = number == sampler.steps - 1
-            waiting = (
-                contextlib.nullcontext()
-                if last or self.network is self.plain
-                else self.network.no_sync()
-            )
-            with waiting:
+            whole = number == sampler.steps - 1 or self.network is self.plain
+            with contextlib.nullcontext() if whole else self.network.no_sync():
                 if self.args.supervised:
                     loss, found, shown = self.supervised_losses(batch)
                 else:
@@ -348,7 +304,7 @@ class Trainer:
         if not all(math.isfinite(value) for value in logged.values()):
             raise UserError(
                 f"iteration {iteration}: a loss is not finite ({logged}); lower --lr, or check the"
-                " labels; latest.pth holds the last good state"
+                " labels; latest.pth holds the last saved state"
             )
         if step:
             self.optimizer.step()
@@ -357,280 +313,22 @@ class Trainer:
         return logged, {**shown, "batch": batch}
 
 
-def average_running_statistics(model: nn.Module) -> None:
-    """Give every process the mean of all processes' running statistics of batch norm, which only
-    GPUs synchronise by themselves: what process 0 saves and what each evaluates or pastes with are
-    then the same.
-    """
-    if process_rank()[1] == 1:
-        return
-    import torch.distributed as dist
-
-    running = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
-    together = torch.cat([buffer.flatten() for buffer in running])
-    dist.all_reduce(together)
-    together /= process_rank()[1]
-    for buffer, values in zip(running, together.split([buffer.numel() for buffer in running])):
-        buffer.copy_(values.view_as(buffer))
-
-
-def mean_over_processes(values: dict[str, torch.Tensor]) -> dict[str, float]:
-    stacked = torch.stack(list(values.values())).float()
-    if process_rank()[1] > 1:
-        import torch.distributed as dist
-
-        dist.all_reduce(stacked)
-        stacked /= process_rank()[1]
-    return dict(zip(values, stacked.tolist()))
-
-
-# --------------------------------------------------------------------------------------------- logs
-
-
-class Logs:
-    """train.log, metrics.jsonl and TensorBoard events of process 0.
-
-    `sizes` goes into checkpoints; resuming cuts the files back to the sizes at the checkpoint, so
-    that what was logged after it is not there twice.
-    """
-
-    FILES = ("train.log", "metrics.jsonl")
-
-    def __init__(self, folder: Path, sizes: dict[str, int] | None, iteration: int):
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.folder = folder
-        for name in self.FILES:
-            path = folder / name
-            path.touch()
-            os.truncate(path, min((sizes or {}).get(name, 0), path.stat().st_size))
-        self.json_lines = open(folder / "metrics.jsonl", "a", encoding="utf-8", buffering=1)
-        self.handler = logging.FileHandler(folder / "train.log", encoding="utf-8")
-        self.handler.setFormatter(logging.Formatter("[%(asctime)s][%(levelname)8s] %(message)s"))
-        self.text = logging.getLogger(f"train_unimatch.{folder}")
-        self.text.handlers, self.text.propagate = [self.handler], False
-        self.text.setLevel(logging.INFO)
-        self.events = SummaryWriter(str(folder), purge_step=iteration)
-
-    def sizes(self) -> dict[str, int]:
-        self.events.flush()  # what comes before a checkpoint must outlive a kill after it
-        return {name: (self.folder / name).stat().st_size for name in self.FILES}
-
-    def train(self, epoch: int, within: int, iteration: int, values: dict[str, float]) -> None:
-        tags = {f"train/{name}": value for name, value in values.items()}
-        for tag, value in tags.items():
-            self.events.add_scalar(tag, value, iteration)
-        self.json_lines.write(json.dumps({"epoch": epoch, "iteration": within, **tags}) + "\n")
-
-    def row(self, within: int, means: dict[str, float]) -> None:
-        self.text.info(
-            f"Iters: {within}, "
-            + ", ".join(
-                f"{title}: {means[name]:.3f}"
-                for title, name in TEXT_LOSSES.items()
-                if name in means
-            )
-        )
-
-    def evaluation(self, epoch: int, mode: str, metrics: dict) -> None:
-        ious = {name: value or 0.0 for name, value in metrics["iou"].items()}
-        for number, (name, value) in enumerate(ious.items()):
-            self.text.info(f"***** Evaluation ***** >>>> Class [{number} {name}] IoU: {value:.2f}")
-        self.text.info(f"***** Evaluation {mode} ***** >>>> MeanIoU: {metrics['miou']:.2f}\n")
-        tags = {
-            "eval/mIoU": metrics["miou"],
-            **{f"eval/{name}_IoU": value for name, value in ious.items()},
-        }
-        for tag, value in tags.items():
-            self.events.add_scalar(tag, value, epoch)
-        self.json_lines.write(json.dumps({"epoch": epoch, "eval_mode": mode, **tags}) + "\n")
-
-    def close(self) -> None:
-        self.json_lines.close()
-        self.handler.close()
-        self.events.close()
-
-
-def epoch_picture(path: Path, shown: dict, classes, samples: int = 3) -> None:
-    """Views, labels and predictions of an iteration's first samples, one a row."""
-
-    def label(values, row):
-        return colour_label(values[row].detach().to(torch.uint8).cpu().numpy(), classes.palette)
-
-    def prediction(logits, row):
-        return colour_label(
-            logits[row].detach().argmax(dim=0).to(torch.uint8).cpu().numpy(), classes.palette
-        )
-
-    batch = shown["batch"]
-    titles, rows = ["img_x", "label", "prediction"], []
-    for row in range(min(samples, len(batch["x"]))):
-        panels = [
-            batch["x"][row].numpy(),
-            label(batch["mask_x"], row),
-            prediction(shown["pred_x"], row),
-        ]
-        if "w" in batch:
-            panels += [
-                batch["w"][row].numpy(),
-                prediction(shown["pred_w"], row),
-                batch["s1"][row].numpy(),
-                label(shown["label_s1"], row),
-            ]
-        rows.append(panels)
-    if "w" in batch:
-        titles += ["img_u_w", "pseudo-label", "img_u_s1", "its labels"]
-    save_picture(path, contact_sheet(rows, titles, legend=classes, cell_width=192))
-
-
-def curves_picture(path: Path, log) -> None:
-    """mIoU after each epoch, or the mean loss of each where nothing was evaluated."""
-    if log.miou:
-        series, label = (
-            {"validation": ([e + 1 for e in log.epochs], [log.miou[e] for e in log.epochs])},
-            "mIoU (%)",
-        )
-    else:
-        means = {
-            epoch + 1: values["loss_all"] for epoch, _, values in log.losses
-        }  # the running mean at each epoch's end
-        series = {"loss_all": (list(means), list(means.values()))}
-        label = "mean loss of the epoch"
-    save_picture(path, line_chart(series, "", "epoch", label))
-
-
-# ------------------------------------------------------------------------------ checks and settings
-
-
-def label_pixel_counts(
-    rows: list[tuple[str, str]], root: Path, class_num: int, quiet: bool
-) -> np.ndarray:
-    """Pixels per class of each label map, int64 len(rows) x class_num; unknown values are an error
-    naming the file.
-    """
-    counts = np.zeros((len(rows), class_num), dtype=np.int64)
-    for number, (_, path) in enumerate(
-        tqdm(rows, desc="checking labels", unit="file", disable=quiet, leave=False)
-    ):
-        counts[number] = np.bincount(read_label(root / path, class_num).ravel(), minlength=256)[
-            :class_num
-        ]
-    if not counts.any():
-        raise UserError(
-            f"{root / rows[0][1]}: no label map of the labeled list has a labeled pixel; nothing"
-            " can be learned"
-        )
-    return counts
-
-
-# What a run is: changing one of these in a folder that holds a run is an error. Others (workers,
-# pictures, processes) may change.
-SETTINGS = (
-    "supervised",
-    "class_num",
-    "backbone",
-    "stem",
-    "crop_size",
-    "global_batch",
-    "loss_groups",
-    "epochs",
-    "lr",
-    "lr_multi",
-    "ohem_threshold",
-    "min_kept",
-    "conf_thresh",
-    "amp",
-    "seed",
-    "copy_paste",
-    "copy_paste_classes",
-    "eval_mode",
-    "eval_every",
-    "optimizer",
-    "class_balance",
-    "scales",
-    "photometric",
-)
-
-
-def run_settings(args, counts: np.ndarray, inputs: dict[str, Path]) -> dict:
-    settings = {name: getattr(args, name) for name in SETTINGS}
-    settings["label_pixels_sha256"] = hashlib.sha256(counts.tobytes()).hexdigest()
-    for name, path in inputs.items():
-        settings[f"{name}_sha256"] = sha256(path)
-    return settings
-
-
-def batch_per_process(args, world: int) -> int:
-    """Samples per process and accumulation step, checked."""
-    if args.global_batch < 1 or args.global_batch % world:
-        raise UserError(
-            f"--global-batch {args.global_batch}: it must be a multiple of the number of processes,"
-            f" {world}"
-        )
-    share = args.global_batch // world
-    batch = args.batch_per_process or share
-    if batch < 1 or share % batch:
-        raise UserError(
-            f"--batch-per-process {batch}: {share} samples of the global batch fall to each of"
-            f" {world} processes; give a divisor of {share}"
-        )
-    if args.global_batch % args.loss_groups:
-        raise UserError(
-            f"--loss-groups {args.loss_groups}: it must divide --global-batch {args.global_batch}"
-        )
-    if args.supervised and batch == 1:
-        raise UserError(
-            "--supervised with one sample per process and step: batch norm needs two or more; "
-            "raise --global-batch or --batch-per-process"
-        )
-    return batch
-
-
-def announce(args, world: int, batch: int, steps: int, device) -> None:
-    print(
-        f"global batch {args.global_batch} = {world} process{'es' if world > 1 else ''} x {batch}"
-        f" samples x {steps} accumulation step{'s' if steps > 1 else ''}; losses are normalised in"
-        f" {args.loss_groups} groups"
-    )
-    if steps > 1:
-        print(
-            f"warning: batch norm sees {batch * (world if device.type == 'cuda' else 1)} samples at"
-            f" a time, not {args.global_batch}: accumulation does not repair its statistics, so"
-            " results will differ from the authors'"
-        )
-    if world > 1 and device.type != "cuda":
-        print(
-            "warning: on CPUs every process normalises its own samples (batch norm), so results"
-            " differ from one process's"
-        )
+# -------------------------------------------------------------------------------------------- model
 
 
 def build_model(args, class_num: int) -> DeepLabV3Plus:
+    """DeepLabV3+ with the starting weights that the options name, the rest drawn from --seed."""
     seed_everything(args.seed)
     model = DeepLabV3Plus(
         int(args.backbone.removeprefix("resnet")), class_num, args.stem, DILATIONS
     )
     if args.init_checkpoint:
-        load_exactly(
-            model,
-            state_dict_in(read_checkpoint(args.init_checkpoint), args.init_checkpoint),
-            args.init_checkpoint,
-            f"DeepLabV3+ with {args.backbone} ({args.stem} stem), {class_num} classes",
-        )
+        state = state_dict_in(read_checkpoint(args.init_checkpoint), args.init_checkpoint)
+        wanted = f"DeepLabV3+ with {args.backbone} ({args.stem} stem), {class_num} classes"
+        load_exactly(model, state, args.init_checkpoint, wanted)
     else:
         load_backbone(model.backbone, args.backbone_weights)
     return model
-
-
-def to_device(model: nn.Module, args, device, world: int) -> nn.Module:
-    model = model.to(
-        device, memory_format=torch.channels_last if args.channels_last else torch.preserve_format
-    )
-    return (
-        nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        if world > 1 and device.type == "cuda"
-        else model
-    )
 
 
 def set_precision(args) -> None:
@@ -671,86 +369,70 @@ def save_checkpoint(
         torch.save(content, temporary)
 
 
-def train(
-    trainer: Trainer,
-    sampler: MicroBatches,
-    samples: TrainingSamples,
-    progress: Progress,
-    logs: Logs | None,
-    args,
-    classes,
-    val_rows,
-) -> list[float]:
-    """From progress.iteration to the end; returns the seconds of each iteration. `logs` is None but
-    on process 0.
+@dataclass
+class Run:
+    """What the main loop works with. logs: None but on process 0. val_rows: (image path,
+    ground-truth path), empty for no evaluation.
     """
-    micro_batches = iter(batches(samples, sampler, args.workers, trainer.device))
+
+    args: argparse.Namespace
+    classes: ClassSet
+    trainer: Trainer
+    sampler: MicroBatches
+    samples: TrainingSamples
+    val_rows: list
+    progress: Progress
+    logs: Logs | None = None
+
+
+def train(run: Run) -> list[float]:
+    """From progress.iteration to the end; returns the seconds of each iteration."""
+    args, trainer, sampler, progress, logs = (
+        run.args,
+        run.trainer,
+        run.sampler,
+        run.progress,
+        run.logs,
+    )
+    micro_batches = iter(batches(run.samples, sampler, args.workers, trainer.device))
     length, seconds = sampler.per_epoch, []
     every = max(length // 8, 1)  # UniMatch's rows: eight or nine an epoch
-    shown = None
-    with tqdm(
-        total=sampler.total,
-        initial=progress.iteration,
-        desc="training",
-        unit="it",
-        disable=logs is None,
-        smoothing=0.05,
-    ) as bar:
+    where = {"total": sampler.total, "initial": progress.iteration}
+    with progress_bar(desc="training", unit="it", quiet=logs is None, **where) as bar:
         while progress.iteration < sampler.total:
             epoch, within = divmod(progress.iteration, length)
             if within == 0:
                 progress.sums = {}
                 if logs:
                     lr = learning_rate(progress.iteration, sampler.total, args.lr)
-                    logs.text.info(
-                        f"===========> Epoch: {epoch}, LR: {lr:.5f}, Previous best:"
-                        f" {progress.best:.2f}"
-                    )
+                    logs.epoch(epoch, lr, progress.best)
             start = time.perf_counter()
             values, shown = trainer.iteration(progress.iteration, micro_batches, sampler)
             seconds.append(time.perf_counter() - start)
-            progress.sums = {
-                name: progress.sums.get(name, 0.0) + value for name, value in values.items()
-            }
+            for name, value in values.items():
+                progress.sums[name] = progress.sums.get(name, 0.0) + value
             if logs:
-                logs.train(
-                    epoch,
-                    within,
-                    progress.iteration,
-                    {**values, "lr": trainer.optimizer.param_groups[0]["lr"]},
-                )
+                lr = trainer.optimizer.param_groups[0]["lr"]
+                logs.train(epoch, within, progress.iteration, {**values, "lr": lr})
                 if within % every == 0:
-                    logs.row(
-                        within,
-                        {name: total / (within + 1) for name, total in progress.sums.items()},
-                    )
+                    logs.row(within, progress.sums)
+                loss, best = values["loss_all"], progress.best
+                bar.set_postfix_str(f"epoch {epoch}, loss {loss:.3f}, best {best:.2f}", False)
                 bar.update()
-                bar.set_postfix_str(
-                    f"epoch {epoch}, loss {values['loss_all']:.3f}, best {progress.best:.2f}",
-                    refresh=False,
-                )
             progress.iteration += 1
             if within == length - 1:
-                finish_epoch(trainer, progress, logs, args, classes, val_rows, epoch, shown)
+                finish_epoch(run, epoch, shown)
             elif logs and args.checkpoint_every and progress.iteration % args.checkpoint_every == 0:
                 save_checkpoint(args.save_path / "latest.pth", trainer, progress, epoch, logs)
     return seconds
 
 
-def finish_epoch(
-    trainer: Trainer,
-    progress: Progress,
-    logs: Logs | None,
-    args,
-    classes,
-    val_rows,
-    epoch: int,
-    shown: dict,
-) -> None:
+def finish_epoch(run: Run, epoch: int, shown: dict) -> None:
     """Evaluation, picture and checkpoints at the end of an epoch."""
+    args, trainer, progress, logs = run.args, run.trainer, run.progress, run.logs
     last = epoch == args.epochs - 1
-    if val_rows and ((epoch + 1) % args.eval_every == 0 or last):
-        metrics = figures(evaluate(trainer, args, classes, val_rows), classes)
+    if run.val_rows and ((epoch + 1) % args.eval_every == 0 or last):
+        metrics = figures(evaluate(run, run.val_rows), run.classes)
         if logs:
             logs.evaluation(epoch, args.eval_mode, metrics)
         if metrics["miou"] > progress.best:
@@ -759,484 +441,81 @@ def finish_epoch(
                 save_checkpoint(args.save_path / "best.pth", trainer, progress, epoch, None)
     if logs:
         if args.pictures_every and ((epoch + 1) % args.pictures_every == 0 or last):
-            epoch_picture(
-                args.save_path / "pictures" / f"epoch_{epoch + 1:03d}.png", shown, classes
-            )
+            path = args.save_path / "pictures" / f"epoch_{epoch + 1:03d}.png"
+            epoch_picture(path, shown, run.classes)
         save_checkpoint(args.save_path / "latest.pth", trainer, progress, epoch, logs)
 
 
-def evaluate(trainer: Trainer, args, classes, rows) -> np.ndarray:
+def evaluate(run: Run, rows) -> np.ndarray:
     """The confusion matrix over `rows` in fp32, so that eval.py gives the same figures."""
+    args, trainer = run.args, run.trainer
+    how = (run.classes.count, args.eval_mode, args.crop_size, trainer.device, "evaluation")
     trainer.model.eval()
-    confusion = evaluate_checkpoint(
-        trainer.model,
-        rows,
-        args.root_path,
-        classes.count,
-        args.eval_mode,
-        args.crop_size,
-        trainer.device,
-        "evaluation",
-    )
+    confusion = evaluate_checkpoint(trainer.model, rows, args.root_path, *how)
     trainer.model.train()
     return summed(confusion, trainer.device)
 
 
-def dry_run(
-    trainer: Trainer, sampler: MicroBatches, samples: TrainingSamples, args, classes, val_rows
-) -> None:
+def dry_run(run: Run) -> None:
     """Two iterations (the second is timed) and one evaluation image; process 0 prints memory and
     the projected time.
     """
+    args, trainer, sampler = run.args, run.trainer, run.sampler
     rank, world = process_rank()
     start = time.perf_counter()
-    micro_batches = list(
-        itertools.islice(iter(batches(samples, sampler, 0, trainer.device)), sampler.steps)
-    )
+    loader = iter(batches(run.samples, sampler, 0, trainer.device))
+    micro_batches = list(itertools.islice(loader, sampler.steps))
     loading = time.perf_counter() - start
     for iteration in range(2):
         start = time.perf_counter()
-        values, _ = trainer.iteration(iteration, iter(micro_batches), sampler)
+        losses, _ = trainer.iteration(iteration, iter(micro_batches), sampler)
         computing = time.perf_counter() - start
-    per_iteration = max(computing, loading / args.workers) if args.workers else computing + loading
-    lines = [
-        "losses after two iterations:"
-        f" {', '.join(f'{name} {value:.3f}' for name, value in values.items())}"
-    ]
-    hours = per_iteration * sampler.total / 3600
-    if val_rows:
+    per_image = None
+    if run.val_rows:
         start = time.perf_counter()
-        evaluate(trainer, args, classes, val_rows[:1])
+        evaluate(run, run.val_rows[:1])
         per_image = time.perf_counter() - start
-        hours += (
-            per_image
-            * math.ceil(len(val_rows) / world)
-            * math.ceil(args.epochs / args.eval_every)
-            / 3600
-        )
-        lines.append(f"evaluation, {args.eval_mode}: {per_image:.2f} s an image")
-    lines += [
-        (
-            f"an iteration: {computing:.2f} s computing; loading its samples takes {loading:.2f} s"
-            f" in one process, {args.workers} do it meanwhile"
-            if args.workers
-            else (
-                f"an iteration: {computing:.2f} s computing and, with --workers 0, {loading:.2f} s"
-                " loading"
-            )
-        ),
-        (
-            f"projected time of {sampler.total} iterations{' and evaluations' if val_rows else ''}:"
-            f" {hours:.1f} h"
-        ),
-        "peak memory of process 0: "
-        + ", ".join(
-            f"{name.removesuffix('_mb')} {value:.0f} MB"
-            for name, value in peak_memory_mb(trainer.device).items()
-        ),
-    ]
+    images = math.ceil(len(run.val_rows) / world) * math.ceil(args.epochs / args.eval_every)
+    counts = (sampler.total, images)
     if rank == 0:
-        print("\n".join(lines))
+        seconds = (computing, loading, per_image)
+        print(dry_run_report(losses, *seconds, *counts, args, trainer.device))
 
 
-def log_header(logs: Logs, args, batch: int, world: int, model: nn.Module) -> None:
-    """The first lines of the shipped logs: the configuration under UniMatch's names, and the number
-    of parameters.
-    """
-    configuration = {
-        "backbone": args.backbone,
-        "batch_size": batch,
-        "conf_thresh": args.conf_thresh,
-        "crop_size": args.crop_size,
-        "criterion": {
-            "kwargs": {
-                "ignore_index": IGNORE,
-                "min_kept": args.min_kept,
-                "thresh": args.ohem_threshold,
-            },
-            "name": "OHEM",
-        },
-        "data_root": str(args.root_path),
-        "dilations": list(DILATIONS),
-        "epochs": args.epochs,
-        "global_batch": args.global_batch,
-        "labeled_id_path": str(args.labeled_id_path),
-        "lr": args.lr,
-        "lr_multi": args.lr_multi,
-        "nclass": args.class_num,
-        "ngpus": world,
-        "replace_stride_with_dilation": [False, False, True],
-        "save_path": str(args.save_path),
-        "seed": args.seed,
-        "stem": args.stem,
-        "unlabeled_id_path": str(args.unlabeled_id_path) if args.unlabeled_id_path else None,
-    }
-    logs.text.info(f"{pprint.pformat(configuration)}\n")
-    logs.text.info(f"Total params: {parameter_count(model) / 1e6:.1f}M\n")
+# --------------------------------------------------------------------------------------------- main
 
 
-def options() -> argparse.ArgumentParser:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add = parser.add_argument
-    add(
-        "--labeled-id-path",
-        type=Path,
-        required=True,
-        metavar="LIST",
-        help="images and labels to learn from",
-    )
-    add(
-        "--unlabeled-id-path",
-        type=Path,
-        metavar="LIST",
-        help="images without labels; needed unless --supervised",
-    )
-    add(
-        "--val-id-path",
-        type=Path,
-        metavar="LIST",
-        help="images and ground truth, evaluated after epochs (default: none)",
-    )
-    add(
-        "--root-path",
-        type=Path,
-        default=Path("data"),
-        help="folder the lists' paths start from (default: data)",
-    )
-    add(
-        "--save-path",
-        type=Path,
-        required=True,
-        metavar="FOLDER",
-        help="outputs; an unfinished run there goes on",
-    )
-    add("--supervised", action="store_true", help="train on the labeled list alone")
-    add(
-        "--photometric",
-        action="store_true",
-        help=(
-            "with --supervised: colour jitter, grey and blur as in the strong views, for a source"
-            " model less bound to its domain's colours"
-        ),
-    )
-    add_class_options(parser)
-    network = parser.add_argument_group("network")
-    add = network.add_argument
-    add(
-        "--backbone",
-        default="resnet101",
-        choices=[f"resnet{d}" for d in BLOCKS],
-        help="(default: resnet101)",
-    )
-    add(
-        "--stem",
-        default="deep",
-        choices=STEMS,
-        help="deep: UniMatch's; torchvision: for its ImageNet weights (default: deep)",
-    )
-    add(
-        "--backbone-weights",
-        default="none",
-        metavar="none|imagenet|FILE",
-        help=(
-            "start of the backbone; the authors' is UniMatch's pretrained/resnet101.pth (default:"
-            " none, random)"
-        ),
-    )
-    add(
-        "--init-checkpoint",
-        type=Path,
-        metavar="FILE",
-        help="start from this whole network, e.g. the source model",
-    )
-    recipe = parser.add_argument_group("recipe (defaults: the authors' Cityscapes runs)")
-    add = recipe.add_argument
-    add(
-        "--crop-size",
-        type=int,
-        default=769,
-        metavar="PIXELS",
-        help="side of training crops and of windows, >= 33 (default: 769)",
-    )
-    add(
-        "--global-batch",
-        type=int,
-        default=8,
-        metavar="N",
-        help="labeled samples an iteration, over all processes; as many unlabeled (default: 8)",
-    )
-    add(
-        "--batch-per-process",
-        type=int,
-        metavar="N",
-        help=(
-            "samples per process at a time; fewer than its share accumulates gradients (default:"
-            " its share)"
-        ),
-    )
-    add(
-        "--loss-groups",
-        type=int,
-        metavar="N",
-        help=(
-            "groups of samples of the global batch within which pixels are counted (OHEM, means);"
-            " default: 4, the authors' GPUs, or the largest of 4, 2, 1 that divides --global-batch"
-        ),
-    )
-    add(
-        "--epochs",
-        type=int,
-        default=240,
-        metavar="N",
-        help="passes over the unlabeled list (default: 240)",
-    )
-    add(
-        "--lr",
-        type=float,
-        default=0.005,
-        help="starting learning rate of the backbone (default: 0.005)",
-    )
-    add(
-        "--lr-multi",
-        type=float,
-        default=1.0,
-        metavar="FACTOR",
-        help="learning rate of the rest / --lr (default: 1.0)",
-    )
-    add(
-        "--optimizer",
-        choices=("sgd", "adamw"),
-        default="sgd",
-        help="adamw learns faster from random weights; UniMatch's is sgd (default: sgd)",
-    )
-    add(
-        "--scales",
-        type=float,
-        nargs=2,
-        default=SCALES,
-        metavar=("LEAST", "MOST"),
-        help=(
-            "range of the random resizing before cropping, as factors of the image's size (default:"
-            " 0.5 2)"
-        ),
-    )
-    add(
-        "--class-balance",
-        type=float,
-        default=0.0,
-        metavar="POWER",
-        help=(
-            "the labels' loss is cross-entropy with class weights frequency^-POWER, instead of OHEM"
-            " (default: 0, OHEM)"
-        ),
-    )
-    add(
-        "--ohem-threshold",
-        type=float,
-        default=OHEM_THRESHOLD,
-        metavar="P",
-        help="pixels less sure than this are hard, 0 to 1 (default: 0.7)",
-    )
-    add(
-        "--min-kept",
-        type=int,
-        default=OHEM_MIN_KEPT,
-        metavar="PIXELS",
-        help=(
-            "least hard pixels per loss group; with fewer labeled ones all count (default: 200000)"
-        ),
-    )
-    add(
-        "--conf-thresh",
-        type=float,
-        default=0.0,
-        metavar="P",
-        help="least confidence of a pseudo-label that counts, 0 to 1 (default: 0, all count)",
-    )
-    add(
-        "--copy-paste",
-        action="store_true",
-        help="paste objects of rare classes of the labeled list into labeled crops",
-    )
-    add(
-        "--copy-paste-classes",
-        type=int,
-        nargs="+",
-        metavar="ID",
-        help="train IDs of the rare classes (default: DT-ST's, known for 16 and 19 classes)",
-    )
-    running = parser.add_argument_group("running")
-    add = running.add_argument
-    add(
-        "--eval-mode",
-        choices=MODES,
-        default="original",
-        help=(
-            "the shipped GTA log has sliding_window, SYNTHIA's and BDD's original (default:"
-            " original)"
-        ),
-    )
-    add(
-        "--eval-every",
-        type=int,
-        default=1,
-        metavar="EPOCHS",
-        help="evaluate every so many epochs and at the end (default: 1)",
-    )
-    add(
-        "--checkpoint-every",
-        type=int,
-        default=200,
-        metavar="ITERATIONS",
-        help="latest.pth within epochs as well; 0: only after epochs (default: 200)",
-    )
-    add(
-        "--pictures-every",
-        type=int,
-        default=10,
-        metavar="EPOCHS",
-        help="views and predictions as a picture; 0: never (default: 10)",
-    )
-    add(
-        "--workers",
-        type=int,
-        default=4,
-        metavar="N",
-        help=(
-            "data-loading processes per process; results do not depend on it (default: 4; 0: none)"
-        ),
-    )
-    add(
-        "--image-cache",
-        type=Path,
-        metavar="FOLDER",
-        help=(
-            "keep decoded images here (6 MB for 2048x1024, 19 GB for Cityscapes): data loads"
-            " several times faster"
-        ),
-    )
-    add(
-        "--amp",
-        choices=("none", "tf32", "bf16"),
-        default="none",
-        help="none is exact fp32 (default); bf16 is faster, on CPUs too",
-    )
-    add(
-        "--channels-last",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="memory layout that convolutions in bf16 prefer (default: with --amp bf16)",
-    )
-    add("--compile", action="store_true", help="torch.compile the network")
-    add(
-        "--dry-run",
-        action="store_true",
-        help="two iterations and one evaluation image; reports memory and time, saves nothing",
-    )
-    add_run_options(parser)
-    return parser
-
-
-def checked_options(argv: list[str] | None):
-    args = options().parse_args(argv)
-    if args.supervised == bool(args.unlabeled_id_path):
-        raise UserError(
-            "--unlabeled-id-path: UniMatch needs it, --supervised excludes it; give one of the two"
-        )
-    if args.photometric and not args.supervised:
-        raise UserError(
-            "--photometric: only with --supervised; UniMatch's labeled images stay as they are"
-        )
-    for name, least in (
-        ("crop_size", 33),
-        ("epochs", 1),
-        ("eval_every", 1),
-        ("workers", 0),
-        ("min_kept", 1),
-        ("checkpoint_every", 0),
-        ("pictures_every", 0),
-    ):
-        if getattr(args, name) < least:
-            raise UserError(
-                f"--{name.replace('_', '-')} {getattr(args, name)}: give {least} or more"
-            )
-    if not 0 < args.scales[0] <= args.scales[1]:
-        raise UserError(
-            f"--scales {args.scales[0]:g} {args.scales[1]:g}: give two factors above 0, the smaller"
-            " one first"
-        )
-    args.scales = list(args.scales)  # as settings.json gives it back
-    for name in ("ohem_threshold", "conf_thresh", "class_balance"):
-        if not 0 <= getattr(args, name) <= 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: it lies in 0 to 1")
-    if args.channels_last is None:
-        args.channels_last = args.amp == "bf16"
-    if args.loss_groups is None:
-        args.loss_groups = math.gcd(AUTHORS_PROCESSES, args.global_batch)
-    if args.copy_paste and not args.copy_paste_classes:
-        if args.class_num not in RARE_CLASSES:
-            raise UserError(
-                "--copy-paste: rare classes are known for 16 and 19 classes; name yours with"
-                " --copy-paste-classes"
-            )
-        args.copy_paste_classes = list(RARE_CLASSES[args.class_num])
+    add_training_options(parser)
+    args = parser.parse_args(argv)
+    check_training_options(args)
     return args
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = checked_options(argv)
-    rank, world = process_rank()
+    args = parse_args(argv)
     classes = class_set(args.class_num, args.stuff, args.things)
-    batch = batch_per_process(args, world)
-    labeled = read_list(args.labeled_id_path)
-    unlabeled = (
-        [row[0] for row in read_list(args.unlabeled_id_path, (1, 2))]
-        if args.unlabeled_id_path
-        else []
-    )
-    val_rows = read_list(args.val_id_path) if args.val_id_path else []
-    check_files(args.root_path, [path for row in labeled for path in row], args.labeled_id_path)
-    check_files(args.root_path, unlabeled, args.unlabeled_id_path)
-    check_files(args.root_path, [path for row in val_rows for path in row], args.val_id_path)
+    batch = batch_per_process(args, process_rank()[1])
+    labeled, unlabeled, val_rows = read_lists(args, classes.count)
+    counts = label_pixel_counts(labeled, args.root_path, classes.count, args.labeled_id_path)
     if args.image_cache:
         check_writable(args.image_cache)
     device = select_device(args.device)
     set_precision(args)
     tune_cpu()
-    counts = label_pixel_counts(labeled, args.root_path, classes.count, quiet=rank > 0)
-    inputs = {
-        "labeled": args.labeled_id_path,
-        "unlabeled": args.unlabeled_id_path,
-        "val": args.val_id_path,
-        "init_checkpoint": args.init_checkpoint,
-        "backbone_weights": (
-            None if args.backbone_weights in ("none", "imagenet") else Path(args.backbone_weights)
-        ),
-    }
-    inputs = {name: path for name, path in inputs.items() if path}
+    inputs = input_files(args)
     model = build_model(args, classes.count)
-    if rank == 0 and not args.dry_run:
-        check_writable(args.save_path)
-        check_settings(
-            args.save_path / "settings.json",
-            run_settings(args, counts, inputs),
-            "a run with",
-            "choose another --save-path, or remove that folder",
+    rare = weights = None
+    if args.copy_paste:
+        partners = PARTNERS.get(classes.count, {})
+        rare = RareClassPool(
+            labeled, counts, args.root_path, tuple(args.copy_paste_classes), partners
         )
-        remove_leftovers(args.save_path)
-    rare = (
-        RareClassPool(
-            labeled,
-            counts,
-            args.root_path,
-            tuple(args.copy_paste_classes),
-            PARTNERS.get(classes.count, {}),
-        )
-        if args.copy_paste
-        else None
-    )
+    if args.class_balance:
+        weights = class_weights(counts.sum(axis=0), args.class_balance)
     samples = TrainingSamples(
         labeled,
         unlabeled,
@@ -1248,22 +527,14 @@ def main(argv: list[str] | None = None) -> None:
         args.scales,
         args.photometric,
     )
-    weights = class_weights(counts.sum(axis=0), args.class_balance) if args.class_balance else None
-    with process_group(device):
-        run(args, classes, batch, samples, val_rows, model, device, inputs, weights)
+    with contextlib.nullcontext() if args.dry_run else folder_lock(args.save_path):
+        if process_rank()[0] == 0 and not args.dry_run:
+            open_folder(args, run_settings(args, counts, inputs))
+        with process_group(device):
+            adapt(args, classes, batch, samples, val_rows, model, device, inputs, weights)
 
 
-def run(
-    args,
-    classes,
-    batch: int,
-    samples: TrainingSamples,
-    val_rows,
-    model: nn.Module,
-    device,
-    inputs,
-    weights: torch.Tensor | None,
-) -> None:
+def adapt(args, classes, batch, samples, val_rows, model, device, inputs, weights) -> None:
     """Resume, train, summarise."""
     rank, world = process_rank()
     latest, progress, content = args.save_path / "latest.pth", Progress(), None
@@ -1271,82 +542,45 @@ def run(
         content = read_checkpoint(latest)
         load_exactly(model, content["model"], latest, "this run's network")
         progress.restore(content["progress"])
-    sampler = MicroBatches(
-        len(samples),
-        args.epochs,
-        args.global_batch,
-        batch,
-        rank,
-        world,
-        args.seed,
-        progress.iteration,
-    )
-    if (
-        content
-        and progress.iteration == sampler.total
-        and (args.save_path / "summary.json").is_file()
-    ):
+    share = (args.global_batch, batch, rank, world, args.seed)
+    sampler = MicroBatches(len(samples), args.epochs, *share, progress.iteration)
+    if progress.iteration == sampler.total and (args.save_path / "summary.json").is_file():
         if rank == 0:
             print(f"{args.save_path}: this run is complete ({args.epochs} epochs)")
         return
-    trainer = Trainer(
-        to_device(model, args, device, world),
-        args,
-        device,
-        loss_group(args.global_batch, args.loss_groups, batch),
-        sampler.total,
-        weights,
-    )
+    model = to_device(model, device, args.channels_last)
+    group = loss_group(args.global_batch, args.loss_groups, batch)
+    trainer = Trainer(model, args, device, group, sampler.total, weights)
     if content:
         trainer.optimizer.load_state_dict(content["optimizer"])
     if rank == 0:
         announce(args, world, batch, sampler.steps, device)
+    run = Run(args, classes, trainer, sampler, samples, val_rows, progress)
     if args.dry_run:
-        dry_run(trainer, sampler, samples, args, classes, val_rows)
+        dry_run(run)
+    elif rank > 0:
+        train(run)
+    else:
+        sizes = content["logs"] if content else None
+        with contextlib.closing(Logs(args.save_path, sizes, progress.iteration)) as run.logs:
+            begin_logs(run, inputs)
+            seconds = train(run)
+        summarise(args, sampler.total, seconds, device)
+
+
+def begin_logs(run: Run, inputs: dict[str, Path]) -> None:
+    """The log's header and the manifest of a new run; a word about one that goes on."""
+    args, sampler, model = run.args, run.sampler, run.trainer.model
+    if run.progress.iteration:
+        print(f"resuming at iteration {run.progress.iteration} of {sampler.total}")
         return
-    logs = None
-    if rank == 0:
-        logs = Logs(args.save_path, content and content["logs"], progress.iteration)
-        if content:
-            print(f"resuming at iteration {progress.iteration} of {sampler.total}")
-        else:
-            log_header(logs, args, batch, world, model)
-            write_json(
-                args.save_path / "manifest.json",
-                {
-                    **manifest(vars(args), inputs),
-                    "iterations_per_epoch": sampler.per_epoch,
-                    "parameters": parameter_count(model),
-                },
-            )
-    seconds = train(trainer, sampler, samples, progress, logs, args, classes, val_rows)
-    if logs:
-        logs.close()
-        summarise(args, sampler, seconds, device)
-
-
-def summarise(args, sampler: MicroBatches, seconds: list[float], device) -> None:
-    """summary.json and curves.png from metrics.jsonl; the headline is the last epoch, not the
-    best.
-    """
-    log = read_metrics_json_lines(args.save_path / "metrics.jsonl")
-    curves_picture(args.save_path / "curves.png", log)
+    log_header(run.logs, args, sampler.batch, process_rank()[1], model)
     record = {
-        "epochs": args.epochs,
-        "iterations": sampler.total,
-        "mIoU": {**log_summary(log), "eval_mode": args.eval_mode} if log.miou else None,
-        "seconds_per_iteration": statistics.median(seconds) if seconds else None,
-        "peak_memory": peak_memory_mb(device),
+        **manifest(vars(args), inputs),
+        "iterations_per_epoch": sampler.per_epoch,
+        "parameters": parameter_count(model),
     }
-    write_json(args.save_path / "summary.json", record)
-    if record["mIoU"]:
-        m = record["mIoU"]
-        print(
-            f"mIoU ({args.eval_mode}): last {m['last']:.2f}, mean of the last"
-            f" {min(20, m['evaluations'])} evaluations {m['last_mean']:.2f}, best {m['best']:.2f}"
-            f" (epoch {m['best_epoch']})"
-        )
-    print(f"{args.save_path / 'latest.pth'}: trained for {sampler.total} iterations")
+    write_json(args.save_path / "manifest.json", record)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ from model.resnet import resnet
 
 
 class PatchClassifier(nn.Module):
-    """release: a ResNet (stride 32) that sees one connectivity in a patch, and a K-way linear layer
-    (Xavier-initialised).
+    """release: a ResNet (stride 32) that sees one connectivity in a patch, and a K-way linear
+    layer.
 
     The connectivity's mask multiplies the activations after the first convolution, batch norm and
     ReLU; the pooling at the end is over the whole patch.
@@ -53,9 +53,9 @@ class PooledClassifier(nn.Module):
 
 
 def linear(inputs: int, class_num: int) -> nn.Linear:
+    """Starts from Xavier's normal weights and torch's default bias (released code)."""
     layer = nn.Linear(inputs, class_num)
-    nn.init.xavier_uniform_(layer.weight)
-    nn.init.zeros_(layer.bias)
+    nn.init.xavier_normal_(layer.weight)
     return layer
 
 

@@ -19,7 +19,7 @@ variables "$0" SEEDS RECIPE CONTROLS OUT CAMVID_ROOT SAM_TYPE -- "$@"
 numbers SEEDS 0 4294967295
 one_of RECIPE release paper both
 one_of CONTROLS 0 1
-one_of SAM_TYPE tiny vit_b vit_l vit_h
+one_of SAM_TYPE tiny vit_t vit_b vit_l vit_h
 SEEDS="${SEEDS:-0}" RECIPE="${RECIPE:-release}" CONTROLS="${CONTROLS:-0}" SAM_TYPE="${SAM_TYPE:-tiny}"
 OUT="${OUT:-runs/camvid_$RECIPE}" CAMVID_ROOT="${CAMVID_ROOT:-data/camvid}"
 source scripts/lib/setup.sh

@@ -14,6 +14,7 @@ import math
 
 import cv2
 import numpy as np
+import pyclipper
 import torch
 from segment_anything import SamAutomaticMaskGenerator, SamPredictor
 from segment_anything.modeling import MaskDecoder
@@ -74,22 +75,35 @@ def entropy_at(label: np.ndarray, row: int, column: int) -> float:
     return round(float(-sum(p * math.log(p + 1e-6) for p in shares)), 12)
 
 
+def release_box(mask: np.ndarray):
+    """x0 y0 x1 y1, or None: Clipper's offset of the minimum-area rectangle, step by step."""
+    height, width = mask.shape
+    contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    largest = max(contours, key=cv2.contourArea)
+    corners = [(float(x), float(y)) for x, y in cv2.boxPoints(cv2.minAreaRect(largest))]
+    corners.sort(key=lambda corner: corner[0])
+    left, right = sorted(corners[:2], key=lambda c: c[1]), sorted(corners[2:], key=lambda c: c[1])
+    around = [left[0], right[0], right[1], left[1]]
+    area = perimeter = 0.0
+    for (x, y), (next_x, next_y) in zip(around, around[1:] + around[:1]):
+        area += (x * next_y - next_x * y) / 2
+        perimeter += math.hypot(next_x - x, next_y - y)
+    clipper = pyclipper.PyclipperOffset()
+    whole = [(int(x), int(y)) for x, y in around]
+    clipper.AddPath(whole, pyclipper.JT_ROUND, pyclipper.ET_CLOSEDPOLYGON)
+    vertices = [v for path in clipper.Execute(1.25 * abs(area) / perimeter) for v in path]
+    if not vertices:
+        return None
+    xs = [min(max(x, 0), width - 1) for x, _ in vertices]
+    ys = [min(max(y, 0), height - 1) for _, y in vertices]
+    return np.array([min(xs), min(ys), max(xs), max(ys)], dtype=float)
+
+
 def release_prompt(label: np.ndarray, mask: np.ndarray):
     """(box, points) or None."""
-    height, width = label.shape
-    contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-    rectangle = cv2.minAreaRect(max(contours, key=cv2.contourArea))
-    area = rectangle[1][0] * rectangle[1][1]
-    if area == 0:
+    box = release_box(mask)
+    if box is None:
         return None
-    distance = 1.25 * area / (2 * (rectangle[1][0] + rectangle[1][1]))
-    corners = cv2.boxPoints(rectangle)
-    box = [
-        max(math.floor(min(c[0] for c in corners) - distance), 0),
-        max(math.floor(min(c[1] for c in corners) - distance), 0),
-        min(math.ceil(max(c[0] for c in corners) + distance), width - 1),
-        min(math.ceil(max(c[1] for c in corners) + distance), height - 1),
-    ]
     pixels = np.argwhere(mask)
     half = len(pixels) // 2
     halves = [pixels[: half + 1]] + ([pixels[half + 1 :]] if len(pixels) % 2 else [])
@@ -101,7 +115,7 @@ def release_prompt(label: np.ndarray, mask: np.ndarray):
             if best is None or value < best[0]:
                 best = (value, column, row)
         points.append(best[1:])
-    return np.array(box, dtype=float), np.array(points, dtype=float)
+    return box, np.array(points, dtype=float)
 
 
 def paper_prompt(label: np.ndarray, mask: np.ndarray):

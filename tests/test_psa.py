@@ -1,23 +1,28 @@
 """PSA: equality with the oracle, its parts, resuming, sharding, bad input."""
 
+import contextlib
+import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
-import time
-from dataclasses import replace
+import textwrap
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from scipy import ndimage
+from test_copy import needed
 from torch.nn import functional as F
 
 import seco_sam
 from dataset.toy import draw_scene
+from model import sam as sam_module
 from model import segmenter
 from model.sam import build_sam
 from model.sam_fast import FastSam
@@ -34,6 +39,7 @@ from util.labels import (
     write_list,
 )
 from util.pictures import save_picture
+from util.run import folder_lock, run_main
 
 ROOT = Path(__file__).resolve().parents[1]
 CAMVID = ROOT.parent / "shared" / "data" / "camvid"
@@ -207,12 +213,12 @@ def test_aligned_class_rules():
 def test_overlaps_are_painted_over_or_filtered():
     first, second = torch.zeros(4, 8, dtype=torch.bool), torch.zeros(4, 8, dtype=torch.bool)
     first[:, :4], second[:, 1:6] = True, True  # 12 of 20 pixels of the second are taken
-    for recipe, expected in (("release", 16 + 8 - 12), ("paper", 16)):
+    # The paper's recipe leaves the second out; in the release it is painted over the first.
+    for recipe, of_first, of_second in (("release", 16 - 12, 20), ("paper", 16, 0)):
         painted = torch.full((4, 8), IGNORE, dtype=torch.uint8)
         seco_sam.paint(painted, first, 0, recipe)
         seco_sam.paint(painted, second, 1, recipe)
-        assert int((painted != IGNORE).sum()) == (24 if recipe == "release" else 16)
-        assert int((painted == 0).sum()) == (4 if recipe == "release" else 16) and expected
+        assert [int((painted == c).sum()) for c in (0, 1)] == [of_first, of_second]
     second[:, 1:3] = False  # 4 of 12: the rest is painted, the first one stays
     seco_sam.paint(painted, second, 1, "paper")
     assert int((painted == 0).sum()) == 16 and int((painted == 1).sum()) == 8
@@ -289,7 +295,7 @@ def test_memory_exhaustion_halves_the_prompt_batch(sam, threads, monkeypatch):
 
 
 def make_root(root: Path, count: int = 4, size: tuple[int, int] = (48, 96)) -> Path:
-    """A root with `count` images and labels of experiment `pix`; returns the list."""
+    """A root with `count` images and labels of experiment `pix`; returns it."""
     rows = []
     for i in range(count):
         image, label = scene(i, *size)
@@ -297,29 +303,76 @@ def make_root(root: Path, count: int = 4, size: tuple[int, int] = (48, 96)) -> P
         write_label(root / f"pix/{i}.png", label, CITYSCAPES_19.palette)
         rows.append((f"images/{i}.png", f"pix/{i}.png"))
     write_list(root / "splits/pix/all.txt", rows)
-    return root / "splits/pix/all.txt"
+    return root
 
 
 def command(root: Path, *more: str) -> list[str]:
-    return [
-        "--id-list-path",
-        str(root / "splits/pix/all.txt"),
-        "--root-path",
-        str(root),
-        "--sam-type",
-        "tiny",
-        "--device",
-        "cpu",
-        *more,
-    ]
+    lists = ["--id-list-path", str(root / "splits/pix/all.txt"), "--root-path", str(root)]
+    return [*lists, "--sam-type", "tiny", "--device", "cpu", *more]
 
 
-def run(root: Path, *more: str, **environment) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "seco_sam.py"), *command(root, *more)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+load = seco_sam.load_segmenter
+
+
+def load_few(*arguments):
+    """The segmenter with few proposal points, to keep the tests short."""
+    segmenter = load(*arguments)
+    segmenter.settings = ProposalSettings(points_per_side=8)
+    return segmenter
+
+
+@dataclass
+class Result:
+    code: int
+    out: str
+    error: str
+
+
+def run(root: Path, *more: str) -> Result:
+    """The command in this process."""
+    out, error = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["seco_sam.py"])
+        patch.setattr(seco_sam, "load_segmenter", load_few)
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
+            code = run_main(lambda: seco_sam.main(command(root, *more)))
+    return Result(code, out.getvalue(), error.getvalue())
+
+
+IN_A_PROCESS = """
+import os, signal, sys
+sys.path.insert(0, sys.argv.pop(1))
+import seco_sam, test_psa
+from util.run import run_main
+
+count, kill = 0, sys.argv.pop(1)
+
+def write_and_die(*arguments):
+    global count
+    count += 1
+    if kill == f"before {count}":
+        os.kill(os.getpid(), signal.SIGKILL)
+    write_label(*arguments)
+    if kill == f"after {count}":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+write_label, seco_sam.write_label = seco_sam.write_label, write_and_die
+seco_sam.load_segmenter = test_psa.load_few
+sys.exit(run_main(seco_sam.main))
+"""
+
+
+def start(root: Path, *more: str, rank: int = 0, world: int = 1, kill: str = "never"):
+    """The command in a process of its own. kill: it kills itself before or after it writes its
+    n-th label (`before 2`).
+    """
+    tests = str(ROOT / "tests")
+    return subprocess.Popen(
+        [sys.executable, "-c", IN_A_PROCESS, tests, kill, *command(root, *more)],
+        env={**os.environ, "RANK": str(rank), "WORLD_SIZE": str(world)},
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
     )
 
 
@@ -328,106 +381,232 @@ def outputs(root: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in names}
 
 
+def summary_of(root: Path, name: str = "summary") -> dict:
+    return json.loads((root / f"pix_tiny/{name}.json").read_text())
+
+
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def made(tmp_path_factory):
     """A root with the results of one uninterrupted process."""
-    root = tmp_path_factory.mktemp("psa")
-    make_root(root)
+    root = make_root(tmp_path_factory.mktemp("psa"))
     result = run(root, "--vis", "1")
-    assert result.returncode == 0, result.stderr
+    assert result.code == 0, result.error
+    assert "\r" not in result.error  # no bar where nobody watches
     return root
+
+
+@pytest.fixture
+def finished(made, tmp_path):
+    """A copy of it."""
+    shutil.copytree(made, tmp_path / "finished")
+    return tmp_path / "finished"
 
 
 def test_outputs(finished):
     assert [line.split()[1] for line in open(finished / "splits/pix_tiny/all.txt")] == [
         f"pix_tiny/{i}.png" for i in range(4)
     ]
-    summary = json.loads((finished / "pix_tiny/summary.json").read_text())
+    summary = summary_of(finished)
     assert summary["images"] == 4 and 0 < summary["coverage_before"] < 100
+    label = read_label(finished / "pix/0.png", 19)
+    record = json.loads((finished / "pix_tiny/stats/0.png.json").read_text())
+    assert record["labeled_before"] == (label != IGNORE).sum() < record["pixels"] == label.size
     assert summary["manifest"]["inputs"]["sam"]["sha256"]
+    assert summary["prompts_per_class"]["car"] > 0 < summary["seconds_per_image"]
     assert (finished / "pix_tiny/vis/0.png").is_file()
-    assert (finished / "pix/0.png").read_bytes()
 
 
 def test_a_finished_list_is_not_computed_again(finished):
     before = {p: p.stat().st_mtime_ns for p in (finished / "pix_tiny").glob("*.png")}
     result = run(finished)
-    assert result.returncode == 0 and "4 of 4 images are done" in result.stdout
+    assert result.code == 0 and "4 of 4 images are done" in result.out
     assert before == {p: p.stat().st_mtime_ns for p in (finished / "pix_tiny").glob("*.png")}
 
 
 def test_two_processes_give_the_same_bytes(finished, tmp_path):
-    make_root(tmp_path)
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(ROOT / "seco_sam.py"), *command(tmp_path)],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "RANK": str(rank), "WORLD_SIZE": "2"},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-        )
-        for rank in range(2)
-    ]
-    for process in processes:
-        assert process.wait(timeout=300) == 0, process.stderr.read()
-    assert outputs(tmp_path) == outputs(finished)
+    """Also where labels are there already and their records are not."""
+    root = make_root(tmp_path)
+    for _ in range(2):
+        processes = [start(root, rank=rank, world=2) for rank in range(2)]
+        for process in processes:
+            assert process.wait(timeout=300) == 0, process.stderr.read()
+        assert outputs(root) == outputs(finished)
+        assert summary_of(root)["images"] == 4
+        shutil.rmtree(root / "pix_tiny/stats")
+        (root / "pix_tiny/summary.json").unlink()
 
 
 def test_killed_and_started_again_gives_the_same_bytes(finished, tmp_path):
-    make_root(tmp_path)
-    for count in range(1, 4):  # killed as soon as one more result is there
-        process = subprocess.Popen(
-            [sys.executable, str(ROOT / "seco_sam.py"), *command(tmp_path)],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        deadline = time.time() + 120
-        while (
-            len(list((tmp_path / "pix_tiny").glob("[0-9].png"))) < count and process.poll() is None
-        ):
-            assert time.time() < deadline
-            time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert run(tmp_path).returncode == 0
-    assert outputs(tmp_path) == outputs(finished)
-    assert not list(tmp_path.rglob("*.tmp*"))
+    root = make_root(tmp_path)
+    for kill, labels in (("before 1", 0), ("after 2", 2), ("before 2", 3)):
+        assert start(root, kill=kill).wait(timeout=300) == -signal.SIGKILL
+        assert len(list((root / "pix_tiny").glob("[0-9].png"))) == labels
+    assert run(root).code == 0
+    assert outputs(root) == outputs(finished)
+    assert not list(root.rglob("*.tmp*"))
 
 
-def test_limit_leaves_the_whole_list_alone(tmp_path):
-    make_root(tmp_path)
-    assert run(tmp_path, "--limit", "2").returncode == 0
-    lists = sorted(p.name for p in (tmp_path / "splits/pix_tiny").iterdir())
-    assert lists == ["all_first2.txt"] and len(list((tmp_path / "pix_tiny").glob("*.png"))) == 2
+def test_limit_leaves_the_whole_list_alone(finished):
+    before = outputs(finished), (finished / "pix_tiny/summary.json").read_bytes()
+    assert run(finished, "--limit", "2").code == 0
+    assert before == (outputs(finished), (finished / "pix_tiny/summary.json").read_bytes())
+    lists = sorted(p.name for p in (finished / "splits/pix_tiny").iterdir())
+    assert lists == ["all.txt", "all_first2.txt"]
+    assert summary_of(finished, "summary_first2")["images"] == 2
 
 
 def test_copied_into_an_empty_folder_it_runs(tmp_path):
     """The script and the files that its header names, nothing else of the repository."""
-    make_root(tmp_path, 1)
+    root = make_root(tmp_path, 1)
     kit = tmp_path / "elsewhere"
-    for name in (
-        "seco_sam.py",
-        "model/segmenter.py",
-        "model/sam.py",
-        "model/sam_fast.py",
-        "model/sam_decoder.py",
-        "model/sam_tiny.py",
-        "model/sam_tiny.pth",
-        "util/run.py",
-        "util/labels.py",
-        "util/connectivity.py",
-        "util/pictures.py",
-    ):
+    for name in ("seco_sam.py", *needed("seco_sam.py"), "model/sam_tiny.pth"):
         (kit / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, kit / name)
     result = subprocess.run(
-        [sys.executable, "seco_sam.py", *command(tmp_path)],
+        [sys.executable, "seco_sam.py", *command(root)],
         cwd=kit,
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": "", "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": ""},
     )
     assert result.returncode == 0, result.stderr
+    assert (root / "pix_tiny/0.png").is_file()
+
+
+def test_the_example_of_the_head_runs(tmp_path, monkeypatch):
+    code = re.search(r"(    from model.sam .*?)\n\n\S", seco_sam.__doc__, re.S)[1]
+    assert '("vit_h", device="cuda")' in code
+    image, label = scene(0, 48, 96)
+    save_picture(tmp_path / "street.png", image)
+    write_label(tmp_path / "street_pixel_label.png", label, CITYSCAPES_19.palette)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sam_module, "load_segmenter", load_few)
+    exec(textwrap.dedent(code).replace('("vit_h", device="cuda")', '("tiny")'), {})
+    expected = seco_sam.aggregate(image, label, load_few("tiny"), CITYSCAPES_19).label
+    assert (read_label("street_psa.png", 19) == expected).all()
+
+
+# ------------------------------------------------------------------------------------------ --fill
+
+
+def test_fill_keeps_pixel_labels_where_no_mask_is(finished):
+    assert run(finished, "--fill", "pixel").code == 0
+    for i in range(4):
+        label, plain, filled = (
+            read_label(finished / folder / f"{i}.png", 19)
+            for folder in ("pix", "pix_tiny", "pix_tiny_fill")
+        )
+        assert ((plain == IGNORE) & (label != IGNORE)).any()
+        assert (filled == np.where(plain == IGNORE, label, plain)).all()
+    assert (finished / "splits/pix_tiny_fill/all.txt").is_file()
+    settings = json.loads((finished / "pix_tiny_fill/settings.json").read_text())
+    assert settings["fill"] == "pixel"
+
+
+# ------------------------------------------------------ nothing stale, mixed, lost or overwritten
+
+
+def test_what_made_a_label_may_not_change(finished):
+    other = finished / "pix/2.png"
+    for path in (finished / "images/0.png", finished / "pix/1.png"):
+        kept = path.read_bytes()
+        path.write_bytes((finished / f"{path.parent.name}/3.png").read_bytes())
+        result = run(finished)
+        assert result.code == 2 and f"{path}: has changed" in result.error
+        path.write_bytes(kept)
+    write_label(other, np.zeros((48, 96), np.uint8), CITYSCAPES_19.palette)
+    (finished / "pix_tiny/2.png").unlink()  # asked for anew
+    assert run(finished).code == 0
+
+
+def test_other_settings_are_never_mixed(finished):
+    result = run(finished, "--amp", "bf16")
+    assert result.code == 2 and "amp" in result.error
+    assert run(finished, "--stuff", "0", "--things", "13").code == 2
+
+
+def test_records_of_another_number_of_processes_do_not_win(tmp_path, monkeypatch):
+    root = make_root(tmp_path, 2)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run(root).code == 0 and not (root / "pix_tiny/0.png").exists()
+    monkeypatch.undo()
+    (root / "pix_tiny/1.png").unlink()
+    write_label(root / "pix/1.png", np.full((48, 96), 13, np.uint8), CITYSCAPES_19.palette)
+    assert run(root).code == 0
+    assert summary_of(root)["coverage_before"] > 50
+    result = run(root)
+    assert result.code == 0 and "2 of 2 images are done" in result.out
+
+
+def test_settings_of_a_run_that_made_nothing_do_not_block(tmp_path, monkeypatch):
+    root = make_root(tmp_path, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(seco_sam, "aggregate", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(root, "--stuff", "0", "--things", "13")
+    assert (root / "pix_tiny/settings.json").is_file()
+    assert run(root).code == 0
+
+
+def test_one_run_at_a_time(finished):
+    with folder_lock(finished / "pix_tiny"):
+        result = run(finished)
+    assert result.code == 2 and "another run is writing there" in result.error
+
+
+def test_equal_file_names_have_pictures_of_their_own(tmp_path):
+    root, rows = make_root(tmp_path, 2), []
+    for i, city in enumerate(("aachen", "bremen")):
+        (root / f"pix/{city}").mkdir()
+        (root / f"pix/{i}.png").rename(root / f"pix/{city}/x.png")
+        rows.append((f"images/{i}.png", f"pix/{city}/x.png"))
+    write_list(root / "splits/pix/all.txt", rows)
+    assert run(root, "--vis", "2").code == 0
+    pictures = [read_image(root / f"pix_tiny/vis/{c}/x.png") for c in ("aachen", "bremen")]
+    assert (pictures[0] != pictures[1]).any()
+    assert [line.split()[1] for line in open(root / "splits/pix_tiny/all.txt")] == [
+        "pix_tiny/aachen/x.png",
+        "pix_tiny/bremen/x.png",
+    ]
+
+
+def rows_are(*rows: tuple[str, str]):
+    return lambda root: write_list(root / "splits/pix/all.txt", list(rows))
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (rows_are(("images/0.png", "pix/../gt/0.png"), ("images/1.png", "pix/1.png")), "several"),
+        (rows_are(("images/0.png", "pix/../../gt/0.png")), "does not lie below --root-path"),
+        (rows_are(("images/0.png", "pix/0.png"), ("images/1.png", "./pix/0.png")), "in line 1"),
+        (rows_are(("images/0.png", "pix/0.png"), ("images/0.png", "pix/1.png")), "in line 1"),
+        (lambda root: (root / "gt").rename(root / "pix_tiny"), "has no settings.json"),
+        (lambda root: (root / "pix_tiny").symlink_to(root / "gt"), "has no settings.json"),
+        (rows_are(("pix_tiny/0.png", "pix/0.png")), "where results go"),
+        (rows_are(("images/0.png", "pix/vis/0.png")), "the results' own"),
+    ],
+)
+def test_ground_truth_and_other_inputs_are_not_overwritten(tmp_path, change, said):
+    root = make_root(tmp_path / "root", 2)
+    for folder in ("gt", "../gt"):
+        shutil.copytree(root / "pix", root / folder)
+    change(root)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.png")}
+    result = run(root)
+    assert result.code == 2 and said in result.error
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*.png")}
+
+
+def test_a_path_is_taken_in_its_shortest_form(finished):
+    """`pix/../pix` and `./pix` are `pix`: the same folder, the same labels."""
+    before = outputs(finished)
+    rows = [(f"images/{i}.png", f"{'./pix' if i % 2 else 'pix/../pix'}/{i}.png") for i in range(4)]
+    write_list(finished / "splits/pix/all.txt", rows)
+    result = run(finished)
+    assert result.code == 0 and "4 of 4 images are done" in result.out
+    assert before == outputs(finished) and not list(finished.glob(".*"))
 
 
 @pytest.mark.parametrize(
@@ -457,35 +636,25 @@ def test_copied_into_an_empty_folder_it_runs(tmp_path):
             [],
             "pix_tiny",
         ),
-        (lambda r: None, ["--limit", "0"], "--limit"),
+        (
+            lambda r: save_picture(r / "images/2.png", np.zeros((96, 48, 3), np.uint8)),
+            [],
+            "pix/2.png: 96x48 pixels do not show the same as the 48x96",
+        ),
+        (lambda r: None, ["--limit", "0"], "--limit 0"),
+        (lambda r: None, ["--vis", "-1"], "--vis -1"),
+        (lambda r: None, ["--prompt-batch", "0"], "--prompt-batch 0"),
+        (lambda r: None, ["--device", "banana"], "--device banana"),
     ],
 )
-def test_bad_input_is_one_line_and_code_2(tmp_path, break_it, arguments, said, capsys, monkeypatch):
-    from util.run import run_main
-
-    make_root(tmp_path, 3)
-    break_it(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["seco_sam.py"])
-    code = run_main(lambda: seco_sam.main(command(tmp_path, *arguments)))
-    error = capsys.readouterr().err
-    assert (
-        code == 2
-        and said in error.splitlines()[-1]
-        and error.splitlines()[-1].startswith("error: ")
-    )
-    assert (
-        not list(tmp_path.glob("pix_tiny/*.png"))
-        and not (tmp_path / "splits/pix_tiny/all.txt").exists()
-    )
-
-
-def test_other_settings_or_labels_are_never_mixed(finished, tmp_path):
-    root = tmp_path / "copy"
-    shutil.copytree(finished, root)
-    assert "amp" in run(root, "--amp", "bf16").stderr
-    write_label(root / "pix/0.png", np.zeros((48, 96), np.uint8), CITYSCAPES_19.palette)
-    result = run(root)
-    assert result.returncode == 2 and "pix/0.png: has changed" in result.stderr
+def test_bad_input_is_one_line_and_code_2(tmp_path, break_it, arguments, said):
+    root = make_root(tmp_path, 3)
+    break_it(root)
+    result = run(root, *arguments)
+    line = result.error.splitlines()[-1]
+    assert result.code == 2 and said in line and line.startswith("error: ")
+    assert not list(root.glob("pix_tiny/*.png"))
+    assert not (root / "splits/pix_tiny/all.txt").exists()
 
 
 def test_connectivities_come_in_raster_order():

@@ -4,8 +4,9 @@ import csv
 
 import numpy as np
 
+from dataset.scc import numbered
 from scripts.dev import sweep_thresholds
-from seco_scc import corrected_label, decide, numbered
+from seco_scc import corrected_label, decide
 from util.labels import CITYSCAPES_19, IGNORE, read_label, write_label, write_list
 from util.metrics import confusion_matrix, summary
 from util.run import write_json
@@ -79,9 +80,7 @@ def test_sweep_equals_writing_and_measuring_the_labels(tmp_path):
                 tau_cr,
             )
             label, gt = (read_label(folder / f"{kind}/{image}.png") for kind in ("psa", "gt"))
-            confusion += confusion_matrix(
-                gt, corrected_label(label, numbered(label, 19), final), 19
-            )
+            confusion += confusion_matrix(gt, corrected_label(numbered(label, 19), final), 19)
         expected = summary(confusion)
         assert {key: values[0] for key, values in found[name][value].items()} == {
             key: expected[key] for key in ("coverage", "accuracy", "miou")

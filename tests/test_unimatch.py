@@ -1,6 +1,7 @@
 """train_unimatch.py: schedule, losses and iteration against slow oracles, resuming, processes,
 logs, bad input."""
 
+import errno
 import json
 import math
 import os
@@ -9,7 +10,6 @@ import runpy
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +17,11 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
+from processes import beside_a_second
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train_unimatch
+import util.progress
 from dataset.augment import cutmix_box
 from dataset.samples import iterations_per_epoch
 from scripts.dev import bench_data, bench_train
@@ -32,8 +34,17 @@ from util.losses import (
     pseudo_label_loss,
     total_loss,
 )
-from util.run import UserError, run_main
+from util.run import UserError, folder_lock, run_main
 from util.training_log import read_text_log, read_training_log
+
+
+@pytest.fixture(autouse=True, scope="module")
+def failed_loaders_are_ended_at_once():
+    """torch waits five seconds for a loader process that raised an error."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)
+        yield
+
 
 LOGS = json.loads((ROOT / "tests/data/shipped_logs.json").read_text())
 EPOCHS, LR = 240, 0.005  # of all three shipped logs
@@ -227,7 +238,7 @@ def small_trainer(batch=3, group=None, **options):
         "--save-path",
         "-",
         "--backbone",
-        "resnet18",
+        "resnet10",
         "--class-num",
         "19",
         "--crop-size",
@@ -244,14 +255,14 @@ def small_trainer(batch=3, group=None, **options):
         for name, value in options.items()
         for word in (f"--{name.replace('_', '-')}", value)
     ]
-    args = train_unimatch.checked_options(argv)
+    args = train_unimatch.parse_args(argv)
     return train_unimatch.Trainer(
         train_unimatch.build_model(args, 19), args, torch.device("cpu"), group or batch, total=10
     )
 
 
 def flat_factors(iteration, batch):
-    return tuple(f.flatten(0, 1) for f in perturbation_factors(0, iteration, batch, (64, 512)))
+    return tuple(f.flatten(0, 1) for f in perturbation_factors(0, iteration, batch, (32, 256)))
 
 
 @pytest.mark.parametrize("group, conf_thresh", [(3, 0.0), (1, 0.077)])
@@ -296,11 +307,11 @@ def test_crops_without_a_label_and_of_padding_alone_stay_finite():
 
 def test_perturbation_does_not_depend_on_the_distribution():
     """Drawn for the global batch, the same at the same iteration, different at others."""
-    c1, c4 = perturbation_factors(0, 5, 4, (64, 512))
-    assert c1.shape == (2, 4, 64, 1, 1) and c4.shape == (2, 4, 512, 1, 1)
-    assert torch.equal(c1, perturbation_factors(0, 5, 4, (64, 512))[0])
-    assert not torch.equal(c1, perturbation_factors(0, 6, 4, (64, 512))[0])
-    assert not torch.equal(c1, perturbation_factors(1, 5, 4, (64, 512))[0])
+    c1, c4 = perturbation_factors(0, 5, 4, (32, 256))
+    assert c1.shape == (2, 4, 32, 1, 1) and c4.shape == (2, 4, 256, 1, 1)
+    assert torch.equal(c1, perturbation_factors(0, 5, 4, (32, 256))[0])
+    assert not torch.equal(c1, perturbation_factors(0, 6, 4, (32, 256))[0])
+    assert not torch.equal(c1, perturbation_factors(1, 5, 4, (32, 256))[0])
 
 
 def test_optimizer_is_unimatchs():
@@ -369,7 +380,7 @@ def command(data, save, *more, val=True, epochs=2):
         "--save-path",
         str(save),
         "--backbone",
-        "resnet18",
+        "resnet10",
         "--crop-size",
         "40",
         "--global-batch",
@@ -415,6 +426,17 @@ def assert_same_run(one: Path, other: Path):
     assert (one / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
 
 
+def assert_same_events(one: Path, other: Path):
+    """Tags, steps and values of TensorBoard's files: nothing twice, nothing missing."""
+    scalars = []
+    for folder in (one, other):
+        events = EventAccumulator(str(folder), purge_orphaned_data=False)
+        events.Reload()
+        tags = events.Tags()["scalars"]
+        scalars.append({tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in tags})
+    assert scalars[0] == scalars[1] and len(scalars[0]["eval/mIoU"]) > 1
+
+
 def text_without_clock(folder: Path) -> str:
     return re.sub(r"\[[^]]*\]\[ +INFO\]|'save_path': .*", "", (folder / "train.log").read_text())
 
@@ -442,40 +464,113 @@ def test_stopped_and_resumed_equals_uninterrupted(
     main(command(data, tmp_path / "run", "--workers", 1))
     assert_same_run(tmp_path / "run", whole_run)
     assert text_without_clock(tmp_path / "run") == text_without_clock(whole_run)
+    assert_same_events(tmp_path / "run", whole_run)
+
+
+def test_a_full_disk_gets_one_line_and_loses_nothing(
+    data, whole_run, tmp_path, monkeypatch, capsys
+):
+    """PyTorch's error of a failed write is a RuntimeError, the system's an OSError."""
+    usual, saved = torch.save, []
+
+    def fails(content, path):
+        saved.append(path)
+        if len(saved) == 3:
+            path.write_bytes(b"half")
+            raise RuntimeError("[enforce fail at inline_container.cc] . unexpected pos 57 vs 56")
+        if len(saved) == 6:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        usual(content, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", fails)
+        for words in ("the disk is full", "No space left on device"):
+            assert run_main(lambda: main(command(data, tmp_path / "run"))) == 2
+            error = capsys.readouterr().err.strip().splitlines()[-1]
+            assert error.startswith("error: ") and words in error
+            assert not list((tmp_path / "run").glob(".*tmp*"))
+    main(command(data, tmp_path / "run"))
+    assert_same_run(tmp_path / "run", whole_run)
+
+
+def test_too_little_shared_memory_gets_one_line(data, tmp_path, monkeypatch, capsys):
+    """What a loader process raises in a container of Docker's default size."""
+
+    def fails(self, key):
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1_2>: (28)")
+
+    monkeypatch.setattr(train_unimatch.TrainingSamples, "__getitem__", fails)
+    assert run_main(lambda: main(command(data, tmp_path / "run", "--workers", 1))) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and "--shm-size=8g" in error and "--workers 0" in error
+
+
+def test_a_second_run_in_the_folder_is_refused(data, tmp_path, capsys):
+    with folder_lock(tmp_path / "run"):
+        assert run_main(lambda: main(command(data, tmp_path / "run"))) == 2
+    assert "another run is writing there now" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+
+
+def test_a_failed_start_does_not_block_the_corrected_command(data, tmp_path, capsys):
+    """Nor does a start that failed count where a run goes on: its settings are kept."""
+    argv = command(data, tmp_path / "run", "--checkpoint-every", 0, val=False, epochs=1)
+    assert run_main(lambda: main(changed(argv, lr=1e30))) == 2
+    assert "a loss is not finite" in capsys.readouterr().err
+    assert not (tmp_path / "run/latest.pth").exists()
+    main(argv)
+    settings = json.loads((tmp_path / "run/settings.json").read_text())
+    assert settings["lr"] == 0.001
+    rows = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    assert len(rows) == 4  # nothing of the failed start
+    assert run_main(lambda: main(changed(argv, lr=0.01))) == 2
+    assert "holds a run with lr = 0.001, now it is 0.01" in capsys.readouterr().err
+
+
+KILLED = """
+import os, signal, sys
+import train_unimatch
+usual = train_unimatch.save_checkpoint
+def save(path, trainer, progress, epoch, logs):
+    if progress.iteration == 4 and logs:
+        logs.sizes()  # the evaluation is on disk, the checkpoint of this epoch is not
+        os.kill(os.getpid(), signal.SIGKILL)
+    usual(path, trainer, progress, epoch, logs)
+train_unimatch.save_checkpoint = save
+train_unimatch.main(sys.argv[1:])
+"""
 
 
 def test_killed_and_resumed_equals_uninterrupted(data, whole_run, tmp_path):
-    """SIGKILL, at whatever it is doing then."""
+    """SIGKILL between an evaluation and its checkpoint. Nothing is logged twice."""
     save = tmp_path / "run"
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "train_unimatch.py"), *command(data, save)],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    lines, deadline = save / "metrics.jsonl", time.monotonic() + 120
-    while process.poll() is None and not (lines.exists() and lines.read_bytes().count(b"\n") >= 3):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    argv = command(data, save, "--eval-every", 1)
+    killed = subprocess.run([sys.executable, "-c", KILLED, *argv], cwd=ROOT, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert "eval_mode" in (save / "metrics.jsonl").read_text()
+    assert torch.load(save / "latest.pth", weights_only=True)["progress"]["iteration"] == 3
     (save / ".latest.pth.1.2.tmp.pth").touch()  # what a kill in the middle of writing leaves
-    main(command(data, save))
+    main(argv)
     assert_same_run(save, whole_run)
-    assert not list(save.glob("*.tmp*"))
+    assert not list(save.glob(".*tmp*"))
+    assert_same_events(save, whole_run)
 
 
 def test_a_finished_run_is_left_alone(data, whole_run, capsys):
-    before = {path: path.stat().st_mtime_ns for path in whole_run.iterdir()}
+    def times():
+        return {path: path.stat().st_mtime_ns for path in whole_run.glob("[!.]*")}
+
+    before = times()
     main(command(data, whole_run))
     assert "complete" in capsys.readouterr().out
-    assert before == {path: path.stat().st_mtime_ns for path in whole_run.iterdir()}
+    assert before == times() and len(before) > 8
 
 
-def test_training_from_few_images(data, tmp_path, capsys):
+def test_training_from_few_images(data, tmp_path, monkeypatch, capsys):
     """AdamW, class weights and other scales, as the embedded benchmark's source model has them;
-    they are settings of the run.
+    they are settings of the run. Where nobody watches, progress is plain lines with the loss.
     """
+    monkeypatch.setattr(util.progress, "SECONDS_BETWEEN_LINES", 0)
     argv = command(
         data,
         tmp_path / "run",
@@ -489,6 +584,10 @@ def test_training_from_few_images(data, tmp_path, capsys):
         epochs=1,
     )
     main(argv)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("training: ")]
+    assert len(lines) == 4 and re.match(
+        r"training: 3/4 it, \d\.\d\d s each, 0 min left, epoch 0, loss \d\.\d{3}, best", lines[2]
+    )
     main(argv)
     assert "this run is complete" in capsys.readouterr().out
     assert run_main(lambda: main([*argv, "--scales", "0.5", "2"])) == 2
@@ -546,7 +645,7 @@ def test_logs_of_a_run(whole_run):
     assert manifest["inputs"].keys() == {"labeled", "unlabeled", "val"}
     assert (manifest["iterations_per_epoch"], manifest["parameters"]) == (
         iterations_per_epoch(7, 2),
-        12_402_547,
+        1_866_451,
     )
     assert (
         Image.open(whole_run / "pictures" / "epoch_002.png").width > 500
@@ -643,7 +742,7 @@ import train_unimatch as t
 from dataset.samples import MicroBatches, TrainingSamples, batches
 from util.labels import read_list
 from util.run import process_group, process_rank
-args = t.checked_options({command!r})
+args = t.parse_args({command!r})
 rank, world = process_rank()
 args.batch_per_process = 1 if world == 2 else 4
 device = torch.device("cpu")
@@ -672,7 +771,7 @@ with process_group(device):
 """
 
 
-def test_two_processes_give_the_gradients_of_one(data, tmp_path):
+def test_two_processes_give_the_gradients_of_one(data, tmp_path, monkeypatch):
     """gloo, one global batch of four, batch norm frozen; the two accumulate as well, two samples
     each, one at a time. Then, after a step with batch norm learning, both hold the same network.
     """
@@ -682,22 +781,7 @@ def test_two_processes_give_the_gradients_of_one(data, tmp_path):
         for word in command(data, tmp_path / "run", "--min-kept", 100, val=False, epochs=1)
     ]
     script.write_text(GRADIENTS.format(root=str(ROOT), command=argv, out=str(tmp_path)))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node",
-            "2",
-            str(script),
-        ],
-        check=True,
-        env=environment,
-        timeout=180,
-        capture_output=True,
-    )
+    beside_a_second(monkeypatch, lambda: runpy.run_path(str(script)), str(script))
     runpy.run_path(str(script))
     one, first, second = (
         torch.load(tmp_path / name, weights_only=True) for name in ("1_0.pt", "2_0.pt", "2_1.pt")
@@ -741,6 +825,10 @@ def test_bad_input_is_told_in_one_line(data, whole_run, tmp_path, capsys):
         data / "corrected/nothing.png", np.full((72, 112), 255, np.uint8), CITYSCAPES_19.palette
     )
     (tmp_path / "file").write_text("")
+    turned = np.zeros((112, 72), np.uint8)
+    write_label(data / "corrected/turned.png", turned, CITYSCAPES_19.palette)
+    (tmp_path / "turned.txt").write_text("images/x0.png corrected/turned.png\n")
+    (tmp_path / "both.txt").write_text("images/u0.png\n./images/x1.png\n")
     fresh = command(data, tmp_path / "run")
     cases = [
         ({"labeled_id_path": tmp_path / "no.txt"}, "no.txt: no such list file"),
@@ -755,17 +843,30 @@ def test_bad_input_is_told_in_one_line(data, whole_run, tmp_path, capsys):
             "(19, 64, 1, 1) in the file",
         ),
         ({"backbone_weights": tmp_path / "no.pth"}, "no.pth: no such checkpoint"),
-        ({"backbone_weights": "imagenet"}, "--stem torchvision"),
+        ({"backbone": "resnet18", "backbone_weights": "imagenet"}, "--stem torchvision"),
         ({"save_path": tmp_path / "file" / "run"}, "file/run: cannot write there"),
+        ({"labeled_id_path": tmp_path / "turned.txt"}, "turned.png: 72x112 pixels do not show"),
+        ({"unlabeled_id_path": tmp_path / "both.txt"}, "images/x1.png: in "),
         ({"global_batch": 0}, "--global-batch 0"),
         ({"crop_size": 32}, "--crop-size 32: give 33 or more"),
         ({"batch_per_process": 3}, "--batch-per-process 3"),
+        ({"batch_per_process": 0}, "--batch-per-process 0: give 1 or more"),
         ({"loss_groups": 3}, "--loss-groups 3"),
+        ({"loss_groups": 0}, "--loss-groups 0: give 1 or more"),
+        ({"loss_groups": -2}, "--loss-groups -2: give 1 or more"),
+        ({"seed": -1}, "--seed -1: give 0 or more and at most 4294967295"),
+        ({"lr": -1}, "--lr -1.0: give a number above 0"),
+        ({"lr": "nan"}, "--lr nan: give a number above 0"),
+        ({"copy_paste_classes": 99}, "--copy-paste-classes 99: give 0 or more and at most 18"),
+        ({"epochs": 0}, "--epochs 0: give 1 or more"),
+        *(({"device": name}, f"--device {name}") for name in ("banana", "gpu", "0", "mps")),
         ({"conf_thresh": 2}, "--conf-thresh 2.0"),
         ({"device": "cuda"}, "--device cuda"),
     ]
     if torch.cuda.is_available():
         cases.pop()
+    if torch.backends.mps.is_available():
+        cases.remove(({"device": "mps"}, "--device mps"))
     for options, message in cases:
         assert run_main(lambda: main(changed(fresh, **options))) == 2, options
         captured = capsys.readouterr().err.replace("\r", "\n").strip().splitlines()
@@ -789,6 +890,43 @@ def test_bad_input_is_told_in_one_line(data, whole_run, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("kind", ["size", "values", "colours", "truncated"])
+def test_a_bad_validation_list_is_found_before_the_first_iteration(data, tmp_path, kind, capsys):
+    path = data / "ground_truth" / f"{kind}.png"
+    label = np.full((36, 56) if kind == "size" else (72, 112), 33 if kind == "values" else 3)
+    write_label(path, label.astype(np.uint8), CITYSCAPES_19.palette)
+    if kind == "colours":
+        Image.open(path).convert("RGB").save(path)
+    if kind == "truncated":
+        path.write_bytes(path.read_bytes()[:-40])
+    (tmp_path / "val.txt").write_text(
+        f"images/v0.png ground_truth/v0.png\nimages/v1.png ground_truth/{kind}.png\n"
+    )
+    argv = changed(command(data, tmp_path / "run"), val_id_path=tmp_path / "val.txt")
+    assert run_main(lambda: main(argv)) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    words = {
+        "size": f"{kind}.png: 56x36 pixels, but its image",
+        "values": "holds the value 33",
+        "colours": "this one is RGB",
+        "truncated": "cannot be read",
+    }
+    assert (
+        error.startswith("error: ")
+        and words[kind] in error
+        and "112x72" * (kind == "size") in error
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_labels_of_a_lower_resolution_are_trained_on(data, tmp_path):
+    small = np.kron(np.arange(9, dtype=np.uint8)[:, None], np.ones((4, 56), np.uint8))
+    write_label(data / "corrected/small.png", small, CITYSCAPES_19.palette)
+    (tmp_path / "labeled.txt").write_text("images/x0.png corrected/small.png\n")
+    argv = command(data, tmp_path / "run", "--dry-run", val=False)
+    main(changed(argv, labeled_id_path=tmp_path / "labeled.txt"))
+
+
 def test_a_damaged_image_is_told_in_one_line(data, tmp_path, capsys):
     """Also from a loader process, whose errors come as tracebacks."""
     (data / "images/cut.png").write_bytes((data / "images/u0.png").read_bytes()[:-200])
@@ -804,7 +942,7 @@ def test_a_damaged_image_is_told_in_one_line(data, tmp_path, capsys):
         for line in capsys.readouterr().err.replace("\r", "\n").splitlines()
         if line.startswith("error")
     ]
-    assert len(error) == 1 and "cut.png: the image is damaged" in error[0]
+    assert len(error) == 1 and "cut.png: the image cannot be read" in error[0]
 
 
 def test_non_finite_losses_stop_the_run(data, tmp_path):
@@ -812,8 +950,7 @@ def test_non_finite_losses_stop_the_run(data, tmp_path):
         main(command(data, tmp_path / "run", "--lr", "1e30", val=False))
 
 
-# --------------------------------------------------------------------------------------- benchmarks
-# and the SLURM example
+# ------------------------------------------------------------------- benchmarks, the SLURM example
 
 
 @pytest.mark.slow

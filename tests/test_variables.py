@@ -38,7 +38,7 @@ def run(script: str, *arguments: str, **variables: str) -> subprocess.CompletedP
         ("toy", "RECPIE", "paper", "is RECIPE meant"),
         ("toy", "SEED", "1", "scripts/toy.sh has no such variable, but PYTHON SEEDS RECIPE"),
         ("toy", "USE_SCC", "0", "has no such variable"),
-        ("camvid", "SAM_TYPE", "huge", "give one of tiny, vit_b, vit_l, vit_h"),
+        ("camvid", "SAM_TYPE", "huge", "give one of tiny, vit_t, vit_b, vit_l, vit_h"),
         ("camvid", "RECIPES", "paper", "is RECIPE meant"),
         ("gta2cs", "RECIPE", "both", "give one of release, paper"),
         ("gta2cs", "SEED", "-1", "give whole numbers from 0 to 4294967295"),

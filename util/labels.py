@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from util.progress import progress
-from util.run import UserError, atomic_path
+from util.run import UserError, atomic_path, process_rank
 
 IGNORE = 255
 LOSSY_FORMATS = ("JPEG", "JPEG2000", "MPO")
@@ -398,7 +398,8 @@ def check_pairs(
 
     with ThreadPoolExecutor() as pool:
         jobs = pool.map(check, rows)
-        for _ in progress(jobs, "checking images and labels", len(rows)):
+        quiet = process_rank()[0] > 0
+        for _ in progress(jobs, "checking images and labels", len(rows), quiet=quiet):
             pass
 
 

@@ -9,9 +9,8 @@ from torch.nn.functional import cross_entropy
 from util.labels import IGNORE
 
 OHEM_THRESHOLD = 0.7  # of the probability of the true class (UniMatch's configuration)
-OHEM_MIN_KEPT = (
-    200_000  # pixels of the local batch (UniMatch's configuration, for two crops of 801 x 801)
-)
+# Pixels of the local batch (UniMatch's configuration, for two crops of 801 x 801).
+OHEM_MIN_KEPT = 200_000
 
 
 def ohem_cross_entropy(

@@ -71,7 +71,7 @@ def check_range(
         for text, bound in (
             (f"{least:g} or more" if least is not None else "", least),
             (f"a number above {above:g}" if above is not None else "", above),
-            (f"at most {most:g}" if most is not None else "", most),
+            (f"at most {most:.10g}" if most is not None else "", most),
         )
         if bound is not None
     ]

@@ -83,7 +83,8 @@ def _machine_trouble(error: Exception) -> str | None:
             " give the container more: docker run --shm-size=8g"
         )
     full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text
-    if full or "PytorchStreamWriter" in text or "file write failed" in text:
+    of_torch_save = ("PytorchStreamWriter", "file write failed", "unexpected pos")
+    if full or any(words in text for words in of_torch_save):
         name = getattr(error, "filename", None)
         return f"{name or 'output'}: the disk is full; make room, then run the same command again"
     return None

@@ -43,6 +43,7 @@ from dataset.augment import (
 from dataset.samples import LABELED, UNLABELED, UNLABELED_MIX, Key, TrainingSamples
 from util.images import IMAGENET_MEAN, IMAGENET_STD
 from util.labels import CITYSCAPES_19, IGNORE, read_picture, write_label
+from util.options import check_range
 from util.run import run_main, write_json
 
 HEIGHT, WIDTH = 1024, 2048
@@ -173,7 +174,7 @@ def cpu_seconds(work, count: int) -> float:
     return (time.process_time() - start) / count
 
 
-def options() -> argparse.ArgumentParser:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -182,11 +183,14 @@ def options() -> argparse.ArgumentParser:
         "--samples", type=int, default=20, help="samples per measurement (default: 20)"
     )
     parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
-    return parser
+    args = parser.parse_args(argv)
+    check_range(args, "crop_size", least=33)
+    check_range(args, "samples", least=1)
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = options().parse_args(argv)
+    args = parse_args(argv)
     cv2.setNumThreads(1)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)

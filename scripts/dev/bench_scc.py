@@ -7,13 +7,12 @@ process, one run.
 Images and label maps of 2048 x 1024 with about 100 connectivities are made here; the list names a
 few files again and again, so that 3,000 images need no 10 GB of disk. Two figures:
 
-- patches of the release recipe's training, cut by seco_scc.patch_batches (an image is opened once
-for all of its
-  connectivities), beside an oracle that does what the released loader does: opens the image for
-  each connectivity, and decodes a mask that is stored at full size. Only the cutting is measured,
-  no network.
-- memory: the index of the list and the streaming of patches, as peak resident memory at each tenth
-of the list.
+- patches of the release recipe's training, cut by dataset.scc.patch_batches (an image is opened
+  once for all of its connectivities), beside an oracle that does what the released loader does:
+  opens the image for each connectivity, and decodes a mask that is stored at full size. Only the
+  cutting is measured, no network.
+- memory: the index of the list and the streaming of patches, as resident memory at each tenth of
+  the batches.
 
 CPU seconds of this process, so that other load on the machine does not blur them.
 """
@@ -30,11 +29,12 @@ from pathlib import Path
 import cv2
 import numpy as np
 from PIL import Image, ImageFilter
-from tqdm import tqdm
 
 import seco_scc as scc
+from dataset.scc import POOL, Data, index_image, patch_batches
 from util.connectivity import connectivities
 from util.labels import CITYSCAPES_19, read_image, read_label, write_label, write_list
+from util.progress import progress
 from util.run import peak_memory_mb, run_main, write_json
 
 HEIGHT, WIDTH = 1024, 2048
@@ -69,7 +69,7 @@ def make_images(root: Path, images: int) -> list[tuple[str, str]]:
     return [(f"images/{i % FILES}.png", f"pix/{i % FILES}.png") for i in range(images)]
 
 
-def store_masks(root: Path, data: scc.Data, members) -> None:
+def store_masks(root: Path, data: Data, members) -> None:
     """Every connectivity's mask as a PNG at full size, as the released loader reads them (it keeps
     them as run lengths).
     """
@@ -84,7 +84,7 @@ def store_masks(root: Path, data: scc.Data, members) -> None:
 
 
 def oracle_patch(
-    root: Path, data: scc.Data, member: int, patch: tuple[int, int]
+    root: Path, data: Data, member: int, patch: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
     """seco_scc.cut_patch the long way: open the image and the stored mask for this one
     connectivity.
@@ -103,19 +103,19 @@ def oracle_patch(
     )
 
 
-def make_data(root: Path, rows: list[tuple[str, str]]) -> scc.Data:
+def make_data(root: Path, rows: list[tuple[str, str]]) -> Data:
     """The index of the list, each different label map indexed once and its rows repeated."""
     write_list(root / "all.txt", rows)
     options = scc.parse_args(
         ["--id-list-path", str(root / "all.txt"), "--root-path", str(root), "--workers", "1"]
     )
-    parts = [scc.index_image(root / rows[i][1], i, 19) for i in range(FILES)]
+    parts = [index_image(root / rows[i][1], i, 19) for i in range(FILES)]
     repeated = []
     for image in range(len(rows)):
         part = parts[image % FILES].copy()
         part["image"] = image
         repeated.append(part)
-    return scc.Data(root, rows, np.concatenate(repeated), 19, options)
+    return Data(root, rows, np.concatenate(repeated), 19, options)
 
 
 def resident_mb() -> float:
@@ -174,15 +174,13 @@ def main(argv=None) -> None:
             )
 
         start, readings, drawn = time.process_time(), [], 0
-        stream = scc.patch_batches(data, 0, options.batches)
-        for number, _ in enumerate(
-            tqdm(stream, total=options.batches, desc="patches", unit="batch"), start=1
-        ):
+        stream = patch_batches(data, scc.cut_patch, 0, options.batches)
+        for number, _ in enumerate(progress(stream, "patches", options.batches, "batch"), start=1):
             drawn += 64
             if number % max(1, options.batches // 10) == 0:
                 readings.append(round(resident_mb(), 0))
         # The pool is filled before the first batch: its patches are work done as well.
-        fast_rate = (drawn + scc.POOL) / (time.process_time() - start)
+        fast_rate = (drawn + POOL) / (time.process_time() - start)
     print(
         f"cutting patches: {fast_rate:.0f} connectivities/s, opening the image for each:"
         f" {slow_rate:.1f}/s, {fast_rate / slow_rate:.1f}x\nresident memory while streaming, MB:"

@@ -30,7 +30,8 @@ import train_unimatch
 from dataset.augment import cutmix_box
 from util.images import normalised
 from util.labels import IGNORE
-from util.run import UserError, peak_memory_mb, run_main, select_device, write_json
+from util.options import add_run_options, check_range, check_run_options
+from util.run import peak_memory_mb, run_main, select_device, write_json
 
 VARIANTS = {
     "plain fp32": [],
@@ -41,15 +42,11 @@ VARIANTS = {
     "bf16 channels-last": ["--amp", "bf16"],
     "bf16 channels-last compile": ["--amp", "bf16", "--compile"],
 }
-EPOCHS, ITERATIONS, GLOBAL_BATCH = (
-    240,
-    235,
-    8,
-)  # of the shipped GTA run (233 to 239 iterations an epoch)
+# Of the shipped GTA run (233 to 239 iterations an epoch).
+EPOCHS, ITERATIONS, GLOBAL_BATCH = 240, 235, 8
 
 
-# ---------------------------------------------------------------------------------------------- the
-# step, written plainly
+# ------------------------------------------------------------------------ the step, written plainly
 
 
 def ohem_by_sorting(
@@ -169,11 +166,10 @@ def trainer_for(variant: str, args, device):
         str(args.min_kept),
         *VARIANTS[variant],
     ]
-    options = train_unimatch.checked_options(argv)
+    options = train_unimatch.parse_args(argv)
     train_unimatch.set_precision(options)
-    model = train_unimatch.to_device(
-        train_unimatch.build_model(options, args.class_num), options, device, 1
-    )
+    model = train_unimatch.build_model(options, args.class_num)
+    model = train_unimatch.to_device(model, device, options.channels_last)
     return train_unimatch.Trainer(model, options, device, group=args.batch, total=1000)
 
 
@@ -230,7 +226,7 @@ def measure(variants: list[str], args, device) -> dict[str, dict]:
     return results
 
 
-def options() -> argparse.ArgumentParser:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -256,17 +252,17 @@ def options() -> argparse.ArgumentParser:
         choices=VARIANTS,
         help="default: all; on a CPU without tf32 and compile",
     )
-    parser.add_argument(
-        "--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)"
-    )
     parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
-    return parser
+    add_run_options(parser, seed=False)
+    args = parser.parse_args(argv)
+    check_run_options(args)
+    check_range(args, "batch", "steps", least=1)
+    check_range(args, "crop_size", least=33)
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = options().parse_args(argv)
-    if args.batch < 1 or args.crop_size < 33 or args.steps < 1:
-        raise UserError("--batch and --steps take 1 or more, --crop-size 33 or more")
+    args = parse_args(argv)
     device = select_device(args.device)
     variants = args.variants or [
         v
@@ -284,10 +280,8 @@ def main(argv: list[str] | None = None) -> None:
         f" {args.class_num} classes, {name}, torch {torch.__version__}; medians of {args.steps}"
         " steps"
     )
-    authors = (args.backbone, args.crop_size) == (
-        "resnet101",
-        769,
-    )  # else the hours of their run cannot be told
+    # of other settings than the authors' the hours of their run cannot be told
+    authors = (args.backbone, args.crop_size) == ("resnet101", 769)
     print(
         "| variant | s / iteration (least .. greatest) | against plain | peak GPU memory, GB | GTA"
         " run on this one device, h |"

@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from dataset.scc import numbered
 from scripts.lib.report import cost_table, label_table, model_table
-from seco_scc import numbered
 from util.labels import CITYSCAPES_19, IGNORE, read_image, read_label, read_list
 from util.pictures import (
     class_legend,
@@ -126,7 +126,8 @@ def pipeline_picture(run: Path, index: int) -> Image.Image:
     """
     from model.sam import build_sam
     from model.sam_fast import FastSam
-    from seco_sam import aggregate, prompt_picture, proposal_picture
+    from seco_sam import aggregate
+    from util.psa_panel import prompt_picture, proposal_picture
 
     seed, classes = run / "seed0", CITYSCAPES_19
     image_path, pixel_path = read_list(seed / "splits/pix/all.txt")[index]

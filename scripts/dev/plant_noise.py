@@ -24,11 +24,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from util.connectivity import connectivities
 from util.labels import check_files, class_set, read_label, read_list, write_label, write_list
 from util.options import add_class_options
+from util.progress import progress
 from util.run import UserError, check_writable, run_main
 
 
@@ -99,7 +99,7 @@ def main(argv=None) -> None:
     check_writable(options.root_path / options.exp)
     random, large, wrong = np.random.default_rng(options.seed), 0, 0
     written = [(image, f"{options.exp}/{label.partition('/')[2]}") for image, label in rows]
-    for (_, label), (_, target) in zip(tqdm(rows, desc="planting", unit="img"), written):
+    for (_, label), (_, target) in zip(progress(rows, "planting"), written):
         noisy, of_image, wrong_here = planted(
             read_label(options.root_path / label, classes.count),
             classes.count,

@@ -19,8 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
+from dataset.scc import numbered
 from scripts.lib.report import label_lists, markdown_table, mean_and_deviation
-from seco_scc import decide, numbered
+from seco_scc import decide
 from util.labels import IGNORE, class_set, read_label, read_list
 from util.metrics import summary
 from util.options import add_class_options

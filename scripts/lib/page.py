@@ -107,10 +107,10 @@ def pictures(run: Path, records: dict[str, dict]) -> str:
     ]
     for name, record in records.items():
         if name in ("psa", "psa_paper", "seed0/psa", "seed0/psa_paper"):
-            panels = [path for path in made_files(run, record) if path.parent.name == "vis"]
-            parts += [
-                figure(p, run, f"PSA: {p.parents[1].name}, {p.stem}") for p in panels[:PSA_PANELS]
-            ]
+            panels = [path for path in made_files(run, record) if "vis" in path.parts]
+            for path in panels[:PSA_PANELS]:
+                folder = path.parts[path.parts.index("vis") - 1]
+                parts.append(figure(path, run, f"PSA: {folder}, {path.stem}"))
     return "<h2>Pictures</h2>" + "".join(parts) if parts else ""
 
 

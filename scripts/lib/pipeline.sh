@@ -43,8 +43,8 @@ scc() { # scc NAME LIST SUFFIX RECIPE: SCC of the labels in a list, its quality
     local options=("${SCC_RELEASE[@]}") list
     if [ "$4" = paper ]; then options=("${SCC_PAPER[@]}"); fi
     list="$(dirname "$2")_$3/$(basename "$2")"
-    stage "$1" "$W/$(basename "$(dirname "$list")")" "$list" -- "$PYTHON" seco_scc.py --id-list-path "$2" --root-path "$W" "${CLASSES[@]}" "${options[@]}" --recipe "$4" \
-        --backbone-weights "$W/source/latest.pth" --seed "$SEED"
+    stage "$1" "$W/$(basename "$(dirname "$list")")" "$list" -- "$PYTHON" seco_scc.py --id-list-path "$2" \
+        --root-path "$W" "${CLASSES[@]}" "${options[@]}" --recipe "$4" --backbone-weights "$W/source/latest.pth" --seed "$SEED"
     quality "$1" "$list"
 }
 
@@ -92,7 +92,8 @@ run_seed() {
     validate before "$W/source/latest.pth"
 
     stage pixel "$W/pix" "$W/splits/pix/all.txt" -- "$PYTHON" -m scripts.make_pseudo_labels \
-        --id-list-path "$(target_list)" --root-path "$W" --checkpoint "$W/source/latest.pth" --exp pix --out-list "$W/splits/pix/all.txt" "${CLASSES[@]}" "${PIXEL[@]}"
+        --id-list-path "$(target_list)" --root-path "$W" --checkpoint "$W/source/latest.pth" --exp pix \
+        --out-list "$W/splits/pix/all.txt" "${CLASSES[@]}" "${PIXEL[@]}"
     quality pixel "$W/splits/pix/all.txt"
 
     if [ "$RECIPE" != paper ]; then run_recipe release; fi

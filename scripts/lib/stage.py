@@ -20,12 +20,11 @@ nothing is mixed and nothing is lost; the same happens to a single file that has
 The record holds the command, wall seconds over all tries (an interrupted stage is not made to look
 quick), the peak memory of its largest process in MB, and SHA-256 of inputs and outputs. Those of
 files whose size and time are as before are looked up in `<folder>/digests`. Exit code: the
-command's; 2 if another run is at work in the folder. Standard library only, so that skipping is
-instant.
+command's; 2 if another run is at work in the folder. A stage that is done imports the standard
+library only, so that skipping is instant.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -207,19 +206,6 @@ def make_room(outputs: list[str], all_new: bool, changed: list[str]) -> list[str
     return kept
 
 
-@contextlib.contextmanager
-def alone(folder: Path):
-    """Hold the folder's lock; a killed process leaves none behind. Yields False if it is held."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
-
-
 # --------------------------------------------------------------------------------------------- main
 
 
@@ -245,6 +231,12 @@ def execute(path: Path, record: dict, command: list[str]) -> int:
     return code if code >= 0 else 128 - code
 
 
+def peak_memory_mb() -> int:
+    """Of the largest process so far that the command has started."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit / 1e6)
+
+
 def parse_args(argv: list[str]) -> tuple[Path, Path, str, list[str], list[str], list[str]]:
     """(run, folder of records, name, outputs, inputs beside the command's, command)."""
     before, command = argv[: argv.index("--")], argv[argv.index("--") + 1 :]
@@ -266,38 +258,31 @@ def main(argv: list[str] | None = None) -> int:
         digests.save()
         print(f"== {name}: done before")
         return 0
-    with alone(folder) as free:
-        if not free:
-            print(f"error: {folder}: another run is at work here; wait for it", file=sys.stderr)
-            return 2
-        print(f"\n== {name}: {' '.join(command)}", flush=True)
-        kept = make_room(outputs, all_new, changed)
-        if record.get("done") and "given" in record or kept:
-            print(f"   again: {reason}" + "".join(f"; {k} keeps what was there" for k in kept))
-        sys.stdout.flush()
-        here = not all_new and any(os.path.exists(output) for output in outputs)
-        record = {
-            "command": command,
-            "identity": asked,
-            "given": given,
-            "done": False,
-            "seconds": record.get("seconds", 0.0) if here else 0.0,
-        }
-        if code := execute(path, record, command):
-            print(
-                f"error: stage {name} ended with exit code {code}; run the same command again to"
-                " go on",
-                file=sys.stderr,
-            )
-            return code
-        kilobytes = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / (
-            1024 if sys.platform == "darwin" else 1
-        )
-        made = outputs_of(command, outputs, run, digests)
-        digests.save()
-        done = {"done": True, "peak_memory_mb": round(kilobytes * 1.024 / 1000), "made": made}
-        write_json(path, record | done)
-    return 0
+    from util.run import folder_lock, run_main  # (numpy: not for a stage that is done)
+
+    def again() -> int:
+        with folder_lock(folder):
+            print(f"\n== {name}: {' '.join(command)}", flush=True)
+            kept = make_room(outputs, all_new, changed)
+            if record.get("done") and "given" in record or kept:
+                print(f"   again: {reason}" + "".join(f"; {k} keeps what was there" for k in kept))
+            sys.stdout.flush()
+            here = not all_new and any(os.path.exists(output) for output in outputs)
+            seconds = record.get("seconds", 0.0) if here else 0.0
+            new = {"command": command, "identity": asked, "given": given, "done": False}
+            if code := execute(path, new := new | {"seconds": seconds}, command):
+                print(
+                    f"error: stage {name} ended with exit code {code}; run the same command again"
+                    " to go on",
+                    file=sys.stderr,
+                )
+                return code
+            new |= {"done": True, "peak_memory_mb": peak_memory_mb()}
+            write_json(path, new | {"made": outputs_of(command, outputs, run, digests)})
+            digests.save()
+        return 0
+
+    return run_main(again)
 
 
 if __name__ == "__main__":

@@ -71,7 +71,8 @@ need_inputs() {
         lacks "$CHECKPOINT: the model that the starting labels come from" \
             "$CHECKPOINT_FROM; another file: CHECKPOINT=…; another model's probabilities: PROBABILITIES=<folder>"
     fi
-    [ -f "$SAM_CHECKPOINT" ] || lacks "$SAM_CHECKPOINT: SAM's weights ($SAM_TYPE)" "bash scripts/download.sh sam $SAM_TYPE"
+    [ -f "$SAM_CHECKPOINT" ] || lacks "$SAM_CHECKPOINT: SAM's weights ($SAM_TYPE)" \
+        "bash scripts/download.sh sam $SAM_TYPE (vit_t: model/README.md)"
     [ -f "$BACKBONE_WEIGHTS" ] || [ "$BACKBONE_WEIGHTS" = imagenet ] ||
         lacks "$BACKBONE_WEIGHTS: UniMatch's ImageNet ResNet-101 (deep stem)" \
             "the link 'ResNet-101' in the README of github.com/LiheYoung/UniMatch; or STEM=torchvision BACKBONE_WEIGHTS=imagenet"
@@ -188,8 +189,8 @@ run_task() {
 rehearse() {
     DATA_ROOT="$OUT/inputs/data" CHECKPOINT="$OUT/inputs/model_iter020000.pth" SPLITS="$OUT/splits"
     SAM_TYPE=tiny SAM_CHECKPOINT=model/sam_tiny.pth BACKBONE_WEIGHTS=none SCC_WEIGHTS=none DEVICE=cpu GPUS=0
-    local made scc=(--backbone resnet18 --iterations 4 --patch-size 64 128)
-    local adapt=(--backbone resnet18 --epochs 2 --global-batch 1 --crop-size 129 --eval-every 2 --min-kept 5000 --workers 0)
+    local made scc=(--backbone resnet10 --iterations 4 --patch-size 64 128)
+    local adapt=(--backbone resnet10 --epochs 2 --global-batch 1 --crop-size 129 --eval-every 2 --min-kept 5000 --workers 0)
     say "rehearsal of $TITLE, smaller than the real run in:" \
         "  data         2 + 1 toy scenes, half of them labeled, in the official layout (real: $IMAGES)" \
         "  checkpoint   DT-ST's format, random backbone, fitted classifier; input 256x128 (real: ${TEST_SIZE[1]}x${TEST_SIZE[2]})" \
@@ -214,7 +215,7 @@ main() { # main ARGUMENT… of the script
     one_of RECIPE release paper
     one_of REHEARSE 0 1
     one_of USE_SCC 0 1
-    one_of SAM_TYPE tiny vit_b vit_l vit_h
+    one_of SAM_TYPE tiny vit_t vit_b vit_l vit_h
     one_of STEM deep torchvision
     numbers SEED 0 4294967295
     REHEARSE="${REHEARSE:-0}" RECIPE="${RECIPE:-release}" USE_SCC="${USE_SCC:-1}" SEED="${SEED:-0}" DEVICE="${DEVICE:-auto}"

@@ -74,5 +74,6 @@ sam_file() { # sam_file TYPE
         vit_h) echo pretrained/sam_vit_h_4b8939.pth ;;
         vit_l) echo pretrained/sam_vit_l_0b3195.pth ;;
         vit_b) echo pretrained/sam_vit_b_01ec64.pth ;;
+        vit_t) echo pretrained/mobile_sam.pt ;;
     esac
 }

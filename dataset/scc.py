@@ -1,0 +1,247 @@
+"""What SCC reads: the connectivities of a list's label maps, and training batches of them."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+
+from model.scc import MaskShares
+from util.connectivity import connectivities
+from util.labels import IGNORE, read_image, read_label
+
+POOL = 1024  # patches in memory, 0.4 GB at 256x512, from which training batches are drawn (ours)
+
+# One row per connectivity: its image's place in the list, its number in the image, class and area,
+# and its box in pixels of the label map.
+INDEX = np.dtype(
+    [("image", "i4"), ("number", "i4"), ("class_id", "u1"), ("area", "i4")]
+    + [("x", "i4"), ("y", "i4"), ("width", "i4"), ("height", "i4")]
+)
+
+
+def index_image(path: Path, image: int, class_num: int) -> np.ndarray:
+    """The connectivities of one label map as INDEX rows. `numbered` makes their masks again."""
+    label = read_label(path, class_num)
+    return np.array(
+        [
+            (image, number, c.class_id, c.area, *c.box)
+            for number, c in enumerate(connectivities(label, range(class_num)))
+        ],
+        dtype=INDEX,
+    )
+
+
+def numbered(label: np.ndarray, class_num: int) -> np.ndarray:
+    """int32 H x W: the number of each pixel's connectivity, -1 where there is no label."""
+    numbers = np.full(label.shape, -1, dtype=np.int32)
+    for number, c in enumerate(connectivities(label, range(class_num))):
+        numbers[c.window][c.mask] = number
+    return numbers
+
+
+class Data:
+    """The images of a list with their connectivities.
+
+    rows: (image path, label path) of the list, below `root`; index: INDEX rows of all images, in
+    the list's order; starts: where each image's begin in it; judged: bool, those of --min-area
+    pixels or more, which are learned from and scored; options: those of seco_scc.py.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        rows: list[tuple[str, str]],
+        index: np.ndarray,
+        class_num: int,
+        options: argparse.Namespace,
+    ):
+        self.root, self.rows, self.index = root, rows, index
+        self.class_num, self.options = class_num, options
+        self.starts = np.searchsorted(index["image"], np.arange(len(rows) + 1))
+        self.judged = index["area"] >= options.min_area
+
+    def part(self, image: int) -> slice:
+        """Where image i's connectivities are in the index, and in all that goes along with it."""
+        return slice(self.starts[image], self.starts[image + 1])
+
+    def of_image(self, image: int) -> np.ndarray:
+        """The INDEX rows of image i."""
+        return self.index[self.part(image)]
+
+    def numbers(self, image: int) -> np.ndarray:
+        """int32 H x W: the number of each pixel's connectivity in image i, or -1."""
+        return numbered(read_label(self.root / self.rows[image][1], self.class_num), self.class_num)
+
+    def read(self, image: int) -> tuple[np.ndarray, np.ndarray]:
+        """(picture uint8 H x W x 3, numbers int32 H x W) of image i.
+
+        The picture is resized to its label map, so all sizes count the label map's pixels (ours;
+        the released code enlarges labels that are smaller than their image).
+        """
+        numbers = self.numbers(image)
+        picture = read_image(self.root / self.rows[image][0])
+        if picture.shape[:2] != numbers.shape:
+            picture = cv2.resize(picture, numbers.shape[::-1], interpolation=cv2.INTER_LINEAR)
+        return picture, numbers
+
+    def scaled(self, image: int) -> tuple[np.ndarray, np.ndarray]:
+        """As `read`, the picture at --scale."""
+        picture, numbers = self.read(image)
+        height, width = (max(16, round(side * self.options.scale)) for side in numbers.shape)
+        return cv2.resize(picture, (width, height), interpolation=cv2.INTER_AREA), numbers
+
+
+def ahead(pool: ThreadPoolExecutor, function: Callable, items: Iterable, count: int) -> Iterator:
+    """function(item) of every item, in order, while `pool` works on the next `count` items."""
+    items = iter(items)
+    jobs = deque(pool.submit(function, item) for item in itertools.islice(items, count))
+    while jobs:
+        result = jobs.popleft().result()
+        jobs.extend(pool.submit(function, item) for item in itertools.islice(items, 1))
+        yield result
+
+
+def judged_images(data: Data) -> np.ndarray:
+    """The images that have a judged connectivity."""
+    return np.unique(data.index["image"][data.judged])
+
+
+def batches_per_epoch(data: Data) -> int:
+    """Release: full batches of connectivities; paper: groups of whole images. At least one."""
+    if data.options.recipe == "release":
+        return max(1, int(data.judged.sum()) // data.options.batch_size)
+    images = len(judged_images(data))
+    return images // min(data.options.batch_size, images)
+
+
+# ------------------------------------------------------------------------------ release: of patches
+
+
+def release_order(data: Data, epoch: int) -> tuple[np.ndarray, list[np.ndarray]]:
+    """(order of an epoch's judged connectivities, visits): what each image visited in turn adds to
+    the pool they are drawn from.
+
+    The images come in random order, one with more than POOL connectivities in several visits.
+    Whenever the pool holds more than POOL, connectivities are drawn from it at random; what is left
+    at the end is shuffled. So the order is random, each connectivity comes once, an image is
+    decoded once, and at most POOL and one visit are in memory.
+    """
+    random = np.random.default_rng([data.options.seed, epoch])
+    pool, order, visits = [], [], []
+    for image in random.permutation(len(data.rows)):
+        members = data.starts[image] + np.flatnonzero(data.judged[data.part(image)])
+        for visit in np.split(members, range(POOL, len(members), POOL)):
+            visits.append(visit)
+            pool.extend(visit.tolist())
+            while len(pool) > POOL:
+                place = int(random.integers(len(pool)))
+                pool[place], pool[-1] = pool[-1], pool[place]
+                order.append(pool.pop())
+    order = np.array(order + random.permutation(pool).tolist(), dtype=np.int64)
+    return order, [visit for visit in visits if len(visit)]
+
+
+def patch_batches(
+    data: Data, cut_patch: Callable, start: int, stop: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Training batches start .. stop - 1: (patches uint8 B x h x w x 3, masks uint8 B x 1 x h/2 x
+    w/2 of 0 and 1, classes int64 B).
+
+    cut_patch: seco_scc's. A batch follows from the seed and its number alone, so a stopped training
+    goes on exactly. An incomplete last batch of an epoch is left out. --workers images are read and
+    cut ahead.
+    """
+    options, size, per_epoch = data.options, data.options.batch_size, batches_per_epoch(data)
+
+    def cut(members: np.ndarray) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+        picture, numbers = data.read(int(data.index["image"][members[0]]))
+        return {
+            int(m): cut_patch(picture, numbers, data.index[m], options.patch_size) for m in members
+        }
+
+    with ThreadPoolExecutor(options.workers) as readers:
+        for epoch in range(start // per_epoch, -(-stop // per_epoch)):
+            order, visits = release_order(data, epoch)
+            mirrored = np.random.default_rng([options.seed, epoch, 1]).random(len(order)) < 0.5
+            first = max(start - epoch * per_epoch, 0)
+            last = min(stop - epoch * per_epoch, per_epoch)
+            wanted = np.zeros(len(data.index), bool)
+            wanted[order[first * size : last * size]] = True
+            todo = [members[wanted[members]] for members in visits if wanted[members].any()]
+            coming = ahead(readers, cut, todo, options.workers)
+            pool: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+            for batch in range(first, last):
+                part = slice(batch * size, (batch + 1) * size)
+                members, flip = order[part].tolist(), mirrored[part]
+                for member in members:
+                    while member not in pool:
+                        pool.update(next(coming))
+                patches, masks = (np.stack(x) for x in zip(*(pool.pop(m) for m in members)))
+                patches[flip], masks[flip] = patches[flip][:, :, ::-1], masks[flip][:, :, ::-1]
+                classes = data.index["class_id"][order[part]].astype(np.int64)
+                yield (
+                    torch.from_numpy(patches),
+                    torch.from_numpy(masks)[:, None],
+                    torch.from_numpy(classes),
+                )
+
+
+# --------------------------------------------------------------------------- paper: of whole images
+
+
+def image_batches(
+    data: Data, start: int, stop: int
+) -> Iterator[tuple[torch.Tensor, list[MaskShares], torch.Tensor]]:
+    """Training batches start .. stop - 1: what `image_batch` gives, --workers of them ahead."""
+    images = judged_images(data)
+    with ThreadPoolExecutor(data.options.workers) as readers:
+        yield from ahead(
+            readers,
+            lambda iteration: image_batch(data, images, iteration),
+            range(start, stop),
+            data.options.workers,
+        )
+
+
+def image_batch(
+    data: Data, images: np.ndarray, iteration: int
+) -> tuple[torch.Tensor, list[MaskShares], torch.Tensor]:
+    """(pictures uint8 B x H x W x 3, the masks of all their connectivities, classes int64 N).
+
+    The pictures have the first one's size. The class of a connectivity that is not judged is
+    IGNORE. An incomplete last batch of an epoch is left out.
+    """
+    size, per_epoch = min(data.options.batch_size, len(images)), batches_per_epoch(data)
+    random = np.random.default_rng([data.options.seed, iteration // per_epoch])
+    first = iteration % per_epoch * size
+    chosen = random.permutation(images)[first : first + size]
+    mirrored = random.random(len(images))[first : first + size] < 0.5
+    pictures, shares, classes = [], [], []
+    for image, mirror in zip(chosen, mirrored):
+        picture, numbers = data.scaled(image)
+        if pictures and picture.shape != pictures[0].shape:
+            picture = cv2.resize(picture, pictures[0].shape[1::-1], interpolation=cv2.INTER_AREA)
+        shares.append(mask_shares(numbers, len(data.of_image(image)), picture.shape[:2], mirror))
+        pictures.append(picture[:, ::-1] if mirror else picture)
+        judged = data.judged[data.part(image)]
+        classes.append(np.where(judged, data.of_image(image)["class_id"], IGNORE))
+    return (
+        torch.from_numpy(np.stack(pictures)),
+        shares,
+        torch.from_numpy(np.concatenate(classes).astype(np.int64)),
+    )
+
+
+def mask_shares(
+    numbers: np.ndarray, count: int, size: tuple[int, int], mirror: bool = False
+) -> MaskShares:
+    """The masks at the resolution of the features of an image of `size`: stride 16, rounded up."""
+    return MaskShares(numbers, count, -(-size[0] // 16), -(-size[1] // 16), mirror)

@@ -1,0 +1,118 @@
+"""What a training run reads, checked before any work, and the folder that it writes to."""
+
+from __future__ import annotations
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from util.labels import check_files, check_pairs, read_label, read_list
+from util.run import UserError, check_settings, remove_leftovers, sha256
+
+RESULTS = ("latest.pth", "best.pth", "summary.json")  # a folder with one of them holds a run
+
+# What a run is: changing one of these in a folder that holds a run is an error. Others (workers,
+# pictures, processes) may change.
+SETTINGS = (
+    "supervised",
+    "class_num",
+    "backbone",
+    "stem",
+    "crop_size",
+    "global_batch",
+    "loss_groups",
+    "epochs",
+    "lr",
+    "lr_multi",
+    "ohem_threshold",
+    "min_kept",
+    "conf_thresh",
+    "amp",
+    "seed",
+    "copy_paste",
+    "copy_paste_classes",
+    "eval_mode",
+    "eval_every",
+    "optimizer",
+    "class_balance",
+    "scales",
+    "photometric",
+)
+
+
+def read_lists(args, class_num: int) -> tuple[list, list, list]:
+    """Rows of the labeled, the unlabeled (image paths) and the validation list, with all that they
+    name checked. Evaluation needs ground truth in its image's size; a training label may be smaller
+    or larger.
+    """
+    labeled = read_list(args.labeled_id_path)
+    unlabeled, validation = [], []
+    if args.unlabeled_id_path:
+        unlabeled = [row[0] for row in read_list(args.unlabeled_id_path, (1, 2))]
+    both = {image for image, _ in labeled}.intersection(unlabeled)
+    if both:
+        raise UserError(
+            f"{min(both)}: in {args.labeled_id_path} and in {args.unlabeled_id_path}; each image"
+            " is in one of the two, make both with scripts/make_split.py"
+        )
+    if args.val_id_path:
+        validation = read_list(args.val_id_path)
+    check_files(args.root_path, unlabeled, args.unlabeled_id_path)
+    if validation:
+        check_pairs(args.root_path, validation, args.val_id_path, class_num, same_size=True)
+    check_pairs(args.root_path, labeled, args.labeled_id_path, class_num)
+    return labeled, unlabeled, validation
+
+
+def label_pixel_counts(
+    rows: list[tuple[str, str]], root: Path, class_num: int, list_path: Path
+) -> np.ndarray:
+    """Pixels per class of each label map, int64 len(rows) x class_num; none at all is an error."""
+
+    def count(row: tuple[str, str]) -> np.ndarray:
+        label = read_label(root / row[1], class_num)
+        return np.bincount(label.ravel(), minlength=256)[:class_num]
+
+    with ThreadPoolExecutor() as pool:
+        counts = list(pool.map(count, rows))
+    if not np.any(counts):
+        raise UserError(
+            f"{list_path}: no label map of it has a labeled pixel; nothing can be learned"
+        )
+    return np.array(counts, dtype=np.int64)
+
+
+def input_files(args) -> dict[str, Path]:
+    """{name: file} of what the options name, for the manifest and the settings."""
+    weights = args.backbone_weights
+    files = {
+        "labeled": args.labeled_id_path,
+        "unlabeled": args.unlabeled_id_path,
+        "val": args.val_id_path,
+        "init_checkpoint": args.init_checkpoint,
+        "backbone_weights": None if weights in ("none", "imagenet") else Path(weights),
+    }
+    return {name: path for name, path in files.items() if path}
+
+
+def run_settings(args, counts: np.ndarray, inputs: dict[str, Path]) -> dict:
+    """What settings.json holds: SETTINGS, and digests of the label maps' counts and the inputs."""
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    settings["label_pixels_sha256"] = hashlib.sha256(counts.tobytes()).hexdigest()
+    for name, path in inputs.items():
+        settings[f"{name}_sha256"] = sha256(path)
+    return settings
+
+
+def open_folder(args, settings: dict) -> None:
+    """Make --save-path ready: a run of other settings there is an error, a failed start is not."""
+    check_settings(
+        args.save_path / "settings.json",
+        settings,
+        "a run with",
+        "choose another --save-path, or remove that folder",
+        begun=any((args.save_path / name).is_file() for name in RESULTS),
+    )
+    remove_leftovers(args.save_path)

@@ -1,0 +1,261 @@
+"""What a training run leaves beside its network: train.log in the shipped logs' format,
+metrics.jsonl, TensorBoard events, pictures, summary.json."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pprint
+import statistics
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from model.deeplabv3plus import DILATIONS, parameter_count
+from util.labels import IGNORE
+from util.pictures import colour_label, contact_sheet, line_chart, save_picture
+from util.run import peak_memory_mb, write_json
+from util.training_log import TEXT_LOSSES, read_metrics_json_lines
+from util.training_log import summary as log_summary
+
+
+class Logs:
+    """train.log, metrics.jsonl and TensorBoard events of process 0.
+
+    `sizes` goes into checkpoints. Resuming cuts the files back to the sizes at the checkpoint and
+    removes event files begun after it, so that nothing is there twice.
+    """
+
+    FILES = ("train.log", "metrics.jsonl")
+    EVENTS = "events.out.tfevents.*"
+
+    def __init__(self, folder: Path, sizes: dict[str, int] | None, iteration: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.folder = folder
+        for name in self.FILES:
+            path = folder / name
+            path.touch()
+            cut_back(path, (sizes or {}).get(name, 0))
+        for path in folder.glob(self.EVENTS) if sizes else ():
+            if path.name in sizes:
+                cut_back(path, sizes[path.name])
+            else:
+                path.unlink()
+        self.json_lines = open(folder / "metrics.jsonl", "a", encoding="utf-8", buffering=1)
+        self.handler = logging.FileHandler(folder / "train.log", encoding="utf-8")
+        self.handler.setFormatter(logging.Formatter("[%(asctime)s][%(levelname)8s] %(message)s"))
+        self.text = logging.getLogger(f"train_unimatch.{folder}")
+        self.text.handlers, self.text.propagate = [self.handler], False
+        self.text.setLevel(logging.INFO)
+        self.events = SummaryWriter(str(folder), purge_step=iteration)
+
+    def sizes(self) -> dict[str, int]:
+        self.events.flush()  # what comes before a checkpoint must outlive a kill after it
+        events = [path.name for path in self.folder.glob(self.EVENTS)]
+        return {name: (self.folder / name).stat().st_size for name in (*self.FILES, *events)}
+
+    def epoch(self, epoch: int, lr: float, best: float) -> None:
+        self.text.info(f"===========> Epoch: {epoch}, LR: {lr:.5f}, Previous best: {best:.2f}")
+
+    def train(self, epoch: int, within: int, iteration: int, values: dict[str, float]) -> None:
+        tags = {f"train/{name}": value for name, value in values.items()}
+        for tag, value in tags.items():
+            self.events.add_scalar(tag, value, iteration)
+        self.json_lines.write(json.dumps({"epoch": epoch, "iteration": within, **tags}) + "\n")
+
+    def row(self, within: int, sums: dict[str, float]) -> None:
+        """The means since the start of the epoch, of their sums after iteration `within`."""
+        shown = {title: sums[name] for title, name in TEXT_LOSSES.items() if name in sums}
+        means = [f"{title}: {total / (within + 1):.3f}" for title, total in shown.items()]
+        self.text.info(f"Iters: {within}, {', '.join(means)}")
+
+    def evaluation(self, epoch: int, mode: str, metrics: dict) -> None:
+        ious = {name: value or 0.0 for name, value in metrics["iou"].items()}
+        for number, (name, value) in enumerate(ious.items()):
+            self.text.info(f"***** Evaluation ***** >>>> Class [{number} {name}] IoU: {value:.2f}")
+        self.text.info(f"***** Evaluation {mode} ***** >>>> MeanIoU: {metrics['miou']:.2f}\n")
+        tags = {
+            "eval/mIoU": metrics["miou"],
+            **{f"eval/{name}_IoU": value for name, value in ious.items()},
+        }
+        for tag, value in tags.items():
+            self.events.add_scalar(tag, value, epoch)
+        self.json_lines.write(json.dumps({"epoch": epoch, "eval_mode": mode, **tags}) + "\n")
+
+    def close(self) -> None:
+        self.json_lines.close()
+        self.handler.close()
+        self.events.close()
+
+
+def cut_back(path: Path, size: int) -> None:
+    os.truncate(path, min(size, path.stat().st_size))
+
+
+def log_header(logs: Logs, args, batch: int, world: int, model: nn.Module) -> None:
+    """The first lines of the shipped logs: the configuration under UniMatch's names, and the number
+    of parameters.
+    """
+    configuration = {
+        "backbone": args.backbone,
+        "batch_size": batch,
+        "conf_thresh": args.conf_thresh,
+        "crop_size": args.crop_size,
+        "criterion": {
+            "kwargs": {
+                "ignore_index": IGNORE,
+                "min_kept": args.min_kept,
+                "thresh": args.ohem_threshold,
+            },
+            "name": "OHEM",
+        },
+        "data_root": str(args.root_path),
+        "dilations": list(DILATIONS),
+        "epochs": args.epochs,
+        "global_batch": args.global_batch,
+        "labeled_id_path": str(args.labeled_id_path),
+        "lr": args.lr,
+        "lr_multi": args.lr_multi,
+        "nclass": args.class_num,
+        "ngpus": world,
+        "replace_stride_with_dilation": [False, False, True],
+        "save_path": str(args.save_path),
+        "seed": args.seed,
+        "stem": args.stem,
+        "unlabeled_id_path": str(args.unlabeled_id_path) if args.unlabeled_id_path else None,
+    }
+    logs.text.info(f"{pprint.pformat(configuration)}\n")
+    logs.text.info(f"Total params: {parameter_count(model) / 1e6:.1f}M\n")
+
+
+def announce(args, world: int, batch: int, steps: int, device) -> None:
+    print(
+        f"global batch {args.global_batch} = {world} process{'es' if world > 1 else ''} x {batch}"
+        f" samples x {steps} accumulation step{'s' if steps > 1 else ''}; losses are normalised in"
+        f" {args.loss_groups} groups"
+    )
+    if steps > 1:
+        print(
+            f"warning: batch norm sees {batch * (world if device.type == 'cuda' else 1)} samples at"
+            f" a time, not {args.global_batch}: accumulation does not repair its statistics, so"
+            " results will differ from the authors'"
+        )
+    if world > 1 and device.type != "cuda":
+        print(
+            "warning: on CPUs every process normalises its own samples (batch norm), so results"
+            " differ from one process's"
+        )
+
+
+def epoch_picture(path: Path, shown: dict, classes, samples: int = 3) -> None:
+    """Views, labels and predictions of an iteration's first samples, one a row."""
+
+    def label(values, row):
+        return colour_label(values[row].detach().to(torch.uint8).cpu().numpy(), classes.palette)
+
+    def prediction(logits, row):
+        return colour_label(
+            logits[row].detach().argmax(dim=0).to(torch.uint8).cpu().numpy(), classes.palette
+        )
+
+    batch = shown["batch"]
+    titles, rows = ["img_x", "label", "prediction"], []
+    for row in range(min(samples, len(batch["x"]))):
+        panels = [
+            batch["x"][row].numpy(),
+            label(batch["mask_x"], row),
+            prediction(shown["pred_x"], row),
+        ]
+        if "w" in batch:
+            panels += [
+                batch["w"][row].numpy(),
+                prediction(shown["pred_w"], row),
+                batch["s1"][row].numpy(),
+                label(shown["label_s1"], row),
+            ]
+        rows.append(panels)
+    if "w" in batch:
+        titles += ["img_u_w", "pseudo-label", "img_u_s1", "its labels"]
+    save_picture(path, contact_sheet(rows, titles, legend=classes, cell_width=192))
+
+
+def curves_picture(path: Path, log) -> None:
+    """mIoU after each epoch, or the mean loss of each where nothing was evaluated."""
+    if log.miou:
+        series, label = (
+            {"validation": ([e + 1 for e in log.epochs], [log.miou[e] for e in log.epochs])},
+            "mIoU (%)",
+        )
+    else:
+        means = {
+            epoch + 1: values["loss_all"] for epoch, _, values in log.losses
+        }  # the running mean at each epoch's end
+        series = {"loss_all": (list(means), list(means.values()))}
+        label = "mean loss of the epoch"
+    save_picture(path, line_chart(series, "", "epoch", label))
+
+
+def summarise(args, iterations: int, seconds: list[float], device) -> None:
+    """summary.json and curves.png from metrics.jsonl; the headline is the last epoch, not the
+    best. seconds: of each iteration of this start of the run.
+    """
+    log = read_metrics_json_lines(args.save_path / "metrics.jsonl")
+    curves_picture(args.save_path / "curves.png", log)
+    m = {**log_summary(log), "eval_mode": args.eval_mode} if log.miou else None
+    record = {
+        "epochs": args.epochs,
+        "iterations": iterations,
+        "mIoU": m,
+        "seconds_per_iteration": statistics.median(seconds) if seconds else None,
+        "peak_memory": peak_memory_mb(device),
+    }
+    write_json(args.save_path / "summary.json", record)
+    if m:
+        print(
+            f"mIoU ({args.eval_mode}): last {m['last']:.2f}, mean of the last"
+            f" {min(20, m['evaluations'])} evaluations {m['last_mean']:.2f}, best {m['best']:.2f}"
+            f" (epoch {m['best_epoch']})"
+        )
+    print(f"{args.save_path / 'latest.pth'}: trained for {iterations} iterations")
+
+
+def dry_run_report(
+    losses: dict[str, float],
+    computing: float,
+    loading: float,
+    per_image: float | None,
+    iterations: int,
+    images: int,
+    args,
+    device,
+) -> str:
+    """What --dry-run prints. Seconds: of an iteration's computing, of loading its samples in one
+    process, of evaluating an image. images: that the whole run evaluates in each process.
+    """
+    values = ", ".join(f"{name} {value:.3f}" for name, value in losses.items())
+    lines = [f"losses after two iterations: {values}"]
+    hours = iterations * (computing + loading) / 3600
+    ours = f"{computing:.2f} s computing and, with --workers 0, {loading:.2f} s loading"
+    if args.workers:
+        hours = iterations * max(computing, loading / args.workers) / 3600
+        ours = (
+            f"{computing:.2f} s computing; loading its samples takes {loading:.2f} s in one"
+            f" process, {args.workers} do it meanwhile"
+        )
+    if per_image is not None:
+        hours += per_image * images / 3600
+        lines.append(f"evaluation, {args.eval_mode}: {per_image:.2f} s an image")
+    evaluations = "" if per_image is None else " and evaluations"
+    memory = peak_memory_mb(device)
+    peaks = ", ".join(f"{n.removesuffix('_mb')} {value:.0f} MB" for n, value in memory.items())
+    return "\n".join(
+        [
+            *lines,
+            f"an iteration: {ours}",
+            f"projected time of {iterations} iterations{evaluations}: {hours:.1f} h",
+            f"peak memory of process 0: {peaks}",
+        ]
+    )
