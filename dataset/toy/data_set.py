@@ -8,11 +8,11 @@ from functools import partial
 from pathlib import Path
 
 from PIL import Image
-from tqdm import tqdm
 
 from dataset.toy.objects import HEIGHT, STYLES, WIDTH
 from dataset.toy.street import draw_scene
 from util.labels import CITYSCAPES_19, write_label, write_list
+from util.progress import progress
 from util.run import UserError, atomic_path, check_writable, read_json, write_json
 
 VERSION = 4  # of what is drawn; a cache made by another version is not used
@@ -84,7 +84,7 @@ def make_toy(
             write_list(folder / "lists" / f"{name}.txt", content)
     with (
         ProcessPoolExecutor(processes) as pool,
-        tqdm(total=sum(sizes.values()), desc="drawing", unit="img") as bar,
+        progress(desc="drawing", total=sum(sizes.values())) as bar,
     ):
         for (domain, split), count in sizes.items():
             for _ in pool.map(

@@ -36,7 +36,6 @@ from pathlib import Path
 
 import numpy as np
 from segment_anything import SamAutomaticMaskGenerator, SamPredictor
-from tqdm import tqdm
 
 from dataset.toy import draw_scene
 from model.sam import build_sam
@@ -57,6 +56,7 @@ from scripts.dev.train_sam_tiny import (
 )
 from util.labels import CITYSCAPES_19, class_set
 from util.options import add_class_options, add_run_options
+from util.progress import progress
 from util.run import UserError, run_main, select_device, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -218,7 +218,7 @@ def evaluate(
     predictor, generator = SamPredictor(sam), SamAutomaticMaskGenerator(sam)
     chosen = {number * scenes // proposal_scenes for number in range(proposal_scenes)}
     prompts, proposals = [], []
-    for number in tqdm(range(scenes), name, mininterval=5):
+    for number in progress(range(scenes), name):
         scene = example(number)
         prompts += prompt_scene(predictor, scene, np.random.default_rng((seed, number)))
         if number in chosen:

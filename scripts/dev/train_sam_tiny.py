@@ -65,7 +65,6 @@ from scipy import ndimage
 from segment_anything.modeling import PromptEncoder
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from model.checkpoint import load_exactly, read_checkpoint, state_dict_in
 from model.sam_decoder import pixels_to_tokens
@@ -81,6 +80,7 @@ from util.labels import (
     read_picture,
 )
 from util.options import add_class_options, add_run_options
+from util.progress import progress
 from util.run import (
     UserError,
     atomic_path,
@@ -327,7 +327,7 @@ def load_pool(folder: Path, draw, scenes: int, processes: int):
     if not names[-1].is_file():  # the table is written last
         check_writable(folder)
         with Pool(processes) as workers:
-            drawn = list(tqdm(workers.imap(draw, range(scenes), chunksize=8), "scenes", scenes))
+            drawn = list(progress(workers.imap(draw, range(scenes), chunksize=8), "scenes", scenes))
         image, segment, component, tables = zip(*drawn)
         table = np.concatenate(
             [np.column_stack([np.full(len(t), i, np.int32), t]) for i, t in enumerate(tables)]
@@ -822,7 +822,7 @@ def refit_iou_head(args) -> None:
     started, sam = time.time(), build_sam_tiny()
     record = load_exported(sam, args.logit_gain, args.init)
     pools, rng, judged = load_pools(args), np.random.default_rng(args.seed), []
-    for index in tqdm(range(args.iou_head), desc="IoU head", unit="scene", mininterval=5):
+    for index in progress(range(args.iou_head), "IoU head", unit="scene"):
         for pool in pools.values():
             ys, xs = np.nonzero(pool[1][index] != VOID)
             chosen = rng.integers(len(ys), size=IOU_POINTS)
@@ -1095,11 +1095,11 @@ def train(training: Training, pools: dict, args, device) -> None:
     """To step --steps. A line of log.jsonl every 25 steps: means since the last one."""
     started, minutes = time.time(), training.minutes
     lines, record = [], manifest(vars(args))
-    progress = tqdm(total=args.steps, initial=training.step, desc="tiny SAM", mininterval=10)
+    bar = progress(desc="tiny SAM", total=args.steps, unit="step", initial=training.step)
     while training.step < args.steps:
         lines.append(train_step(training, pools, args, device))
         training.minutes = minutes + (time.time() - started) / 60
-        progress.update()
+        bar.update()
         if training.step % 25 == 0:
             line = {"step": training.step, "minutes": round(training.minutes, 2)}
             line |= {key: round(float(np.mean([e[key] for e in lines])), 6) for key in lines[0]}
@@ -1108,7 +1108,7 @@ def train(training: Training, pools: dict, args, device) -> None:
             lines = []
         if training.step % args.save_every == 0 or training.step == args.steps:
             save(training, args, record)
-    progress.close()
+    bar.close()
     print(f"{args.out}: step {training.step}, {training.minutes:.1f} minutes of training")
 
 
