@@ -19,7 +19,7 @@ variables "$0" SEEDS RECIPE CONTROLS OUT CAMVID_ROOT SAM_TYPE -- "$@"
 numbers SEEDS 0 4294967295
 one_of RECIPE release paper both
 one_of CONTROLS 0 1
-one_of SAM_TYPE tiny vit_t vit_b vit_l vit_h
+sam_type
 SEEDS="${SEEDS:-0}" RECIPE="${RECIPE:-release}" CONTROLS="${CONTROLS:-0}" SAM_TYPE="${SAM_TYPE:-tiny}"
 OUT="${OUT:-runs/camvid_$RECIPE}" CAMVID_ROOT="${CAMVID_ROOT:-data/camvid}"
 source scripts/lib/setup.sh
@@ -55,7 +55,7 @@ NETWORK=(--backbone resnet10 --stem torchvision --crop-size 225 --scales 0.75 1.
          --channels-last --workers 0 --pictures-every 0)
 SOURCE=("${NETWORK[@]}" --epochs 30 --global-batch 8 --optimizer adamw --lr 0.004 --photometric)
 PIXEL=(--top-p 0.5)
-SAM="$SAM_TYPE"
+SAM="$(sam_name "$SAM_TYPE")"
 PSA=(--sam-type "$SAM_TYPE" --proposal-cache data/proposals)
 if [ "$SAM_TYPE" = tiny ]; then PSA+=(--sam-checkpoint model/sam_tiny_photo.pth); fi # has seen the day drives
 SCC_RELEASE=(--backbone resnet10 --min-area 30 --patch-size 64 128 --iterations 400 --lr 0.1)

@@ -162,7 +162,7 @@ def test_unknown_devices_are_refused(device):
 
 @pytest.mark.parametrize("seed", ["-1", "4294967296"])
 def test_seeds_outside_the_range_are_refused(seed):
-    with pytest.raises(UserError, match=f"--seed {seed}: give 0 or more and at most 4.29497e"):
+    with pytest.raises(UserError, match=f"--seed {seed}: give 0 or more and at most 4294967295"):
         check_run_options(options("--seed", seed))
 
 

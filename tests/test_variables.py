@@ -8,6 +8,8 @@ import sys
 import pytest
 from conftest import ROOT
 
+from model.sam import output_name
+
 SCRIPTS = ("toy", "camvid", "ablation", "gta2cs", "synthia2cs", "gta2bdd", "download", "test")
 KNOWN = re.search(r"KIT_VARIABLES=\((.*?)\)", (ROOT / "scripts/lib/variables.sh").read_text(), re.S)
 KNOWN = set(KNOWN[1].split())
@@ -140,3 +142,12 @@ def test_camvid_root_is_the_folder_in_both_scripts(tmp_path):
     assert there.returncode == 0 and there.stdout == f"{tmp_path}: there already\n"
     missing = run("camvid", CAMVID_ROOT=str(tmp_path), PYTHON=sys.executable)
     assert missing.returncode == 2 and f"error: {tmp_path}/trainannot: no such" in missing.stderr
+
+
+@pytest.mark.parametrize(
+    "sam_type", ["vit_h", "facebook/sam2.1-hiera-large", "models/my sam/", "./sam3"]
+)
+def test_outputs_are_named_after_the_segmenter_as_seco_sam_does(sam_type):
+    command = ["bash", "-c", 'source scripts/lib/variables.sh; sam_name "$1"', "x", sam_type]
+    name = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert name.strip() == output_name(sam_type)

@@ -2,7 +2,6 @@
 
 Inputs:  drawings: scenes of dataset/toy.py (style "random", every eighth "source"; --style mixed:
          every second; never "target"), seeds from 10,000,000 up, which no benchmark scene has.
-         --style shapes draws abstract shapes instead, for a warm-up.
          photographs: --photos LIST --root-path --class-num ..., of a source domain with labels,
          never of a target. The connected components of their labels are the segments; what has no
          label (255) is neither prompted nor penalised. Random windows in a random light, from day
@@ -154,66 +153,18 @@ def stuff_components(label: np.ndarray) -> np.ndarray:
     return components
 
 
-def draw_shapes(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A picture of overlapping textured shapes for the warm-up: image, label and segment as
-    `draw_scene` gives them.
-
-    Ten large polygons ("stuff", class 0 or 8) under thirty small ellipses, boxes, triangles and
-    bars ("things").
-    """
-    rng = np.random.default_rng(seed)
-    segment, label = np.zeros((HEIGHT, WIDTH), np.int32), np.full((HEIGHT, WIDTH), 10, np.uint8)
-    y, x = np.mgrid[:HEIGHT, :WIDTH].astype(np.float32)
-
-    def texture() -> np.ndarray:
-        angle, wavelength = rng.uniform(0, np.pi), rng.uniform(3, 40)
-        wave = np.sin((x * np.cos(angle) + y * np.sin(angle)) * 2 * np.pi / wavelength)[..., None]
-        noise = ndimage.zoom(
-            rng.normal(size=(HEIGHT // 8, WIDTH // 8)).astype(np.float32), 8, order=1
-        )[..., None]
-        return rng.uniform(0, 255, 3) + rng.uniform(0, 25) * wave + rng.uniform(0, 20) * noise
-
-    image = texture()
-    for number in range(1, 41):
-        is_stuff = number <= 10
-        size = rng.uniform(60, 300) if is_stuff else np.exp(rng.uniform(np.log(4), np.log(90)))
-        aspect, kind = np.exp(rng.uniform(-0.7, 0.7)), int(rng.integers(4))
-        if not is_stuff and kind == 3:
-            aspect = np.exp(rng.choice([-1, 1]) * rng.uniform(1, 2))
-        half = np.array([size * aspect, size / aspect]) / 2
-        centre = rng.uniform(0, 1, 2) * [WIDTH, HEIGHT]
-        dx, dy = (x - centre[0]) / half[0], (y - centre[1]) / half[1]
-        tilt = rng.uniform(-0.6, 0.6) if is_stuff or rng.random() < 0.5 else 0.0
-        dx, dy = dx + tilt * dy, dy - tilt * dx
-        mask = {
-            0: dx**2 + dy**2 < 1,
-            1: (abs(dx) < 1) & (abs(dy) < 1),
-            2: (dy > -1) & (dy + 2 * abs(dx) < 1),
-            3: (abs(dx) < 1) & (abs(dy) < 1),
-        }[kind]
-        segment[mask] = number
-        label[mask] = rng.choice([0, 8]) if is_stuff else 13
-        image = np.where(mask[..., None], texture(), image)
-    image = ndimage.gaussian_filter(image, (*[rng.uniform(0.3, 1.2)] * 2, 0))
-    image += rng.normal(0, rng.uniform(0, 10), image.shape)
-    return image.clip(0, 255).astype(np.uint8), label, segment
-
-
 def draw_pool_scene(index: int, style: str):
     """Scene `index` of the pool: image, segments, stuff components, segment table."""
-    if style == "shapes":
-        image, label, segment = draw_shapes(FIRST_TRAIN_SEED + index)
-    else:
-        from dataset.toy import draw_scene
+    from dataset.toy import draw_scene
 
-        every = 8 if style == "random" else 2
-        scene = draw_scene(
-            FIRST_TRAIN_SEED + (0 if style == "random" else MIXED_SEED) + index,
-            "source" if index % every == every - 1 else "random",
-            HEIGHT,
-            WIDTH,
-        )
-        image, label, segment = scene.image, scene.label, np.asarray(scene.segment, np.int32)
+    every = 8 if style == "random" else 2
+    scene = draw_scene(
+        FIRST_TRAIN_SEED + (0 if style == "random" else MIXED_SEED) + index,
+        "source" if index % every == every - 1 else "random",
+        HEIGHT,
+        WIDTH,
+    )
+    image, label, segment = scene.image, scene.label, np.asarray(scene.segment, np.int32)
     return (
         image,
         segment.astype(np.int16),
@@ -898,9 +849,9 @@ def add_pool_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--style",
-        choices=("random", "mixed", "shapes"),
+        choices=("random", "mixed"),
         default="random",
-        help="street scenes, or abstract shapes for a warm-up (default: %(default)s)",
+        help="of the street scenes (default: %(default)s)",
     )
     parser.add_argument(
         "--photos",

@@ -32,9 +32,10 @@ adapt() { # adapt NAME LIST: split the list and train UniMatch with it, from the
 }
 
 psa() { # psa NAME SUFFIX OPTION…: PSA of the pixel labels, its quality
-    local name="$1" labels="pix_$2"
+    local name="$1" labels="pix_$2" weights
+    weights="$(sam_file "$SAM")"
     shift 2
-    stage "$name" "$W/$labels" "$W/splits/$labels/all.txt" from "$(sam_file "$SAM")" -- "$PYTHON" seco_sam.py \
+    stage "$name" "$W/$labels" "$W/splits/$labels/all.txt" ${weights:+from "$weights"} -- "$PYTHON" seco_sam.py \
         --id-list-path "$W/splits/pix/all.txt" --root-path "$W" "${CLASSES[@]}" "${PSA[@]}" "$@"
     quality "$name" "$W/splits/$labels/all.txt"
 }

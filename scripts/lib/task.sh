@@ -71,7 +71,8 @@ need_inputs() {
         lacks "$CHECKPOINT: the model that the starting labels come from" \
             "$CHECKPOINT_FROM; another file: CHECKPOINT=…; another model's probabilities: PROBABILITIES=<folder>"
     fi
-    [ -f "$SAM_CHECKPOINT" ] || lacks "$SAM_CHECKPOINT: SAM's weights ($SAM_TYPE)" \
+    # (a model of the Hub has no file here; seco_sam.py says what it lacks)
+    [ -z "$SAM_CHECKPOINT" ] || [ -e "$SAM_CHECKPOINT" ] || lacks "$SAM_CHECKPOINT: SAM's weights ($SAM_TYPE)" \
         "bash scripts/download.sh sam $SAM_TYPE (vit_t: model/README.md)"
     [ -f "$BACKBONE_WEIGHTS" ] || [ "$BACKBONE_WEIGHTS" = imagenet ] ||
         lacks "$BACKBONE_WEIGHTS: UniMatch's ImageNet ResNet-101 (deep stem)" \
@@ -149,10 +150,10 @@ run_task() {
     stage pixel "$DATA_ROOT/$EXP" "$SPLITS/$EXP/train.txt" from "${source[1]}" -- "${LAUNCH[@]}" \
         -m scripts.make_pseudo_labels --id-list-path "$TRAIN_LIST" --root-path "$DATA_ROOT" "${CLASSES[@]}" "${source[@]}" \
         --exp "$EXP" --preset dtst "${TEST_SIZE[@]}" --top-p "$TOP_P" --out-list "$SPLITS/$EXP/train.txt" --device "$DEVICE"
-    labels="${EXP}_$SAM_TYPE$suffix"
+    labels="${EXP}_$(sam_name "$SAM_TYPE")$suffix"
     stage psa "$DATA_ROOT/$labels" "$SPLITS/$labels/train.txt" -- "${LAUNCH[@]}" seco_sam.py \
         --id-list-path "$SPLITS/$EXP/train.txt" --root-path "$DATA_ROOT" "${CLASSES[@]}" --sam-type "$SAM_TYPE" \
-        --sam-checkpoint "$SAM_CHECKPOINT" --recipe "$RECIPE" --vis 8 --device "$DEVICE" \
+        ${SAM_CHECKPOINT:+--sam-checkpoint "$SAM_CHECKPOINT"} --recipe "$RECIPE" --vis 8 --device "$DEVICE" \
         ${CACHE[@]+"${CACHE[@]}"}
     if [ "$USE_SCC" = 1 ]; then
         before_scc="$labels" labels="${labels}_scc$suffix"
@@ -215,7 +216,7 @@ main() { # main ARGUMENT… of the script
     one_of RECIPE release paper
     one_of REHEARSE 0 1
     one_of USE_SCC 0 1
-    one_of SAM_TYPE tiny vit_t vit_b vit_l vit_h
+    sam_type
     one_of STEM deep torchvision
     numbers SEED 0 4294967295
     REHEARSE="${REHEARSE:-0}" RECIPE="${RECIPE:-release}" USE_SCC="${USE_SCC:-1}" SEED="${SEED:-0}" DEVICE="${DEVICE:-auto}"

@@ -67,6 +67,18 @@ numbers() { # numbers NAME LEAST MOST
     done
 }
 
+# SAM_TYPE is a type that model/README.md lists: a short name, a name of the Hub or a folder.
+sam_type() {
+    case "${SAM_TYPE:-}" in */*) return ;; esac
+    one_of SAM_TYPE tiny vit_t vit_b vit_l vit_h
+}
+
+sam_name() { # sam_name TYPE: what it is called in the names of outputs, as model/sam.py's output_name
+    local name="${1%/}"
+    name="${name##*/}"
+    echo "${name//[^A-Za-z0-9_.+-]/_}"
+}
+
 # Where SAM's weights of a type are, if no other place is named: as the official files are called.
 sam_file() { # sam_file TYPE
     case "$1" in
