@@ -12,6 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from dataset.toy import draw_scene
+from util.labels import class_set, read_label, write_label
+from util.pictures import save_picture
+
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMAND = re.compile(
@@ -54,6 +58,19 @@ def help_text(script: str) -> str:
         main(["--help"])
     assert stop.value.code == 0
     return text.getvalue()
+
+
+def test_the_python_call_runs(tmp_path, monkeypatch):
+    """With the tiny SAM on the CPU in ViT-H's place."""
+    block = re.search(r"```python\n(.*?)```", README, re.S)[1]
+    assert block.count('"vit_h", device="cuda"') == 1
+    scene = draw_scene(3, "target", 96, 192)
+    monkeypatch.chdir(tmp_path)
+    save_picture(tmp_path / "street.png", scene.image)
+    write_label(tmp_path / "street_pixel_label.png", scene.label, class_set(19).palette)
+    exec(block.replace('"vit_h", device="cuda"', '"tiny", device="cpu"'), {})
+    label = read_label(tmp_path / "street_psa.png", 19)
+    assert label.shape == (96, 192) and (label != 255).any()
 
 
 def test_the_commands_are_found():

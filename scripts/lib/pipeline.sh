@@ -64,7 +64,8 @@ run_recipe() { # run_recipe release|paper
     adapt "seco$row" "$W/splits/pix_${suffix}_$corrected/all.txt"
 }
 
-# The rows of the paper's Tables 6 and 7 between the source model and SeCo, and the upper bound.
+# The rows of the paper's Tables 6 and 7 between the source model and SeCo, PSA that keeps the pixel label where no mask
+# reaches (a departure, off by default), and the upper bound.
 run_controls() { # run_controls release|paper
     local row suffix corrected
     recipe_names "$1"
@@ -74,6 +75,8 @@ run_controls() { # run_controls release|paper
     psa alignment "${suffix}_only_alignment" --recipe "$1" --only-alignment
     adapt alignment "$W/splits/pix_${suffix}_only_alignment/all.txt"
     adapt "psa$row" "$W/splits/pix_$suffix/all.txt"
+    psa fill "${suffix}_fill" --recipe "$1" --fill pixel
+    adapt fill "$W/splits/pix_${suffix}_fill/all.txt"
     scc scc_pixel "$W/splits/pix/all.txt" "$corrected" "$1"
     adapt scc_pixel "$W/splits/pix_$corrected/all.txt"
     # The upper bound sees what no method may see: ground truth of the target's training images.
