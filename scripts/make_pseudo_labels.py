@@ -57,6 +57,7 @@ from util.labels import (
     check_files,
     check_same_shape,
     class_set,
+    holds_pictures,
     image_size,
     read_image,
     read_list,
@@ -450,8 +451,8 @@ def made_of(rows, folder: Path) -> Iterator[Path]:
         yield confidence_path(folder, label)
 
 
-def check_not_overwritten(folder: Path, rows, options) -> None:
-    """No label and no list may take the place of a file that is not this stage's own."""
+def check_not_overwritten(rows, options) -> None:
+    """No label and no list may take the place of one of the inputs."""
     images = {image for image, _ in rows}
     for image, label in rows:
         if label in images:
@@ -461,13 +462,6 @@ def check_not_overwritten(folder: Path, rows, options) -> None:
             )
     if options.out_list.resolve() == Path(options.id_list_path).resolve():
         raise UserError(f"--out-list {options.out_list}: is the list that is read; name another")
-    if not (folder / "settings.json").exists():
-        for path in made_of(rows, folder):
-            if path.exists():
-                raise UserError(
-                    f"{path}: is there already, and no settings.json says what it was made from;"
-                    " choose another --exp, or remove that folder"
-                )
 
 
 # ------------------------------------------------------------------------------------------- stages
@@ -732,7 +726,7 @@ def main(argv=None) -> None:
         source = network_source(options.checkpoint, images, root, classes.count, test_size, device)
     else:
         source = array_source(options.probabilities, images, root, classes.count)
-    check_not_overwritten(folder, rows, options)
+    check_not_overwritten(rows, options)
     check_writable(options.out_list.parent)
     summary_path = folder / "summary.json"
 
@@ -740,7 +734,7 @@ def main(argv=None) -> None:
         settings = {"pixel_step": step}
         if rank == 0:
             settings = settings_of(options, source, step)
-            begun = any(path.exists() for path in (summary_path, *made_of(rows, folder)))
+            begun = any(map(Path.exists, made_of(rows, folder))) or holds_pictures(folder)
             mend = "choose another --exp, or remove that folder"
             check_settings(folder / "settings.json", settings, "labels made with", mend, begun)
             check_disk(folder, rows, source, step, 6 if options.rule == "cbst" else 5)
