@@ -38,7 +38,6 @@ Copied away, this file needs util/ and model/.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import math
 import shutil
 import sys
@@ -78,7 +77,7 @@ from util.run import (
     atomic_path,
     check_settings,
     check_writable,
-    digests,
+    digest_of_all,
     exact_mode,
     folder_lock,
     manifest,
@@ -549,15 +548,11 @@ def write_labels(
 
 def settings_of(options, source: Source, step: int) -> dict:
     """What the labels depend on; equal settings give equal labels."""
-    contents = hashlib.sha256()
-    print(f"checksums of {len(source.files)} files", file=sys.stderr)
-    found = digests(source.files)
-    for path in source.files:
-        contents.update(found[str(path)].encode())
+    contents = "images_sha256" if source.checkpoint else "arrays_sha256"
     return {
         "image_list_sha256": sha256(options.id_list_path),
         "checkpoint_sha256": sha256(source.checkpoint) if source.checkpoint else None,
-        "images_sha256" if source.checkpoint else "arrays_sha256": contents.hexdigest(),
+        contents: digest_of_all(source.files),
         "class_num": options.class_num,
         "rule": options.rule,
         "policy": options.policy,

@@ -527,6 +527,17 @@ def test_a_failed_start_does_not_block_the_corrected_command(data, tmp_path, cap
     assert "holds a run with lr = 0.001, now it is 0.01" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["corrected/x1.png", "images/x2.png", "images/u3.png"])
+def test_what_a_run_was_made_from_may_not_change(data, whole_run, name, capsys):
+    """Turned upside down: pixels per class are as before."""
+    kept, before = (data / name).read_bytes(), (whole_run / "latest.pth").read_bytes()
+    Image.open(data / name).transpose(Image.Transpose.FLIP_TOP_BOTTOM).save(data / name)
+    code = run_main(lambda: main(command(data, whole_run)))
+    (data / name).write_bytes(kept)
+    assert code == 2 and "holds a run with listed_files_sha256 = " in capsys.readouterr().err
+    assert (whole_run / "latest.pth").read_bytes() == before
+
+
 def test_checkpoints_of_another_program_are_left_alone(data, tmp_path, capsys):
     """UniMatch saves to a latest.pth as well."""
     (tmp_path / "run").mkdir()
