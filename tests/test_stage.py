@@ -138,10 +138,29 @@ def test_an_option_is_changed(finished, capfd):
 
 @pytest.mark.parametrize("name", ["arrays/b/c.t", "images/1.t", "pixel/0.t"])
 def test_the_content_of_an_input_is_changed(finished, capfd, name):
-    size = (finished / name).stat().st_size
-    (finished / name).write_text("#" * size)  # of the same size
+    status = (finished / name).stat()
+    (finished / name).write_text("#" * status.st_size)  # of the same size
+    os.utime(finished / name, ns=(status.st_atime_ns, status.st_mtime_ns))  # and time
     assert line(finished) == 0 and ran(capfd) == ["psa", "scc"]
     assert current(finished) == afresh(finished)
+
+
+def test_another_file_is_behind_the_path_of_a_checkpoint(run, capfd):
+    """A file that the command names, not in a list and not after `from`."""
+    weights = run / "weights.t"
+    words = [sys.executable, "-c", "print('made')", str(weights)]
+    weights.write_text("weights of one")
+    words = [str(run), f"{run}/stages", "pixel", f"{run}/made", "--", *words]
+    said = []
+    for _ in range(2):
+        assert stage.main(words) == 0
+        said.append(capfd.readouterr().out)
+    (run / "other.t").write_text("weights of two")
+    (run / "other.t").replace(weights)
+    assert stage.main(words) == 0
+    said.append(capfd.readouterr().out)
+    assert [text.endswith("\nmade\n") for text in said] == [True, False, True]
+    assert said[1] == "== pixel: done before\n" and f"again: {weights}, or a file" in said[2]
 
 
 def test_an_input_is_added_to_a_folder(finished, capfd):

@@ -186,6 +186,20 @@ def test_unknown_devices_are_refused(device, monkeypatch):
         check_run_options(options("--device", device))
 
 
+def test_every_script_with_these_options_has_them_checked():
+    """By the one function, in its own file or in that of its options."""
+    having = [
+        path
+        for path in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py"), *ROOT.glob("scripts/*/*.py")]
+        if path.parts[-2:] != ("util", "options.py")
+        and "add_run_options(" in path.read_text(encoding="utf-8")
+        and "test" not in path.name
+    ]
+    assert {"seco_sam.py", "train_options.py", "bench_psa.py"} <= {path.name for path in having}
+    for path in having:
+        assert re.search(r"^    check_run_options\(", path.read_text(encoding="utf-8"), re.M), path
+
+
 @pytest.mark.parametrize("seed", ["-1", "4294967296"])
 def test_seeds_outside_the_range_are_refused(seed):
     with pytest.raises(UserError, match=f"--seed {seed}: give 0 or more and at most 4294967295"):

@@ -78,7 +78,7 @@ from util.labels import (
     read_list,
     read_picture,
 )
-from util.options import add_class_options, add_run_options
+from util.options import add_class_options, add_run_options, check_run_options
 from util.progress import progress
 from util.run import (
     UserError,
@@ -940,6 +940,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add_schedule_options(parser)
     add_run_options(parser)
     args = parser.parse_args(argv)
+    check_run_options(args)
     if args.iou_head and (not args.init or not 0 < args.iou_head <= args.scenes):
         raise UserError(
             f"--iou-head {args.iou_head}: it needs --init, and 1 to {args.scenes} scenes (--scenes)"

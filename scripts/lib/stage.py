@@ -19,7 +19,7 @@ nothing is mixed and nothing is lost; the same happens to a single file that has
 
 The record holds the command, wall seconds over all tries (an interrupted stage is not made to look
 quick), the peak memory of its largest process in MB, and SHA-256 of inputs and outputs. Those of
-files whose size and time are as before are looked up in `<folder>/digests`. Exit code: the
+files whose size and times are as before are looked up in `<folder>/digests`. Exit code: the
 command's; 2 if another run is at work in the folder. A stage that is done imports the standard
 library only, so that skipping is instant.
 """
@@ -94,7 +94,7 @@ def named_by(path: str, command: list[str]) -> list[str]:
 
 
 class Digests:
-    """SHA-256 of files; those of files with the size and time of an earlier call are looked up."""
+    """SHA-256 of files; those of files with the size and times of an earlier call are looked up."""
 
     def __init__(self, path: Path):
         self.path, self.known, self.new = path, read_json(path), False
@@ -106,10 +106,10 @@ class Digests:
             with contextlib.suppress(OSError):
                 if not stat.S_ISREG((status := os.stat(path)).st_mode):
                     continue
-                key, stamp = os.path.abspath(path), [status.st_size, status.st_mtime_ns]
-                found[path] = None
-                if self.known.get(key, [])[:2] == stamp:
-                    found[path] = self.known[key][2]
+                key, found[path] = os.path.abspath(path), None
+                stamp = [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+                if self.known.get(key, [])[:-1] == stamp:
+                    found[path] = self.known[key][-1]
                 else:
                     todo.append((path, key, stamp))
         with ThreadPoolExecutor() as pool:
