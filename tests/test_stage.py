@@ -163,6 +163,23 @@ def test_another_file_is_behind_the_path_of_a_checkpoint(run, capfd):
     assert said[1] == "== pixel: done before\n" and f"again: {weights}, or a file" in said[2]
 
 
+def test_what_a_run_has_left_behind_is_known(finished, capfd):
+    """After a change, stages that a later run leaves out: a second SCC, and an evaluation of it."""
+    folder, scc = finished / "stages", command(finished, "lists/psa.txt", "scc2", "t")
+    made = [f"{finished}/scc2", f"{finished}/lists/scc2.txt"]
+    check = [sys.executable, "-c", "open('m', 'w')", f"{finished}/lists/scc2.txt"]
+    for name, outputs, words in (("scc2", made, scc), ("eval", ["m"], check)):
+        assert stage.main([f"{finished}", f"{folder}", name, *outputs, "--", *words]) == 0
+    assert stage.outdated(finished, folder) == set()
+    moved = finished.parent / "moved"
+    shutil.copytree(finished, moved)
+    assert stage.outdated(moved, moved / "stages") == set()
+    assert line(finished, psa="u") == 0
+    assert stage.outdated(finished, folder) == {"scc2", "eval"}
+    assert line(finished) == 0
+    assert stage.outdated(finished, folder) == set()
+
+
 def test_an_input_is_added_to_a_folder(finished, capfd):
     (finished / "arrays/d.t").write_text("d")
     assert line(finished) == 0 and ran(capfd) == ["psa", "scc"]

@@ -139,7 +139,12 @@ def inputs_of(command, outputs, more, run: Path, digests: Digests) -> dict[str, 
     own = tuple(os.path.abspath(path) + os.sep for path in outputs)
     words = [w for w in command[1:] if os.path.isfile(w) and not w.endswith(".py")]
     words = [w for w in words if not (os.path.abspath(w) + os.sep).startswith(own)]
-    contents = {w: [w, *files_in(w), *named_by(w, command)] for w in [*words, *more]}
+    return digests_of_inputs([*words, *more], command, run, digests)
+
+
+def digests_of_inputs(words, command, run: Path, digests: Digests) -> dict[str, str]:
+    """`inputs_of`, of these words of the command."""
+    contents = {w: [w, *files_in(w), *named_by(w, command)] for w in words}
     known = digests([path for paths in contents.values() for path in paths])
     return {
         place(word, run): hashlib.sha256(
@@ -191,6 +196,26 @@ def state(record: dict, asked: list[str], given: dict, run: Path, digests: Diges
         f"{missing[0]} is missing" if missing else f"{changed[0]} has changed" if changed else ""
     )
     return reason, False, changed
+
+
+def outdated(run: Path, folder: Path) -> set[str]:
+    """Names of the stages of a folder of records that are not of the inputs as they are now, and of
+    those that were made from theirs. A run that leaves out a stage leaves it behind like this.
+    """
+    records = {path.stem: read_json(path) for path in folder.glob("*.json")}
+    records = {name: record for name, record in records.items() if "given" in record}
+    digests, found = Digests(folder / "digests"), set()
+    for name, record in records.items():
+        words = [located(word, run) for word in record["given"]]
+        command = [located(word, run) for word in record["identity"]]
+        if digests_of_inputs(words, command, run, digests) != record["given"]:
+            found.add(name)
+    count = -1
+    while count < len(found):
+        count = len(found)
+        gone = {path for name in found for path in records[name].get("made", {})}
+        found |= {name for name, record in records.items() if gone & record["given"].keys()}
+    return found
 
 
 def make_room(outputs: list[str], all_new: bool, changed: list[str]) -> list[str]:
