@@ -163,6 +163,20 @@ def test_another_file_is_behind_the_path_of_a_checkpoint(run, capfd):
     assert said[1] == "== pixel: done before\n" and f"again: {weights}, or a file" in said[2]
 
 
+def test_seeds_of_other_options_are_told_apart(tmp_path):
+    folders = [tmp_path / f"seed{seed}" for seed in range(3)]
+    for seed, folder in enumerate(folders):
+        folder.mkdir()
+        more = [f"@/seed{seed}/x", f"data/toy/s{seed}/lists/a.txt", "--seed", str(seed)]
+        for name, top_p in (("pixel", "0.5"), ("psa", "0.5" if seed else "0.1")):
+            identity = ["a.py", "--top-p", top_p, *more]
+            stage.write_json(folder / f"{name}.json", {"identity": identity})
+    assert stage.of_one_setting(folders, "pixel") and not stage.of_one_setting(folders, "psa")
+    assert stage.of_one_setting(folders[1:], "psa")
+    (folders[0] / "psa.json").unlink()
+    assert stage.of_one_setting(folders, "psa")
+
+
 def test_what_a_run_has_left_behind_is_known(finished, capfd):
     """After a change, stages that a later run leaves out: a second SCC, and an evaluation of it."""
     folder, scc = finished / "stages", command(finished, "lists/psa.txt", "scc2", "t")

@@ -15,7 +15,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from scripts.lib.stage import outdated
+from scripts.lib.stage import of_one_setting, outdated
 from util.labels import class_set, read_image, read_label, read_list
 from util.options import add_class_options
 from util.pictures import bar_chart, colour_label, contact_sheet, line_chart, save_picture
@@ -261,6 +261,12 @@ def main(argv: list[str] | None = None) -> None:
     if not seeds:
         raise UserError(f"{args.run}: no seed<n> folder in it; run scripts/toy.sh first")
     old = set().union(*(outdated(args.run, folder / "stages") for folder in seeds))
+    for name in stage_costs(seeds).keys() - old:
+        if not of_one_setting([folder / "stages" for folder in seeds], name):
+            raise UserError(
+                f"{args.run}: its seeds have stage {name} with other options; run all of them again"
+                " (SEEDS), or move the folders of the old ones away"
+            )
     if old:
         print(f"left out, from inputs that have changed since: {', '.join(sorted(old))}")
     quality = gather(seeds, LABEL_ROWS, "quality_", ["coverage", "accuracy", "miou"], old)

@@ -28,6 +28,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import resource
 import stat
 import subprocess
@@ -216,6 +217,15 @@ def outdated(run: Path, folder: Path) -> set[str]:
         gone = {path for name in found for path in records[name].get("made", {})}
         found |= {name for name, record in records.items() if gone & record["given"].keys()}
     return found
+
+
+def of_one_setting(folders: list[Path], name: str) -> bool:
+    """Whether the folders of records of several seeds have one command of a stage, but for the
+    seed.
+    """
+    records = [read_json(folder / f"{name}.json") for folder in folders]
+    commands = {" ".join(record["identity"]) for record in records if "identity" in record}
+    return len({re.sub(r"\bseed\d+|/s\d+/|--seed \d+", "", text) for text in commands}) <= 1
 
 
 def make_room(outputs: list[str], all_new: bool, changed: list[str]) -> list[str]:
