@@ -28,6 +28,8 @@ from util.labels import (
 from util.options import add_run_options, check_range, check_run_options
 from util.run import (
     PACKAGES,
+    RENDEZVOUS_SECONDS,
+    WORK_SECONDS,
     UserError,
     atomic_path,
     check_settings,
@@ -354,6 +356,12 @@ with run.process_group(torch.device("cpu")) as (rank, world):
     torch.distributed.all_reduce(total)
     assert total.item() == world == 2
 """
+
+
+def test_the_docs_say_how_long_processes_wait():
+    text = (ROOT / "scripts/README.md").read_text(encoding="utf-8")
+    assert "two minutes" in text and RENDEZVOUS_SECONDS == 2 * 60
+    assert "up to a day" in text and WORK_SECONDS == 24 * 3600
 
 
 def test_a_slow_process_is_waited_for(tmp_path):
