@@ -2,11 +2,11 @@
 # Sets up an environment if need be and runs the tests (about six minutes on 2 cores).
 #   bash scripts/test.sh                 all tests but those marked slow
 #   bash scripts/test.sh -m slow         the slow ones: every task rehearsed, runs killed and changed (ten minutes more)
-#   bash scripts/test.sh tests/test_x.py any option of pytest
+#   bash scripts/test.sh tests/test_x.py any option of pytest (-n 8: eight processes; --pdb needs -n 0)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/lib/variables.sh
 case "${1:-}" in -h | --help) variables "$0" -- --help ;; esac
 variables "$0" --
 source scripts/lib/setup.sh test
-exec "$PYTHON" -m pytest -q --durations=15 "$@"
+exec "$PYTHON" -m pytest -q -n 2 --dist loadfile --durations=15 "$@"
