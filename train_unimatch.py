@@ -523,7 +523,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     with contextlib.nullcontext() if args.dry_run else folder_lock(args.save_path):
         if process_rank()[0] == 0 and not args.dry_run:
-            open_folder(args, run_settings(args, counts, inputs))
+            listed = [*itertools.chain(*labeled, *val_rows), *unlabeled]
+            open_folder(args, run_settings(args, listed, inputs))
         with process_group(device):
             adapt(args, classes, batch, samples, val_rows, model, device, inputs, weights)
 

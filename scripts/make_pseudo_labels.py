@@ -38,7 +38,6 @@ Copied away, this file needs util/ and model/.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import math
 import shutil
 import sys
@@ -57,6 +56,7 @@ from util.labels import (
     check_files,
     check_same_shape,
     class_set,
+    holds_pictures,
     image_size,
     read_image,
     read_list,
@@ -77,7 +77,7 @@ from util.run import (
     atomic_path,
     check_settings,
     check_writable,
-    digests,
+    digest_of_all,
     exact_mode,
     folder_lock,
     manifest,
@@ -450,8 +450,8 @@ def made_of(rows, folder: Path) -> Iterator[Path]:
         yield confidence_path(folder, label)
 
 
-def check_not_overwritten(folder: Path, rows, options) -> None:
-    """No label and no list may take the place of a file that is not this stage's own."""
+def check_not_overwritten(rows, options) -> None:
+    """No label and no list may take the place of one of the inputs."""
     images = {image for image, _ in rows}
     for image, label in rows:
         if label in images:
@@ -461,13 +461,6 @@ def check_not_overwritten(folder: Path, rows, options) -> None:
             )
     if options.out_list.resolve() == Path(options.id_list_path).resolve():
         raise UserError(f"--out-list {options.out_list}: is the list that is read; name another")
-    if not (folder / "settings.json").exists():
-        for path in made_of(rows, folder):
-            if path.exists():
-                raise UserError(
-                    f"{path}: is there already, and no settings.json says what it was made from;"
-                    " choose another --exp, or remove that folder"
-                )
 
 
 # ------------------------------------------------------------------------------------------- stages
@@ -555,15 +548,11 @@ def write_labels(
 
 def settings_of(options, source: Source, step: int) -> dict:
     """What the labels depend on; equal settings give equal labels."""
-    contents = hashlib.sha256()
-    print(f"checksums of {len(source.files)} files", file=sys.stderr)
-    found = digests(source.files)
-    for path in source.files:
-        contents.update(found[str(path)].encode())
+    contents = "images_sha256" if source.checkpoint else "arrays_sha256"
     return {
         "image_list_sha256": sha256(options.id_list_path),
         "checkpoint_sha256": sha256(source.checkpoint) if source.checkpoint else None,
-        "images_sha256" if source.checkpoint else "arrays_sha256": contents.hexdigest(),
+        contents: digest_of_all(source.files),
         "class_num": options.class_num,
         "rule": options.rule,
         "policy": options.policy,
@@ -732,7 +721,7 @@ def main(argv=None) -> None:
         source = network_source(options.checkpoint, images, root, classes.count, test_size, device)
     else:
         source = array_source(options.probabilities, images, root, classes.count)
-    check_not_overwritten(folder, rows, options)
+    check_not_overwritten(rows, options)
     check_writable(options.out_list.parent)
     summary_path = folder / "summary.json"
 
@@ -740,7 +729,7 @@ def main(argv=None) -> None:
         settings = {"pixel_step": step}
         if rank == 0:
             settings = settings_of(options, source, step)
-            begun = any(path.exists() for path in (summary_path, *made_of(rows, folder)))
+            begun = any(map(Path.exists, made_of(rows, folder))) or holds_pictures(folder)
             mend = "choose another --exp, or remove that folder"
             check_settings(folder / "settings.json", settings, "labels made with", mend, begun)
             check_disk(folder, rows, source, step, 6 if options.rule == "cbst" else 5)

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+from datetime import datetime
 
 import numpy as np
 import pytest
@@ -636,6 +637,23 @@ def test_derived_figures_are_the_known_ones():
     assert table["GTA → Cityscapes"] == ("64.63 @ 179", "63.54 @ 234", "63.74", "–")
     assert table["SYNTHIA → Cityscapes"] == ("59.23 @ 84", "58.04 @ 239", "57.95", "65.42")
     assert table["GTA → BDD100K"] == ("44.43 @ 55", "44.43 @ 55", "42.29", "–")
+
+
+@pytest.mark.parametrize(
+    "name, script, digits",
+    [("seco_gta", "gta2cs", 1), ("seco_synthia", "synthia2cs", 1), ("seco_bdd", "gta2bdd", 0)],
+)
+def test_hours_are_those_of_the_logs(name, script, digits):
+    """On four GPUs; BDD100K's 56 epochs projected to 240."""
+    with open(SHIPPED / name / "epochs.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["evaluated"]]
+    last, first = (datetime.fromisoformat(t) for t in (rows[-1]["evaluated"], rows[0]["started"]))
+    hours = (last - first).total_seconds() / 3600 * (240 / len(rows) if name == "seco_bdd" else 1)
+    said = f" {hours:.{digits}f} h"
+    row = [line for line in (ROOT / "README.md").read_text().splitlines() if f"/{name}`" in line]
+    assert any(f"{said} on 4 GPUs" in line for line in row)
+    head = (ROOT / f"scripts/{script}.sh").read_text()
+    assert said in head and "four GPUs" in head
 
 
 def test_a_wrong_cell_is_named(tmp_path, capsys):

@@ -274,6 +274,14 @@ def test_batches_decoded_side_by_side_give_what_one_thread_gives(sam):
     assert (results[0].label == results[1].label).mean() >= 0.9999
 
 
+def test_the_help_names_the_prompts_of_a_batch(capsys):
+    with pytest.raises(SystemExit):
+        seco_sam.parse_args(["--help"])
+    cpu, gpu = (segmenter.Segmenter(torch.device(kind)).prompt_batch for kind in ("cpu", "cuda"))
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"(default: {cpu} on a CPU, {gpu} on a GPU)" in said
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_memory_exhaustion_halves_the_prompt_batch(sam, threads, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)

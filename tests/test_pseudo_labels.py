@@ -385,14 +385,17 @@ def test_equal_names_in_two_folders_do_not_share_an_array(data):
     assert np.array_equal(label, arrays["pix/train/a/im3_leftImg8bit.png"].argmax(0))
 
 
-def test_files_of_others_are_not_overwritten(data):
-    root, arrays = data
-    mine = root / next(iter(arrays))
+@pytest.mark.parametrize("name", ["train/a/im0_leftImg8bit.png", "train/a/im0_leftImg8bit.jpg"])
+def test_files_of_others_are_not_overwritten_nor_joined(data, name):
+    """The second: --exp images, where BDD100K's own images are."""
+    root, _ = data
+    mine = root / "pix" / name
     mine.parent.mkdir(parents=True)
     mine.write_bytes(b"precious")
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="pix: is not empty, but has no settings.json"):
         stage0.main(command(root))
     assert mine.read_bytes() == b"precious"
+    assert [path.name for path in mine.parent.iterdir()] == [mine.name]
 
 
 def test_two_runs_in_one_folder(data):

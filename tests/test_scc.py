@@ -911,11 +911,12 @@ def test_a_lost_classifier_takes_its_scores_with_it_and_lost_results_come_back(f
     assert results(tmp_path, "release") == before
 
 
-def test_labels_of_another_program_are_not_overwritten(root):
-    other = root / "pix_scc/train/1.png"
+@pytest.mark.parametrize("name", ["1.png", "of_another_list.png"])
+def test_labels_of_another_program_are_not_overwritten_nor_joined(root, name):
+    other = root / "pix_scc/train" / name
     other.parent.mkdir(parents=True)
     shutil.copy(root / "gt/train/1.png", other)
-    with pytest.raises(UserError, match="no settings.json that says what made them"):
+    with pytest.raises(UserError, match="pix_scc: .* no settings.json that says what made"):
         scc.main(command(root, "release"))
     assert other.read_bytes() == (root / "gt/train/1.png").read_bytes()
 

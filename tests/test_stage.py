@@ -138,10 +138,60 @@ def test_an_option_is_changed(finished, capfd):
 
 @pytest.mark.parametrize("name", ["arrays/b/c.t", "images/1.t", "pixel/0.t"])
 def test_the_content_of_an_input_is_changed(finished, capfd, name):
-    size = (finished / name).stat().st_size
-    (finished / name).write_text("#" * size)  # of the same size
+    status = (finished / name).stat()
+    (finished / name).write_text("#" * status.st_size)  # of the same size
+    os.utime(finished / name, ns=(status.st_atime_ns, status.st_mtime_ns))  # and time
     assert line(finished) == 0 and ran(capfd) == ["psa", "scc"]
     assert current(finished) == afresh(finished)
+
+
+def test_another_file_is_behind_the_path_of_a_checkpoint(run, capfd):
+    """A file that the command names, not in a list and not after `from`."""
+    weights = run / "weights.t"
+    words = [sys.executable, "-c", "print('made')", str(weights)]
+    weights.write_text("weights of one")
+    words = [str(run), f"{run}/stages", "pixel", f"{run}/made", "--", *words]
+    said = []
+    for _ in range(2):
+        assert stage.main(words) == 0
+        said.append(capfd.readouterr().out)
+    (run / "other.t").write_text("weights of two")
+    (run / "other.t").replace(weights)
+    assert stage.main(words) == 0
+    said.append(capfd.readouterr().out)
+    assert [text.endswith("\nmade\n") for text in said] == [True, False, True]
+    assert said[1] == "== pixel: done before\n" and f"again: {weights}, or a file" in said[2]
+
+
+def test_seeds_of_other_options_are_told_apart(tmp_path):
+    folders = [tmp_path / f"seed{seed}" for seed in range(3)]
+    for seed, folder in enumerate(folders):
+        folder.mkdir()
+        more = [f"@/seed{seed}/x", f"data/toy/s{seed}/lists/a.txt", "--seed", str(seed)]
+        for name, top_p in (("pixel", "0.5"), ("psa", "0.5" if seed else "0.1")):
+            identity = ["a.py", "--top-p", top_p, *more]
+            stage.write_json(folder / f"{name}.json", {"identity": identity})
+    assert stage.of_one_setting(folders, "pixel") and not stage.of_one_setting(folders, "psa")
+    assert stage.of_one_setting(folders[1:], "psa")
+    (folders[0] / "psa.json").unlink()
+    assert stage.of_one_setting(folders, "psa")
+
+
+def test_what_a_run_has_left_behind_is_known(finished, capfd):
+    """After a change, stages that a later run leaves out: a second SCC, and an evaluation of it."""
+    folder, scc = finished / "stages", command(finished, "lists/psa.txt", "scc2", "t")
+    made = [f"{finished}/scc2", f"{finished}/lists/scc2.txt"]
+    check = [sys.executable, "-c", "open('m', 'w')", f"{finished}/lists/scc2.txt"]
+    for name, outputs, words in (("scc2", made, scc), ("eval", ["m"], check)):
+        assert stage.main([f"{finished}", f"{folder}", name, *outputs, "--", *words]) == 0
+    assert stage.outdated(finished, folder) == set()
+    moved = finished.parent / "moved"
+    shutil.copytree(finished, moved)
+    assert stage.outdated(moved, moved / "stages") == set()
+    assert line(finished, psa="u") == 0
+    assert stage.outdated(finished, folder) == {"scc2", "eval"}
+    assert line(finished) == 0
+    assert stage.outdated(finished, folder) == set()
 
 
 def test_an_input_is_added_to_a_folder(finished, capfd):

@@ -484,10 +484,10 @@ def test_a_full_disk_gets_one_line_and_loses_nothing(
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", fails)
-        for words in ("the disk is full", "No space left on device"):
+        for words in ("output: the disk is full", "latest.pth: the disk is full"):
             assert run_main(lambda: main(command(data, tmp_path / "run"))) == 2
             error = capsys.readouterr().err.strip().splitlines()[-1]
-            assert error.startswith("error: ") and words in error
+            assert error.startswith("error: ") and words in error and "make room" in error
             assert not list((tmp_path / "run").glob(".*tmp*"))
     main(command(data, tmp_path / "run"))
     assert_same_run(tmp_path / "run", whole_run)
@@ -525,6 +525,27 @@ def test_a_failed_start_does_not_block_the_corrected_command(data, tmp_path, cap
     assert len(rows) == 4  # nothing of the failed start
     assert run_main(lambda: main(changed(argv, lr=0.01))) == 2
     assert "holds a run with lr = 0.001, now it is 0.01" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["corrected/x1.png", "images/x2.png", "images/u3.png"])
+def test_what_a_run_was_made_from_may_not_change(data, whole_run, name, capsys):
+    """Turned upside down: pixels per class are as before."""
+    kept, before = (data / name).read_bytes(), (whole_run / "latest.pth").read_bytes()
+    Image.open(data / name).transpose(Image.Transpose.FLIP_TOP_BOTTOM).save(data / name)
+    code = run_main(lambda: main(command(data, whole_run)))
+    (data / name).write_bytes(kept)
+    assert code == 2 and "holds a run with listed_files_sha256 = " in capsys.readouterr().err
+    assert (whole_run / "latest.pth").read_bytes() == before
+
+
+def test_checkpoints_of_another_program_are_left_alone(data, tmp_path, capsys):
+    """UniMatch saves to a latest.pth as well."""
+    (tmp_path / "run").mkdir()
+    torch.save({"model": {}, "epoch": 3, "previous_best": 60.0}, tmp_path / "run/latest.pth")
+    before = (tmp_path / "run/latest.pth").read_bytes()
+    assert run_main(lambda: main(command(data, tmp_path / "run"))) == 2
+    assert "run: is not empty, but has no settings.json" in capsys.readouterr().err
+    assert (tmp_path / "run/latest.pth").read_bytes() == before
 
 
 KILLED = """

@@ -1,14 +1,19 @@
 """What the scripts share: paths and lists, reading of images and labels, option checks, locks."""
 
 import argparse
+import errno
 import multiprocessing
+import os
+import re
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from util import progress as shown
 from util.labels import (
@@ -23,13 +28,17 @@ from util.labels import (
 from util.options import add_run_options, check_range, check_run_options
 from util.run import (
     PACKAGES,
+    RENDEZVOUS_SECONDS,
+    WORK_SECONDS,
     UserError,
+    atomic_path,
     check_settings,
     digests,
     folder_lock,
     manifest,
     read_json,
     run_main,
+    select_device,
     sha256,
 )
 
@@ -110,6 +119,22 @@ def test_labels_of_another_kind_are_refused_in_a_line(tmp_path, kind):
     assert "\n" not in str(error.value)
 
 
+def test_whatever_the_image_library_raises_is_one_line(tmp_path):
+    """A PNG whose text is too large to unpack: not one of the library's own exceptions."""
+    text = PngImagePlugin.PngInfo()
+    text.add_text("comment", "x" * (PngImagePlugin.MAX_TEXT_CHUNK + 1), zip=True)
+    path = saved(tmp_path / "t.png", np.zeros((4, 4), np.uint8), pnginfo=text)
+    for read in (read_image, read_label, image_size):
+        with pytest.raises(UserError, match=r"t\.png: the .* cannot be read \(Decompressed data"):
+            read(path)
+
+
+def test_floating_point_images_are_refused(tmp_path):
+    path = saved(tmp_path / "f.tif", np.zeros((4, 4), np.float32))
+    with pytest.raises(UserError, match=r"f\.tif: an image of floating-point values; write 8 bits"):
+        read_image(path)
+
+
 def test_huge_images_get_one_line(tmp_path, monkeypatch):
     path = saved(tmp_path / "h.png", np.zeros((40, 40), np.uint8))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
@@ -154,10 +179,27 @@ def options(*argv):
     return parser.parse_args(argv)
 
 
-@pytest.mark.parametrize("device", ["banana", "gpu", "0", "cuda:x", "cpu:", "cuda:99", "mps:zz"])
-def test_unknown_devices_are_refused(device):
+@pytest.mark.parametrize(
+    "device", ["banana", "gpu", "0", "cuda:x", "cpu:", "cuda:99", "mps:zz", "mps"]
+)
+def test_unknown_devices_are_refused(device, monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     with pytest.raises(UserError, match=f"--device {device}: "):
         check_run_options(options("--device", device))
+
+
+def test_every_script_with_these_options_has_them_checked():
+    """By the one function, in its own file or in that of its options."""
+    having = [
+        path
+        for path in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py"), *ROOT.glob("scripts/*/*.py")]
+        if path.parts[-2:] != ("util", "options.py")
+        and "add_run_options(" in path.read_text(encoding="utf-8")
+        and "test" not in path.name
+    ]
+    assert {"seco_sam.py", "train_options.py", "bench_psa.py"} <= {path.name for path in having}
+    for path in having:
+        assert re.search(r"^    check_run_options\(", path.read_text(encoding="utf-8"), re.M), path
 
 
 @pytest.mark.parametrize("seed", ["-1", "4294967296"])
@@ -166,8 +208,10 @@ def test_seeds_outside_the_range_are_refused(seed):
         check_run_options(options("--seed", seed))
 
 
-def test_fitting_run_options_pass():
+def test_fitting_run_options_pass(monkeypatch):
     check_run_options(options("--device", "cpu", "--seed", str(2**32 - 1)))
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert select_device("mps") == torch.device("mps")
 
 
 @pytest.mark.parametrize(
@@ -191,16 +235,20 @@ def test_not_a_number_and_each_of_several_values_are_checked():
 # --- runs
 
 
-def hold(folder, ready, leave):
+def hold(folder, ready):
     with folder_lock(folder):
+        if os.fork() == 0:
+            time.sleep(2)  # outlives its parent
+            os._exit(0)
         ready.set()
-        leave.wait(30)
+        time.sleep(30)
 
 
 def test_a_second_run_in_a_folder_stops_and_a_killed_one_leaves_no_lock(tmp_path):
+    """Nor do the processes that it has forked, as those that load data."""
     context = multiprocessing.get_context("fork")
-    ready, leave = context.Event(), context.Event()
-    first = context.Process(target=hold, args=(tmp_path, ready, leave))
+    ready = context.Event()
+    first = context.Process(target=hold, args=(tmp_path, ready))
     first.start()
     assert ready.wait(30)
     with pytest.raises(UserError, match="another run is writing there"), folder_lock(tmp_path):
@@ -213,7 +261,9 @@ def test_a_second_run_in_a_folder_stops_and_a_killed_one_leaves_no_lock(tmp_path
 
 def test_settings_of_a_run_that_made_nothing_do_not_bind(tmp_path):
     path = tmp_path / "settings.json"
-    check_settings(path, {"seed": 1})
+    with pytest.raises(UserError, match="has no settings.json that says what made its content"):
+        check_settings(path, {"seed": 1})
+    check_settings(path, {"seed": 1}, begun=False)
     check_settings(path, {"seed": 2}, begun=False)
     assert read_json(path) == {"seed": 2}
     with pytest.raises(UserError, match="seed = 2, now it is 3"):
@@ -228,7 +278,11 @@ def test_digests(tmp_path):
 @pytest.mark.parametrize(
     "error, told",
     [
-        (OSError(28, "No space left on device", "x.pth"), "the disk is full"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "x.pth"),
+            "x.pth: the disk is full; make",
+        ),
+        (OSError(errno.EDQUOT, "Disk quota exceeded", "x.pth"), "x.pth: the disk is full; make"),
         (RuntimeError("PytorchStreamWriter failed writing file data/0"), "the disk is full"),
         (RuntimeError("unable to allocate shared memory(shm) for file </torch_1>"), "--shm-size"),
     ],
@@ -240,6 +294,22 @@ def test_limits_of_the_machine_are_told_in_a_line(error, told, capsys):
     assert run_main(main) == 2
     said = capsys.readouterr().err
     assert told in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "error, told",
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "a.png: the disk is full; make room"),
+        (OSError(errno.EACCES, "Permission denied"), "denied); choose another place"),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_told_in_a_line(tmp_path, error, told):
+    path = tmp_path / "a.png"
+    path.write_text("whole")
+    with pytest.raises(UserError, match=re.escape(told)), atomic_path(path) as temporary:
+        temporary.write_text("half")
+        raise error
+    assert [p.name for p in tmp_path.iterdir()] == ["a.png"] and path.read_text() == "whole"
 
 
 def test_other_errors_keep_their_traceback():
@@ -286,6 +356,12 @@ with run.process_group(torch.device("cpu")) as (rank, world):
     torch.distributed.all_reduce(total)
     assert total.item() == world == 2
 """
+
+
+def test_the_docs_say_how_long_processes_wait():
+    text = (ROOT / "scripts/README.md").read_text(encoding="utf-8")
+    assert "two minutes" in text and RENDEZVOUS_SECONDS == 2 * 60
+    assert "up to a day" in text and WORK_SECONDS == 24 * 3600
 
 
 def test_a_slow_process_is_waited_for(tmp_path):

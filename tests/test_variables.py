@@ -44,6 +44,8 @@ def run(script: str, *arguments: str, **variables: str) -> subprocess.CompletedP
         ("camvid", "RECIPES", "paper", "is RECIPE meant"),
         ("gta2cs", "RECIPE", "both", "give one of release, paper"),
         ("gta2cs", "SEED", "-1", "give whole numbers from 0 to 4294967295"),
+        ("gta2cs", "DEVICE", "banana", "give auto, cpu, cuda, cuda:N or mps"),
+        ("gta2bdd", "DEVICE", "cuda:x", "give auto, cpu, cuda, cuda:N or mps"),
         ("gta2cs", "SEEDS", "1", "scripts/gta2cs.sh has no such variable"),
         ("synthia2cs", "REHEARSAL", "1", "SILENT"),
         ("synthia2cs", "REHERSE", "1", "is REHEARSE meant"),

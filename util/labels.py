@@ -344,6 +344,14 @@ def root_relative(name: str, where: str) -> str:
     return short
 
 
+def holds_pictures(folder: Path) -> bool:
+    """Whether an image or a label map lies below a folder; hidden files do not count."""
+    return any(
+        path.suffix.lower() in (".png", ".jpg", ".jpeg") and not path.name.startswith(".")
+        for path in folder.rglob("*")
+    )
+
+
 def check_files(root: str | Path, relative_paths: list[str], list_path: str | Path) -> None:
     """Fail before any work if a file of a list is missing; names the first, counts the rest."""
     missing = [p for p in relative_paths if not (Path(root) / p).is_file()]

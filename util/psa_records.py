@@ -16,7 +16,14 @@ import torch
 
 from model.segmenter import ProposalMask
 from util.connectivity import connectivities
-from util.labels import IGNORE, ClassSet, renamed_experiment, renamed_list, write_list
+from util.labels import (
+    IGNORE,
+    ClassSet,
+    holds_pictures,
+    renamed_experiment,
+    renamed_list,
+    write_list,
+)
 from util.progress import progress
 from util.run import (
     UserError,
@@ -91,16 +98,8 @@ def check_folder(places: Places, rows: list[Row], settings: dict) -> None:
 
     Another process may be at work already: it notes the settings before it writes the first label.
     """
-    made = next((path for path in map(places.label, rows) if path.is_file()), None)
-    others = (path for path in places.out.rglob("*.png") if not path.name.startswith("."))
-    made = made or next(others, None)
-    path = places.out / "settings.json"
-    if made is not None and not path.is_file():
-        raise UserError(
-            f"{made}: is there, but {places.out} has no settings.json as results of this script do;"
-            " move it away or rename the experiment"
-        )
-    check_settings(path, settings, begun=made is not None)
+    begun = any(places.label(row).is_file() for row in rows) or holds_pictures(places.out)
+    check_settings(places.out / "settings.json", settings, begun=begun)
 
 
 def rows_to_do(rows: list[Row], places: Places, quiet: bool) -> list[Row]:

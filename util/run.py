@@ -82,12 +82,20 @@ def _machine_trouble(error: Exception) -> str | None:
             "the data-loading processes ran out of shared memory (/dev/shm); use --workers 0, or"
             " give the container more: docker run --shm-size=8g"
         )
-    full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text
     of_torch_save = ("PytorchStreamWriter", "file write failed", "unexpected pos")
-    if full or any(words in text for words in of_torch_save):
-        name = getattr(error, "filename", None)
-        return f"{name or 'output'}: the disk is full; make room, then run the same command again"
+    if disk_is_full(error) or any(words in text for words in of_torch_save):
+        return full_disk(getattr(error, "filename", None) or "output")
     return None
+
+
+def disk_is_full(error: Exception) -> bool:
+    """Whether an error says that the disk, or the user's share of it, is full."""
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space" in str(error)
+
+
+def full_disk(path: str | Path) -> str:
+    """What to tell of a file that found no room."""
+    return f"{path}: the disk is full; make room, then run the same command again"
 
 
 # -------------------------------------------------------------------------------------------- files
@@ -107,7 +115,11 @@ def atomic_path(path: str | Path):
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
+        if disk_is_full(error):
+            raise UserError(full_disk(path)) from None
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror or error}); choose another place"
+        ) from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -158,12 +170,17 @@ def check_settings(
 ) -> None:
     """Note the settings of a new output folder in `path`; in one that has some they must be equal.
 
-    So results of different settings are never mixed. begun: whether the folder holds any result
-    yet; if not, settings that a failed run left there are replaced. Call this after every other
-    check. what, mend: words of the error.
+    So results of different settings, or of unknown ones, are never mixed. begun: whether the folder
+    holds any result yet; if not, settings that a failed run left there are replaced. Call this
+    after every other check. what, mend: words of the error.
     """
     path = Path(path)
-    if not path.exists() or not begun:
+    if begun and not path.exists():
+        raise UserError(
+            f"{path.parent}: is not empty, but has no {path.name} that says what made its content;"
+            " move it away, or choose another name"
+        )
+    if not begun:
         write_json(path, settings)
         return
     before = read_json(path)
@@ -179,8 +196,8 @@ def check_settings(
 def folder_lock(folder: str | Path):
     """Hold `folder` (which is created) for one run; a second one gets a UserError.
 
-    The lock is the kernel's, on <folder>/.lock: a killed run does not leave it behind. Of several
-    processes of one run only the first takes it.
+    The lock is the kernel's, on <folder>/.lock: a killed run does not leave it behind, nor do its
+    forked processes, which end later. Of several processes of one run only the first takes it.
     """
     if process_rank()[0] > 0:
         yield
@@ -196,6 +213,7 @@ def folder_lock(folder: str | Path):
             ) from None
         except OSError:  # a file system without locks
             pass
+        os.register_at_fork(after_in_child=file.close)
         yield
 
 
@@ -204,6 +222,17 @@ def digests(paths: Iterable[str | Path]) -> dict[str, str]:
     names = list(dict.fromkeys(str(path) for path in paths))
     with ThreadPoolExecutor() as pool:
         return dict(zip(names, pool.map(sha256, names)))
+
+
+def digest_of_all(paths: Iterable[str | Path]) -> str:
+    """One SHA-256 of the contents of files, in their order."""
+    paths, whole = list(paths), hashlib.sha256()
+    if process_rank()[0] == 0:
+        print(f"checksums of {len(paths)} files", file=sys.stderr)
+    found = digests(paths)
+    for path in paths:
+        whole.update(found[str(path)].encode())
+    return whole.hexdigest()
 
 
 def sha256(path: str | Path) -> str:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from dataset.scc import Data, index_image
-from util.labels import check_files, check_pairs
+from util.labels import check_files, check_pairs, holds_pictures
 from util.progress import progress
 from util.run import UserError, atomic_path, check_settings, digests
 
@@ -46,11 +46,8 @@ def prepare_folder(
     other settings, another list, other files, or another program.
     """
     started, path = begun(out), out / "settings.json"
-    if not path.is_file() and (started or any(label.exists() for label in labels)):
-        raise UserError(
-            f"{out}: holds labels or scores, but no settings.json that says what made them; {MEND}"
-        )
-    if started:
+    unknown = not path.is_file() and (holds_pictures(out) or any(map(Path.exists, labels)))
+    if started or unknown:
         check_settings(path, settings)
     index = make_index(out, root, rows, settings["class_num"], list_path, started)
     if not len(index):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
 from util.labels import check_files, check_pairs, read_label, read_list
-from util.run import UserError, check_settings, remove_leftovers, sha256
+from util.run import UserError, check_settings, digest_of_all, remove_leftovers, sha256
 
 RESULTS = ("latest.pth", "best.pth", "summary.json")  # a folder with one of them holds a run
 
@@ -97,10 +96,12 @@ def input_files(args) -> dict[str, Path]:
     return {name: path for name, path in files.items() if path}
 
 
-def run_settings(args, counts: np.ndarray, inputs: dict[str, Path]) -> dict:
-    """What settings.json holds: SETTINGS, and digests of the label maps' counts and the inputs."""
+def run_settings(args, listed: list[str], inputs: dict[str, Path]) -> dict:
+    """What settings.json holds: SETTINGS, and digests of the inputs and of the images and label
+    maps that their lists name (`listed`, below --root-path).
+    """
     settings = {name: getattr(args, name) for name in SETTINGS}
-    settings["label_pixels_sha256"] = hashlib.sha256(counts.tobytes()).hexdigest()
+    settings["listed_files_sha256"] = digest_of_all(args.root_path / name for name in listed)
     for name, path in inputs.items():
         settings[f"{name}_sha256"] = sha256(path)
     return settings

@@ -37,10 +37,9 @@ from model.segmenter import ProposalSettings, Segmenter
 from seco_sam import aggregate
 from tests.oracle_psa import oracle_psa
 from util.labels import CITYSCAPES_19, IGNORE
-from util.options import add_run_options
+from util.options import add_run_options, check_range, check_run_options
 from util.run import (
     Stopwatch,
-    UserError,
     exact_mode,
     peak_memory_mb,
     run_main,
@@ -170,8 +169,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--no-oracle", action="store_true", help="time PSA alone")
     add_run_options(parser)
     options = parser.parse_args(argv)
-    if options.images < 1:
-        raise UserError(f"--images {options.images}: give a number from 1 up")
+    check_run_options(options)
+    check_range(options, "images", least=1)
     return options
 
 

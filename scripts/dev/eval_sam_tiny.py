@@ -21,7 +21,8 @@ Outputs: a table; --out (model/sam_tiny.json) with all numbers, seed, steps, min
         --out model/sam_tiny_photo.json --class-num 11 --stuff 0 1 3 4 5 7 --things 2 6 8 9 10 \\
         --photos splits/camvid/sam_holdout.txt splits/camvid/dusk_gt.txt
 
-Needs when copied away: model/, scripts/dev/train_sam_tiny.py, dataset/toy/, util/.
+Needs when copied away: model/, scripts/dev/train_sam_tiny.py, dataset/augment.py, dataset/toy/,
+util/.
 """
 
 from __future__ import annotations
@@ -55,9 +56,14 @@ from scripts.dev.train_sam_tiny import (
     stuff_components,
 )
 from util.labels import CITYSCAPES_19, class_set
-from util.options import add_class_options, add_run_options
+from util.options import (
+    add_class_options,
+    add_run_options,
+    check_range,
+    check_run_options,
+)
 from util.progress import progress
-from util.run import UserError, run_main, select_device, write_json
+from util.run import run_main, select_device, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -308,16 +314,15 @@ def parse_args(argv=None) -> argparse.Namespace:
         help="record of the training, copied into --out if it is there (default: %(default)s)",
     )
     add_run_options(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    check_run_options(args)
+    check_range(args, "scenes", least=1)
+    check_range(args, "proposal_scenes", least=0)
+    return args
 
 
 def main(argv=None) -> None:
     args = parse_args(argv)
-    if args.scenes < 1 or not 0 <= args.proposal_scenes:
-        raise UserError(
-            f"--scenes {args.scenes} --proposal-scenes {args.proposal_scenes}: "
-            "give 1 or more, and 0 or more"
-        )
     sets = {style: (partial(drawing, style=style), args.scenes) for style in args.styles}
     for path in args.photos:
         classes = class_set(args.class_num, args.stuff, args.things)

@@ -37,7 +37,7 @@ weights (model/sam_tiny.json).
 
 One step on 2 CPU cores (bf16): 8 images x 15 prompts, about one second; photographs of 384x288 take
 1.5 times as long. Same seed, options and thread count: same weights. Needs when copied away:
-model/{checkpoint,sam_tiny,sam_decoder}.py, dataset/toy/, util/.
+model/{checkpoint,sam_tiny,sam_decoder}.py, dataset/augment.py, dataset/toy/, util/.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ from util.labels import (
     read_list,
     read_picture,
 )
-from util.options import add_class_options, add_run_options
+from util.options import add_class_options, add_run_options, check_run_options
 from util.progress import progress
 from util.run import (
     UserError,
@@ -927,6 +927,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add_schedule_options(parser)
     add_run_options(parser)
     args = parser.parse_args(argv)
+    check_run_options(args)
     if args.iou_head and (not args.init or not 0 < args.iou_head <= args.scenes):
         raise UserError(
             f"--iou-head {args.iou_head}: it needs --init, and 1 to {args.scenes} scenes (--scenes)"

@@ -4,7 +4,7 @@
 
 Reads what the stages left in `<run>/seed<n>/`: eval/*/metrics.json, stages/*.json, label maps,
 checkpoints. Writes `<run>/results.json`, `<run>/results.md` and `<run>/pictures/`. A stage that has
-not run has no row.
+not run has no row, nor has one whose inputs have changed since.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import statistics
 import sys
 from pathlib import Path
 
+from scripts.lib.stage import of_one_setting, outdated
 from util.labels import class_set, read_image, read_label, read_list
 from util.options import add_class_options
 from util.pictures import bar_chart, colour_label, contact_sheet, line_chart, save_picture
@@ -46,14 +47,16 @@ MODEL_ROWS = {
 }
 
 
-def gather(seed_folders: list[Path], rows: dict[str, str], prefix: str, keys: list[str]) -> dict:
+def gather(
+    seed_folders: list[Path], rows: dict[str, str], prefix: str, keys: list[str], old: set[str]
+) -> dict:
     """{row: {key: [value per seed]}} from `<seed>/eval/<prefix><row>/metrics.json`; only rows that
-    every seed has.
+    every seed has, and none of an outdated stage (`old`).
     """
     table = {}
     for row in rows:
         files = [folder / "eval" / f"{prefix}{row}" / "metrics.json" for folder in seed_folders]
-        if all(file.is_file() for file in files):
+        if f"{prefix or 'eval_'}{row}" not in old and all(file.is_file() for file in files):
             metrics = [read_json(file) for file in files]
             table[row] = {key: [entry[key] for entry in metrics] for key in keys}
     return table
@@ -257,9 +260,18 @@ def main(argv: list[str] | None = None) -> None:
     seeds = sorted(args.run.glob("seed*"), key=lambda folder: int(folder.name[4:]))
     if not seeds:
         raise UserError(f"{args.run}: no seed<n> folder in it; run scripts/toy.sh first")
-    quality = gather(seeds, LABEL_ROWS, "quality_", ["coverage", "accuracy", "miou"])
-    models = gather(seeds, MODEL_ROWS, "", ["miou"])
-    costs = stage_costs(seeds)
+    old = set().union(*(outdated(args.run, folder / "stages") for folder in seeds))
+    for name in stage_costs(seeds).keys() - old:
+        if not of_one_setting([folder / "stages" for folder in seeds], name):
+            raise UserError(
+                f"{args.run}: its seeds have stage {name} with other options; run all of them again"
+                " (SEEDS), or move the folders of the old ones away"
+            )
+    if old:
+        print(f"left out, from inputs that have changed since: {', '.join(sorted(old))}")
+    quality = gather(seeds, LABEL_ROWS, "quality_", ["coverage", "accuracy", "miou"], old)
+    models = gather(seeds, MODEL_ROWS, "", ["miou"], old)
+    costs = {name: cost for name, cost in stage_costs(seeds).items() if name not in old}
     names = ", ".join(folder.name[4:] for folder in seeds)
 
     text = f"Seeds: {names}. Figures in %, mean ± standard deviation over the seeds.\n\n"

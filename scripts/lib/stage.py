@@ -19,7 +19,7 @@ nothing is mixed and nothing is lost; the same happens to a single file that has
 
 The record holds the command, wall seconds over all tries (an interrupted stage is not made to look
 quick), the peak memory of its largest process in MB, and SHA-256 of inputs and outputs. Those of
-files whose size and time are as before are looked up in `<folder>/digests`. Exit code: the
+files whose size and times are as before are looked up in `<folder>/digests`. Exit code: the
 command's; 2 if another run is at work in the folder. A stage that is done imports the standard
 library only, so that skipping is instant.
 """
@@ -28,6 +28,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import resource
 import stat
 import subprocess
@@ -94,7 +95,7 @@ def named_by(path: str, command: list[str]) -> list[str]:
 
 
 class Digests:
-    """SHA-256 of files; those of files with the size and time of an earlier call are looked up."""
+    """SHA-256 of files; those of files with the size and times of an earlier call are looked up."""
 
     def __init__(self, path: Path):
         self.path, self.known, self.new = path, read_json(path), False
@@ -106,10 +107,10 @@ class Digests:
             with contextlib.suppress(OSError):
                 if not stat.S_ISREG((status := os.stat(path)).st_mode):
                     continue
-                key, stamp = os.path.abspath(path), [status.st_size, status.st_mtime_ns]
-                found[path] = None
-                if self.known.get(key, [])[:2] == stamp:
-                    found[path] = self.known[key][2]
+                key, found[path] = os.path.abspath(path), None
+                stamp = [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+                if self.known.get(key, [])[:-1] == stamp:
+                    found[path] = self.known[key][-1]
                 else:
                     todo.append((path, key, stamp))
         with ThreadPoolExecutor() as pool:
@@ -139,7 +140,12 @@ def inputs_of(command, outputs, more, run: Path, digests: Digests) -> dict[str, 
     own = tuple(os.path.abspath(path) + os.sep for path in outputs)
     words = [w for w in command[1:] if os.path.isfile(w) and not w.endswith(".py")]
     words = [w for w in words if not (os.path.abspath(w) + os.sep).startswith(own)]
-    contents = {w: [w, *files_in(w), *named_by(w, command)] for w in [*words, *more]}
+    return digests_of_inputs([*words, *more], command, run, digests)
+
+
+def digests_of_inputs(words, command, run: Path, digests: Digests) -> dict[str, str]:
+    """`inputs_of`, of these words of the command."""
+    contents = {w: [w, *files_in(w), *named_by(w, command)] for w in words}
     known = digests([path for paths in contents.values() for path in paths])
     return {
         place(word, run): hashlib.sha256(
@@ -191,6 +197,35 @@ def state(record: dict, asked: list[str], given: dict, run: Path, digests: Diges
         f"{missing[0]} is missing" if missing else f"{changed[0]} has changed" if changed else ""
     )
     return reason, False, changed
+
+
+def outdated(run: Path, folder: Path) -> set[str]:
+    """Names of the stages of a folder of records that are not of the inputs as they are now, and of
+    those that were made from theirs. A run that leaves out a stage leaves it behind like this.
+    """
+    records = {path.stem: read_json(path) for path in folder.glob("*.json")}
+    records = {name: record for name, record in records.items() if "given" in record}
+    digests, found = Digests(folder / "digests"), set()
+    for name, record in records.items():
+        words = [located(word, run) for word in record["given"]]
+        command = [located(word, run) for word in record["identity"]]
+        if digests_of_inputs(words, command, run, digests) != record["given"]:
+            found.add(name)
+    count = -1
+    while count < len(found):
+        count = len(found)
+        gone = {path for name in found for path in records[name].get("made", {})}
+        found |= {name for name, record in records.items() if gone & record["given"].keys()}
+    return found
+
+
+def of_one_setting(folders: list[Path], name: str) -> bool:
+    """Whether the folders of records of several seeds have one command of a stage, but for the
+    seed.
+    """
+    records = [read_json(folder / f"{name}.json") for folder in folders]
+    commands = {" ".join(record["identity"]) for record in records if "identity" in record}
+    return len({re.sub(r"\bseed\d+|/s\d+/|--seed \d+", "", text) for text in commands}) <= 1
 
 
 def make_room(outputs: list[str], all_new: bool, changed: list[str]) -> list[str]:

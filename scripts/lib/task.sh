@@ -151,7 +151,8 @@ run_task() {
         -m scripts.make_pseudo_labels --id-list-path "$TRAIN_LIST" --root-path "$DATA_ROOT" "${CLASSES[@]}" "${source[@]}" \
         --exp "$EXP" --preset dtst "${TEST_SIZE[@]}" --top-p "$TOP_P" --out-list "$SPLITS/$EXP/train.txt" --device "$DEVICE"
     labels="${EXP}_$(sam_name "$SAM_TYPE")$suffix"
-    stage psa "$DATA_ROOT/$labels" "$SPLITS/$labels/train.txt" -- "${LAUNCH[@]}" seco_sam.py \
+    stage psa "$DATA_ROOT/$labels" "$SPLITS/$labels/train.txt" from "$SAM_TYPE" ${SAM_CHECKPOINT:+"$SAM_CHECKPOINT"} -- \
+        "${LAUNCH[@]}" seco_sam.py \
         --id-list-path "$SPLITS/$EXP/train.txt" --root-path "$DATA_ROOT" "${CLASSES[@]}" --sam-type "$SAM_TYPE" \
         ${SAM_CHECKPOINT:+--sam-checkpoint "$SAM_CHECKPOINT"} --recipe "$RECIPE" --vis 8 --device "$DEVICE" \
         ${CACHE[@]+"${CACHE[@]}"}
@@ -217,6 +218,10 @@ main() { # main ARGUMENT… of the script
     one_of REHEARSE 0 1
     one_of USE_SCC 0 1
     sam_type
+    case "${DEVICE:-auto}" in
+        auto | cpu | cuda | cuda:[0-9] | cuda:[0-9][0-9] | mps) ;;
+        *) die "DEVICE=$DEVICE: give auto, cpu, cuda, cuda:N or mps" ;;
+    esac
     one_of STEM deep torchvision
     numbers SEED 0 4294967295
     REHEARSE="${REHEARSE:-0}" RECIPE="${RECIPE:-release}" USE_SCC="${USE_SCC:-1}" SEED="${SEED:-0}" DEVICE="${DEVICE:-auto}"
