@@ -34,6 +34,7 @@ adapt() { # adapt NAME LIST: split the list and train UniMatch with it, from the
 psa() { # psa NAME SUFFIX OPTION…: PSA of the pixel labels, its quality
     local name="$1" labels="pix_$2" weights
     weights="$(sam_file "$SAM")"
+    if [ -z "$weights" ] && [ -d "${SAM_TYPE:-}" ]; then weights="$SAM_TYPE"; fi
     shift 2
     stage "$name" "$W/$labels" "$W/splits/$labels/all.txt" ${weights:+from "$weights"} -- "$PYTHON" seco_sam.py \
         --id-list-path "$W/splits/pix/all.txt" --root-path "$W" "${CLASSES[@]}" "${PSA[@]}" "$@"
