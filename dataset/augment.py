@@ -15,7 +15,6 @@ import cv2
 import numpy as np
 import torch
 from PIL import Image
-from scipy import ndimage
 
 # Samples are made in processes of their own, one core each. OpenCV's threads would be as many as
 # there are cores in every one of them, and do not survive a fork: this has to be said before OpenCV
@@ -180,20 +179,6 @@ def strong_view(random: np.random.Generator, image: np.ndarray) -> np.ndarray:
     if random.random() < BLUR_CHANCE:
         image = blurred(image, float(random.uniform(*BLUR_RADIUS)))
     return image
-
-
-def day_to_dusk(random: np.random.Generator, image: np.ndarray) -> np.ndarray:
-    """The photograph [H, W, 3] uint8 in another light, from day to dusk: contrast, gamma,
-    brightness, colour cast, blur and noise. Not UniMatch's; the widths are this kit's.
-    """
-    x = image.astype(np.float32) / 255
-    x = np.clip((x - x.mean()) * random.uniform(0.6, 1.2) + x.mean(), 0, 1)
-    x = x ** np.exp(random.uniform(np.log(0.6), np.log(3)))
-    x = x * random.uniform(0.35, 1.15) * random.uniform(0.85, 1.15, 3).astype(np.float32)
-    if random.random() < 0.3:
-        x = ndimage.gaussian_filter(x, (*[random.uniform(0.3, 1.2)] * 2, 0))
-    x = x + random.normal(0, random.uniform(0, 0.03), x.shape)
-    return (x.clip(0, 1) * 255).round().astype(np.uint8)
 
 
 # The adjustments are torchvision's on Pillow images, which UniMatch uses, computed with OpenCV:

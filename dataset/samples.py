@@ -25,7 +25,6 @@ from dataset.augment import (
     cropped_label,
     cutmix,
     cutmix_box,
-    day_to_dusk,
     draw_crop,
     padding_mask,
     strong_view,
@@ -38,7 +37,6 @@ from util.run import atomic_path
 # is done here on any number of processes, so that an epoch has as many iterations as theirs.
 AUTHORS_PROCESSES = 4
 LABELED, UNLABELED, UNLABELED_MIX, PASTE, PHOTOMETRIC = range(5)  # streams of random numbers
-LIGHT_CHANCE = 0.5  # of --photometric: another light before the strong view
 
 
 def iterations_per_epoch(samples: int, global_batch: int) -> int:
@@ -111,7 +109,7 @@ class TrainingSamples(Dataset):
         scales: tuple[float, float] = SCALES,
         photometric: bool = False,
     ):
-        """photometric: x is a strong view of its crop, half of the time in another light."""
+        """photometric: x is a strong view of its crop."""
         self.labeled, self.unlabeled, self.root, self.crop_size, self.seed = (
             labeled,
             unlabeled,
@@ -148,10 +146,7 @@ class TrainingSamples(Dataset):
         if self.rare is not None:
             x, mask_x = self.rare.paste(self.generator(PASTE, key), x, mask_x)
         if self.photometric:
-            random = self.generator(PHOTOMETRIC, key)
-            if random.random() < LIGHT_CHANCE:
-                x = day_to_dusk(random, x)
-            x = strong_view(random, x)
+            x = strong_view(self.generator(PHOTOMETRIC, key), x)
         return x, mask_x
 
     def unlabeled_views(self, key: Key) -> dict[str, np.ndarray]:

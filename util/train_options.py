@@ -72,8 +72,8 @@ def add_data_options(parser: ArgumentParser) -> None:
         "--photometric",
         action="store_true",
         help=(
-            "with --supervised: colour jitter, grey and blur as in the strong views, and light from"
-            " day to dusk, for a source model less bound to its domain's colours"
+            "with --supervised: colour jitter, grey and blur as in the strong views, for a source"
+            " model less bound to its domain's colours"
         ),
     )
 

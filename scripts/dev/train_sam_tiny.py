@@ -65,7 +65,6 @@ from segment_anything.modeling import PromptEncoder
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dataset.augment import day_to_dusk
 from model.checkpoint import load_exactly, read_checkpoint, state_dict_in
 from model.sam_decoder import pixels_to_tokens
 from model.sam_tiny import TINY_CHECKPOINT, TINY_PE_FREQUENCIES, build_sam_tiny
@@ -218,6 +217,20 @@ def labeled_components(label: np.ndarray, classes: ClassSet) -> np.ndarray:
             segment[connectivity.window][connectivity.mask] = number
             number += 1
     return segment
+
+
+def day_to_dusk(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
+    """The photograph [H, W, 3] uint8 in another light: contrast, gamma, brightness, colour cast,
+    blur and noise.
+    """
+    x = image.astype(np.float32) / 255
+    x = np.clip((x - x.mean()) * rng.uniform(0.6, 1.2) + x.mean(), 0, 1)
+    x = x ** np.exp(rng.uniform(np.log(0.6), np.log(3)))
+    x = x * rng.uniform(0.35, 1.15) * rng.uniform(0.85, 1.15, 3).astype(np.float32)
+    if rng.random() < 0.3:
+        x = ndimage.gaussian_filter(x, (*[rng.uniform(0.3, 1.2)] * 2, 0))
+    x = x + rng.normal(0, rng.uniform(0, 0.03), x.shape)
+    return (x.clip(0, 1) * 255).round().astype(np.uint8)
 
 
 def photo_window(
