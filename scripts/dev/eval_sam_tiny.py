@@ -21,7 +21,7 @@ Outputs: a table; --out (model/sam_tiny.json) with all numbers, seed, steps, min
         --out model/sam_tiny_photo.json --class-num 11 --stuff 0 1 3 4 5 7 --things 2 6 8 9 10 \\
         --photos splits/camvid/sam_holdout.txt splits/camvid/dusk_gt.txt
 
-Needs when copied away: model/, scripts/dev/train_sam_tiny.py, dataset/augment.py, dataset/toy/,
+Needs when copied away: model/, scripts/dev/train_sam_tiny.py, dataset/toy/,
 util/.
 """
 

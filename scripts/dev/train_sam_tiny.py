@@ -37,7 +37,7 @@ weights (model/sam_tiny.json).
 
 One step on 2 CPU cores (bf16): 8 images x 15 prompts, about one second; photographs of 384x288 take
 1.5 times as long. Same seed, options and thread count: same weights. Needs when copied away:
-model/{checkpoint,sam_tiny,sam_decoder}.py, dataset/augment.py, dataset/toy/, util/.
+model/{checkpoint,sam_tiny,sam_decoder}.py, dataset/toy/, util/.
 """
 
 from __future__ import annotations
