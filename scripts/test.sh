@@ -9,4 +9,4 @@ source scripts/lib/variables.sh
 case "${1:-}" in -h | --help) variables "$0" -- --help ;; esac
 variables "$0" --
 source scripts/lib/setup.sh test
-exec "$PYTHON" -m pytest -q -n 2 --dist loadfile --durations=15 "$@"
+exec "$PYTHON" -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=15 "$@"

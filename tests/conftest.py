@@ -25,3 +25,9 @@ def one_thread_for_the_module():
 def one_thread():
     """A test that has set another number does not touch the next one."""
     torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items):
+    """The two longest files first, so that the processes that share the tests end together."""
+    first = ("test_end_to_end.py", "test_tasks.py")
+    items.sort(key=lambda item: item.path.name not in first)
