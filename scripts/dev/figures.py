@@ -1,6 +1,6 @@
 """The pictures and tables of the READMEs, made from runs: nothing in them is typed by hand.
 
-    # whatever of runs/{toy_release,toy_unseen,ablation_toy,camvid_release} exists
+    # whatever of runs/{ablation_toy,toy_unseen,camvid_release} exists
     python -m scripts.dev.figures
     python -m scripts.dev.figures --image 2           another image for the pipeline picture
 
@@ -24,6 +24,7 @@ from PIL import Image
 
 from dataset.scc import numbered
 from scripts.lib.report import (
+    cost_table,
     label_table,
     markdown_table,
     mean_and_deviation,
@@ -46,10 +47,21 @@ ROOT = Path(__file__).resolve().parents[2]
 
 DOCUMENTS = ("README.md", "training_logs/ours/README.md", "model/README.md")
 PICTURE_WIDTH = 1400  # pixels, at most
-RUNS = ("toy_release", "toy_unseen", "ablation_toy", "camvid_release")
+RUNS = ("ablation_toy", "toy_unseen", "camvid_release")
 # The paper's Tables 6 and 7, GTA to Cityscapes, DTST (source-free), mIoU after adaptation; "no SAM"
 # is DTST itself.
 PAPER_ABLATION = {"pixel": 52.1, "prompting": 46.7, "alignment": 56.1, "psa": 57.9, "seco": 60.5}
+
+MAIN_LINE = (
+    "source",
+    "eval_before",
+    "pixel",
+    "psa",
+    "scc",
+    "split_seco",
+    "adapt_seco",
+    "eval_seco",
+)  # whose costs are shown
 
 
 def put(name: str, content: str, root: Path = ROOT) -> None:
@@ -98,7 +110,9 @@ def keep_records(run: Path) -> None:
 
 
 def ablation_tables(run: Path) -> str:
-    """Labels, adapted models beside the paper's figures and the threshold sweep, as tables."""
+    """Labels, adapted models beside the paper's figures, the threshold sweep and the costs of an
+    ablation, as tables.
+    """
     results = read_json(run / "results.json")
     text = (
         f"Seeds: {', '.join(map(str, results['seeds']))}. Figures in %, mean ± standard deviation"
@@ -109,6 +123,7 @@ def ablation_tables(run: Path) -> str:
         label_table(results["labels"]),
         model_table(results["models"], PAPER_ABLATION, "paper (DTST, GTA → Cityscapes)"),
         *([sweep.read_text(encoding="utf-8").rstrip() + "\n"] if sweep.is_file() else []),
+        cost_table({stage: results["stages"][stage] for stage in MAIN_LINE}),
     )
     return text + "\n".join(tables)
 
@@ -222,7 +237,7 @@ def sam_table(name: str) -> str:
 # ---------------------------------------------------------------------------------- README's tables
 
 OURS = {  # run of training_logs/ours: title of its column
-    "toy_release": "drawn scenes",
+    "ablation_toy": "drawn scenes",
     "toy_unseen": "drawn scenes, seeds not looked at",
     "camvid_release": "photographs, day to dusk",
 }
@@ -276,7 +291,7 @@ def ours_table() -> str:
 
 def toy_output() -> str:
     """What `bash scripts/toy.sh` prints at its end: the main line of the first recorded seed."""
-    results = read_json(ROOT / "training_logs/ours/toy_release/results.json")
+    results = read_json(ROOT / "training_logs/ours/ablation_toy/results.json")
     first = (
         lambda table, rows: {  # noqa: E731
             row: {key: values[:1] for key, values in table[row].items()} for row in rows
@@ -318,16 +333,14 @@ def main(argv=None) -> None:
             else (run / "results.md").read_text(encoding="utf-8")
         )
         put(name, tables.replace("### ", "#### "))
-    toy, ablation, camvid = (
-        ROOT / "runs" / name for name in ("toy_release", "ablation_toy", "camvid_release")
-    )
+    toy, camvid = (ROOT / "runs" / name for name in ("ablation_toy", "camvid_release"))
     if (toy / "results.md").is_file():
         save_picture(images / "pipeline.jpg", pipeline_picture(toy, options.image))
     for run, picture, name in (
         (toy, "side_by_side.png", "side_by_side.jpg"),
         (toy, "scc_loss_histogram.png", "scc_loss_histogram.png"),
-        (ablation, "ablation.png", "ablation.png"),
-        (ablation, "sweep.png", "sweep.png"),
+        (toy, "ablation.png", "ablation.png"),
+        (toy, "sweep.png", "sweep.png"),
         (camvid, "side_by_side.png", "camvid.jpg"),
     ):
         if (run / "pictures" / picture).is_file():
