@@ -315,7 +315,7 @@ def test_other_files_are_refused_in_one_line(small_model, tmp_path):
         key = next(key for key in state if key.endswith("layer1.0.conv2.weight"))
         del state[key]
         torch.save({"state_dict": state}, tmp_path / f"{name}.pth")
-        assert "1 missing" in message(lambda: load_network(tmp_path / f"{name}.pth", "cpu", 19))  # noqa: B023
+        assert "1 missing" in message(lambda: load_network(tmp_path / f"{name}.pth", "cpu", 19))
     assert "no such checkpoint" in message(lambda: load_network(tmp_path / "none.pth", "cpu", 5))
     assert "--stem torchvision" in message(lambda: load_backbone(resnet(18), "imagenet"))
     assert "resnet34" in message(lambda: resnet(34))
