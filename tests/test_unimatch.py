@@ -432,8 +432,9 @@ def assert_same_events(one: Path, other: Path):
     for folder in (one, other):
         events = EventAccumulator(str(folder), purge_orphaned_data=False)
         events.Reload()
+        # Files of one second are read in the order of their process IDs: sorted here by step.
         tags = events.Tags()["scalars"]
-        scalars.append({tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in tags})
+        scalars.append({t: sorted((e.step, e.value) for e in events.Scalars(t)) for t in tags})
     assert scalars[0] == scalars[1] and len(scalars[0]["eval/mIoU"]) > 1
 
 
