@@ -56,7 +56,7 @@ CLASSES=(--class-num 11 --stuff 0 1 3 4 5 7 --things 2 6 8 9 10)
 NETWORK=(--backbone resnet10 --stem torchvision --crop-size 225 --scales 0.75 1.5 --class-balance 0.4 --loss-groups 1
          --channels-last --workers 0 --pictures-every 0 "${AMP[@]}")
 SOURCE=("${NETWORK[@]}" --epochs 30 --global-batch 8 --optimizer adamw --lr 0.004 --photometric)
-PIXEL=(--top-p 0.5)
+PIXEL=(--top-p 0.5 --top-p-things 0.25) # false things on house fronts grow in PSA
 SAM="$(sam_name "$SAM_TYPE")"
 PSA=(--sam-type "$SAM_TYPE" --proposal-cache data/proposals)
 if [ "$SAM_TYPE" = tiny ]; then PSA+=(--sam-checkpoint model/sam_tiny_photo.pth); fi # has seen the day drives

@@ -3,6 +3,7 @@
 
 Two rules. `top-p`, DT-ST's: of all pixels of the list that the model predicts as a class, the top p
 by confidence (largest softmax probability) keep the class; the rest becomes 255. Paper: p = 0.5.
+`--top-p-things` gives things another share.
 `cbst`: the rule of CBST's released code, see `cbst_label`. No ground truth is read.
 
 Inputs   --id-list-path: one image a line, relative to --root-path; further columns are not read;
@@ -116,12 +117,15 @@ def count_cells(cells: np.ndarray, class_num: int) -> np.ndarray:
 
 
 def ranked_confidences(
-    predictions: Callable[[], Iterable], class_num: int, rank_of: Callable[[int], int]
+    predictions: Callable[[], Iterable],
+    class_num: int,
+    rank_of: Callable[[np.ndarray], np.ndarray],
 ) -> np.ndarray:
     """Of each class's n confidences in rising order, number rank_of(n), counted from 0: float32, K;
     NaN where that is not one of 0 .. n - 1.
 
     predictions: called twice, gives (prediction, confidence) arrays of one shape, image by image.
+    rank_of: of all classes at once, whole numbers, K → K.
 
     It equals sorting all pixels, in fixed memory: floats from 0 rank as their bit patterns do, so
     the first pass counts the upper 16 bits and finds where the wanted one's are, the second counts
@@ -131,8 +135,8 @@ def ranked_confidences(
     for prediction, confidence in predictions():
         upper = confidence.view(np.uint32) >> 16
         counts += count_cells(prediction.astype(np.int64) * HALF + upper, class_num)
-    n = counts.sum(axis=1).tolist()
-    rank = np.array([rank_of(count) for count in n])
+    n = counts.sum(axis=1)
+    rank = rank_of(n)
     there_is = (rank >= 0) & (rank < n)
     rank[~there_is] = 0
     running = counts.cumsum(axis=1)
@@ -157,15 +161,19 @@ def position(running: np.ndarray, rank: np.ndarray) -> np.ndarray:
 
 
 def top_p_thresholds(
-    predictions: Callable[[], Iterable], class_num: int, top_p: float
+    predictions: Callable[[], Iterable], class_num: int, top_p: float | np.ndarray
 ) -> np.ndarray:
     """Least confidence that is kept, per class (float32, K); infinity for a class without pixels.
 
-    predictions as in `ranked_confidences`; top_p in (0, 1]. DT-ST's rule: of a class's n
-    confidences in rising order, the threshold is number round(n * (1 - top_p)); a pixel at or above
-    it is kept (so ties with the threshold are kept).
+    predictions as in `ranked_confidences`; top_p in (0, 1], one number or one a class (K). DT-ST's
+    rule: of a class's n confidences in rising order, the threshold is number round(n * (1 -
+    top_p)); a pixel at or above it is kept (so ties with the threshold are kept).
     """
-    found = ranked_confidences(predictions, class_num, lambda n: min(round(n * (1 - top_p)), n - 1))
+
+    def rank_of(n):
+        return np.minimum(np.round(n * (1 - top_p)).astype(np.int64), n - 1)
+
+    found = ranked_confidences(predictions, class_num, rank_of)
     return np.where(np.isnan(found), np.float32(np.inf), found)
 
 
@@ -201,8 +209,8 @@ def cbst_thresholds(
     """
     zeros = 1 if policy == "cb" else class_num + 1
 
-    def rank_of(samples: int) -> int:
-        return samples - math.floor((samples + zeros) * portion)
+    def rank_of(samples):
+        return samples - np.floor((samples + zeros) * portion).astype(np.int64)
 
     if policy == "cb":
         found = ranked_confidences(lambda: every_fourth(predictions()), class_num, rank_of)
@@ -498,7 +506,7 @@ def cbst_all(rows, folder: Path, source: Source, step: int, thresholds: np.ndarr
             np.save(temporary, result)
 
 
-def thresholds_of_list(rows, folder: Path, options) -> np.ndarray:
+def thresholds_of_list(rows, folder: Path, options, classes) -> np.ndarray:
     """The thresholds (float32, K), ranked by process 0 and handed to the others in a file."""
     path = folder / ".confidence" / "thresholds.npy"
     if process_rank()[0] == 0:
@@ -510,7 +518,10 @@ def thresholds_of_list(rows, folder: Path, options) -> np.ndarray:
         if options.rule == "cbst":
             found = cbst_thresholds(predictions, options.class_num, options.top_p, options.policy)
         else:
-            found = top_p_thresholds(predictions, options.class_num, options.top_p)
+            top_p = np.full(classes.count, options.top_p)
+            if options.top_p_things:
+                top_p[list(classes.things)] = options.top_p_things
+            found = top_p_thresholds(predictions, classes.count, top_p)
         with atomic_path(path) as temporary:
             np.save(temporary, found)
     wait_for_all()
@@ -557,6 +568,7 @@ def settings_of(options, source: Source, step: int) -> dict:
         "rule": options.rule,
         "policy": options.policy,
         "top_p": options.top_p,
+        "top_p_things": options.top_p_things,
         "pixel_step": step,
         "test_size": options.test_size,
     }
@@ -646,6 +658,13 @@ def parse_options(argv) -> argparse.Namespace:
         "portion (default: 0.5, paper section 3)",
     )
     parser.add_argument(
+        "--top-p-things",
+        type=float,
+        metavar="P",
+        help="another share for things: a false thing grows, for SAM is asked for all of it "
+        "(default: --top-p)",
+    )
+    parser.add_argument(
         "--preset",
         choices=("full", "dtst"),
         default="full",
@@ -664,13 +683,15 @@ def parse_options(argv) -> argparse.Namespace:
 def check_options(options) -> None:
     """Refuses what cannot be; gives --policy its default."""
     check_run_options(options)
-    check_range(options, "top_p", above=0, most=1)
+    check_range(options, "top_p", "top_p_things", above=0, most=1)
     check_range(options, "test_size", least=32)
     check_range(options, "vis", least=0)
     if not options.exp or "/" in options.exp or options.exp.startswith("."):
         raise UserError(f"--exp {options.exp}: give a plain folder name")
     if options.rule == "cbst":
         options.policy = options.policy or "cb"
+        if options.top_p_things:
+            raise UserError(f"--top-p-things {options.top_p_things}: belongs to --rule top-p")
     elif options.policy:
         raise UserError(f"--policy {options.policy}: belongs to --rule cbst")
 
@@ -694,7 +715,7 @@ def make_labels(rows, folder: Path, source: Source, settings: dict, options, cla
     started, step = time.monotonic(), settings["pixel_step"]
     predict_all(rows, folder, source, step)
     wait_for_all()
-    thresholds = thresholds_of_list(rows, folder, options)
+    thresholds = thresholds_of_list(rows, folder, options, classes)
     if options.rule == "cbst":
         cbst_all(rows, folder, source, step, thresholds)
         wait_for_all()

@@ -19,7 +19,7 @@ import eval as evaluation
 from model.deeplabv2 import TEST_SIZE, DeepLabV2, FrozenBatchNorm, load_dtst_checkpoint
 from model.deeplabv3plus import DeepLabV3Plus
 from scripts import make_pseudo_labels as stage0
-from util.labels import read_label
+from util.labels import class_set, read_label
 from util.run import UserError, folder_lock
 
 K, SIZE = 19, (24, 40)  # classes; height and width of the images
@@ -92,8 +92,9 @@ def files(folder):
     }
 
 
-def oracle(arrays, top_p):
+def oracle(arrays, top_p, top_p_things=None):
     """Labels by the rule as written: gather all confidences of a class, sort them, cut."""
+    things = class_set(K).things
     prediction = {name: array.argmax(axis=0) for name, array in arrays.items()}
     confidence = {name: array.max(axis=0) for name, array in arrays.items()}
     labels = {name: np.full(array.shape[1:], 255, dtype=np.uint8) for name, array in arrays.items()}
@@ -103,7 +104,8 @@ def oracle(arrays, top_p):
         )
         if not ranked:
             continue
-        threshold = ranked[min(round(len(ranked) * (1 - top_p)), len(ranked) - 1)]
+        share = top_p_things if top_p_things and class_id in things else top_p
+        threshold = ranked[min(round(len(ranked) * (1 - share)), len(ranked) - 1)]
         for name in arrays:
             labels[name][(prediction[name] == class_id) & (confidence[name] >= threshold)] = (
                 class_id
@@ -130,6 +132,17 @@ def test_equals_sorting_all_pixels(data, top_p):
         f"{name.replace('pix', 'leftImg8bit', 1)} {name}" for name in arrays
     ]
     assert not (root / "pix/.confidence").exists()
+
+
+def test_things_may_have_a_share_of_their_own(data):
+    root, arrays = data
+    stage0.main(command(root, "--top-p-things", "0.2"))
+    expected, usual = oracle(arrays, 0.5, 0.2), oracle(arrays, 0.5)
+    for name, label in expected.items():
+        assert np.array_equal(read_label(root / name, K), label)
+    assert any((usual[name] != label).any() for name, label in expected.items())
+    with pytest.raises(UserError, match="top_p_things = 0.2, now it is None"):
+        stage0.main(command(root))
 
 
 @pytest.mark.parametrize("top_p", [0.5, 0.1, 0.9, 1.0])
@@ -283,6 +296,8 @@ def test_bad_input_is_one_clear_line(data, spoil, told):
     [
         (("--top-p", "0"), "--top-p 0"),
         (("--top-p", "nan"), "--top-p nan"),
+        (("--top-p-things", "0"), "--top-p-things 0"),
+        (("--rule", "cbst", "--top-p-things", "0.3"), "--top-p-things 0.3: belongs to"),
         (("--vis", "-1"), "--vis -1"),
         (("--policy", "global"), "--policy global: belongs to --rule cbst"),
         (("--test-size", "64", "16"), "--test-size 16"),
