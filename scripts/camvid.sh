@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SeCo on real images, day → dusk on CamVid: the same stages, tables and pictures as scripts/toy.sh.
 #
-#   CAMVID_ROOT=/path/to/CamVid bash scripts/camvid.sh           reduced run on a CPU with the tiny SAM, less than 20 minutes on 2 cores
+#   CAMVID_ROOT=/path/to/CamVid bash scripts/camvid.sh           reduced run on a CPU with the tiny SAM, about 12 minutes on 2 cores
 #   SAM_TYPE=vit_h CAMVID_ROOT=… bash scripts/camvid.sh            a real SAM (bash scripts/download.sh sam vit_h)
 #   RECIPE=paper, CONTROLS=1, SEEDS="0 1 2", OUT=…               as in scripts/toy.sh
 #
