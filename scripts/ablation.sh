@@ -6,7 +6,8 @@
 #   SEEDS="0 1", OUT=…                                        other seeds, another folder (default: runs/ablation_<name>)
 #
 # Adapted models: pixel-level labels (no SAM), prompting only, semantic alignment only, SCC without PSA, PSA, PSA that keeps
-# pixel labels where no mask reaches, PSA + SCC in both recipes, the upper bound. tau_ns and tau_cr are swept on the quality of the labels (scripts/dev/sweep_thresholds.py).
+# pixel labels where no mask reaches, PSA + SCC in both recipes, the upper bound. tau_ns and tau_cr are swept on the quality of
+# the labels (scripts/dev/sweep_thresholds.py).
 # Stopped at any moment, the same command goes on. Results: $OUT/results.md, sweep.md, pictures/ablation.png, sweep.png.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

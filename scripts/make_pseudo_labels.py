@@ -2,9 +2,9 @@
 """Stage 0: pixel-level pseudo-labels of any model, thresholded class by class over the whole list.
 
 Two rules. `top-p`, DT-ST's: of all pixels of the list that the model predicts as a class, the top p
-by confidence (largest softmax probability) keep the class; the rest becomes 255. Paper: p = 0.5.
-`--top-p-things` gives things another share.
-`cbst`: the rule of CBST's released code, see `cbst_label`. No ground truth is read.
+by confidence (largest softmax probability) keep the class; the rest becomes 255. Paper: p = 0.5;
+`--top-p-things` sets another p for things. `cbst`: the rule of CBST's released code, see
+`cbst_label`. No ground truth is read.
 
 Inputs   --id-list-path: one image a line, relative to --root-path; further columns are not read;
          and one of
@@ -516,7 +516,7 @@ def thresholds_of_list(rows, folder: Path, options, classes) -> np.ndarray:
                 yield read_confidence(confidence_path(folder, label))
 
         if options.rule == "cbst":
-            found = cbst_thresholds(predictions, options.class_num, options.top_p, options.policy)
+            found = cbst_thresholds(predictions, classes.count, options.top_p, options.policy)
         else:
             top_p = np.full(classes.count, options.top_p)
             if options.top_p_things:

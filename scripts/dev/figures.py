@@ -47,7 +47,6 @@ ROOT = Path(__file__).resolve().parents[2]
 
 DOCUMENTS = ("README.md", "training_logs/ours/README.md", "model/README.md")
 PICTURE_WIDTH = 1400  # pixels, at most
-RUNS = ("ablation_toy", "toy_unseen", "camvid_release", "camvid_unseen")
 # The paper's Tables 6 and 7, GTA to Cityscapes, DTST (source-free), mIoU after adaptation; "no SAM"
 # is DTST itself.
 PAPER_ABLATION = {"pixel": 52.1, "prompting": 46.7, "alignment": 56.1, "psa": 57.9, "seco": 60.5}
@@ -236,7 +235,7 @@ def sam_table(name: str) -> str:
 
 # ---------------------------------------------------------------------------------- README's tables
 
-OURS = {  # run of training_logs/ours: title of its column
+OURS = {  # run below runs/, recorded in training_logs/ours: title of its column
     "ablation_toy": "drawn scenes",
     "toy_unseen": "drawn scenes, seeds not looked at",
     "camvid_release": "photographs, day to dusk",
@@ -322,7 +321,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 def main(argv=None) -> None:
     options = parse_args(argv)
     images = ROOT / "images"
-    for name in RUNS:
+    for name in OURS:
         run = ROOT / "runs" / name
         if not (run / "results.md").is_file():
             print(f"{run}: no results yet, left out")
