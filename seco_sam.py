@@ -359,11 +359,10 @@ def prompt_things(sam: Segmenter, prompts: list[Prompt], like: Tensor, recipe: s
     """Paint the mask of every prompt in order, by the recipe's rule for overlaps: uint8 H x W,
     IGNORE where no mask is.
     """
-    painted = torch.full_like(like, IGNORE)
-    for start in range(
-        0, len(prompts), 4 * sam.prompt_batch
-    ):  # bounds the full-size masks in memory
-        part = prompts[start : start + 4 * sam.prompt_batch]
+    painted, todo = torch.full_like(like, IGNORE), prompts
+    while todo:
+        count = 4 * sam.prompt_batch  # bounds the full-size masks in memory; memory may halve it
+        part, todo = todo[:count], todo[count:]
         masks = sam.predict(np.stack([p.box for p in part]), [p.points for p in part])
         for prompt, mask in zip(part, masks):
             paint(painted, mask, prompt.class_id, recipe)
@@ -662,7 +661,7 @@ def main(argv=None) -> None:
         options.amp == "bf16",
     )
     sam_name, sam_digest = output_name(options.sam_type), files_digest(sam.files)
-    check_pairs(places.root, rows[rank::world], options.id_list_path, classes.count)
+    check_pairs(places.root, rows, options.id_list_path, classes.count)
     check_writable(places.list_path.parent)
     proposals = options.proposal_cache and (
         Path(options.proposal_cache) / f"{sam_name}_{sam_digest[:12]}_{options.amp}"
@@ -691,4 +690,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main))
+    sys.exit(run_main(main, "use --amp bf16 or a smaller --sam-type"))

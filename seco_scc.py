@@ -38,8 +38,10 @@ util/{connectivity,images,labels,options,pictures,progress,run,scc_files,scc_rep
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -399,6 +401,35 @@ def make_optimizer(model, lr: float) -> torch.optim.SGD:
     )
 
 
+def gradients(model, batch, device: torch.device, options, smoothing: float) -> float:
+    """The loss of a training batch, whose gradients are added to the model's."""
+    images, second, classes = batch
+    logits = logits_of(model, images, second, device, options.amp == "bf16")
+    classes = classes.to(device)
+    loss = F.cross_entropy(logits, classes, ignore_index=IGNORE, label_smoothing=smoothing)
+    loss.backward()
+    return loss.item()
+
+
+def within_memory(model, compute: Callable[[], float]) -> float:
+    """compute(). If the device's memory runs out, again with activations computed anew in
+    backward, from then on: the same result, for batch norm goes over the whole batch.
+    """
+    statistics = [buffer.clone() for buffer in model.buffers()]
+    try:
+        return compute()
+    except torch.OutOfMemoryError:
+        if model.backbone.recompute:
+            raise
+    print("the batch does not fit into memory: activations are computed twice (same result)")
+    model.backbone.recompute = True
+    for buffer, before in zip(model.buffers(), statistics):
+        buffer.copy_(before)
+    model.zero_grad()
+    torch.cuda.empty_cache()
+    return compute()
+
+
 def train(data: Data, out: Path, device: torch.device) -> None:
     """Train the classifier and leave `checkpoint.pth`; goes on from `training.pth`."""
     options, stopped = data.options, out / "training.pth"
@@ -421,23 +452,19 @@ def train(data: Data, out: Path, device: torch.device) -> None:
         batches, smoothing = image_batches(data, done, options.iterations), 0.0
     total, saved = EPOCHS * batches_per_epoch(data), time.monotonic()
     bar = progress(batches, "SCC training", options.iterations, "it", initial=done)
-    for t, (images, second, classes) in enumerate(bar, start=done + 1):
+    for t, batch in enumerate(bar, start=done + 1):
         for group, lr in zip(optimizer.param_groups, base):
             group["lr"] = decayed(lr, t, total)
-        logits = logits_of(model, images, second, device, options.amp == "bf16")
-        loss = F.cross_entropy(
-            logits, classes.to(device), ignore_index=IGNORE, label_smoothing=smoothing
-        )
-        if not torch.isfinite(loss):
+        optimizer.zero_grad()
+        loss = within_memory(model, lambda: gradients(model, batch, device, options, smoothing))
+        if not math.isfinite(loss):
             stopped.unlink(missing_ok=True)
             raise UserError(
                 f"--lr {options.lr}: SCC's loss is not finite at iteration {t}; give a smaller one"
             )
-        optimizer.zero_grad()
-        loss.backward()
         optimizer.step()
         if t % 20 == 0:
-            bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
+            bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
         if time.monotonic() - saved > SAVE_SECONDS:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             save_state(stopped, **state, iteration=t)
@@ -885,4 +912,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main))
+    sys.exit(run_main(main, "use --amp bf16, or a smaller --batch-size (other results)"))

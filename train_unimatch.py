@@ -78,7 +78,6 @@ from util.run import (
 )
 from util.train_inputs import (
     input_files,
-    label_pixel_counts,
     open_folder,
     read_lists,
     run_settings,
@@ -105,8 +104,8 @@ def learning_rate(iteration: int, total: int, base: float) -> float:
 
 def loss_group(global_batch: int, groups: int, batch: int) -> int:
     """Samples that share the losses' pixel counts: OHEM and the means over valid pixels are taken
-    within such a group, and averaged over groups, as the authors' four processes did, on any number
-    of processes.
+    within such a group, and averaged over groups, as the authors' four processes did. A process
+    that has fewer samples at a time (`batch`) than a group makes the groups smaller.
     """
     group = global_batch // groups
     return group if batch % group == 0 else math.gcd(group, batch)
@@ -134,7 +133,7 @@ def perturbation_factors(seed: int, iteration: int, global_batch: int, channels:
     [labeled, unlabeled].
     """
     state = np.random.SeedSequence((seed, FACTORS, iteration)).generate_state(1, np.uint64)[0]
-    generator = torch.Generator().manual_seed(int(state >> 1))
+    generator = torch.Generator().manual_seed(int(state) >> 1)
     return tuple(
         channel_dropout(generator, 2 * global_batch, c).view(2, global_batch, c, 1, 1)
         for c in channels
@@ -169,7 +168,10 @@ class Trainer:
         self.group, self.total = group, total
         self.weights = None if weights is None else weights.to(device)
         self.optimizer = optimizer_of(model, args)
-        self.plain = torch.compile(model) if args.compile else model
+        self.plain = model
+        if args.compile:
+            self.plain = torch.compile(model)
+            torch._dynamo.config.optimize_ddp = False  # its splitter fails on `fp_from`, a number
         self.network = distributed(self.plain, device)
         model.train()
 
@@ -493,8 +495,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     classes = class_set(args.class_num, args.stuff, args.things)
     batch = batch_per_process(args, process_rank()[1])
-    labeled, unlabeled, val_rows = read_lists(args, classes.count)
-    counts = label_pixel_counts(labeled, args.root_path, classes.count, args.labeled_id_path)
+    labeled, unlabeled, val_rows, counts = read_lists(args, classes.count)
     if args.image_cache:
         check_writable(args.image_cache)
     device = select_device(args.device)
@@ -549,7 +550,7 @@ def adapt(args, classes, batch, samples, val_rows, model, device, inputs, weight
     if content:
         trainer.optimizer.load_state_dict(content["optimizer"])
     if rank == 0:
-        announce(args, world, batch, sampler.steps, device)
+        announce(args, world, batch, sampler.steps, args.global_batch // group, device)
     run = Run(args, classes, trainer, sampler, samples, val_rows, progress)
     if args.dry_run:
         dry_run(run)
@@ -579,4 +580,6 @@ def begin_logs(run: Run, inputs: dict[str, Path]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main))
+    sys.exit(
+        run_main(main, "use --batch-per-process 1 or --amp bf16; --dry-run tells what it takes")
+    )

@@ -47,6 +47,7 @@ SETTINGS = {
 HUB = "https://huggingface.co/"
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # owner/model
 PATTERNS = ("*.safetensors", "*.safetensors.index.json", "config.json", "p*processor_config.json")
+PICKLED = ("pytorch_model*.bin*", "config.json", "p*processor_config.json")  # of older folders
 
 
 class TransformersSam(Segmenter):
@@ -193,7 +194,8 @@ def load_transformers(
             f" {len(lacking) - 1} more are absent or of another shape); download it again"
         )
     sam = TransformersSam(model.eval().to(device), processor, SETTINGS[family], prompt_batch, amp)
-    sam.files = [path for pattern in PATTERNS for path in sorted(folder.glob(pattern))]
+    patterns = PATTERNS if any(folder.glob(PATTERNS[0])) else PICKLED
+    sam.files = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
     return sam
 
 

@@ -248,13 +248,13 @@ def resized_nearest(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return array[..., rows[:, None], columns]
 
 
-def every_nth(array: np.ndarray, step: int) -> np.ndarray:
-    """… x H x W → the grid on which pixels are ranked, ceil(H / step) x ceil(W / step)."""
-    return resized_nearest(array, grid_size(array.shape[-2:], step))
+def ranked_grid(image: tuple[int, int], array: tuple[int, int], step: int) -> tuple[int, int]:
+    """(height, width) of the grid on which an image's pixels are ranked: every step-th of the
+    image's in each direction, or all of a smaller array.
 
-
-def grid_size(size: tuple[int, int], step: int) -> tuple[int, int]:
-    return -(-size[0] // step), -(-size[1] // step)
+    image, array: (height, width) of the image and of its probabilities.
+    """
+    return tuple(min(-(-of_image // step), given) for of_image, given in zip(image, array))
 
 
 # -------------------------------------------------------------------- where probabilities come from
@@ -263,14 +263,15 @@ def grid_size(size: tuple[int, int], step: int) -> tuple[int, int]:
 @dataclass(frozen=True)
 class Source:
     """A model's probabilities. name: for the record. files: those that they depend on, in the
-    list's order, beside the checkpoint. sizes: (height, width) of each image's probabilities.
+    list's order, beside the checkpoint. grids: `ranked_grid` of each image. probabilities: of an
+    image, float32 K x height x width of its grid.
     """
 
     name: str
     checkpoint: Path | None
     files: list[Path]
-    sizes: dict[str, tuple[int, int]]
-    probabilities: Callable[[str], np.ndarray]  # of an image: float32 K x H x W
+    grids: dict[str, tuple[int, int]]
+    probabilities: Callable[[str], np.ndarray]
 
 
 def array_path(folder: Path, image_path: str) -> Path | None:
@@ -366,19 +367,17 @@ def read_probabilities(path: Path, class_num: int) -> np.ndarray:
     return probabilities
 
 
-def array_source(folder: Path, images: list[str], root: Path, class_num: int) -> Source:
-    paths = array_paths(folder, images)
-    sizes = {}
+def array_source(folder: Path, images: list[str], root: Path, class_num: int, step: int) -> Source:
+    paths, grids = array_paths(folder, images), {}
     for image, path in paths.items():
-        sizes[image] = array_size(path, class_num)
-        check_same_shape(path, sizes[image], root / image, image_size(root / image))
-    return Source(
-        str(folder),
-        None,
-        list(paths.values()),
-        sizes,
-        lambda image: read_probabilities(paths[image], class_num),
-    )
+        size, of_image = array_size(path, class_num), image_size(root / image)
+        check_same_shape(path, size, root / image, of_image)
+        grids[image] = ranked_grid(of_image, size, step)
+
+    def probabilities(image: str) -> np.ndarray:
+        return resized_nearest(read_probabilities(paths[image], class_num), grids[image])
+
+    return Source(str(folder), None, list(paths.values()), grids, probabilities)
 
 
 def network_source(
@@ -386,6 +385,7 @@ def network_source(
     images: list[str],
     root: Path,
     class_num: int,
+    step: int,
     test_size: tuple[int, int] | None,
     device,
 ) -> Source:
@@ -395,16 +395,17 @@ def network_source(
     from model.network import load_network
 
     sizes = {image: image_size(root / image) for image in images}
+    grids = {image: ranked_grid(size, size, step) for image, size in sizes.items()}
     exact_mode()
     network = load_network(checkpoint, device, class_num)
 
     @torch.no_grad()
     def probabilities(image: str) -> np.ndarray:
         logits = network.logits(read_image(root / image), test_size)
-        return logits.softmax(dim=1)[0].cpu().numpy()
+        return resized_nearest(logits.softmax(dim=1)[0].cpu().numpy(), grids[image])
 
     files = [root / image for image in images]
-    return Source(checkpoint.name, checkpoint, files, sizes, probabilities)
+    return Source(checkpoint.name, checkpoint, files, grids, probabilities)
 
 
 # -------------------------------------------------------------------------------------------- files
@@ -438,10 +439,10 @@ def cbst_path(folder: Path, label: str) -> Path:
     return path.with_name(path.name + ".npy")
 
 
-def check_disk(folder: Path, rows, source: Source, step: int, bytes_a_pixel: int) -> None:
+def check_disk(folder: Path, rows, source: Source, bytes_a_pixel: int) -> None:
     """The confidences of every image that has none yet must fit."""
     rows = [row for row in rows if not confidence_path(folder, row[1]).exists()]
-    need = bytes_a_pixel * sum(math.prod(grid_size(source.sizes[image], step)) for image, _ in rows)
+    need = bytes_a_pixel * sum(math.prod(source.grids[image]) for image, _ in rows)
     free = shutil.disk_usage(folder).free
     if need > free:
         raise UserError(
@@ -489,19 +490,18 @@ def this_process(rows: list, desc: str, done: Callable[[str], Path]):
     return progress(share, desc, quiet=rank > 0)
 
 
-def predict_all(rows, folder: Path, source: Source, step: int) -> None:
+def predict_all(rows, folder: Path, source: Source) -> None:
     """Run the model on every image without a stored confidence."""
     for image, label in this_process(rows, "predictions", lambda x: confidence_path(folder, x)):
-        grid = every_nth(source.probabilities(image), step)
-        prediction, confidence = prediction_and_confidence(grid)
+        prediction, confidence = prediction_and_confidence(source.probabilities(image))
         with atomic_path(confidence_path(folder, label)) as temporary:
             np.savez(temporary, prediction=prediction, confidence=confidence)
 
 
-def cbst_all(rows, folder: Path, source: Source, step: int, thresholds: np.ndarray) -> None:
+def cbst_all(rows, folder: Path, source: Source, thresholds: np.ndarray) -> None:
     """Run the model again, for CBST's label of every image that has none."""
     for image, label in this_process(rows, "CBST's second pass", lambda x: cbst_path(folder, x)):
-        result = cbst_label(every_nth(source.probabilities(image), step), thresholds)
+        result = cbst_label(source.probabilities(image), thresholds)
         with atomic_path(cbst_path(folder, label)) as temporary:
             np.save(temporary, result)
 
@@ -668,8 +668,8 @@ def parse_options(argv) -> argparse.Namespace:
         "--preset",
         choices=("full", "dtst"),
         default="full",
-        help="full: every pixel is ranked and kept or not; dtst: every fourth in each direction, "
-        "which decides on a block of 4x4, as DT-ST has it (default: full)",
+        help="full: every pixel is ranked and kept or not; dtst: every fourth of the image's in "
+        "each direction, which decides on a block of 4x4, as DT-ST has it (default: full)",
     )
     parser.add_argument(
         "--vis", type=int, default=4, metavar="N", help="images in overview.png (default: 4)"
@@ -712,12 +712,12 @@ def label_rows(options) -> list[tuple[str, str]]:
 
 def make_labels(rows, folder: Path, source: Source, settings: dict, options, classes) -> None:
     """All stages; every process of torchrun takes its share of the model's work."""
-    started, step = time.monotonic(), settings["pixel_step"]
-    predict_all(rows, folder, source, step)
+    started = time.monotonic()
+    predict_all(rows, folder, source)
     wait_for_all()
     thresholds = thresholds_of_list(rows, folder, options, classes)
     if options.rule == "cbst":
-        cbst_all(rows, folder, source, step, thresholds)
+        cbst_all(rows, folder, source, thresholds)
         wait_for_all()
     if process_rank()[0] > 0:
         return
@@ -739,9 +739,11 @@ def main(argv=None) -> None:
     step = DTST_STEP if options.preset == "dtst" else 1
     if options.checkpoint:
         test_size = options.test_size and tuple(options.test_size)
-        source = network_source(options.checkpoint, images, root, classes.count, test_size, device)
+        source = network_source(
+            options.checkpoint, images, root, classes.count, step, test_size, device
+        )
     else:
-        source = array_source(options.probabilities, images, root, classes.count)
+        source = array_source(options.probabilities, images, root, classes.count, step)
     check_not_overwritten(rows, options)
     check_writable(options.out_list.parent)
     summary_path = folder / "summary.json"
@@ -753,7 +755,7 @@ def main(argv=None) -> None:
             begun = any(map(Path.exists, made_of(rows, folder))) or holds_pictures(folder)
             mend = "choose another --exp, or remove that folder"
             check_settings(folder / "settings.json", settings, "labels made with", mend, begun)
-            check_disk(folder, rows, source, step, 6 if options.rule == "cbst" else 5)
+            check_disk(folder, rows, source, 6 if options.rule == "cbst" else 5)
             for parent in {(root / label).parent for _, label in rows}:
                 remove_leftovers(parent)
         wait_for_all()  # nothing is made before process 0 has accepted the settings
@@ -773,4 +775,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main))
+    sys.exit(run_main(main, "use --device cpu"))

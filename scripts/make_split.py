@@ -14,7 +14,8 @@ Rule: an image's reliability is its coverage (share of pixels labeled) times the
 labeled connectivities, weighted by area; trust is 1 - eta (paper recipe) or the score (release).
 Labels that SCC never saw have trust 1. For every class, rarest first, the most reliable images that
 show it are taken until --labeled-fraction of them, at least one, is in; the rest of the labeled
-subset are the most reliable images left. Ties keep the list's order.
+subset are the most reliable images left. Ties keep the list's order. An image without a labeled
+pixel is unlabeled.
 
 Copied away, this file needs util/.
 """
@@ -32,8 +33,10 @@ import numpy as np
 from util.labels import (
     IGNORE,
     ClassSet,
+    check_classes,
     check_files,
     class_set,
+    pixels_of_values,
     read_label,
     read_list,
     write_list,
@@ -68,23 +71,20 @@ def mean_trust(path: Path) -> dict[str, float]:
     return {image: weighted / area for image, (weighted, area) in sums.items()}
 
 
-def class_pixels(path: Path, class_num: int) -> tuple[np.ndarray, int]:
-    """(labeled pixels of each class, all pixels) of a label map."""
-    label = read_label(path, class_num)
-    return np.bincount(label.ravel(), minlength=class_num)[:class_num], label.size
-
-
 def reliabilities(
-    root: Path, rows: list[tuple[str, str]], class_num: int
+    root: Path, rows: list[tuple[str, str]], class_num: int, list_path: str
 ) -> tuple[np.ndarray, np.ndarray, bool]:
     """Reliability of each image (float N), its labeled pixels of each class (int N x K), and
     whether SCC's trust is in it.
     """
     with ThreadPoolExecutor() as pool:
-        jobs = pool.map(lambda row: class_pixels(root / row[1], class_num), rows)
-        counts = list(progress(jobs, "reading labels", len(rows)))
-    pixels = np.stack([c for c, _ in counts])
-    coverage = np.array([c.sum() / total for c, total in counts])
+        jobs = pool.map(lambda row: pixels_of_values(read_label(root / row[1], class_num)), rows)
+        values = np.array(list(progress(jobs, "reading labels", len(rows))))
+    check_classes(values.sum(axis=0), class_num, list_path)
+    pixels = values[:, :class_num]
+    coverage = pixels.sum(axis=1) / values.sum(axis=1)
+    if not coverage.any():
+        raise UserError(f"{list_path}: no label map of it has a labeled pixel; nothing to split by")
     table = root / Path(rows[0][1]).parts[0] / "connectivities.csv"
     trusts = mean_trust(table)
     for row, covered in zip(rows, coverage):
@@ -102,12 +102,14 @@ def labeled_size(fraction: float, images: int) -> int:
 
 
 def choose_labeled(reliability: np.ndarray, pixels: np.ndarray, fraction: float) -> np.ndarray:
-    """Indices of the labeled subset, most reliable first: round(fraction x images), at least one.
+    """Indices of the labeled subset, most reliable first: round(fraction x images), at least one,
+    but none without a labeled pixel.
 
     reliability: float N; pixels: int N x K, labeled pixels of each class in each image.
     """
     ranking = np.argsort(-reliability, kind="stable")
-    size = labeled_size(fraction, len(reliability))
+    ranking = ranking[pixels[ranking].any(axis=1)]
+    size = min(labeled_size(fraction, len(reliability)), len(ranking))
     chosen = np.zeros(len(reliability), bool)
     for class_id in np.argsort((pixels > 0).sum(axis=0), kind="stable"):
         showing = ranking[pixels[ranking, class_id] > 0]
@@ -180,7 +182,7 @@ def main(argv=None) -> None:
     root, rows = Path(options.root_path), read_list(options.id_list_path)
     out = Path(options.out) if options.out else Path(options.id_list_path).parent
     check_input(options, rows, out)
-    reliability, pixels, trusted = reliabilities(root, rows, classes.count)
+    reliability, pixels, trusted = reliabilities(root, rows, classes.count, options.id_list_path)
     labeled = choose_labeled(reliability, pixels, options.labeled_fraction)
     ranking = np.argsort(-reliability, kind="stable")
     rest = ranking[~np.isin(ranking, labeled)]
@@ -202,6 +204,8 @@ def main(argv=None) -> None:
             "classes": class_table(classes, pixels, labeled),
         },
     )
+    if without := int((~pixels.any(axis=1)).sum()):
+        print(f"note: {without} images without a labeled pixel are among the unlabeled ones")
     print(
         f"{len(labeled)} labeled and {len(rest)} unlabeled images: {out / LISTS[0]},"
         f" {out / LISTS[1]}"

@@ -54,9 +54,11 @@ from util.labels import (
     IDS_16_IN_19,
     IGNORE,
     ClassSet,
+    check_classes,
     check_label_values,
     check_same_shape,
     class_set,
+    pixels_of_values,
     read_image,
     read_label,
     read_list,
@@ -301,7 +303,7 @@ def prepare_pair(
     check_label_size(data, root / pair.image, shape, source, label.shape)
     if data is None or data.table is None or pair.official is None:
         check_label_values(label, classes.count, target)
-        return np.bincount(label.ravel(), minlength=256)
+        return pixels_of_values(label)
     label = converted(label, data.table, source)
     if not target.is_file():
         write_label(target, label, classes.palette)
@@ -309,7 +311,7 @@ def prepare_pair(
         raise UserError(
             f"{target}: differs from what {pair.official} gives; remove it and run this again"
         )
-    return np.bincount(label.ravel(), minlength=256)
+    return pixels_of_values(label)
 
 
 def check_and_prepare(
@@ -560,6 +562,7 @@ def main(argv=None) -> None:
     problems, histogram = list_problems(path, Path(options.root_path), classes)
     if problems:
         fail(problems)
+    check_classes(histogram, classes.count, path)
     print_histogram(f"{path}", histogram, classes)
     print(f"{path}: sound")
 

@@ -299,6 +299,24 @@ def test_memory_exhaustion_halves_the_prompt_batch(sam, threads, monkeypatch):
     assert halved.prompt_batch == 2 and (results[0] == results[1]).mean() >= 0.9999
 
 
+def test_no_prompt_is_skipped_when_memory_runs_out_among_them():
+    """The batch is halved inside `predict`: twenty prompts, each of a pixel of its own."""
+
+    class Scarce:
+        prompt_batch = 2
+
+        def predict(self, boxes, points):
+            self.prompt_batch = 1
+            masks = torch.zeros(len(boxes), 1, 20, dtype=torch.bool)
+            masks[torch.arange(len(boxes)), 0, torch.as_tensor(boxes[:, 0]).long()] = True
+            return masks
+
+    prompts = [seco_sam.Prompt(i % 19, np.full(4, i), np.zeros((1, 2))) for i in range(20)]
+    like = torch.zeros(1, 20, dtype=torch.uint8)
+    painted = seco_sam.prompt_things(Scarce(), prompts, like, "release")
+    assert painted[0].tolist() == [p.class_id for p in prompts]
+
+
 # -------------------------------------------------------------------------------------- the command
 
 

@@ -590,9 +590,11 @@ def test_the_recipe_for_mmsegmentation(data, stub, monkeypatch):
     small = labels(recipe, "small")
     array = np.load(root / "small/leftImg8bit/train/a/im0_leftImg8bit.png.npy")
     assert array.dtype == np.float16 and array.shape == (K, SIZE[0] // 4, SIZE[1] // 4)
+    preset = labels(recipe, "small", "--preset", "dtst")
     whole = labels(recipe.replace("[:, ::4, ::4]", ""), "whole", "--preset", "dtst")
     for name in arrays:
         assert np.array_equal(small[name], whole[name])
+        assert np.array_equal(preset[name], whole[name])
         assert 0.2 < (small[name] != 255).mean() < 0.8
     image = np.array(Image.open(root / "leftImg8bit/train/a/im0_leftImg8bit.png"))
     with torch.no_grad():

@@ -685,6 +685,30 @@ def test_killed_in_every_stage_and_started_again(finished, root):
     assert not list(root.rglob(".*.tmp*")) and not (out / "training.pth").exists()
 
 
+def test_memory_exhaustion_in_training_changes_nothing(root, monkeypatch, capsys):
+    """It runs out after the forward pass of the second iteration, whose statistics are then
+    taken back; from there on activations are computed twice.
+    """
+    real, seen = scc.logits_of, []
+
+    def scarce(model, *arguments):
+        logits = real(model, *arguments)
+        seen.append(model.backbone.recompute)
+        if len(seen) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return logits
+
+    weights = []
+    for logits_of in (real, scarce):
+        monkeypatch.setattr(scc, "logits_of", logits_of)
+        shutil.rmtree(root / "pix_scc", ignore_errors=True)
+        scc.main(command(root, "release", "--iterations", "4", "--stage", "train"))
+        weights.append(torch.load(root / "pix_scc/checkpoint.pth", weights_only=True)["model"])
+    assert seen == [False, False, True, True, True]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert "does not fit into memory" in capsys.readouterr().out
+
+
 def test_two_processes_make_what_one_makes(finished, root):
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     subprocess.run(

@@ -479,6 +479,17 @@ def test_absent_packages_say_what_to_install(monkeypatch, tmp_path):
     assert "nor a folder that is there" in said(load_segmenter, "vit_x")
 
 
+def test_weights_of_an_older_form_have_a_part_in_the_digest(folders, loaded, tmp_path):
+    """A folder with pytorch_model.bin alone: other weights in it are told apart."""
+    for name in ("config.json", "preprocessor_config.json"):
+        (tmp_path / name).write_bytes((folders["sam"] / name).read_bytes())
+    state, found = loaded["sam"].model.state_dict(), []
+    for shift in (0, 1):
+        torch.save({k: v + shift for k, v in state.items()}, tmp_path / "pytorch_model.bin")
+        found.append(files_digest(load_segmenter(str(tmp_path)).files))
+    assert found[0] != found[1]
+
+
 def test_absent_weights_say_where_to_get_them(monkeypatch, tmp_path):
     pytest.importorskip("mobile_sam")
     huggingface_hub = pytest.importorskip("huggingface_hub")

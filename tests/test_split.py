@@ -116,6 +116,25 @@ def test_a_class_of_one_image_is_in_the_labeled_subset():
     assert 7 in make_split.choose_labeled(np.linspace(1, 0.1, 10), pixels, 0.2)
 
 
+def test_images_without_a_labeled_pixel_are_unlabeled(root, capsys):
+    """Of 24 images 20 are empty: half of the images would be 12, but 4 have labels."""
+    for i in range(4, COUNT):
+        name = root / f"pix_scc/a/{i:02d}.png"
+        write_label(name, np.full_like(read_label(name), IGNORE), CITYSCAPES_19.palette)
+    labeled, unlabeled = split(root)
+    assert sorted(row[0] for row in labeled) == [f"images/a/{i:02d}.png" for i in range(4)]
+    assert len(unlabeled) == 20
+    assert "20 images without a labeled pixel are among the unlabeled" in capsys.readouterr().out
+
+
+def test_labels_that_are_all_empty_are_refused(root):
+    for i in range(COUNT):
+        name = root / f"pix_scc/a/{i:02d}.png"
+        write_label(name, np.full_like(read_label(name), IGNORE), CITYSCAPES_19.palette)
+    with pytest.raises(UserError, match=r"train\.txt: no label map of it has a labeled pixel"):
+        split(root)
+
+
 @pytest.mark.parametrize("recipe", [None, "release", "paper"])
 def test_files(root, recipe):
     trust = write_csv(root, recipe) if recipe else {}

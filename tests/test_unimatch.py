@@ -226,6 +226,17 @@ def test_loss_groups_are_the_authors_processes():
     assert loss_group(8, 4, 1) == 1  # eight processes cannot count together
 
 
+@pytest.mark.parametrize("processes, groups", [(4, 4), (8, 8)])
+def test_the_loss_groups_that_are_told_are_those_used(capsys, processes, groups):
+    lists = ["--labeled-id-path", "l", "--unlabeled-id-path", "u", "--save-path", "s"]
+    args, batch = train_unimatch.parse_args([*lists, "--device", "cpu"]), 8 // processes
+    group = loss_group(8, args.loss_groups, batch)
+    train_unimatch.announce(args, processes, batch, 1, 8 // group, torch.device("cpu"))
+    said = capsys.readouterr().out
+    assert f"losses are normalised in {groups} groups" in said
+    assert ("warning: 8 groups, not 4" in said) == (groups == 8)
+
+
 # ------------------------------------------------------------------------------------ one iteration
 
 
@@ -757,6 +768,7 @@ def test_dry_run_reports_and_leaves_nothing(data, tmp_path, capsys):
 # -------------------------------------------------------------------------------- several processes
 
 GRADIENTS = """
+import functools
 import sys
 sys.path.insert(0, {root!r})
 import torch
@@ -789,13 +801,21 @@ with process_group(device):
     # a whole step, batch norm learning
     trainer.iteration(1, iter(batches(samples, sampler, 0, device)), sampler)
     found = {{"values": values, "gradients": gradients, "after": model.state_dict()}}
+    if world == 2:
+        args.compile, torch.compile = True, functools.partial(torch.compile, backend="eager")
+        model = t.build_model(args, 19)
+        model.train = lambda mode=True: type(model).train(model, False)
+        trainer = t.Trainer(model, args, device, group, sampler.total)
+        stream = iter(batches(samples, sampler, 0, device))
+        found["compiled"], _ = trainer.iteration(0, stream, sampler, step=False)
     torch.save(found, f"{out}/{{world}}_{{rank}}.pt")
 """
 
 
 def test_two_processes_give_the_gradients_of_one(data, tmp_path, monkeypatch):
     """gloo, one global batch of four, batch norm frozen; the two accumulate as well, two samples
-    each, one at a time. Then, after a step with batch norm learning, both hold the same network.
+    each, one at a time. Then, after a step with batch norm learning, both hold the same network. A
+    compiled network runs as well.
     """
     script = tmp_path / "gradients.py"
     argv = [
@@ -812,6 +832,7 @@ def test_two_processes_give_the_gradients_of_one(data, tmp_path, monkeypatch):
         assert first["values"][name] == second["values"][name] == pytest.approx(value, rel=1e-5), (
             name
         )
+        assert first["compiled"][name] == pytest.approx(value, rel=1e-5)
     for name, gradient in one["gradients"].items():
         assert torch.equal(first["gradients"][name], second["gradients"][name])
         scale = gradient.abs().max().item()

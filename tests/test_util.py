@@ -1,13 +1,16 @@
 """What the scripts share: paths and lists, reading of images and labels, option checks, locks."""
 
 import argparse
+import contextlib
 import errno
 import multiprocessing
 import os
 import re
+import struct
 import subprocess
 import sys
 import time
+import zlib
 
 import numpy as np
 import pytest
@@ -98,13 +101,11 @@ def test_exif_turned_pictures_are_turned(tmp_path):
     assert image[0].min() == 255 and image[-1].max() == 0
 
 
-@pytest.mark.parametrize("kind", ["jpeg", "1-bit", "rgb", "truncated", "text", "16-bit"])
+@pytest.mark.parametrize("kind", ["jpeg", "rgb", "truncated", "text", "16-bit"])
 def test_labels_of_another_kind_are_refused_in_a_line(tmp_path, kind):
     path = tmp_path / ("l.jpg" if kind == "jpeg" else "l.png")
     label = np.random.default_rng(0).integers(0, 19, (64, 64)).astype(np.uint8)
-    if kind == "1-bit":
-        Image.fromarray(label > 9).save(path)
-    elif kind == "rgb":
+    if kind == "rgb":
         Image.fromarray(np.stack([label] * 3, -1)).save(path)
     elif kind == "16-bit":
         Image.fromarray(label.astype(np.uint16)).save(path)
@@ -153,6 +154,67 @@ def test_lower_resolutions_show_the_same(other):
 def test_other_aspect_ratios_are_refused(other):
     with pytest.raises(UserError, match=f"{other[1]}x{other[0]}"):
         check_same_shape("a", (1024, 2048), "b", other)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_greyscale_labels_of_every_depth_hold_train_ids(tmp_path, bits, suffix):
+    label = np.arange(12 * 16).reshape(12, 16).astype(np.uint8) % min(2**bits, 19)
+    path = tmp_path / f"l.{suffix}"
+    write_grey(path, label, bits)
+    assert (read_label(path, 19) == label).all() and read_label(path).flags.writeable
+
+
+def test_a_greyscale_label_as_an_image_optimiser_writes_it():
+    """tests/data/grey4.png, 4 bits a pixel: class 0 left, 1 upper right, 2 lower right."""
+    label = read_label(ROOT / "tests/data/grey4.png", 19)
+    assert sorted(np.unique(label)) == [0, 1, 2]
+    assert (label[0, 0], label[0, -1], label[-1, -1]) == (0, 1, 2)
+
+
+def write_grey(path, values, bits):
+    """A greyscale PNG or TIFF (uint8 H x W) of 1, 2, 4 or 8 bits a pixel, which Pillow reads but
+    does not write.
+    """
+    height, width = values.shape
+    bit = np.unpackbits(values[..., None], axis=-1)[..., 8 - bits :].reshape(height, -1)
+    rows = [np.packbits(row).tobytes() for row in bit]
+    if path.suffix == ".png":
+
+        def chunk(kind, data):
+            checked = kind + data
+            return struct.pack(">I", len(data)) + checked + struct.pack(">I", zlib.crc32(checked))
+
+        header = struct.pack(">IIBBBBB", width, height, bits, 0, 0, 0, 0)
+        pixels = zlib.compress(b"".join(b"\0" + row for row in rows))
+        chunks = chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+        path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
+        return
+    data = b"".join(rows)
+    tags = {256: width, 257: height, 258: bits, 259: 1, 262: 1, 273: 8, 277: 1, 278: height}
+    tags[279] = len(data)
+    entries = [struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items()]
+    table = struct.pack("<H", len(entries)) + b"".join(entries) + struct.pack("<I", 0)
+    path.write_bytes(b"II*\0" + struct.pack("<I", 8 + len(data)) + data + table)
+
+
+def test_classes_that_no_label_has_are_named(tmp_path, capsys):
+    saved(tmp_path / "i.png", np.zeros((4, 8, 3), np.uint8))
+    saved(tmp_path / "l.png", np.repeat([[0, 2, 2, 2, 2, 2, 255, 255]], 4, 0).astype(np.uint8))
+    pixels = check_pairs(tmp_path, [("i.png", "l.png")], "my/list.txt", 4)
+    assert pixels.tolist() == [[4, 0, 20, 0]]
+    said = capsys.readouterr().err
+    assert "my/list.txt: no label has a pixel of class 1, 3 (255 means no label)" in said
+
+
+@pytest.mark.parametrize("values, fits", [((0, 255), False), ((0, 1, 255), True), ((0,), True)])
+def test_masks_of_0_and_255_are_refused_as_labels_of_two_classes(tmp_path, values, fits):
+    saved(tmp_path / "i.png", np.zeros((4, 4, 3), np.uint8))
+    label = np.zeros((4, 4), np.uint8)
+    label[0, : len(values)] = values
+    saved(tmp_path / "l.png", label)
+    with contextlib.nullcontext() if fits else pytest.raises(UserError, match="0 and 255 alone"):
+        check_pairs(tmp_path, [("i.png", "l.png")], "list", 2)
 
 
 def test_check_pairs(tmp_path):
@@ -332,6 +394,33 @@ def test_manifests_name_every_run_time_package():
     assert found["hardware"]["cpu"] and found["hardware"]["ram_gb"] > 1
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+        MemoryError("Unable to allocate 3 TiB"),
+    ],
+    ids=["cuda", "cpu", "numpy"],
+)
+def test_memory_that_has_run_out_is_one_line(capsys, error):
+    def main():
+        raise error
+
+    assert run_main(main, "use --amp bf16") == 2
+    line = capsys.readouterr().err
+    assert line.startswith("error: memory has run out (") and line.count("\n") == 1
+    assert "use --amp bf16. What is finished is kept" in line
+
+
+def test_other_runtime_errors_are_not_hidden():
+    def main():
+        raise RuntimeError("size mismatch")
+
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        run_main(main)
+
+
 # --- progress
 
 
@@ -355,6 +444,12 @@ with run.process_group(torch.device("cpu")) as (rank, world):
     total = torch.ones(1)
     torch.distributed.all_reduce(total)
     assert total.item() == world == 2
+    store = torch.distributed.distributed_c10d._get_default_store()  # NCCL meets in it
+    if rank == 0:
+        store.wait(["late"])
+    else:
+        time.sleep(6)
+        store.set("late", "")
 """
 
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import posixpath
+import re
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -207,8 +209,9 @@ def read_picture(path: str | Path) -> Image.Image:
 def read_label(path: str | Path, class_num: int | None = None) -> np.ndarray:
     """Label map as a writable uint8 H x W array of train IDs and IGNORE.
 
-    With `class_num`, values other than 0 .. class_num - 1 and 255 are an error that names the file
-    and the value. A lossy format, colours and 1-bit maps (whose 255 would become 1) are refused.
+    Greyscale of 1, 2 or 4 bits a pixel holds the train IDs themselves. With `class_num`, values
+    other than 0 .. class_num - 1 and 255 are an error that names the file and the value. A lossy
+    format and colours are refused.
     """
     with _reading(path, "label map"), Image.open(path) as image:
         if image.format in LOSSY_FORMATS:
@@ -216,19 +219,29 @@ def read_label(path: str | Path, class_num: int | None = None) -> np.ndarray:
                 f"{path}: a {image.format} changes the values of a label map; give a PNG of"
                 " train IDs"
             )
-        if image.mode not in ("L", "P"):
+        if image.mode not in ("L", "P", "1"):
             raise UserError(
                 f"{path}: a label map has one 8-bit channel, this one is {image.mode} (a colour"
                 " picture?); give the PNG of train IDs"
             )
-        label = np.array(image, dtype=np.uint8)
+        step = _grey_step(image)
+        label = np.array(image, dtype=np.uint8) // step
     if class_num is not None:
         check_label_values(label, class_num, path)
     return label
 
 
+def _grey_step(image: Image.Image) -> int:
+    """What Pillow multiplies the stored values of an opened file by, to spread them over 0 .. 255:
+    85 and 17 for greyscale of 2 and 4 bits a pixel, else 1.
+    """
+    stored = image.tile[0][3] if image.tile else ""  # as `L;4`; of TIFF the first of several values
+    bits = re.match("L;([24])", stored if isinstance(stored, str) else str(stored[0]))
+    return 255 // (2 ** int(bits[1]) - 1) if bits else 1
+
+
 def check_label_values(label: np.ndarray, class_num: int, path: str | Path) -> None:
-    present = np.bincount(label.ravel(), minlength=256)
+    present = pixels_of_values(label)
     present[IGNORE] = 0
     wrong = np.flatnonzero(present[class_num:]) + class_num
     if wrong.size:
@@ -383,32 +396,61 @@ def check_pairs(
     root: str | Path,
     rows: list[tuple[str, str]],
     list_path: str | Path,
-    class_num: int | None = None,
+    class_num: int,
     same_size: bool = False,
-) -> None:
+) -> np.ndarray:
     """Fail before any work if an image or label map of a list is missing, unreadable or unfit.
 
     Label maps are decoded and hold values of the class set only; each has its image's aspect ratio,
-    or with `same_size` its size.
+    or with `same_size` its size. Returns the pixels of each class in each label map, int64
+    len(rows) x class_num, on which see `check_classes`.
     """
     root = Path(root)
     check_files(root, [path for row in rows for path in row], list_path)
 
-    def check(row: tuple[str, str]) -> None:
+    def check(row: tuple[str, str]) -> np.ndarray:
         image, label = root / row[0], root / row[1]
-        size, label_size = image_size(image), read_label(label, class_num).shape
-        check_same_shape(label, label_size, image, size)
-        if same_size and label_size != size:
+        size, values = image_size(image), read_label(label, class_num)
+        check_same_shape(label, values.shape, image, size)
+        if same_size and values.shape != size:
             raise UserError(
-                f"{label}: {label_size[1]}x{label_size[0]} pixels, but its image {image} has"
+                f"{label}: {values.shape[1]}x{values.shape[0]} pixels, but its image {image} has"
                 f" {size[1]}x{size[0]}; both must have one size here"
             )
+        return pixels_of_values(values)
 
     with ThreadPoolExecutor() as pool:
         jobs = pool.map(check, rows)
         quiet = process_rank()[0] > 0
-        for _ in progress(jobs, "checking images and labels", len(rows), quiet=quiet):
-            pass
+        bar = progress(jobs, "checking images and labels", len(rows), quiet=quiet)
+        pixels = np.array(list(bar))
+    check_classes(pixels.sum(axis=0), class_num, list_path)
+    return pixels[:, :class_num]
+
+
+def pixels_of_values(label: np.ndarray) -> np.ndarray:
+    """int64 256: the pixels of each value in a label map."""
+    return np.bincount(label.ravel(), minlength=256)
+
+
+def check_classes(pixels: np.ndarray, class_num: int, list_path: str | Path) -> None:
+    """Name the classes that occur in no label map of a list, in one line on stderr.
+
+    pixels: int 256, of each value in all of them. Of two classes the second may not be absent where
+    255 occurs: annotation programs write 255 for the object, which means "no label" here.
+    """
+    absent = np.flatnonzero(pixels[:class_num] == 0)
+    if class_num == 2 and pixels[0] and pixels[IGNORE] and absent.size:
+        raise UserError(
+            f"{list_path}: its labels hold 0 and 255 alone; of two classes the second is 1, and 255"
+            " means no label: write 1 for it"
+        )
+    if absent.size and process_rank()[0] == 0:
+        which = ", ".join(map(str, absent))
+        print(
+            f"note: {list_path}: no label has a pixel of class {which} (255 means no label)",
+            file=sys.stderr,
+        )
 
 
 def renamed_experiment(label_path: str, suffix: str) -> str:

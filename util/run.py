@@ -28,6 +28,9 @@ import numpy as np
 RENDEZVOUS_SECONDS = 120  # for the processes of a run to find each other
 WORK_SECONDS = 24 * 3600  # that one process may take longer than another
 
+# In messages of torch, CUDA's libraries and the C library about memory that has run out.
+OUT_OF_MEMORY = ("out of memory", "allocate memory", "Unable to allocate", "_ALLOC_FAILED")
+
 # What requirements.txt names: versions that results may depend on.
 PACKAGES = (
     "torch",
@@ -51,11 +54,11 @@ class UserError(Exception):
     """
 
 
-def run_main(main) -> int:
+def run_main(main, spare: str = "use a machine with more") -> int:
     """Call `main()` for a script and return its exit code.
 
-    A UserError, a full disk and too little shared memory become one line on stderr and exit code 2,
-    Ctrl-C exit code 130.
+    A UserError, a full disk, too little memory and too little shared memory become one line on
+    stderr and exit code 2, Ctrl-C exit code 130. spare: what to do where memory has run out.
     """
     try:
         return main() or 0
@@ -66,15 +69,15 @@ def run_main(main) -> int:
     except KeyboardInterrupt:
         print("stopped; run the same command again to go on", file=sys.stderr)
         return 130
-    except (OSError, RuntimeError) as error:
-        message = _machine_trouble(error)
+    except (OSError, RuntimeError, MemoryError) as error:
+        message = _machine_trouble(error, spare)
         if message is None:
             raise
     print(f"error: {message}", file=sys.stderr)
     return 2
 
 
-def _machine_trouble(error: Exception) -> str | None:
+def _machine_trouble(error: Exception, spare: str) -> str | None:
     """What to tell of an error that the machine's limits cause, or None."""
     text = str(error)
     if "shared memory" in text or "/torch_" in text:
@@ -85,6 +88,9 @@ def _machine_trouble(error: Exception) -> str | None:
     of_torch_save = ("PytorchStreamWriter", "file write failed", "unexpected pos")
     if disk_is_full(error) or any(words in text for words in of_torch_save):
         return full_disk(getattr(error, "filename", None) or "output")
+    if isinstance(error, MemoryError) or any(words in text for words in OUT_OF_MEMORY):
+        said = text.partition("\n")[0][:120] or type(error).__name__
+        return f"memory has run out ({said}); {spare}. What is finished is kept"
     return None
 
 
@@ -329,14 +335,16 @@ def process_group(device):
     import torch.distributed as dist
     from torch.distributed.rendezvous import rendezvous
 
+    work = timedelta(seconds=WORK_SECONDS)
     store = next(rendezvous("env://", timeout=timedelta(seconds=RENDEZVOUS_SECONDS)))[0]
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         store=dist.PrefixStore("process_group", store),
         rank=rank,
         world_size=world,
-        timeout=timedelta(seconds=WORK_SECONDS),
+        timeout=work,
     )
+    store.set_timeout(work)  # in it NCCL's first collective waits for the others
     try:
         yield rank, world
     finally:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
-from util.labels import check_files, check_pairs, read_label, read_list
+from util.labels import check_files, check_pairs, read_list
 from util.run import UserError, check_settings, digest_of_all, remove_leftovers, sha256
 
 RESULTS = ("latest.pth", "best.pth", "summary.json")  # a folder with one of them holds a run
@@ -41,10 +40,11 @@ SETTINGS = (
 )
 
 
-def read_lists(args, class_num: int) -> tuple[list, list, list]:
+def read_lists(args, class_num: int) -> tuple[list, list, list, np.ndarray]:
     """Rows of the labeled, the unlabeled (image paths) and the validation list, with all that they
-    name checked. Evaluation needs ground truth in its image's size; a training label may be smaller
-    or larger.
+    name checked, and the pixels of each class in each label to learn from, int64 labeled x
+    class_num. Evaluation needs ground truth in its image's size; a training label may be smaller or
+    larger.
     """
     labeled = read_list(args.labeled_id_path)
     unlabeled, validation = [], []
@@ -61,26 +61,13 @@ def read_lists(args, class_num: int) -> tuple[list, list, list]:
     check_files(args.root_path, unlabeled, args.unlabeled_id_path)
     if validation:
         check_pairs(args.root_path, validation, args.val_id_path, class_num, same_size=True)
-    check_pairs(args.root_path, labeled, args.labeled_id_path, class_num)
-    return labeled, unlabeled, validation
-
-
-def label_pixel_counts(
-    rows: list[tuple[str, str]], root: Path, class_num: int, list_path: Path
-) -> np.ndarray:
-    """Pixels per class of each label map, int64 len(rows) x class_num; none at all is an error."""
-
-    def count(row: tuple[str, str]) -> np.ndarray:
-        label = read_label(root / row[1], class_num)
-        return np.bincount(label.ravel(), minlength=256)[:class_num]
-
-    with ThreadPoolExecutor() as pool:
-        counts = list(pool.map(count, rows))
-    if not np.any(counts):
+    pixels = check_pairs(args.root_path, labeled, args.labeled_id_path, class_num)
+    if not pixels.any():
         raise UserError(
-            f"{list_path}: no label map of it has a labeled pixel; nothing can be learned"
+            f"{args.labeled_id_path}: no label map of it has a labeled pixel; nothing can be"
+            " learned"
         )
-    return np.array(counts, dtype=np.int64)
+    return labeled, unlabeled, validation, pixels
 
 
 def input_files(args) -> dict[str, Path]:

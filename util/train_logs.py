@@ -131,12 +131,20 @@ def log_header(logs: Logs, args, batch: int, world: int, model: nn.Module) -> No
     logs.text.info(f"Total params: {parameter_count(model) / 1e6:.1f}M\n")
 
 
-def announce(args, world: int, batch: int, steps: int, device) -> None:
+def announce(args, world: int, batch: int, steps: int, groups: int, device) -> None:
+    """What a run is, and what differs from the authors'. groups: of samples that share the losses'
+    pixel counts.
+    """
     print(
         f"global batch {args.global_batch} = {world} process{'es' if world > 1 else ''} x {batch}"
         f" samples x {steps} accumulation step{'s' if steps > 1 else ''}; losses are normalised in"
-        f" {args.loss_groups} groups"
+        f" {groups} groups"
     )
+    if groups > args.loss_groups:
+        print(
+            f"warning: {groups} groups, not {args.loss_groups}: a process has too few samples at a"
+            " time for whole groups, so results will differ a little from the authors'"
+        )
     if steps > 1:
         print(
             f"warning: batch norm sees {batch * (world if device.type == 'cuda' else 1)} samples at"
