@@ -3,10 +3,13 @@
 #   bash scripts/test.sh                 all tests but those marked slow
 #   bash scripts/test.sh -m slow         the slow ones: every task rehearsed, runs killed and changed (ten minutes more)
 #   bash scripts/test.sh tests/test_x.py any option of pytest (-n 8: eight processes; --pdb needs -n 0)
+#   bash scripts/test.sh --lowest        with the lowest versions that requirements.txt allows, in .venv-lowest (6 GB more)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/lib/variables.sh
 case "${1:-}" in -h | --help) variables "$0" -- --help ;; esac
 variables "$0" --
-source scripts/lib/setup.sh test
+versions=test
+if [ "${1:-}" = --lowest ]; then versions=lowest && shift; fi
+source scripts/lib/setup.sh "$versions"
 exec "$PYTHON" -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=15 "$@"

@@ -2,6 +2,7 @@
 #
 #   source scripts/lib/setup.sh          what the scripts need
 #   source scripts/lib/setup.sh test     what the tests need too (requirements-test.txt)
+#   source scripts/lib/setup.sh lowest   the same in .venv-lowest, with the lowest versions that requirements.txt allows
 #
 # Looked at in this order: $PYTHON, the active environment's python, .venv of this repository. If none will do, .venv is
 # made and the packages are installed into it, once: about 6 GB and two to five minutes for the stock torch builds.
@@ -9,7 +10,7 @@
 
 setup_repo="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 setup_files=("$setup_repo/requirements.txt")
-[ "${1:-}" = test ] && setup_files+=("$setup_repo/requirements-test.txt")
+[ -z "${1:-}" ] || setup_files+=("$setup_repo/requirements-test.txt")
 
 # Exit code 0 if the interpreter $1 has every package of the files that follow in the version asked for.
 setup_satisfied() {
@@ -44,40 +45,53 @@ setup_find() {
     return 1
 }
 
-setup_install() {
-    local base candidate need=()
-    for candidate in python3 python python3.13 python3.12 python3.11 python3.10; do
+setup_install() { # setup_install FOLDER INTERPRETERS PIP-OPTION…: sets PYTHON to the one of the environment in FOLDER
+    local folder="$1" candidate base="" need=() bar=off
+    for candidate in $2; do
         if command -v "$candidate" >/dev/null 2>&1 &&
             "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
             base="$candidate"
             break
         fi
     done
-    if [ -z "${base:-}" ]; then
-        echo "error: no Python 3.10 or newer found; install one and run this command again" >&2
+    if [ -z "$base" ]; then
+        echo "error: no Python 3.10 or newer found (looked for $2); install one and run this command again" >&2
         return 2
     fi
-    if [ ! -x "$setup_repo/.venv/bin/python" ]; then
-        echo "setup: making $setup_repo/.venv with $("$base" --version)"
-        if ! "$base" -m venv "$setup_repo/.venv"; then
+    shift 2
+    if [ ! -x "$folder/bin/python" ]; then
+        echo "setup: making $folder with $("$base" --version)"
+        if ! "$base" -m venv "$folder"; then
             echo "error: '$base -m venv' failed; on Debian and Ubuntu install python3-venv, then run this command again" >&2
             return 2
         fi
     fi
     for candidate in "${setup_files[@]}"; do need+=(-r "$candidate"); done
-    echo "setup: installing packages into .venv (once; about 6 GB, some minutes)"
-    candidate=off
-    [ ! -t 1 ] || candidate=on
-    if ! "$setup_repo/.venv/bin/python" -m pip install --disable-pip-version-check --progress-bar "$candidate" "${need[@]}"; then
+    echo "setup: installing packages into $folder (once; about 6 GB, some minutes)"
+    [ ! -t 1 ] || bar=on
+    if ! "$folder/bin/python" -m pip install --disable-pip-version-check --progress-bar "$bar" "${need[@]}" "$@"; then
         echo "error: pip could not install the packages above; check the network and the free disk space (6 GB)," \
             "then run this command again: it goes on where it stopped" >&2
         return 2
     fi
-    PYTHON="$setup_repo/.venv/bin/python"
+    PYTHON="$folder/bin/python"
 }
 
-if ! setup_find; then
-    setup_install || exit $?
+setup_lowest() { # the versions are those of requirements.txt, `>=` read as `==`; Python 3.11 or 3.10, which all of them have
+    local folder="$setup_repo/.venv-lowest" versions
+    versions="$(sed -E 's/ *#.*//; /^$/d; s/>=/==/' "$setup_repo/requirements.txt")"
+    PYTHON="$folder/bin/python"
+    [ "$versions" != "$(cat "$folder/versions.txt" 2>/dev/null)" ] || return 0
+    mkdir -p "$folder"
+    echo "$versions" > "$folder/constraints.txt"
+    setup_install "$folder" "python3.11 python3.10" -c "$folder/constraints.txt" || return $?
+    mv "$folder/constraints.txt" "$folder/versions.txt"
+}
+
+if [ "${1:-}" = lowest ]; then
+    setup_lowest || exit $?
+elif ! setup_find; then
+    setup_install "$setup_repo/.venv" "python3 python python3.13 python3.12 python3.11 python3.10" || exit $?
     if ! setup_satisfied "$PYTHON" "${setup_files[@]}"; then
         echo "error: $PYTHON still lacks something of requirements.txt; delete .venv and run this command again" >&2
         exit 2
