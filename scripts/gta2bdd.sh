@@ -32,6 +32,8 @@ LABELED_FRACTION=0.25                          # the log fits 5250 unlabeled of 
 CROP=769                                       # the log
 EVAL_MODE=original                             # the log
 # All from the log: 240 epochs, 4 GPUs x 1 labeled image, learning rate 0.005.
-ADAPT=(--backbone resnet101 --stem "${STEM:-deep}" --epochs 240 --global-batch 4 --lr 0.005 --lr-multi 1.0 --crop-size "$CROP")
+GLOBAL_BATCH=4
+ADAPT=(--backbone resnet101 --stem "${STEM:-deep}" --epochs 240 --global-batch "$GLOBAL_BATCH" --lr 0.005 --lr-multi 1.0
+       --crop-size "$CROP")
 
 main "$@"

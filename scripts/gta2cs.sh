@@ -31,6 +31,8 @@ LABELED_FRACTION=0.375                         # the log implies 35 to 38 % labe
 CROP=769                                       # the log; UniMatch's own Cityscapes configuration has 801
 EVAL_MODE=sliding_window                       # the log
 # All from the log: 240 epochs, 4 GPUs x 2 labeled images, learning rate 0.005.
-ADAPT=(--backbone resnet101 --stem "${STEM:-deep}" --epochs 240 --global-batch 8 --lr 0.005 --lr-multi 1.0 --crop-size "$CROP")
+GLOBAL_BATCH=8
+ADAPT=(--backbone resnet101 --stem "${STEM:-deep}" --epochs 240 --global-batch "$GLOBAL_BATCH" --lr 0.005 --lr-multi 1.0
+       --crop-size "$CROP")
 
 main "$@"

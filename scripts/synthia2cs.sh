@@ -34,6 +34,8 @@ LABELED_FRACTION=0.5                           # the log fits DT-ST's 1487 unlab
 CROP=769                                       # the log
 EVAL_MODE=original                             # the log: UniMatch slides windows with 19 classes only
 # All from the log: 240 epochs, 4 GPUs x 2 labeled images, learning rate 0.005.
-ADAPT=(--backbone resnet101 --stem "${STEM:-deep}" --epochs 240 --global-batch 8 --lr 0.005 --lr-multi 1.0 --crop-size "$CROP")
+GLOBAL_BATCH=8
+ADAPT=(--backbone resnet101 --stem "${STEM:-deep}" --epochs 240 --global-batch "$GLOBAL_BATCH" --lr 0.005 --lr-multi 1.0
+       --crop-size "$CROP")
 
 main "$@"

@@ -11,7 +11,6 @@ import time
 
 import numpy as np
 import pytest
-import torch
 from conftest import ROOT
 from PIL import Image, PngImagePlugin
 
@@ -38,7 +37,6 @@ from util.run import (
     manifest,
     read_json,
     run_main,
-    select_device,
     sha256,
 )
 
@@ -179,11 +177,8 @@ def options(*argv):
     return parser.parse_args(argv)
 
 
-@pytest.mark.parametrize(
-    "device", ["banana", "gpu", "0", "cuda:x", "cpu:", "cuda:99", "mps:zz", "mps"]
-)
-def test_unknown_devices_are_refused(device, monkeypatch):
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+@pytest.mark.parametrize("device", ["banana", "gpu", "0", "cuda:x", "cpu:", "cuda:99", "mps"])
+def test_unknown_devices_are_refused(device):
     with pytest.raises(UserError, match=f"--device {device}: "):
         check_run_options(options("--device", device))
 
@@ -208,10 +203,8 @@ def test_seeds_outside_the_range_are_refused(seed):
         check_run_options(options("--seed", seed))
 
 
-def test_fitting_run_options_pass(monkeypatch):
+def test_fitting_run_options_pass():
     check_run_options(options("--device", "cpu", "--seed", str(2**32 - 1)))
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    assert select_device("mps") == torch.device("mps")
 
 
 @pytest.mark.parametrize(

@@ -266,10 +266,8 @@ def select_device(name: str):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, number = name.partition(":")
-    if kind not in ("cpu", "cuda", "mps") or (":" in name and not number.isdigit()):
-        raise UserError(f"--device {name}: no such device; give auto, cpu, cuda, cuda:N or mps")
-    if kind == "mps" and not torch.backends.mps.is_available():
-        raise UserError(f"--device {name}: torch sees no Apple GPU here; use --device cpu")
+    if kind not in ("cpu", "cuda") or (":" in name and not number.isdigit()):
+        raise UserError(f"--device {name}: no such device; give auto, cpu, cuda or cuda:N")
     if kind == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if not count:
