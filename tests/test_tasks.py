@@ -266,7 +266,7 @@ def rehearse(task, out):
     )
 
     start = time.time()
-    again = run(task, REHEARSE=1, OUT=out, PYTHON=sys.executable)
+    again = run(task, REHEARSE=1, OUT=out, PYTHON=sys.executable, PYTHONIOENCODING="latin-1")
     assert again.returncode == 0 and again.stdout.count("done before") == len(STAGES)
     assert time.time() - start < 30
     return result

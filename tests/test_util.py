@@ -30,6 +30,7 @@ from util.run import (
     RENDEZVOUS_SECONDS,
     WORK_SECONDS,
     UserError,
+    _output,
     atomic_path,
     check_settings,
     digests,
@@ -303,6 +304,10 @@ def test_a_file_that_cannot_be_written_is_told_in_a_line(tmp_path, error, told):
         temporary.write_text("half")
         raise error
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"] and path.read_text() == "whole"
+
+
+def test_output_of_other_programs_may_have_any_bytes():
+    assert _output("printf", r"caf\303\251 \377") == "café \ufffd"
 
 
 def test_other_errors_keep_their_traceback():

@@ -8,6 +8,7 @@ import ctypes
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import os
 import platform
@@ -55,8 +56,11 @@ def run_main(main) -> int:
     """Call `main()` for a script and return its exit code.
 
     A UserError, a full disk and too little shared memory become one line on stderr and exit code 2,
-    Ctrl-C exit code 130.
+    Ctrl-C exit code 130. A character that stdout's encoding lacks is printed as `?`; stderr has an
+    escape for it by itself.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # not a stream that stands in for it
+        sys.stdout.reconfigure(errors="replace")
     try:
         return main() or 0
     except UserError as error:
@@ -204,7 +208,7 @@ def folder_lock(folder: str | Path):
         return
     folder = Path(folder)
     check_writable(folder)
-    with open(folder / ".lock", "w") as file:
+    with open(folder / ".lock", "w", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -407,10 +411,10 @@ def hardware() -> dict:
 def _output(*command: str) -> str | None:
     """What a command prints, or None if it fails."""
     try:
-        run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+        run = subprocess.run(command, capture_output=True, check=True, timeout=20)
     except (OSError, subprocess.SubprocessError):
         return None
-    return run.stdout.strip()
+    return run.stdout.decode(errors="replace").strip()
 
 
 def manifest(options: dict, inputs: dict[str, str | Path] | None = None) -> dict:

@@ -335,7 +335,9 @@ def main(argv=None) -> None:
         for name, (example, count) in sets.items()
     }
     print(format_table(results))
-    training = json.loads(args.train_log.read_text()) if args.train_log.is_file() else None
+    training = (
+        json.loads(args.train_log.read_text(encoding="utf-8")) if args.train_log.is_file() else None
+    )
     write_json(
         args.out,
         {

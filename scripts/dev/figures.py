@@ -103,7 +103,7 @@ def keep_records(run: Path) -> None:
         for path in sorted(seed.glob("adapt_*/metrics.jsonl")):
             if "." in path.parent.name:
                 continue
-            entries = [json.loads(line) for line in path.read_text().splitlines()]
+            entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
             evaluations[path.parent.name] = [e for e in entries if "eval/mIoU" in e]
         write_json(folder / f"{seed.name}_evaluations.json", evaluations)
 
@@ -186,7 +186,9 @@ def shipped_curves() -> Image.Image:
         ("seco_synthia", "SYNTHIA to Cityscapes"),
         ("seco_bdd", "GTA to BDD100K"),
     ):
-        lines = (ROOT / "training_logs" / name / "epochs.csv").read_text().splitlines()
+        lines = (
+            (ROOT / "training_logs" / name / "epochs.csv").read_text(encoding="utf-8").splitlines()
+        )
         columns = lines[0].split(",")
         rows = [
             row for line in lines[1:] if (row := line.split(","))[columns.index("mIoU")]

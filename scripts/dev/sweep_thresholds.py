@@ -149,7 +149,7 @@ def main(argv=None) -> None:
                 [statistics.mean(f[figure]) for f in rows.values()],
             )
     write_json(args.run / "sweep.json", {"seeds": [folder.name for folder in seeds], **results})
-    (args.run / "sweep.md").write_text(text)
+    (args.run / "sweep.md").write_text(text, encoding="utf-8")
     save_picture(
         args.run / "pictures/sweep.png",
         line_chart(series, "", "threshold", "labels after SCC (%)", y_range=(0, 100)),

@@ -221,8 +221,8 @@ run_task() {
         --id-list-path "$VAL_LIST" --root-path "$DATA_ROOT" "${CLASSES[@]}" --mode "$EVAL_MODE" --crop-size "$CROP" \
         --out "$OUT/eval_after" --device "$DEVICE"
     say "" "== the run beside the authors' log"
-    "$PYTHON" -m scripts.compare_logs "$OUT/adapt" "$SHIPPED_LOG" --picture "$OUT/pictures/compare.png" \
-        > "$OUT/compare.txt" || code=$?
+    PYTHONIOENCODING=utf-8 "$PYTHON" -m scripts.compare_logs "$OUT/adapt" "$SHIPPED_LOG" \
+        --picture "$OUT/pictures/compare.png" > "$OUT/compare.txt" || code=$?
     cat "$OUT/compare.txt"
     [ "$code" -le 1 ] || exit "$code"
     "$PYTHON" -m scripts.lib.page "$OUT"
