@@ -12,6 +12,7 @@
 # Hours      adaptation: the log's epochs took 1117 s, so 240 take 74 h on the authors' four GPUs (type not published). Here:
 #            not measured. PSA with vit_h is the other long stage: 7000 images at seconds to a minute each on one GPU.
 # Memory     not published and not measured; crop 769 with 1 + 1 images a GPU. Too little memory: raise GPUS.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/lib/task.sh

@@ -11,6 +11,7 @@
 # Hours      adaptation: the log's epochs took 398 s, 26.2 h in all, on the authors' four GPUs (type not published). Here: not
 #            measured. PSA with vit_h is the other long stage: 2975 images at seconds to a minute each on one GPU.
 # Memory     not published and not measured; crop 769 with 2 + 2 images a GPU. Too little memory: raise GPUS.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/lib/task.sh

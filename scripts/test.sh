@@ -3,6 +3,7 @@
 #   bash scripts/test.sh                 all tests but those marked slow
 #   bash scripts/test.sh -m slow         the slow ones: every task rehearsed, runs killed and changed (ten minutes more)
 #   bash scripts/test.sh tests/test_x.py any option of pytest (-n 8: eight processes; --pdb needs -n 0)
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/lib/variables.sh

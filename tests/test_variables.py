@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from itertools import takewhile
 
 import pytest
 from conftest import ROOT
@@ -98,7 +99,8 @@ def test_help_is_the_head_of_the_script(script, argument):
     result = run(script, argument)
     assert result.returncode == 0 and result.stderr == ""
     text = (ROOT / f"scripts/{script}.sh").read_text()
-    head = [line[1:].removeprefix(" ") for line in text.split("\nset -euo")[0].splitlines()[1:]]
+    head = takewhile(lambda line: line.startswith("#"), text.splitlines()[1:])
+    head = [line[1:].removeprefix(" ") for line in head]
     assert result.stdout.startswith("\n".join(head) + "\n\nEnvironment variables: PYTHON")
 
 
