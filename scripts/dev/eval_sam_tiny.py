@@ -35,6 +35,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # for `python scripts/dev/NAME.py`
+
 import numpy as np
 from segment_anything import SamAutomaticMaskGenerator, SamPredictor
 

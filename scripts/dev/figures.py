@@ -19,6 +19,8 @@ import shutil
 import sys
 from pathlib import Path
 
+sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # for `python scripts/dev/NAME.py`
+
 import numpy as np
 from PIL import Image
 

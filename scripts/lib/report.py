@@ -15,6 +15,8 @@ import statistics
 import sys
 from pathlib import Path
 
+sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # for `python scripts/lib/NAME.py`
+
 from scripts.lib.stage import of_one_setting, outdated
 from util.labels import class_set, read_image, read_label, read_list
 from util.options import add_class_options

@@ -37,6 +37,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # for `python scripts/lib/NAME.py`
+
 SECONDS_BETWEEN_SIGNS_OF_LIFE = 2
 THERE = "there"  # of a file that a list among the outputs names: not compared, but it must exist
 
