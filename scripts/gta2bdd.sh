@@ -12,6 +12,7 @@
 # Hours      adaptation: the log's epochs took 1117 s, so 240 take 74 h on the authors' four GPUs (type not published). Here:
 #            not measured. PSA with vit_h is the other long stage: 7000 images at seconds to a minute each on one GPU.
 # Memory     not published and not measured; crop 769 with 1 + 1 images a GPU. Too little memory: raise GPUS.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/lib/task.sh
@@ -32,6 +33,8 @@ LABELED_FRACTION=0.25                          # the log fits 5250 unlabeled of 
 CROP=769                                       # the log
 EVAL_MODE=original                             # the log
 # All from the log: 240 epochs, 4 GPUs x 1 labeled image, learning rate 0.005.
-ADAPT=(--backbone resnet101 --stem "${STEM:-deep}" --epochs 240 --global-batch 4 --lr 0.005 --lr-multi 1.0 --crop-size "$CROP")
+GLOBAL_BATCH=4
+ADAPT=(--backbone resnet101 --stem "${STEM:-deep}" --epochs 240 --global-batch "$GLOBAL_BATCH" --lr 0.005 --lr-multi 1.0
+       --crop-size "$CROP")
 
 main "$@"

@@ -11,6 +11,7 @@
 # Hours      adaptation: the log's epochs took 398 s, 26.2 h in all, on the authors' four GPUs (type not published). Here: not
 #            measured. PSA with vit_h is the other long stage: 2975 images at seconds to a minute each on one GPU.
 # Memory     not published and not measured; crop 769 with 2 + 2 images a GPU. Too little memory: raise GPUS.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/lib/task.sh
@@ -31,6 +32,8 @@ LABELED_FRACTION=0.375                         # the log implies 35 to 38 % labe
 CROP=769                                       # the log; UniMatch's own Cityscapes configuration has 801
 EVAL_MODE=sliding_window                       # the log
 # All from the log: 240 epochs, 4 GPUs x 2 labeled images, learning rate 0.005.
-ADAPT=(--backbone resnet101 --stem "${STEM:-deep}" --epochs 240 --global-batch 8 --lr 0.005 --lr-multi 1.0 --crop-size "$CROP")
+GLOBAL_BATCH=8
+ADAPT=(--backbone resnet101 --stem "${STEM:-deep}" --epochs 240 --global-batch "$GLOBAL_BATCH" --lr 0.005 --lr-multi 1.0
+       --crop-size "$CROP")
 
 main "$@"

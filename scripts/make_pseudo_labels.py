@@ -49,6 +49,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # for `python scripts/NAME.py`
+
 import numpy as np
 from PIL import Image
 

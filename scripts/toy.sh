@@ -9,6 +9,7 @@
 # data → source model → pixel-level pseudo-labels → PSA → SCC → split → UniMatch → evaluation, by the same four scripts as
 # the real tasks. Stopped at any moment, the same command goes on. RECIPE=both runs both recipes. OUT is the folder of the run
 # (default: runs/toy_<RECIPE>). Results: $OUT/index.html (for a browser), results.md, results.json, pictures/.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/lib/variables.sh

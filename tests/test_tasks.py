@@ -53,6 +53,7 @@ OVERRIDES = (
     "REHEARSE",
     "PYTHON",
     "SEEDS",
+    "CUDA_VISIBLE_DEVICES",
 )
 
 
@@ -77,8 +78,8 @@ def empty_machine(tmp_path):
     """A copy of the scripts, without data, checkpoints or a GPU; PATH has the standard tools alone,
     no Python.
 
-    `df` is played by a script that reports the gigabytes in FREE_GB, so that the tests do not
-    depend on this machine's disk.
+    `df` and `nvidia-smi` are played by scripts that report the gigabytes in FREE_GB and GPU_COUNT
+    GPUs, so that the tests do not depend on this machine.
     """
     shutil.copytree(
         ROOT / "scripts", tmp_path / "kit/scripts", ignore=shutil.ignore_patterns("__pycache__")
@@ -91,7 +92,12 @@ def empty_machine(tmp_path):
         "#!/bin/sh\necho Filesystem 1024-blocks Used Available Capacity Mounted\n"
         'echo disk 0 0 "${FREE_GB:-500}000000" 0% /\n'
     )
-    (tools / "df").chmod(0o755)
+    (tools / "nvidia-smi").write_text(
+        '#!/bin/sh\nn=0\nwhile [ $n -lt "${GPU_COUNT:-0}" ]; do\n'
+        '  echo "GPU $n: a card (UUID: GPU-$n)"\n  n=$((n + 1))\ndone\n'
+    )
+    for tool in ("df", "nvidia-smi"):
+        (tools / tool).chmod(0o755)
     return tmp_path / "kit", tools
 
 
@@ -139,9 +145,10 @@ def test_preflight_is_about_what_is_missing_only(empty_machine, tmp_path):
         SAM_CHECKPOINT=tmp_path / "sam.pth",
         BACKBONE_WEIGHTS=tmp_path / "resnet.pth",
         GPUS="two",
+        GPU_COUNT=4,
     )
     assert result.returncode == 2 and "2 things are missing" in result.stderr, result.stderr
-    for wanted in ("leftImg8bit/train: 0 of 2975", "GPUS=two: not a number"):
+    for wanted in ("leftImg8bit/train: 0 of 2975", "GPUS=two: 4 GPUs are here"):
         assert wanted in result.stderr
     result = run(
         "gta2bdd", folder, PATH=tools, FREE_GB=7, PROBABILITIES=tmp_path / "none", USE_SCC="0"
@@ -151,6 +158,73 @@ def test_preflight_is_about_what_is_missing_only(empty_machine, tmp_path):
         "no such folder of probability arrays" in result.stderr
         and "bdd_source_free" not in result.stderr
     )
+
+
+@pytest.mark.parametrize(
+    "count, settings, processes, said",
+    [
+        (8, {}, 8, ""),
+        (8, {"DEVICE": "cuda"}, 8, ""),
+        (8, {"GPUS": ""}, 8, ""),
+        (8, {"GPUS": 2}, 2, ""),
+        (8, {"DEVICE": "cpu"}, 0, ""),
+        (8, {"GLOBAL_BATCH": 4}, 4, "note: 4 of 8 GPUs are used"),
+        (7, {}, 4, "note: 4 of 7 GPUs are used"),
+        (10, {}, 8, "note: 8 of 10 GPUs are used"),
+        (8, {"CUDA_VISIBLE_DEVICES": "2,3"}, 2, ""),
+        (8, {"CUDA_VISIBLE_DEVICES": "2, 3"}, 2, ""),
+        (8, {"CUDA_VISIBLE_DEVICES": "GPU-5"}, 1, ""),
+        (8, {"CUDA_VISIBLE_DEVICES": "1,0,-1,2,3"}, 2, ""),
+        (8, {"CUDA_VISIBLE_DEVICES": "1,,2,3"}, 1, ""),
+        (2, {"CUDA_VISIBLE_DEVICES": "1,0,2,3"}, 2, ""),
+        (1, {"CUDA_VISIBLE_DEVICES": "MIG-a,MIG-b"}, 1, ""),
+        (8, {"CUDA_VISIBLE_DEVICES": ""}, None, "an NVIDIA GPU (nvidia-smi shows none, or CUDA_V"),
+        (8, {"CUDA_VISIBLE_DEVICES": "-1"}, None, "an NVIDIA GPU"),
+        (8, {"CUDA_VISIBLE_DEVICES": "2,3", "GPUS": 4}, None, "GPUS=4: 2 GPUs are here"),
+        (0, {}, None, "an NVIDIA GPU"),
+        (0, {"GPUS": 2}, None, "an NVIDIA GPU"),
+        (8, {"GPUS": 0}, None, "GPUS=0: 8 GPUs are here"),
+        (8, {"GPUS": "08"}, None, "GPUS=08: 8 GPUs are here"),
+        *((8, {"GPUS": n}, None, "give one of 1, 2, 4, 8, or leave it out") for n in (3, 5, 6, 7)),
+        (8, {"GPUS": 16}, None, "give one of 1, 2, 4, 8, or leave it out"),
+        (6, {"GPUS": 6}, None, "give one of 1, 2, 4, or leave it out"),
+        (8, {"DEVICE": "cuda:1"}, 1, ""),
+        (8, {"DEVICE": "cuda:1", "GPUS": 1}, 1, ""),
+        (8, {"DEVICE": "cuda:1", "GPUS": 2}, None, "GPUS=2 with DEVICE=cuda:1, which is one GPU"),
+        (2, {"DEVICE": "cuda:2"}, None, "DEVICE=cuda:2: the GPUs here are cuda:0 to cuda:1"),
+    ],
+    ids=str,
+)
+def test_processes_fit_the_gpus_and_the_global_batch(
+    empty_machine, count, settings, processes, said
+):
+    """need_gpus of task.sh; processes: None where something is missing."""
+    folder, tools = empty_machine
+    code = 'set -euo pipefail; source scripts/lib/task.sh; need_gpus; echo "missing ${#missing[@]}"'
+    code += '; echo "${missing[*]-}"; echo "processes ${GPUS:-}"'
+    variables = {"GLOBAL_BATCH": 8, "DEVICE": "auto", **settings}
+    result = subprocess.run(
+        ["bash", "-c", code],
+        cwd=folder,
+        env=environment(PATH=tools, GPU_COUNT=count, **variables),
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+    if processes is None:
+        assert "missing 2\n" in result.stdout and said in result.stdout
+    else:
+        first = result.stdout.splitlines()[0]
+        assert first.startswith(said) if said else first == "missing 0"
+        assert result.stdout.endswith(f"processes {processes}\n")
+
+
+@pytest.mark.parametrize("task, fits", [("gta2cs", "1, 2, 4, 8"), ("gta2bdd", "1, 2, 4")])
+def test_preflight_refuses_gpus_that_do_not_share_the_batch(empty_machine, task, fits):
+    folder, tools = empty_machine
+    result = run(task, folder, PATH=tools, GPU_COUNT=8, GPUS=6)
+    assert result.returncode == 2 and "GPUS=6: 8 GPUs are here" in result.stderr
+    assert f"give one of {fits}, or leave it out" in result.stderr
 
 
 def rehearse(task, out):
@@ -192,7 +266,7 @@ def rehearse(task, out):
     )
 
     start = time.time()
-    again = run(task, REHEARSE=1, OUT=out, PYTHON=sys.executable)
+    again = run(task, REHEARSE=1, OUT=out, PYTHON=sys.executable, PYTHONIOENCODING="latin-1")
     assert again.returncode == 0 and again.stdout.count("done before") == len(STAGES)
     assert time.time() - start < 30
     return result

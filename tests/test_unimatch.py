@@ -908,8 +908,6 @@ def test_bad_input_is_told_in_one_line(data, whole_run, tmp_path, capsys):
     ]
     if torch.cuda.is_available():
         cases.pop()
-    if torch.backends.mps.is_available():
-        cases.remove(({"device": "mps"}, "--device mps"))
     for options, message in cases:
         assert run_main(lambda: main(changed(fresh, **options))) == 2, options
         captured = capsys.readouterr().err.replace("\r", "\n").strip().splitlines()

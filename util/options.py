@@ -46,7 +46,7 @@ def add_class_options(parser: ArgumentParser) -> None:
 def add_run_options(parser: ArgumentParser, seed: bool = True) -> None:
     """--device and --seed."""
     parser.add_argument(
-        "--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)"
+        "--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)"
     )
     if seed:
         parser.add_argument(

@@ -8,6 +8,7 @@ import ctypes
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import os
 import platform
@@ -58,8 +59,12 @@ def run_main(main, spare: str = "use a machine with more") -> int:
     """Call `main()` for a script and return its exit code.
 
     A UserError, a full disk, too little memory and too little shared memory become one line on
-    stderr and exit code 2, Ctrl-C exit code 130. spare: what to do where memory has run out.
+    stderr and exit code 2, Ctrl-C exit code 130. A character that stdout's encoding lacks is
+    printed as `?`; stderr has an escape for it by itself. spare: what to do where memory has run
+    out.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # not a stream that stands in for it
+        sys.stdout.reconfigure(errors="replace")
     try:
         return main() or 0
     except UserError as error:
@@ -210,7 +215,7 @@ def folder_lock(folder: str | Path):
         return
     folder = Path(folder)
     check_writable(folder)
-    with open(folder / ".lock", "w") as file:
+    with open(folder / ".lock", "w", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -272,10 +277,8 @@ def select_device(name: str):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, number = name.partition(":")
-    if kind not in ("cpu", "cuda", "mps") or (":" in name and not number.isdigit()):
-        raise UserError(f"--device {name}: no such device; give auto, cpu, cuda, cuda:N or mps")
-    if kind == "mps" and not torch.backends.mps.is_available():
-        raise UserError(f"--device {name}: torch sees no Apple GPU here; use --device cpu")
+    if kind not in ("cpu", "cuda") or (":" in name and not number.isdigit()):
+        raise UserError(f"--device {name}: no such device; give auto, cpu, cuda or cuda:N")
     if kind == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if not count:
@@ -417,10 +420,10 @@ def hardware() -> dict:
 def _output(*command: str) -> str | None:
     """What a command prints, or None if it fails."""
     try:
-        run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+        run = subprocess.run(command, capture_output=True, check=True, timeout=20)
     except (OSError, subprocess.SubprocessError):
         return None
-    return run.stdout.strip()
+    return run.stdout.decode(errors="replace").strip()
 
 
 def manifest(options: dict, inputs: dict[str, str | Path] | None = None) -> dict:

@@ -25,6 +25,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # for `python scripts/dev/NAME.py`
+
 import numpy as np
 import torch
 from scipy import ndimage

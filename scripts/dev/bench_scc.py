@@ -26,6 +26,8 @@ import tempfile
 import time
 from pathlib import Path
 
+sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # for `python scripts/dev/NAME.py`
+
 import cv2
 import numpy as np
 from PIL import Image, ImageFilter
@@ -119,7 +121,7 @@ def resident_mb() -> float:
     """Resident memory now, in MB; peak where the system does not tell."""
     status = Path("/proc/self/statm")
     if status.is_file():
-        return int(status.read_text().split()[1]) * resource.getpagesize() / 1e6
+        return int(status.read_text(encoding="utf-8").split()[1]) * resource.getpagesize() / 1e6
     return peak_memory_mb()["host_mb"]
 
 

@@ -18,6 +18,8 @@ import argparse
 import sys
 from pathlib import Path
 
+sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # for `python scripts/dev/NAME.py`
+
 from util.run import UserError, run_main
 from util.training_log import read_training_log, summary
 

@@ -35,6 +35,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # for `python scripts/dev/NAME.py`
+
 import numpy as np
 from segment_anything import SamAutomaticMaskGenerator, SamPredictor
 
@@ -335,7 +337,9 @@ def main(argv=None) -> None:
         for name, (example, count) in sets.items()
     }
     print(format_table(results))
-    training = json.loads(args.train_log.read_text()) if args.train_log.is_file() else None
+    training = (
+        json.loads(args.train_log.read_text(encoding="utf-8")) if args.train_log.is_file() else None
+    )
     write_json(
         args.out,
         {

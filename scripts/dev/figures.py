@@ -19,6 +19,8 @@ import shutil
 import sys
 from pathlib import Path
 
+sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # for `python scripts/dev/NAME.py`
+
 import numpy as np
 from PIL import Image
 
@@ -103,7 +105,7 @@ def keep_records(run: Path) -> None:
         for path in sorted(seed.glob("adapt_*/metrics.jsonl")):
             if "." in path.parent.name:
                 continue
-            entries = [json.loads(line) for line in path.read_text().splitlines()]
+            entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
             evaluations[path.parent.name] = [e for e in entries if "eval/mIoU" in e]
         write_json(folder / f"{seed.name}_evaluations.json", evaluations)
 
@@ -186,7 +188,9 @@ def shipped_curves() -> Image.Image:
         ("seco_synthia", "SYNTHIA to Cityscapes"),
         ("seco_bdd", "GTA to BDD100K"),
     ):
-        lines = (ROOT / "training_logs" / name / "epochs.csv").read_text().splitlines()
+        lines = (
+            (ROOT / "training_logs" / name / "epochs.csv").read_text(encoding="utf-8").splitlines()
+        )
         columns = lines[0].split(",")
         rows = [
             row for line in lines[1:] if (row := line.split(","))[columns.index("mIoU")]

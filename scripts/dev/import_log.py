@@ -27,6 +27,8 @@ import datetime
 import sys
 from pathlib import Path
 
+sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # for `python scripts/dev/NAME.py`
+
 from util.options import check_range
 from util.run import UserError, atomic_path, check_writable, run_main, sha256, write_json
 from util.training_log import (

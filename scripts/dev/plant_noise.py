@@ -26,6 +26,8 @@ import argparse
 import sys
 from pathlib import Path
 
+sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # for `python scripts/dev/NAME.py`
+
 import numpy as np
 
 from util.connectivity import connectivities

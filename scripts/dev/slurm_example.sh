@@ -15,6 +15,7 @@
 #SBATCH --time=12:00:00
 #SBATCH --requeue
 #SBATCH --output=%x-%j.log
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/../..}"
 PYTHON="${PYTHON:-.venv/bin/python}"   # made by scripts/lib/setup.sh

@@ -17,6 +17,8 @@ import statistics
 import sys
 from pathlib import Path
 
+sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # for `python scripts/dev/NAME.py`
+
 import numpy as np
 
 from dataset.scc import numbered
@@ -149,7 +151,7 @@ def main(argv=None) -> None:
                 [statistics.mean(f[figure]) for f in rows.values()],
             )
     write_json(args.run / "sweep.json", {"seeds": [folder.name for folder in seeds], **results})
-    (args.run / "sweep.md").write_text(text)
+    (args.run / "sweep.md").write_text(text, encoding="utf-8")
     save_picture(
         args.run / "pictures/sweep.png",
         line_chart(series, "", "threshold", "labels after SCC (%)", y_range=(0, 100)),

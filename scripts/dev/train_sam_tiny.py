@@ -54,6 +54,8 @@ from functools import partial
 from multiprocessing import Pool
 from pathlib import Path
 
+sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # for `python scripts/dev/NAME.py`
+
 os.environ.setdefault(
     "OMP_WAIT_POLICY", "passive"
 )  # spinning threads starve each other on a shared machine

@@ -19,6 +19,8 @@ import sys
 from pathlib import Path
 from urllib.parse import quote
 
+sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # for `python scripts/lib/NAME.py`
+
 from scripts.lib.report import cost_table, markdown_table, stage_costs
 from util.run import UserError, atomic_path, read_json, run_main
 

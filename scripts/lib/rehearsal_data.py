@@ -23,6 +23,8 @@ import argparse
 import sys
 from pathlib import Path
 
+sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # for `python scripts/lib/NAME.py`
+
 import numpy as np
 import torch
 from PIL import Image

@@ -15,6 +15,8 @@ import statistics
 import sys
 from pathlib import Path
 
+sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # for `python scripts/lib/NAME.py`
+
 from scripts.lib.stage import of_one_setting, outdated
 from util.labels import class_set, read_image, read_label, read_list
 from util.options import add_class_options
@@ -215,7 +217,7 @@ def miou_curve(seed_folder: Path) -> None:
     for row, title in MODEL_ROWS.items():
         file = seed_folder / f"adapt_{row}" / "metrics.jsonl"
         if file.is_file():
-            points = [json.loads(line) for line in file.read_text().splitlines()]
+            points = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
             points = [(p["epoch"] + 1, p["eval/mIoU"]) for p in points if "eval/mIoU" in p]
             if points:
                 series[title] = ([x for x, _ in points], [y for _, y in points])
@@ -293,7 +295,7 @@ def main(argv: list[str] | None = None) -> None:
             "stages": costs,
         },
     )
-    (args.run / "results.md").write_text(text)
+    (args.run / "results.md").write_text(text, encoding="utf-8")
     pictures = args.run / "pictures"
     pictures.mkdir(exist_ok=True)
     side_by_side(seeds[0], classes, args.pictures)

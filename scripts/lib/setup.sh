@@ -25,7 +25,7 @@ if sys.version_info < (3, 10):
     sys.exit(1)
 numbers = lambda text: [int(part) for part in re.findall(r"\d+", text.split("+")[0])[:3]]
 for name in sys.argv[1:]:
-    for line in open(name):
+    for line in open(name, encoding="utf-8"):
         need = line.split("#")[0].strip()
         if need:
             package, least = need.split(">=")

@@ -2,7 +2,7 @@
 # task's values. Everything is run from the repository's root. Environment variables override paths and hardware:
 #
 #   DATA_ROOT        the target data, unpacked from the official downloads       OUT         folder of the run
-#   CHECKPOINT       source of the starting labels: DT-ST's file, or ours        GPUS        processes (default: all GPUs)
+#   CHECKPOINT       source of the starting labels: DT-ST's file, or ours        GPUS        processes (default: as many as fit)
 #   PROBABILITIES    instead of it: a folder of K x H x W arrays of any model    RECIPE      release or paper
 #   SAM_CHECKPOINT   SAM's weights, SAM_TYPE its type                            USE_SCC     0: adapt with PSA's labels
 #   BACKBONE_WEIGHTS ImageNet weights of UniMatch's ResNet-101                   REHEARSE    1: everything in miniature
@@ -81,16 +81,64 @@ need_inputs() {
         lacks "$SCC_WEIGHTS: ImageNet weights of SCC's ResNet-101" "SCC_WEIGHTS=imagenet (torchvision fetches them), or a .pth"
 }
 
-need_machine() {
-    local found=0 free
-    if command -v nvidia-smi >/dev/null 2>&1; then found="$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)"; fi
-    if [ "$DEVICE" = cpu ]; then GPUS=0; fi
-    GPUS="${GPUS:-$found}"
-    case "$GPUS" in
-        '' | *[!0-9]*) lacks "GPUS=$GPUS: not a number of GPUs" "leave it out, or give how many to use" ;;
-        0) [ "$DEVICE" = cpu ] || lacks "an NVIDIA GPU (nvidia-smi shows none)" "the authors used four; on a CPU, try REHEARSE=1 bash $0" ;;
-        *) [ "$GPUS" -le "$found" ] || lacks "GPUS=$GPUS, but nvidia-smi shows $found" "leave GPUS out, or give at most $found" ;;
+# GPUs that CUDA sees: nvidia-smi's, or those of CUDA_VISIBLE_DEVICES up to the first entry that is none of them.
+gpus_found() {
+    local IFS=', ' all=0 count=0 entry
+    if command -v nvidia-smi >/dev/null 2>&1; then all="$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)"; fi
+    if [ -z "${CUDA_VISIBLE_DEVICES+set}" ]; then
+        echo "$all"
+        return
+    fi
+    for entry in $CUDA_VISIBLE_DEVICES; do
+        case "$entry" in
+            GPU-* | MIG-*) ;;
+            '' | *[!0-9]*) break ;;
+            *) [ "$entry" -lt "$all" ] || break ;;
+        esac
+        count=$((count + 1))
+    done
+    echo "$((count < all ? count : all))"
+}
+
+# Sets GPUS: one for DEVICE=cuda:N, none on the CPU, else by default as many as can share the global batch evenly.
+need_gpus() {
+    local found n fit=0 fits="" most
+    if [ "$DEVICE" = cpu ]; then
+        GPUS=0
+        return
+    fi
+    found="$(gpus_found)"
+    if [ "$found" = 0 ]; then
+        lacks "an NVIDIA GPU (nvidia-smi shows none, or CUDA_VISIBLE_DEVICES hides them)" \
+            "the authors used four; on a CPU, try REHEARSE=1 bash $0"
+        return
+    fi
+    case "$DEVICE" in
+        cuda:*)
+            [ "${DEVICE#cuda:}" -lt "$found" ] ||
+                lacks "DEVICE=$DEVICE: the GPUs here are cuda:0 to cuda:$((found - 1))" "give one of these, or leave it out"
+            [ "${GPUS:-1}" = 1 ] || lacks "GPUS=$GPUS with DEVICE=$DEVICE, which is one GPU" "leave one of the two out"
+            GPUS=1
+            return
+            ;;
     esac
+    for ((n = 1; n <= found; n++)); do
+        [ $((GLOBAL_BATCH % n)) = 0 ] || continue
+        fits="${fits:+$fits, }$n" most="$n"
+        [ "${GPUS:-$n}" != "$n" ] || fit=1
+    done
+    if [ "$fit" = 0 ]; then
+        lacks "GPUS=$GPUS: $found GPUs are here, and the processes share a global batch of $GLOBAL_BATCH evenly" \
+            "give one of $fits, or leave it out"
+    elif [ -z "${GPUS:-}" ] && [ "$most" != "$found" ]; then
+        say "note: $most of $found GPUs are used; they share a global batch of $GLOBAL_BATCH evenly"
+    fi
+    GPUS="${GPUS:-$most}"
+}
+
+need_machine() {
+    local free
+    need_gpus
     free="$(df -Pk . | awk 'NR == 2 {print int($4 / 1000000)}')"
     [ "$free" -ge "$DISK_GB" ] || lacks "$DISK_GB GB of free disk here ($free are free)" "make room, or set OUT and DATA_ROOT elsewhere"
 }
@@ -173,8 +221,8 @@ run_task() {
         --id-list-path "$VAL_LIST" --root-path "$DATA_ROOT" "${CLASSES[@]}" --mode "$EVAL_MODE" --crop-size "$CROP" \
         --out "$OUT/eval_after" --device "$DEVICE"
     say "" "== the run beside the authors' log"
-    "$PYTHON" -m scripts.compare_logs "$OUT/adapt" "$SHIPPED_LOG" --picture "$OUT/pictures/compare.png" \
-        > "$OUT/compare.txt" || code=$?
+    PYTHONIOENCODING=utf-8 "$PYTHON" -m scripts.compare_logs "$OUT/adapt" "$SHIPPED_LOG" \
+        --picture "$OUT/pictures/compare.png" > "$OUT/compare.txt" || code=$?
     cat "$OUT/compare.txt"
     [ "$code" -le 1 ] || exit "$code"
     "$PYTHON" -m scripts.lib.page "$OUT"
@@ -219,8 +267,8 @@ main() { # main ARGUMENT… of the script
     one_of USE_SCC 0 1
     sam_type
     case "${DEVICE:-auto}" in
-        auto | cpu | cuda | cuda:[0-9] | cuda:[0-9][0-9] | mps) ;;
-        *) die "DEVICE=$DEVICE: give auto, cpu, cuda, cuda:N or mps" ;;
+        auto | cpu | cuda | cuda:[0-9] | cuda:[0-9][0-9]) ;;
+        *) die "DEVICE=$DEVICE: give auto, cpu, cuda or cuda:N" ;;
     esac
     one_of STEM deep torchvision
     numbers SEED 0 4294967295
