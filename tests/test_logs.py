@@ -258,6 +258,35 @@ def test_cut_line_and_resumed_run(tmp_path):
         read_text_log(tmp_path / "b.log")
 
 
+@pytest.mark.parametrize("again", [0, 5])
+def test_an_epoch_started_again_voids_all_later_ones(tmp_path, again):
+    """20 epochs of two classes near 60, then again from epoch `again` on, otherwise: two epochs and
+    a bit of three classes near 20.
+    """
+    first = text_log(tmp_path / "a.log", 20, lambda epoch: 60 + epoch / 10)
+    first.write_text(first.read_text().replace("nan", "0.25"))
+    second = text_log(
+        tmp_path / "b.log", 3, lambda epoch: 20 + epoch, classes=("a", "b", "c"), length=40
+    )
+    text = second.read_text().split("***** Evaluation ***** >>>> Class [0 a] IoU: 22")[0]
+    for old, new in (("'epochs': 9", "'epochs': 8"), ("original", "center_crop"), ("nan", "0.25")):
+        text = text.replace(old, new)
+    second.write_text(re.sub(r"Epoch: (\d)", lambda m: f"Epoch: {int(m[1]) + again}", text))
+    both, alone = tmp_path / "both.log", read_text_log(second)
+    both.write_text(first.read_text() + "\n" + second.read_text())
+    log, old = read_text_log(both), read_text_log(first)
+    assert log.epochs == [*range(again + 2)] and log.miou[again + 1] == 21
+    assert log.config == {"epochs": 8, "nclass": 2} and log.class_names == ("a", "b", "c")
+    assert log.eval_mode == ("original, then center_crop" if again else "center_crop")
+    for name in ("miou", "class_iou", "lr"):
+        before = {e: value for e, value in getattr(old, name).items() if e < again}
+        assert getattr(log, name) == {**before, **getattr(alone, name)}
+    assert log.losses == [row for row in old.losses if row[0] < again] + alone.losses
+    assert log.times.keys() == {("epoch", e) for e in range(again + 3)} | {
+        ("eval", e) for e in range(again + 2)
+    } | {row[:2] for row in log.losses}
+
+
 def test_import_refuses_impossible_iterations(tmp_path):
     with pytest.raises(UserError, match="allow 19 to 20"):
         import_log.main(
@@ -394,6 +423,36 @@ def test_events_with_tensorboardx_tags(tmp_path, capsys, every):
     assert compare_logs.main([str(tmp_path / "run"), str(SHIPPED / "seco_gta")]) == 0
     printed = capsys.readouterr().out
     assert re.search(r"traffic light .* pass", printed)
+
+
+@pytest.mark.parametrize("purge", [False, True])
+@pytest.mark.parametrize(
+    "start, end, epochs", [(0, 110, [0]), (0, 37, []), (300, 350, [0, 1, 2]), (250, 350, [0, 1, 2])]
+)
+def test_events_of_a_run_started_again(tmp_path, purge, start, end, epochs):
+    """Five epochs of 100 iterations at 60; then, in another file, from `start` to `end` at 20."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    clock = 1e9
+    for number, (low, high) in enumerate([(0, 500), (start, end)]):
+        writer = SummaryWriter(str(tmp_path), purge_step=low if purge else None)
+        for step in range(low, high):
+            clock += 1
+            for tag in ("loss_all", "lr"):
+                writer.add_scalar(f"train/{tag}", number, step, clock)
+            if step % 100 == 99:
+                for tag in ("mIoU", "road_IoU", "sky_IoU"):
+                    writer.add_scalar(f"eval/{tag}", 60 - 40 * number, step // 100, clock + 0.5)
+        writer.close()
+    log = read_training_log(tmp_path)
+    assert log.iterations_per_epoch == 100 and log.epochs == epochs
+    new = {epoch: epoch >= start // 100 for epoch in range(5)}
+    assert log.miou == {epoch: 60 - 40 * new[epoch] for epoch in epochs}
+    assert log.class_iou == {epoch: (miou, miou) for epoch, miou in log.miou.items()}
+    assert log.losses == [
+        (step // 100, step % 100, {"loss_all": step >= start}) for step in range(end)
+    ]
+    assert log.lr == {epoch: 100 * epoch >= start for epoch in range((end - 1) // 100 + 1)}
 
 
 def test_broken_records_are_told_in_one_line(tmp_path):
