@@ -509,6 +509,85 @@ def test_a_log_with_itself_passes(tmp_path, capsys):
     )
 
 
+def compared(run, reference, capsys):
+    code = compare_logs.main([str(run), str(reference), "--picture", str(run) + ".png"])
+    return code, capsys.readouterr().out
+
+
+def test_a_class_without_iou_counts_0_on_both_sides(tmp_path, capsys):
+    path = text_log(tmp_path / "a.log", 4)
+    zero = tmp_path / "zero.log"
+    zero.write_text(re.sub(r"(1 sky\] IoU): .*", r"\1: 0.00", path.read_text()))
+    path.write_text(re.sub(r"(1 sky\] IoU): .*", r"\1: nan", path.read_text()))
+    for pair in ((path, path), (path, zero), (zero, path)):
+        code, printed = compared(*pair, capsys)
+        assert code == 0 and "overall: pass" in printed
+        assert re.search(r"^sky +0.00 +0.00 +\+0.00 .* pass", printed, re.MULTILINE)
+
+
+def test_an_miou_that_is_no_number_is_named_and_left_out(tmp_path, capsys):
+    whole = text_log(tmp_path / "whole.log", 6)
+    path = tmp_path / "a.log"
+    path.write_text(whole.read_text().replace("MeanIoU: 42.00", "MeanIoU: nan"))
+    for pair, who in (((path, path), "run"), ((path, whole), "run"), ((whole, path), "reference")):
+        code, printed = compared(*pair, capsys)
+        assert code == 0 and "overall: pass" in printed and "nan" not in printed
+        assert f"the {who}'s mIoU is not a number, left out: epoch 2\n" in printed
+        assert "epoch 2 " not in printed and "best up to epoch 5" in printed
+    assert summary(read_text_log(path))["best"] == 45
+
+
+def evaluated_at(path, epochs, kept):
+    """A text log of 0 to `epochs` - 1, of 15, with the evaluations at `kept` alone."""
+    text = text_log(path, epochs).read_text().replace("'epochs': 9", "'epochs': 15")
+    parts = re.split(r"(?m)^(?=\[.*Epoch: )", text)
+    rows = [
+        part if e in kept else part.split("*****")[0] + "\n" for e, part in enumerate(parts, -1)
+    ]
+    path.write_text("\n".join(rows))
+    return path
+
+
+def test_evaluations_that_never_meet_are_told(tmp_path):
+    reference = str(evaluated_at(tmp_path / "reference.log", 15, (4, 9, 14)))
+    for epochs, kept, message in (
+        (16, (5, 10, 15), "at epochs 5, 10, 15, the reference at 4, 9, 14, never at the same"),
+        (12, (5, 10), "at epochs 5, 10, the reference at 4, 9, 14, never at the same"),
+        (15, (), "it has 15 epochs and no evaluation"),  # complete, as its options say
+        (16, (), "it has 16 epochs and no evaluation"),
+    ):
+        run = evaluated_at(tmp_path / "run.log", epochs, kept)
+        with pytest.raises(UserError, match=f"run.log cannot be compared .*: .*{message}") as error:
+            compare_logs.main([str(run), reference])
+        assert "\n" not in str(error.value)
+    run.write_text(text_log(run, 9).read_text().replace("MeanIoU: 4", "MeanIoU: nan"))
+    run.write_text(re.sub("nan.*", "nan", run.read_text()))
+    with pytest.raises(UserError, match="its mIoU is not a number at epochs 0, 1, 2 …"):
+        compare_logs.main([str(run), reference])
+    with pytest.raises(UserError, match="no evaluation with a mIoU in it"):
+        compare_logs.main([reference, str(run)])
+
+
+def test_a_run_before_its_first_evaluation_is_waited_for(tmp_path, capsys):
+    reference = evaluated_at(tmp_path / "reference.log", 15, (4, 9, 14))
+    for epochs, kept in ((3, ()), (8, ()), (3, (0, 1, 2)), (6, (5,))):
+        code, printed = compared(
+            evaluated_at(tmp_path / "run.log", epochs, kept), reference, capsys
+        )
+        assert code == 0 and "overall: nothing to compare yet" in printed
+
+
+def test_another_number_of_classes_is_told(our_run, tmp_path):
+    """By the options, where there are no IoUs."""
+    (our_run / "metrics.jsonl").write_text("")
+    (our_run / "manifest.json").write_text('{"options": {"class_num": 11}}')
+    with pytest.raises(UserError, match="run has 11 classes, .*seco_gta 19 "):
+        compare_logs.main([str(our_run), str(SHIPPED / "seco_gta")])
+    (our_run / "manifest.json").write_text('{"options": {"class_num": 19, "val_id_path": null}}')
+    with pytest.raises(UserError, match="no evaluation; train with --val-id-path"):
+        compare_logs.main([str(our_run), str(SHIPPED / "seco_gta")])
+
+
 def perturbed(tmp_path, change):
     """A copy of the shipped GTA log with its epochs.csv changed row by row."""
     folder = tmp_path / "copy"
