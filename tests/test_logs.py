@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from scripts import compare_logs
 from scripts.dev import check_claims, import_log
+from util import train_logs
 from util.run import UserError
 from util.training_log import (
     LOSS_NAMES,
@@ -709,6 +710,17 @@ def test_our_run_is_read_alike_from_json_lines_and_events(our_run):
         {name: 2.5 for name in LOSS_NAMES},
     )  # running mean of 1.5, 2.5, 3.5
     assert lines.iterations_per_epoch == events.iterations_per_epoch == 3
+
+
+def test_curves_count_epochs_as_the_log_does(our_run, monkeypatch):
+    log, drawn = read_training_log(our_run), []
+    monkeypatch.setattr(train_logs, "save_picture", lambda path, chart: None)
+    monkeypatch.setattr(train_logs, "line_chart", lambda series, *rest: drawn.append(series))
+    train_logs.curves_picture(our_run / "curves.png", log)
+    assert drawn.pop() == {"validation": ([0, 1], [34.14, 44.14])}
+    log.miou.clear()
+    train_logs.curves_picture(our_run / "curves.png", log)
+    assert drawn.pop()["loss_all"][0] == [0, 1, 2]
 
 
 def test_our_run_beside_a_shipped_log(our_run, capsys):
