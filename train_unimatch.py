@@ -437,7 +437,7 @@ def finish_epoch(run: Run, epoch: int, shown: dict) -> None:
                 save_checkpoint(args.save_path / "best.pth", trainer, progress, epoch, None)
     if logs:
         if args.pictures_every and ((epoch + 1) % args.pictures_every == 0 or last):
-            path = args.save_path / "pictures" / f"epoch_{epoch + 1:03d}.png"
+            path = args.save_path / "pictures" / f"epoch_{epoch:03d}.png"
             epoch_picture(path, shown, run.classes)
         save_checkpoint(args.save_path / "latest.pth", trainer, progress, epoch, logs)
 

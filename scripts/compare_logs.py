@@ -7,12 +7,13 @@ Inputs   RUN and REFERENCE, each one of: a run's folder (metrics.jsonl or event 
          are "not yet".
 Outputs  a table on the screen; --picture (default: <RUN>/compare_<reference>.png) with mIoU, the
          band and the losses; the command that lays both in TensorBoard. Exit code 0: all rows
-         reached are in the band, 1: some are not.
+         reached are in the band, 1: some are not, 2: nothing can be compared.
 
     python -m scripts.compare_logs runs/gta2cs/adapt training_logs/seco_gta
 
 Only epochs that both have evaluated are compared. One that evaluates every five epochs is compared
-at those; best, last and last-20 mean are taken over the epochs that both have.
+at those; best, last and last-20 mean are taken over the epochs that both have. An evaluation whose
+mIoU is not a number is named and left out; a class without an IoU counts 0, as in the shipped logs.
 
 Copied away, this file needs util/.
 """
@@ -20,7 +21,9 @@ Copied away, this file needs util/.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,12 +86,12 @@ def band(reference: TrainingLog, epoch: int, tolerance: float) -> float:
     """Half width of the band at one epoch: the tolerance, and twice the reference's own jitter
     there.
     """
-    return tolerance + 2 * jitter(reference.miou, epoch)
+    return tolerance + 2 * jitter({e: reference.miou[e] for e in reference.epochs}, epoch)
 
 
 def common_epochs(run: TrainingLog, reference: TrainingLog) -> list[int]:
     """Epochs that both have evaluated, in order."""
-    return [epoch for epoch in reference.epochs if epoch in run.miou]
+    return sorted(set(run.epochs) & set(reference.epochs))
 
 
 def compared_epochs(run: TrainingLog, reference: TrainingLog) -> list[int]:
@@ -145,14 +148,19 @@ def class_rows(run: TrainingLog, reference: TrainingLog, tolerance: float) -> li
     ][-LAST:]
     rows = []
     for index, name in enumerate(reference.class_names if common else ()):
-        a = [reference.class_iou[epoch][index] for epoch in common]
         column = run.class_names.index(name)
         # A class in no picture of the validation set has no IoU; the shipped logs count it 0.
+        a = np.nan_to_num([reference.class_iou[epoch][index] for epoch in common])
         b = np.nan_to_num([run.class_iou[epoch][column] for epoch in common])
         rows.append(
             Row(name, float(np.mean(a)), float(np.mean(b)), tolerance + 2 * float(np.std(a)))
         )
     return rows
+
+
+def listed(epochs: list[int]) -> str:
+    """`4, 9, 14 …`: the first epochs."""
+    return ", ".join(map(str, epochs[:3])) + (" …" if len(epochs) > 3 else "")
 
 
 def differing_settings(run: TrainingLog, reference: TrainingLog) -> list[str]:
@@ -161,6 +169,8 @@ def differing_settings(run: TrainingLog, reference: TrainingLog) -> list[str]:
     for name, log in (("run", run), ("reference", reference)):
         if log.miou and not log.class_names:
             notes.append(f"the {name} has no IoU per class; only mIoU is compared")
+        if left_out := sorted(log.miou.keys() - log.epochs):
+            notes.append(f"the {name}'s mIoU is not a number, left out: epoch {listed(left_out)}")
     apart = [spacing(log.epochs) for log in (run, reference)]
     if run.miou and apart != [1, 1]:
         notes.append(
@@ -190,7 +200,7 @@ def picture(run: TrainingLog, reference: TrainingLog, tolerance: float) -> Image
     names, epochs = ("reference", "run"), reference.epochs
     widths = [band(reference, epoch, tolerance) for epoch in epochs]
     low, high = ([reference.miou[e] + sign * w for e, w in zip(epochs, widths)] for sign in (-1, 1))
-    values = [*low, *high, *run.miou.values()]
+    values = [*low, *high, *(run.miou[epoch] for epoch in run.epochs)]
     chart = Chart(
         "mIoU on the validation set",
         "epoch",
@@ -260,20 +270,53 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 
 def read_both(options) -> tuple[TrainingLog, TrainingLog]:
-    """(run, reference), which are of one set of classes."""
+    """(run, reference), which are of one set of classes, and evaluated at the same epochs at some
+    time.
+    """
     run, reference = read_training_log(options.run), read_training_log(options.reference)
-    if not reference.miou:
+    if not reference.epochs:
         raise UserError(
-            f"{options.reference}: no evaluation in it, so there is nothing to compare with"
+            f"{options.reference}: no evaluation with a mIoU in it, so there is nothing to compare"
+            " with"
         )
-    if run.class_names and reference.class_names:
-        if set(run.class_names) != set(reference.class_names):
-            raise UserError(
-                f"{options.run} has {len(run.class_names)} classes, {options.reference}"
-                f" {len(reference.class_names)} (or other names); take the reference of the same"
-                " task"
-            )
+    counts = class_count(run), class_count(reference)
+    names = run.class_names, reference.class_names
+    if all(counts) and counts[0] != counts[1] or all(names) and set(names[0]) != set(names[1]):
+        raise UserError(
+            f"{options.run} has {counts[0]} classes, {options.reference} {counts[1]} (or other"
+            " names); take the reference of the same task"
+        )
+    if not common_epochs(run, reference) and (reason := never_meet(run, reference)):
+        raise UserError(f"{options.run} cannot be compared with {options.reference}: {reason}")
     return run, reference
+
+
+def class_count(log: TrainingLog) -> int | None:
+    """By the log's evaluations, or by its options; None if neither tells it."""
+    return len(log.class_names) or log.config.get("nclass") or log.config.get("class_num")
+
+
+def never_meet(run: TrainingLog, reference: TrainingLog) -> str | None:
+    """Why no evaluation of the run will be at an epoch that the reference has evaluated; None if
+    one may still come.
+    """
+    length, last = run.config.get("epochs", math.inf), reference.epochs[-1]
+    if run.epochs:
+        every = spacing(run.epochs)
+        coming = range(run.epochs[-1] + every, min(length, last + 1), every)
+        if set(coming).isdisjoint(reference.epochs):
+            return (
+                f"it is evaluated at epochs {listed(run.epochs)}, the reference at"
+                f" {listed(reference.epochs)}, never at the same; train with --eval-every 1"
+            )
+        return None
+    rows = Counter(epoch for epoch, _, _ in run.losses)
+    complete = len(rows) > 1 and rows[length - 1] == max(rows.values())
+    if complete or max(rows, default=0) > last or run.config.get("val_id_path", "") is None:
+        if run.miou:
+            return f"its mIoU is not a number at epochs {listed(sorted(run.miou))}"
+        return f"it has {len(rows)} epochs and no evaluation; train with --val-id-path"
+    return None
 
 
 def overall(rows: list[Row], classes: list[Row]) -> tuple[str, bool]:
@@ -308,9 +351,9 @@ def main(argv=None) -> int:
     for note in differing_settings(run, reference):
         print(f"note: {note}")
     print(
-        f"run: {options.run} ({len(run.miou)} evaluations,"
+        f"run: {options.run} ({len(run.epochs)} evaluations,"
         f" {run.eval_mode or 'evaluation mode not recorded'}); reference: {options.reference}"
-        f" ({len(reference.miou)}, {reference.eval_mode or 'not recorded'})"
+        f" ({len(reference.epochs)}, {reference.eval_mode or 'not recorded'})"
     )
     rows = miou_rows(run, reference, options.tolerance)
     classes = class_rows(run, reference, options.class_tolerance)

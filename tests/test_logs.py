@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from scripts import compare_logs
 from scripts.dev import check_claims, import_log
+from util import train_logs
 from util.run import UserError
 from util.training_log import (
     LOSS_NAMES,
@@ -258,6 +259,35 @@ def test_cut_line_and_resumed_run(tmp_path):
         read_text_log(tmp_path / "b.log")
 
 
+@pytest.mark.parametrize("again", [0, 5])
+def test_an_epoch_started_again_voids_all_later_ones(tmp_path, again):
+    """20 epochs of two classes near 60, then again from epoch `again` on, otherwise: two epochs and
+    a bit of three classes near 20.
+    """
+    first = text_log(tmp_path / "a.log", 20, lambda epoch: 60 + epoch / 10)
+    first.write_text(first.read_text().replace("nan", "0.25"))
+    second = text_log(
+        tmp_path / "b.log", 3, lambda epoch: 20 + epoch, classes=("a", "b", "c"), length=40
+    )
+    text = second.read_text().split("***** Evaluation ***** >>>> Class [0 a] IoU: 22")[0]
+    for old, new in (("'epochs': 9", "'epochs': 8"), ("original", "center_crop"), ("nan", "0.25")):
+        text = text.replace(old, new)
+    second.write_text(re.sub(r"Epoch: (\d)", lambda m: f"Epoch: {int(m[1]) + again}", text))
+    both, alone = tmp_path / "both.log", read_text_log(second)
+    both.write_text(first.read_text() + "\n" + second.read_text())
+    log, old = read_text_log(both), read_text_log(first)
+    assert log.epochs == [*range(again + 2)] and log.miou[again + 1] == 21
+    assert log.config == {"epochs": 8, "nclass": 2} and log.class_names == ("a", "b", "c")
+    assert log.eval_mode == ("original, then center_crop" if again else "center_crop")
+    for name in ("miou", "class_iou", "lr"):
+        before = {e: value for e, value in getattr(old, name).items() if e < again}
+        assert getattr(log, name) == {**before, **getattr(alone, name)}
+    assert log.losses == [row for row in old.losses if row[0] < again] + alone.losses
+    assert log.times.keys() == {("epoch", e) for e in range(again + 3)} | {
+        ("eval", e) for e in range(again + 2)
+    } | {row[:2] for row in log.losses}
+
+
 def test_import_refuses_impossible_iterations(tmp_path):
     with pytest.raises(UserError, match="allow 19 to 20"):
         import_log.main(
@@ -396,6 +426,36 @@ def test_events_with_tensorboardx_tags(tmp_path, capsys, every):
     assert re.search(r"traffic light .* pass", printed)
 
 
+@pytest.mark.parametrize("purge", [False, True])
+@pytest.mark.parametrize(
+    "start, end, epochs", [(0, 110, [0]), (0, 37, []), (300, 350, [0, 1, 2]), (250, 350, [0, 1, 2])]
+)
+def test_events_of_a_run_started_again(tmp_path, purge, start, end, epochs):
+    """Five epochs of 100 iterations at 60; then, in another file, from `start` to `end` at 20."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    clock = 1e9
+    for number, (low, high) in enumerate([(0, 500), (start, end)]):
+        writer = SummaryWriter(str(tmp_path), purge_step=low if purge else None)
+        for step in range(low, high):
+            clock += 1
+            for tag in ("loss_all", "lr"):
+                writer.add_scalar(f"train/{tag}", number, step, clock)
+            if step % 100 == 99:
+                for tag in ("mIoU", "road_IoU", "sky_IoU"):
+                    writer.add_scalar(f"eval/{tag}", 60 - 40 * number, step // 100, clock + 0.5)
+        writer.close()
+    log = read_training_log(tmp_path)
+    assert log.iterations_per_epoch == 100 and log.epochs == epochs
+    new = {epoch: epoch >= start // 100 for epoch in range(5)}
+    assert log.miou == {epoch: 60 - 40 * new[epoch] for epoch in epochs}
+    assert log.class_iou == {epoch: (miou, miou) for epoch, miou in log.miou.items()}
+    assert log.losses == [
+        (step // 100, step % 100, {"loss_all": step >= start}) for step in range(end)
+    ]
+    assert log.lr == {epoch: 100 * epoch >= start for epoch in range((end - 1) // 100 + 1)}
+
+
 def test_broken_records_are_told_in_one_line(tmp_path):
     shutil.copytree(SHIPPED / "seco_bdd", tmp_path / "a")
     (tmp_path / "a/epochs.csv").write_text("epoch,lr\n0,0.005\n")
@@ -448,6 +508,85 @@ def test_a_log_with_itself_passes(tmp_path, capsys):
     assert (
         f"tensorboard --logdir_spec run:{SHIPPED}/seco_bdd,reference:{SHIPPED}/seco_bdd" in printed
     )
+
+
+def compared(run, reference, capsys):
+    code = compare_logs.main([str(run), str(reference), "--picture", str(run) + ".png"])
+    return code, capsys.readouterr().out
+
+
+def test_a_class_without_iou_counts_0_on_both_sides(tmp_path, capsys):
+    path = text_log(tmp_path / "a.log", 4)
+    zero = tmp_path / "zero.log"
+    zero.write_text(re.sub(r"(1 sky\] IoU): .*", r"\1: 0.00", path.read_text()))
+    path.write_text(re.sub(r"(1 sky\] IoU): .*", r"\1: nan", path.read_text()))
+    for pair in ((path, path), (path, zero), (zero, path)):
+        code, printed = compared(*pair, capsys)
+        assert code == 0 and "overall: pass" in printed
+        assert re.search(r"^sky +0.00 +0.00 +\+0.00 .* pass", printed, re.MULTILINE)
+
+
+def test_an_miou_that_is_no_number_is_named_and_left_out(tmp_path, capsys):
+    whole = text_log(tmp_path / "whole.log", 6)
+    path = tmp_path / "a.log"
+    path.write_text(whole.read_text().replace("MeanIoU: 42.00", "MeanIoU: nan"))
+    for pair, who in (((path, path), "run"), ((path, whole), "run"), ((whole, path), "reference")):
+        code, printed = compared(*pair, capsys)
+        assert code == 0 and "overall: pass" in printed and "nan" not in printed
+        assert f"the {who}'s mIoU is not a number, left out: epoch 2\n" in printed
+        assert "epoch 2 " not in printed and "best up to epoch 5" in printed
+    assert summary(read_text_log(path))["best"] == 45
+
+
+def evaluated_at(path, epochs, kept):
+    """A text log of 0 to `epochs` - 1, of 15, with the evaluations at `kept` alone."""
+    text = text_log(path, epochs).read_text().replace("'epochs': 9", "'epochs': 15")
+    parts = re.split(r"(?m)^(?=\[.*Epoch: )", text)
+    rows = [
+        part if e in kept else part.split("*****")[0] + "\n" for e, part in enumerate(parts, -1)
+    ]
+    path.write_text("\n".join(rows))
+    return path
+
+
+def test_evaluations_that_never_meet_are_told(tmp_path):
+    reference = str(evaluated_at(tmp_path / "reference.log", 15, (4, 9, 14)))
+    for epochs, kept, message in (
+        (16, (5, 10, 15), "at epochs 5, 10, 15, the reference at 4, 9, 14, never at the same"),
+        (12, (5, 10), "at epochs 5, 10, the reference at 4, 9, 14, never at the same"),
+        (15, (), "it has 15 epochs and no evaluation"),  # complete, as its options say
+        (16, (), "it has 16 epochs and no evaluation"),
+    ):
+        run = evaluated_at(tmp_path / "run.log", epochs, kept)
+        with pytest.raises(UserError, match=f"run.log cannot be compared .*: .*{message}") as error:
+            compare_logs.main([str(run), reference])
+        assert "\n" not in str(error.value)
+    run.write_text(text_log(run, 9).read_text().replace("MeanIoU: 4", "MeanIoU: nan"))
+    run.write_text(re.sub("nan.*", "nan", run.read_text()))
+    with pytest.raises(UserError, match="its mIoU is not a number at epochs 0, 1, 2 …"):
+        compare_logs.main([str(run), reference])
+    with pytest.raises(UserError, match="no evaluation with a mIoU in it"):
+        compare_logs.main([reference, str(run)])
+
+
+def test_a_run_before_its_first_evaluation_is_waited_for(tmp_path, capsys):
+    reference = evaluated_at(tmp_path / "reference.log", 15, (4, 9, 14))
+    for epochs, kept in ((3, ()), (8, ()), (3, (0, 1, 2)), (6, (5,))):
+        code, printed = compared(
+            evaluated_at(tmp_path / "run.log", epochs, kept), reference, capsys
+        )
+        assert code == 0 and "overall: nothing to compare yet" in printed
+
+
+def test_another_number_of_classes_is_told(our_run, tmp_path):
+    """By the options, where there are no IoUs."""
+    (our_run / "metrics.jsonl").write_text("")
+    (our_run / "manifest.json").write_text('{"options": {"class_num": 11}}')
+    with pytest.raises(UserError, match="run has 11 classes, .*seco_gta 19 "):
+        compare_logs.main([str(our_run), str(SHIPPED / "seco_gta")])
+    (our_run / "manifest.json").write_text('{"options": {"class_num": 19, "val_id_path": null}}')
+    with pytest.raises(UserError, match="no evaluation; train with --val-id-path"):
+        compare_logs.main([str(our_run), str(SHIPPED / "seco_gta")])
 
 
 def perturbed(tmp_path, change):
@@ -571,6 +710,17 @@ def test_our_run_is_read_alike_from_json_lines_and_events(our_run):
         {name: 2.5 for name in LOSS_NAMES},
     )  # running mean of 1.5, 2.5, 3.5
     assert lines.iterations_per_epoch == events.iterations_per_epoch == 3
+
+
+def test_curves_count_epochs_as_the_log_does(our_run, monkeypatch):
+    log, drawn = read_training_log(our_run), []
+    monkeypatch.setattr(train_logs, "save_picture", lambda path, chart: None)
+    monkeypatch.setattr(train_logs, "line_chart", lambda series, *rest: drawn.append(series))
+    train_logs.curves_picture(our_run / "curves.png", log)
+    assert drawn.pop() == {"validation": ([0, 1], [34.14, 44.14])}
+    log.miou.clear()
+    train_logs.curves_picture(our_run / "curves.png", log)
+    assert drawn.pop()["loss_all"][0] == [0, 1, 2]
 
 
 def test_our_run_beside_a_shipped_log(our_run, capsys):

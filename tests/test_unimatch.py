@@ -681,7 +681,7 @@ def test_logs_of_a_run(whole_run):
         1_866_451,
     )
     assert (
-        Image.open(whole_run / "pictures" / "epoch_002.png").width > 500
+        Image.open(whole_run / "pictures" / "epoch_001.png").width > 500
         and Image.open(whole_run / "curves.png").width > 100
     )
     best = torch.load(whole_run / "best.pth", weights_only=True)

@@ -194,12 +194,12 @@ def curves_picture(path: Path, log) -> None:
     """mIoU after each epoch, or the mean loss of each where nothing was evaluated."""
     if log.miou:
         series, label = (
-            {"validation": ([e + 1 for e in log.epochs], [log.miou[e] for e in log.epochs])},
+            {"validation": (log.epochs, [log.miou[e] for e in log.epochs])},
             "mIoU (%)",
         )
     else:
         means = {
-            epoch + 1: values["loss_all"] for epoch, _, values in log.losses
+            epoch: values["loss_all"] for epoch, _, values in log.losses
         }  # the running mean at each epoch's end
         series = {"loss_all": (list(means), list(means.values()))}
         label = "mean loss of the epoch"

@@ -8,6 +8,7 @@ start of their epoch, as UniMatch prints them, where they come from a text log.
 from __future__ import annotations
 
 import ast
+import bisect
 import csv
 import datetime
 import json
@@ -56,7 +57,7 @@ class TrainingLog:
     learning rate as printed at the epoch's start; losses: rows (epoch, iteration, {loss name:
     value}); times: ("eval" | "epoch", epoch) or (epoch, iteration) → seconds since 1970, the log's
     clock read as UTC. eval_mode: several modes are joined by `, then `. A log may have no IoU per
-    class, for all epochs or for some.
+    class, for all epochs or for some. IoU and mIoU may be NaN, as they were printed.
     """
 
     name: str
@@ -72,8 +73,20 @@ class TrainingLog:
 
     @property
     def epochs(self) -> list[int]:
-        """Epochs with an evaluation, in order."""
-        return sorted(self.miou)
+        """Epochs with an evaluation whose mIoU is a number, in order."""
+        return sorted(epoch for epoch, miou in self.miou.items() if math.isfinite(miou))
+
+    def forget_from(self, epoch: int) -> None:
+        """Drop all that is logged of this epoch and of later ones."""
+        for name in ("miou", "class_iou", "lr"):
+            kept = {e: value for e, value in getattr(self, name).items() if e < epoch}
+            setattr(self, name, kept)
+        self.losses = [row for row in self.losses if row[0] < epoch]
+        self.times = {
+            (a, b): time
+            for (a, b), time in self.times.items()
+            if (b if a in ("epoch", "eval") else a) < epoch
+        }
 
 
 # ------------------------------------------------------------------------------------ what it shows
@@ -81,7 +94,7 @@ class TrainingLog:
 
 def summary(log: TrainingLog, last: int = 20) -> dict:
     """Best mIoU and its epoch (the first one), last, mean of the last `last` evaluations; 13-class
-    means for 16 classes.
+    means for 16 classes. A class without an IoU counts 0, as in the shipped logs.
     """
     epochs = log.epochs
     if not epochs:
@@ -96,7 +109,9 @@ def summary(log: TrainingLog, last: int = 20) -> dict:
         "evaluations": len(epochs),
     }
     if log.class_names == SYNTHIA_16.names and best in log.class_iou:
-        figures["best_13"] = float(np.mean([log.class_iou[best][i] for i in IDS_13_IN_16]))
+        figures["best_13"] = float(
+            np.mean(np.nan_to_num([log.class_iou[best][i] for i in IDS_13_IN_16]))
+        )
     return figures
 
 
@@ -143,8 +158,8 @@ def read_text_log(path: str | Path) -> TrainingLog:
     """A text log of UniMatch, of any version, or of code built on it.
 
     Other lines are passed over, as is a last line cut short by a run still going. If the run was
-    resumed, an epoch that starts again replaces what was logged of it. Lines without a clock have
-    the time of the line before.
+    resumed or started anew, an epoch that starts again voids what was logged of it and of all later
+    ones. Lines without a clock have the time of the line before.
     """
     path = Path(path)
     try:
@@ -153,12 +168,16 @@ def read_text_log(path: str | Path) -> TrainingLog:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
     lines = _whole_lines(text)
     log = TrainingLog(path.stem, config=_text_config(lines))
-    epoch, time, names, ious, modes = -1, 0.0, {}, {}, []
-    for line in lines:
+    epoch, begun, time, ious, modes = -1, 0, 0.0, {}, {}
+    for number, line in enumerate(lines):
         time = _seconds(line) or time
         if match := _EPOCH.search(line):
-            epoch = int(match.group(1))
-            log.losses = [row for row in log.losses if row[0] < epoch]
+            before, epoch = epoch, int(match.group(1))
+            if epoch <= before:
+                log.forget_from(epoch)
+                modes = {e: mode for e, mode in modes.items() if e < epoch}
+                log.config = _text_config(lines[begun:number]) or log.config
+            begun, ious = number, {}
             log.times["epoch", epoch] = time
             if rate := _LR.search(line):
                 log.lr[epoch] = float(rate.group(1))
@@ -171,20 +190,19 @@ def read_text_log(path: str | Path) -> TrainingLog:
                 log.losses[len(log.losses) - repeated :] = [row]
                 log.times[row[:2]] = time
         elif match := _CLASS.search(line):
-            names[int(match.group(1))] = official_name(match.group(2))
-            ious[int(match.group(1))] = float(match.group(3))
+            ious[int(match.group(1))] = (official_name(match.group(2)), float(match.group(3)))
         elif match := _MEAN.search(line):
             log.miou[epoch], log.times["eval", epoch] = float(match.group(2)), time
             if ious:
-                log.class_names = tuple(names[i] for i in sorted(names))
-                log.class_iou[epoch] = tuple(ious[i] for i in sorted(ious))
+                log.class_names, log.class_iou[epoch] = zip(*(ious[i] for i in sorted(ious)))
             ious = {}
-            modes += [match.group(1)] if match.group(1) else []
+            if match.group(1):
+                modes[epoch] = match.group(1)
     if epoch < 0:
         raise UserError(
             f"{path}: no line `===========> Epoch: …`; this is not a UniMatch-style text log"
         )
-    log.eval_mode = ", then ".join(dict.fromkeys(modes)) or None
+    log.eval_mode = ", then ".join(dict.fromkeys(modes.values())) or None
     return log
 
 
@@ -335,16 +353,21 @@ def _meaning(tag: str) -> tuple[str, str] | None:
 def read_events(path: Path) -> TrainingLog:
     """A TensorBoard event file, or those in a folder, of any version of UniMatch (through
     torch.utils.tensorboard or tensorboardX), of train_unimatch.py or of training_logs/.
-    """
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    accumulator = EventAccumulator(str(path), size_guidance={"scalars": 0})
-    accumulator.Reload()
-    found = {_meaning(tag): accumulator.Scalars(tag) for tag in accumulator.Tags()["scalars"]}
-    evaluations = found.get(("mIoU", ""), [])
-    log = TrainingLog(path.name, miou={event.step: event.value for event in evaluations})
+    Where a step goes back, the run was resumed or started anew: it voids all later steps written
+    before, of losses and of evaluations.
+    """
+    written = _written(path)
+    found = {key: _standing(events) for key, events in written.items()}
+    losses = [("loss", name) for name in LOSS_NAMES]
+    clock, standing = (
+        sorted((time, step) for key in losses for time, step, _ in events.get(key, []))
+        for events in (written, found)
+    )
+    evaluations = _trained(found.get(("mIoU", ""), []), clock, standing)
+    log = TrainingLog(path.name, miou={epoch: value for _, epoch, value in evaluations})
     per_class = {
-        key[1]: {event.step: event.value for event in events}
+        key[1]: {e: value for _, e, value in _trained(events, clock, standing)}
         for key, events in found.items()
         if key and key[0] == "class"
     }
@@ -358,28 +381,65 @@ def read_events(path: Path) -> TrainingLog:
             for epoch in log.miou
         }
     steps: dict[int, dict[str, float]] = {}
-    times: dict[int, float] = {}
-    for name in LOSS_NAMES:
-        for event in found.get(("loss", name), []):
-            steps.setdefault(event.step, {})[name] = event.value
-            times[event.step] = event.wall_time
-    length = _iterations_in(path) or _iterations_by_clock(times, evaluations)
+    for key in losses:
+        for _, step, value in found.get(key, []):
+            steps.setdefault(step, {})[key[1]] = value
+    length = _iterations_in(path) or _iterations_by_clock(clock, written.get(("mIoU", ""), []))
     log.iterations_per_epoch = length
     log.losses = [(step // length, step % length, steps[step]) for step in sorted(steps)]
-    for event in found.get(("lr", ""), []) if length else []:
-        log.lr.setdefault(event.step // length, event.value)
+    for _, step, value in found.get(("lr", ""), []) if length else []:
+        log.lr.setdefault(step // length, value)
     return log
 
 
-def _iterations_by_clock(times: dict[int, float], evaluations: list) -> int | None:
-    """Iterations per epoch: those that were done when the last evaluated epoch was, an equal share
-    for each epoch.
+def _written(path: Path) -> dict:
+    """{what a tag holds: its (wall time, step, value) in the order of time}, void ones included."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    accumulator = EventAccumulator(
+        str(path), size_guidance={"scalars": 0}, purge_orphaned_data=False
+    )
+    accumulator.Reload()
+    return {
+        _meaning(tag): sorted((e.wall_time, e.step, e.value) for e in accumulator.Scalars(tag))
+        for tag in accumulator.Tags()["scalars"]
+    }
+
+
+def _standing(events: list) -> list:
+    """The events of a tag without those that a later one of the same or a lower step voids."""
+    kept, lowest = [], math.inf
+    for event in reversed(events):
+        if event[1] < lowest:
+            kept.append(event)
+            lowest = event[1]
+    return kept[::-1]
+
+
+def _trained(evaluations: list, clock: list[tuple], standing: list[tuple]) -> list:
+    """Standing evaluations without the last ones whose training is void: the loss before them does
+    not stand, and the run has not evaluated since.
+
+    clock, standing: (wall time, step) of all losses and of those that stand, in order.
     """
-    if not times:
+    kept, stands = list(evaluations), set(standing)
+    while kept:
+        before = bisect.bisect_left(clock, kept[-1][:1])
+        if before == 0 or clock[before - 1] in stands:
+            break
+        kept.pop()
+    return kept
+
+
+def _iterations_by_clock(clock: list[tuple], evaluations: list) -> int | None:
+    """Iterations per epoch: those that were done when the last evaluated epoch was, an equal share
+    for each epoch. clock: (wall time, step) of all losses, in order.
+    """
+    if not clock:
         return None
-    last = evaluations[-1] if evaluations else None
-    done = [step for step, time in times.items() if last is None or time <= last.wall_time]
-    return math.ceil((max(done or times) + 1) / (last.step + 1 if last else 1))
+    until, epoch, _ = evaluations[-1] if evaluations else (math.inf, 0, None)
+    done = [step for time, step in clock if time <= until]
+    return math.ceil(((done or [clock[-1][1]])[-1] + 1) / (epoch + 1))
 
 
 def _iterations_in(path: Path) -> int | None:

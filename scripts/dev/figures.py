@@ -32,6 +32,7 @@ from scripts.lib.report import (
     mean_and_deviation,
     model_table,
 )
+from scripts.lib.stage import seeds_in
 from util.labels import CITYSCAPES_19, IGNORE, read_image, read_label, read_list
 from util.pictures import (
     class_legend,
@@ -92,7 +93,7 @@ def keep_records(run: Path) -> None:
     for name in ("results.json", "results.md", "sweep.json", "sweep.md"):
         if (run / name).is_file():
             shutil.copyfile(run / name, folder / name)
-    for number, seed in enumerate(sorted(run.glob("seed*"))):
+    for number, seed in enumerate(seeds_in(run)):
         records, evaluations = {}, {}
         for pattern in ("*/manifest.json", "*/summary.json", "*/report/report.json"):
             for path in sorted(seed.glob(pattern)):

@@ -23,6 +23,7 @@ import numpy as np
 
 from dataset.scc import numbered
 from scripts.lib.report import label_lists, markdown_table, mean_and_deviation
+from scripts.lib.stage import seeds_in
 from seco_scc import decide
 from util.labels import IGNORE, class_set, read_label, read_list
 from util.metrics import summary
@@ -119,9 +120,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 def main(argv=None) -> None:
     args = parse_args(argv)
     classes = class_set(args.class_num, args.stuff, args.things)
-    seeds = [
-        folder for folder in sorted(args.run.glob("seed*")) if "scc_paper" in label_lists(folder)
-    ]
+    seeds = [folder for folder in seeds_in(args.run) if "scc_paper" in label_lists(folder)]
     if not seeds:
         raise UserError(
             f"{args.run}: no seed<n> folder with SCC of the paper's recipe; run"

@@ -22,6 +22,7 @@ from urllib.parse import quote
 sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # for `python scripts/lib/NAME.py`
 
 from scripts.lib.report import cost_table, markdown_table, stage_costs
+from scripts.lib.stage import seeds_in
 from util.run import UserError, atomic_path, read_json, run_main
 
 CAPTIONS = {  # of the pictures, in the order in which they are shown
@@ -72,7 +73,7 @@ def html_of(markdown: str) -> str:
 
 def stage_records(run: Path) -> dict[str, dict]:
     """{"psa" or "seed0/psa": record} of the finished stages, in the order of their ends."""
-    files = [*run.glob("stages/*.json"), *run.glob("seed*/stages/*.json")]
+    files = [path for home in (run, *seeds_in(run)) for path in home.glob("stages/*.json")]
     files.sort(key=lambda file: file.stat().st_mtime)
     records = {
         (file.parents[1].relative_to(run) / file.stem).as_posix(): read_json(file) for file in files

@@ -4,7 +4,8 @@
 
 Reads what the stages left in `<run>/seed<n>/`: eval/*/metrics.json, stages/*.json, label maps,
 checkpoints. Writes `<run>/results.json`, `<run>/results.md` and `<run>/pictures/`. A stage that has
-not run has no row, nor has one whose inputs have changed since.
+not run has no row, nor has one whose inputs have changed since. Seeds that are not finished are
+named and left out.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from pathlib import Path
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # for `python scripts/lib/NAME.py`
 
-from scripts.lib.stage import of_one_setting, outdated
+from scripts.lib.stage import of_one_setting, outdated, seeds_in
 from util.labels import class_set, read_image, read_label, read_list
-from util.options import add_class_options
+from util.options import add_class_options, check_range
 from util.pictures import bar_chart, colour_label, contact_sheet, line_chart, save_picture
 from util.run import UserError, read_json, run_main, write_json
 
@@ -47,6 +48,21 @@ MODEL_ROWS = {
     "seco_paper": "SeCo, paper's recipe",
     "bound": "upper bound (target ground truth)",
 }
+
+
+def finished(seeds: list[Path]) -> list[Path]:
+    """The seeds that no other one is ahead of: left out are those without the source model's or
+    SeCo's evaluation, if another has it, and those in the middle of a stage that another has ended.
+    """
+    done = {
+        seed: {file.stem: read_json(file)["done"] for file in (seed / "stages").glob("*.json")}
+        for seed in seeds
+    }
+    ended = {name for stages in done.values() for name, value in stages.items() if value}
+    behind = {seed for seed, stages in done.items() for n in stages if n in ended and not stages[n]}
+    for row in ("before", "seco*"):
+        seeds = [seed for seed in seeds if any(seed.glob(f"eval/{row}/metrics.json"))] or seeds
+    return [seed for seed in seeds if seed not in behind]
 
 
 def gather(
@@ -218,7 +234,7 @@ def miou_curve(seed_folder: Path) -> None:
         file = seed_folder / f"adapt_{row}" / "metrics.jsonl"
         if file.is_file():
             points = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-            points = [(p["epoch"] + 1, p["eval/mIoU"]) for p in points if "eval/mIoU" in p]
+            points = [(p["epoch"], p["eval/mIoU"]) for p in points if "eval/mIoU" in p]
             if points:
                 series[title] = ([x for x, _ in points], [y for _, y in points])
     if series:
@@ -244,13 +260,24 @@ def ablation_chart(models: dict):
     )
 
 
+def copy_scc_pictures(seed_folder: Path, pictures: Path) -> None:
+    """Those of SCC's report, as scc_<name>."""
+    lists = label_lists(seed_folder)
+    if scc := lists.get("scc") or lists.get("scc_paper"):
+        for picture in (seed_folder / scc.parent.name / "report").glob("*.png"):
+            shutil.copyfile(picture, pictures / f"scc_{picture.name}")
+
+
 def options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=Path, help="folder of the run, with seed<n> in it")
     parser.add_argument(
-        "--pictures", type=int, default=8, help="images in the side-by-side picture (default: 8)"
+        "--pictures",
+        type=int,
+        default=8,
+        help="images in the side-by-side picture; 0: no such picture (default: 8)",
     )
     add_class_options(parser)
     return parser
@@ -258,10 +285,14 @@ def options() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     args = options().parse_args(argv)
+    check_range(args, "pictures", least=0)
     classes = class_set(args.class_num, args.stuff, args.things)
-    seeds = sorted(args.run.glob("seed*"), key=lambda folder: int(folder.name[4:]))
+    there = seeds_in(args.run)
+    seeds = finished(there)
+    numbers = [int(folder.name[4:]) for folder in seeds]
+    unfinished = [int(folder.name[4:]) for folder in there if folder not in seeds]
     if not seeds:
-        raise UserError(f"{args.run}: no seed<n> folder in it; run scripts/toy.sh first")
+        raise UserError(f"{args.run}: no finished seed<n> folder in it; run scripts/toy.sh first")
     old = set().union(*(outdated(args.run, folder / "stages") for folder in seeds))
     for name in stage_costs(seeds).keys() - old:
         if not of_one_setting([folder / "stages" for folder in seeds], name):
@@ -274,22 +305,27 @@ def main(argv: list[str] | None = None) -> None:
     quality = gather(seeds, LABEL_ROWS, "quality_", ["coverage", "accuracy", "miou"], old)
     models = gather(seeds, MODEL_ROWS, "", ["miou"], old)
     costs = {name: cost for name, cost in stage_costs(seeds).items() if name not in old}
-    names = ", ".join(folder.name[4:] for folder in seeds)
 
+    names = ", ".join(map(str, numbers))
     text = f"Seeds: {names}. Figures in %, mean ± standard deviation over the seeds.\n\n"
+    if unfinished:
+        line = f"Not finished, left out: seeds {', '.join(map(str, unfinished))}."
+        print(line)
+        text += f"{line}\n\n"
     text += "### Pseudo-labels of the target's training images\n\n" + label_table(quality)
     if "before" in models:
         text += "\n### Target validation mIoU (last checkpoint)\n\n" + model_table(models)
     total = {
         "seconds": sum(c["seconds"] for c in costs.values()),
-        "peak_memory_mb": max(c["peak_memory_mb"] for c in costs.values()),
+        "peak_memory_mb": max((c["peak_memory_mb"] for c in costs.values()), default=0),
     }
     text += "\n### Cost of each stage\n\n" + cost_table({**costs, "total": total})
 
     write_json(
         args.run / "results.json",
         {
-            "seeds": [int(folder.name[4:]) for folder in seeds],
+            "seeds": numbers,
+            "unfinished": unfinished,
             "labels": quality,
             "models": models,
             "stages": costs,
@@ -298,14 +334,12 @@ def main(argv: list[str] | None = None) -> None:
     (args.run / "results.md").write_text(text, encoding="utf-8")
     pictures = args.run / "pictures"
     pictures.mkdir(exist_ok=True)
-    side_by_side(seeds[0], classes, args.pictures)
+    if args.pictures:
+        side_by_side(seeds[0], classes, args.pictures)
     miou_curve(seeds[0])
     if len(models) > 2:
         save_picture(pictures / "ablation.png", ablation_chart(models))
-    scc = label_lists(seeds[0]).get("scc") or label_lists(seeds[0]).get("scc_paper")
-    if scc:
-        for picture in (seeds[0] / scc.parent.name / "report").glob("*.png"):
-            shutil.copyfile(picture, pictures / f"scc_{picture.name}")
+    copy_scc_pictures(seeds[0], pictures)
     print(f"tables: {args.run / 'results.md'}, {args.run / 'results.json'}; pictures: {pictures}")
 
 

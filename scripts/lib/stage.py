@@ -221,6 +221,12 @@ def outdated(run: Path, folder: Path) -> set[str]:
     return found
 
 
+def seeds_in(run: Path) -> list[Path]:
+    """The folders `seed<number>` of a run, in order; not those set aside (`seed1.old`)."""
+    found = [path for path in run.glob("seed*") if re.fullmatch("seed[0-9]+", path.name)]
+    return sorted(found, key=lambda path: int(path.name[4:]))
+
+
 def of_one_setting(folders: list[Path], name: str) -> bool:
     """Whether the folders of records of several seeds have one command of a stage, but for the
     seed.

@@ -1,0 +1,90 @@
+"""The report of several seeds: which seeds are reported, and what the pictures count."""
+
+import json
+
+import pytest
+
+from scripts.lib import report
+from scripts.lib.stage import seeds_in
+from util.run import UserError
+
+FIGURES = {"coverage": 90.0, "accuracy": 80.0, "miou": 50.0}
+
+
+def seed(run, name, evaluations, stopped=None):
+    """A seed's folder with the records of its stages, the last one of which was stopped."""
+    stages = run / name / "stages"
+    stages.mkdir(parents=True)
+    for row in evaluations:
+        stage = row if row.startswith("quality_") else f"eval_{row}"
+        record = {"done": True, "seconds": 2.0, "peak_memory_mb": 100, "command": ["--labels", ""]}
+        (stages / f"{stage}.json").write_text(json.dumps(record))
+        (run / name / "eval" / row).mkdir(parents=True)
+        (run / name / "eval" / row / "metrics.json").write_text(json.dumps(FIGURES))
+    if stopped:
+        (stages / f"{stopped}.json").write_text(json.dumps({"done": False, "seconds": 1.0}))
+    return run / name
+
+
+def made(run):
+    report.main([str(run), "--class-num", "19", "--pictures", "0"])
+    return json.loads((run / "results.json").read_text()), (run / "results.md").read_text()
+
+
+WHOLE = ("before", "quality_pixel", "seco", "fill")
+
+
+@pytest.mark.parametrize(
+    "evaluations, stopped",
+    [((), None), ((), "source"), (("before", "quality_pixel"), "psa"), (WHOLE[:3], "eval_fill")],
+)
+def test_finished_seeds_are_reported_and_others_named(tmp_path, capsys, evaluations, stopped):
+    for name in ("seed0", "seed10"):
+        seed(tmp_path, name, WHOLE)
+    seed(tmp_path, "seed2", evaluations, stopped)
+    results, text = made(tmp_path)
+    assert results["seeds"] == [0, 10] and results["unfinished"] == [2]
+    assert results["models"].keys() == {"before", "seco", "fill"}
+    assert results["models"]["seco"]["miou"] == [50.0, 50.0]
+    line = "Not finished, left out: seeds 2."
+    assert line in text and line in capsys.readouterr().out
+
+
+def test_one_seed_still_going_is_reported(tmp_path):
+    seed(tmp_path, "seed3", WHOLE[:2], "psa")
+    results, text = made(tmp_path)
+    assert results["seeds"] == [3] and results["unfinished"] == [] and "Not finished" not in text
+    assert results["models"].keys() == {"before"} and results["labels"].keys() == {"pixel"}
+
+
+def test_only_seed_and_a_number_is_a_seed(tmp_path):
+    for name in ("seed1", "seed0", "seed1.old", "seed0_1", "seeds", "seed"):
+        seed(tmp_path, name, WHOLE)
+    assert [path.name for path in seeds_in(tmp_path)] == ["seed0", "seed1"]
+    assert made(tmp_path)[0]["seeds"] == [0, 1]
+
+
+def test_number_of_pictures(tmp_path):
+    seed(tmp_path, "seed0", WHOLE)
+    made(tmp_path)
+    assert not (tmp_path / "pictures/side_by_side.png").exists()
+    with pytest.raises(UserError, match="--pictures -1"):
+        report.main([str(tmp_path), "--class-num", "19", "--pictures", "-1"])
+    with pytest.raises(UserError, match="no finished seed<n> folder"):
+        report.main([str(tmp_path / "pictures"), "--class-num", "19"])
+
+
+def test_curve_counts_epochs_as_the_log_does(tmp_path, monkeypatch):
+    folder = seed(tmp_path, "seed0", WHOLE)
+    (folder / "adapt_seco").mkdir()
+    lines = [json.dumps({"epoch": epoch, "eval/mIoU": 40.0 + epoch}) for epoch in (4, 9)]
+    (folder / "adapt_seco/metrics.jsonl").write_text("\n".join(lines))
+    drawn, line_chart = [], report.line_chart
+    monkeypatch.setattr(
+        report,
+        "line_chart",
+        lambda series, *rest: drawn.append(series) or line_chart(series, *rest),
+    )
+    made(tmp_path)
+    assert drawn == [{report.MODEL_ROWS["seco"]: ([4, 9], [44.0, 49.0])}]
+    assert (tmp_path / "pictures/miou_curve.png").is_file()
