@@ -3,11 +3,8 @@
 #   bash scripts/test.sh                 all tests but those marked slow
 #   bash scripts/test.sh -m slow         the slow ones: every task rehearsed, runs killed and changed (ten minutes more)
 #   bash scripts/test.sh tests/test_x.py any option of pytest (-n 8: eight processes; --pdb needs -n 0)
-<<<<<<< HEAD
 #   bash scripts/test.sh --lowest        with the lowest versions that requirements.txt allows, in .venv-lowest (6 GB more)
-=======
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
->>>>>>> c9adbb98a23dfb640b187a526be10b635b6710f4
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/lib/variables.sh

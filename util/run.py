@@ -66,7 +66,9 @@ def run_main(main, spare: str = "use a machine with more") -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # not a stream that stands in for it
         sys.stdout.reconfigure(errors="replace")
     try:
-        return main() or 0
+        code = main() or 0
+        sys.stdout.flush()
+        return code
     except UserError as error:
         # A worker process of a data loader hands its error on as a traceback, whose last line ends
         # in the message.
@@ -74,6 +76,9 @@ def run_main(main, spare: str = "use a machine with more") -> int:
     except KeyboardInterrupt:
         print("stopped; run the same command again to go on", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # who reads the output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (OSError, RuntimeError, MemoryError) as error:
         message = _machine_trouble(error, spare)
         if message is None:
