@@ -96,3 +96,14 @@ def test_sh_hands_a_script_on_to_bash(script):
         assert b"SLURM_JOB_NODELIST: unbound" in result.stderr
     else:
         assert result.returncode == 0 and b"Environment variables: PYTHON" in result.stdout
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    """As `… | head -1`."""
+    code = "import sys; from util.run import run_main; sys.exit(run_main(lambda: print('x\\n' * 10**6)))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout.readline() == b"x\n"
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait()) == (b"", 0)
