@@ -160,6 +160,13 @@ def parse_args(argv=None) -> argparse.Namespace:
         "--images", type=int, default=2, metavar="N", help="scenes (default: %(default)s)"
     )
     parser.add_argument(
+        "--points",
+        type=int,
+        default=32,
+        metavar="N",
+        help="a side of the grid that prompts SAM (default: 32)",
+    )
+    parser.add_argument(
         "--recipe", default="release", choices=("release", "paper"), help="(default: %(default)s)"
     )
     parser.add_argument(
@@ -172,16 +179,92 @@ def parse_args(argv=None) -> argparse.Namespace:
     add_run_options(parser)
     options = parser.parse_args(argv)
     check_run_options(options)
-    check_range(options, "images", least=1)
+    check_range(options, "images", "points", least=1)
     return options
 
 
-def print_stages(name: str, watch: Stopwatch, total: float, images: int) -> None:
-    """Seconds an image of all stages and of what is left of `total` seconds."""
-    print(f"{name:10s} {total / images:9.2f} s/image  {images / total:7.2f} images/s")
-    rest = total - sum(watch.seconds.values())
-    for stage, seconds in [*watch.seconds.items(), ("rest", rest)]:
-        print(f"    {stage:30s} {seconds / images:9.3f} s")
+def print_stages(name: str, figures: dict) -> None:
+    """Seconds an image of all stages and of what is left."""
+    total, stages = figures["seconds"], figures["stages"]
+    print(f"{name:10s} {total:9.2f} s/image  {1 / total:7.2f} images/s")
+    for stage, seconds in [*stages.items(), ("rest", total - sum(stages.values()))]:
+        print(f"    {stage:30s} {seconds:9.3f} s")
+
+
+def prepared_segmenter(
+    options: argparse.Namespace, device: torch.device, scene, label
+) -> Segmenter:
+    """The segmenter of the options, with thresholds for `scene` if its weights are random; on a GPU
+    it has gone through PSA once, so that nothing is loaded or tuned while it is timed.
+    """
+    sam = random_segmenter(options, device)
+    random_weights = sam is not None
+    if sam is None:
+        sam = load_segmenter(options.sam_type, options.sam_checkpoint, device)
+    sam.amp = options.amp == "bf16"
+    sam.settings = replace(sam.settings, points_per_side=options.points)
+    if random_weights:
+        sam.settings = settings_for_random_weights(sam, scene.image)
+        print(
+            f"no weights of {options.sam_type} here: random ones, thresholds"
+            f" {sam.settings.predicted_iou:.3f} / {sam.settings.stability:.3f}, no box NMS"
+        )
+    if device.type == "cuda":
+        aggregate(scene.image, label, sam, CITYSCAPES_19, options.recipe)
+    return sam
+
+
+def measure(options: argparse.Namespace, device: torch.device) -> dict:
+    """Figures an image of PSA and, where there is one, of the oracle: {"psa", "oracle": {"seconds",
+    "stages", "memory"}, "proposals", "prompts", "agreement": percent of pixels, worst image}.
+    """
+    scenes = [draw_scene(options.seed + i, "target", *options.size) for i in range(options.images)]
+    labels = [pixel_labels(scene.label, index) for index, scene in enumerate(scenes)]
+    sam = prepared_segmenter(options, device, scenes[0], labels[0])
+    new_watch = DeviceStopwatch if device.type == "cuda" else Stopwatch
+    sam.watch, watch = new_watch(), new_watch()
+    oracle = isinstance(sam, FastSam) and not options.no_oracle
+    official = dict(
+        points_per_side=sam.settings.points_per_side,
+        pred_iou_thresh=sam.settings.predicted_iou,
+        stability_score_thresh=sam.settings.stability,
+        box_nms_thresh=sam.settings.box_nms,
+    )
+
+    def timed(run, total: dict):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats(device)
+        start = time.perf_counter()
+        result = run()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        total["seconds"] += (time.perf_counter() - start) / options.images
+        for name, value in peak_memory_mb(device).items():
+            total["memory"][name] = max(value, total["memory"].get(name, 0))
+        return result
+
+    both = [{"seconds": 0.0, "memory": {}} for _ in range(2)]
+    agreement, proposals, prompts = [], [], []
+    for scene, label in zip(scenes, labels):
+        how = (scene.image, label)
+        result = timed(
+            lambda: aggregate(*how, sam, CITYSCAPES_19, options.recipe),
+            both[0],
+        )
+        proposals.append(len(result.aligned))
+        prompts.append(len(result.prompts))
+        if oracle:
+            kinds = CITYSCAPES_19.stuff, CITYSCAPES_19.things
+            plain = timed(
+                lambda: oracle_psa(*how, sam.sam, *kinds, options.recipe, official, watch),
+                both[1],
+            )
+            agreement.append(100 * float((plain == result.label).mean()))
+    for total, stages in zip(both, (sam.watch.seconds, watch.seconds)):
+        total["stages"] = {name: seconds / options.images for name, seconds in stages.items()}
+    figures = {"psa": both[0], "proposals": np.mean(proposals), "prompts": np.mean(prompts)}
+    return {**figures, "oracle": both[1], "agreement": min(agreement)} if oracle else figures
 
 
 def main(argv=None) -> None:
@@ -190,63 +273,22 @@ def main(argv=None) -> None:
     exact_mode()
     tune_cpu()  # for both: the ratio is that of the algorithms
     seed_everything(options.seed)
-    sam = random_segmenter(options, device)
-    random_weights = sam is not None
-    if sam is None:
-        sam = load_segmenter(options.sam_type, options.sam_checkpoint, device)
-    sam.amp = options.amp == "bf16"
-    oracle = isinstance(sam, FastSam) and not options.no_oracle
-    new_watch = DeviceStopwatch if device.type == "cuda" else Stopwatch
-    sam.watch, watch = new_watch(), new_watch()
-    scenes = [draw_scene(options.seed + i, "target", *options.size) for i in range(options.images)]
-    if random_weights:
-        sam.settings = settings_for_random_weights(sam, scenes[0].image)
-        print(
-            f"no weights of {options.sam_type} here: random ones, thresholds"
-            f" {sam.settings.predicted_iou:.3f} / {sam.settings.stability:.3f}, no box NMS"
-        )
-    official = dict(
-        points_per_side=sam.settings.points_per_side,
-        pred_iou_thresh=sam.settings.predicted_iou,
-        stability_score_thresh=sam.settings.stability,
-        box_nms_thresh=sam.settings.box_nms,
-    )
-    times, agreement, proposals, prompts = [0.0, 0.0], [], [], []
-    sam.watch.seconds.clear()
-
-    def clock() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    for index, scene in enumerate(scenes):
-        label = pixel_labels(scene.label, index)
-        start = clock()
-        result = aggregate(scene.image, label, sam, CITYSCAPES_19, options.recipe)
-        middle = clock()
-        times[0] += middle - start
-        proposals.append(len(result.aligned))
-        prompts.append(len(result.prompts))
-        if oracle:
-            stuff, things = CITYSCAPES_19.stuff, CITYSCAPES_19.things
-            plain = oracle_psa(
-                scene.image, label, sam.sam, stuff, things, options.recipe, official, watch
-            )
-            times[1] += clock() - middle
-            agreement.append(float((plain == result.label).mean()))
+    figures = measure(options, device)
     print(
         f"{output_name(options.sam_type)}, {options.size[1]}x{options.size[0]}, {options.images}"
         f" images, {device}, {torch.get_num_threads()} threads, {options.amp}:"
-        f" {np.mean(proposals):.0f} proposals and {np.mean(prompts):.0f} prompts an image"
+        f" {figures['proposals']:.0f} proposals and {figures['prompts']:.0f} prompts an image"
     )
-    print_stages("PSA", sam.watch, times[0], options.images)
-    if oracle:
-        print_stages("oracle", watch, times[1], options.images)
+    for name in ("psa", "oracle"):
+        if name in figures:
+            print_stages(name, figures[name])
+            memory = figures[name]["memory"].items()
+            print("    peak memory " + ", ".join(f"{k} {v:.0f}" for k, v in memory))
+    if "oracle" in figures:
+        ratio = figures["oracle"]["seconds"] / figures["psa"]["seconds"]
         print(
-            f"ratio {times[1] / times[0]:.1f}, agreement {100 * min(agreement):.4f} % of the pixels"
-            " (worst image)"
+            f"ratio {ratio:.1f}, agreement {figures['agreement']:.4f} % of the pixels (worst image)"
         )
-    print("peak memory " + ", ".join(f"{k} {v:.0f}" for k, v in peak_memory_mb(device).items()))
 
 
 if __name__ == "__main__":

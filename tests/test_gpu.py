@@ -1,0 +1,172 @@
+"""The GPU's results beside the CPU's (marked gpu: skipped where there is none), and the command
+that measures on a GPU, in miniature."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+import seco_scc
+import train_unimatch
+from dataset.toy import draw_scene
+from eval import evaluate_checkpoint
+from model.deeplabv3plus import DeepLabV3Plus
+from model.sam import load_segmenter
+from scripts.dev import bench_psa, bench_train, gpu
+from seco_sam import aggregate
+from util.labels import CITYSCAPES_19, write_label
+from util.pictures import save_picture
+from util.run import exact_mode, seed_everything
+
+DEVICES = ("cpu", "cuda")
+
+# ------------------------------------------------------------------------------ on a CUDA device
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("recipe", ["release", "paper"])
+def test_psa_gives_the_cpu_s_labels(recipe):
+    exact_mode()
+    scene = draw_scene(3, "target")
+    label = bench_psa.pixel_labels(scene.label, 0)
+    here, there = (
+        aggregate(
+            scene.image, label, load_segmenter("tiny", device=name), CITYSCAPES_19, recipe
+        ).label
+        for name in DEVICES
+    )
+    assert (here == there).mean() >= 0.999
+
+
+@pytest.mark.gpu
+def test_a_unimatch_step_has_the_cpu_s_losses():
+    how = ["--backbone", "resnet10", "--crop-size", "65", "--min-kept", "300", "--device", "cpu"]
+    options = bench_train.parse_args(how)
+    batch, losses = bench_train.random_batch(2, 65, 19, 0), []
+    factors = train_unimatch.perturbation_factors(0, 0, 2, (32, 256))
+    for name in DEVICES:
+        trainer = bench_train.trainer_for("fp32", options, torch.device(name))
+        loss, _, _ = trainer.unimatch_losses(dict(batch), [f.flatten(0, 1) for f in factors])
+        loss.backward()
+        losses.append(loss.item())
+        assert all(p.grad.isfinite().all() for p in trainer.model.parameters())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("recipe", ["release", "paper"])
+def test_scc_has_the_cpu_s_logits(recipe):
+    exact_mode()
+    how = ["--id-list-path", "-", "--backbone", "resnet10", "--recipe", recipe, "--device", "cpu"]
+    options = seco_scc.parse_args(how)
+    seed_everything(0)
+    model = seco_scc.make_classifier(options, 19, torch.device("cpu")).eval()
+    images = torch.randint(0, 256, (2, 64, 128, 3), dtype=torch.uint8)
+    second = torch.randint(0, 2, (2, 1, 32, 64), dtype=torch.uint8)
+    if recipe == "paper":
+        numbers = np.arange(64 * 128).reshape(64, 128) // 2048
+        second = [seco_scc.mask_shares(numbers, 4, (64, 128)) for _ in range(2)]
+    with torch.inference_mode():
+        here, there = (
+            seco_scc.logits_of(model.to(name), images, second, torch.device(name), False).cpu()
+            for name in DEVICES
+        )
+    assert torch.allclose(here, there, rtol=1e-3, atol=1e-3 * float(here.abs().max()))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["original", "sliding_window"])
+def test_evaluation_has_the_cpu_s_confusion(mode, tmp_path):
+    """But for a pixel here and there whose two best classes are as likely."""
+    exact_mode()
+    scene = draw_scene(0, "target")
+    save_picture(tmp_path / "image.png", scene.image)
+    write_label(tmp_path / "truth.png", scene.label, CITYSCAPES_19.palette)
+    seed_everything(0)
+    model, rows = DeepLabV3Plus(10, 19).eval(), [("image.png", "truth.png")]
+    here, there = (
+        evaluate_checkpoint(model.to(name), rows, tmp_path, 19, mode, 129, torch.device(name))
+        for name in DEVICES
+    )
+    assert np.abs(here - there).sum() <= 2 * 0.001 * here.sum()
+
+
+# ------------------------------------------------------------------- scripts/dev/gpu.sh, on a CPU
+
+
+def test_a_part_that_hangs_leaves_the_others_and_what_is_done_is_not_run_again(
+    tmp_path, monkeypatch, capsys
+):
+    """The time limit of one part is far too short."""
+    monkeypatch.setitem(gpu.PARTS, "scc", replace(gpu.PARTS["scc"], seconds=0.1))
+    how = ["--device", "cpu", "--out", str(tmp_path), "--parts", "scc", "eval"]
+    assert gpu.main(how) == 1
+    text = (tmp_path / "gpu.md").read_text()
+    assert text.count("error stopped after") == 1 and text.count("images/s") == 2
+    assert "| TF32 | not run |" in text and "iterations/s" not in text
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert found["miniature"] and found["parts"]["eval"]["original"]["images/s"] > 0
+
+    monkeypatch.setattr(gpu, "run_part", lambda name, *_: name)
+    capsys.readouterr()
+    assert gpu.main(how) == 1
+    assert "scc: scc\neval: done before\n" in capsys.readouterr().out
+    assert (tmp_path / "gpu.md").read_text() == text
+
+
+def test_a_case_that_fails_leaves_the_others_and_alone_runs_again(tmp_path, monkeypatch):
+    begun = []
+
+    def measured(case, size, device):
+        begun.append(case)
+        if case == "TF32" and len(begun) < 4:
+            raise RuntimeError("CUDA error:\nout of luck")
+        return {"iterations/s": 2.0, "GB": 1.0}
+
+    monkeypatch.setitem(gpu.PARTS, "scc", replace(gpu.PARTS["scc"], run=measured))
+    options = gpu.parse_args(["--device", "cpu", "--out", str(tmp_path), "--part", "scc"])
+    assert gpu.work(options) == 1 and begun == ["fp32", "TF32", "bf16"]
+    text = (tmp_path / "gpu.md").read_text()
+    assert "| bf16 | 2 iterations/s | 1.0 |" in text
+    assert "| TF32 | error RuntimeError: CUDA error: |" in text
+    assert gpu.work(options) == 0 and begun[3:] == ["TF32"]
+    assert "error" not in (tmp_path / "gpu.md").read_text()
+
+
+def test_figures_of_another_card_are_not_shown(tmp_path):
+    options = gpu.parse_args(["--device", "cpu", "--out", str(tmp_path)])
+    results = gpu.Results(options)
+    results.add("scc", "fp32", {"iterations/s": 1.0})
+    results.identity = {**results.identity, "card": "another"}
+    assert results.lacking("scc") == ["fp32", "TF32", "bf16"]
+
+
+def run(out, *arguments) -> subprocess.CompletedProcess:
+    command = ["bash", "scripts/dev/gpu.sh", "--device", "cpu", "--out", str(out), *arguments]
+    environment = {**os.environ, "PYTHON": sys.executable}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def test_a_part_that_does_not_fit_is_not_begun(tmp_path):
+    said = run(tmp_path, "--minutes", "0.1")
+    assert said.returncode == 1 and said.stdout.count("do not fit") == len(gpu.PARTS)
+
+
+@pytest.mark.slow
+def test_every_part_runs_in_miniature(tmp_path):
+    said = run(tmp_path, "--minutes", "60")
+    text = (tmp_path / "gpu.md").read_text()
+    assert said.returncode == 0 and "error" not in text and "not run" not in text, said.stdout
+
+
+def test_the_readme_has_a_row_for_every_figure():
+    text = (ROOT / "scripts/README.md").read_text(encoding="utf-8")
+    for line in gpu.table({}, gpu.FULL).splitlines()[2:]:
+        what, case = line.split(" | ")[:2]
+        assert f"{what} | {case} |" in text
