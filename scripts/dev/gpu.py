@@ -31,6 +31,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # for `python scripts/dev/NAME.py`
+
 import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
@@ -233,7 +235,9 @@ def gpu_tests(case: str, size: dict, device: torch.device) -> dict:
 
 def python(*arguments: str) -> str:
     """What a Python command prints; RuntimeError with its last error if it fails."""
-    run = subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, *arguments], capture_output=True, encoding="utf-8", errors="replace"
+    )
     print(run.stdout + run.stderr, flush=True)
     if run.returncode:
         raise RuntimeError(last_error(run.stdout + run.stderr))
@@ -390,7 +394,7 @@ def run_part(name: str, options: argparse.Namespace, results: Results, limit: fl
     log, start, environment = options.out / f"{name}.log", time.monotonic(), dict(os.environ)
     if options.device.type == "cpu":  # so small that threads would only wait for each other
         environment["OMP_NUM_THREADS"] = "1"
-    with open(log, "w") as file:
+    with open(log, "w", encoding="utf-8") as file:
         process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -411,7 +415,7 @@ def run_part(name: str, options: argparse.Namespace, results: Results, limit: fl
             process.wait()
     missing = [case for case in PARTS[name].cases if case not in results.of(name)]
     if trouble and missing:
-        words = last_error(log.read_text(errors="replace"))
+        words = last_error(log.read_text(encoding="utf-8", errors="replace"))
         results.add(name, missing[0], {"error": f"{trouble}; {words}"})
     return f"{trouble or 'done'} in {time.monotonic() - start:.0f} s"
 
