@@ -129,6 +129,7 @@ def test_a_case_that_fails_leaves_the_others_and_alone_runs_again(tmp_path, monk
             raise RuntimeError("CUDA error:\nout of luck")
         return {"iterations/s": 2.0, "GB": 1.0}
 
+    monkeypatch.setattr(torch, "compile", torch.compile)  # is set for a CPU
     monkeypatch.setitem(gpu.PARTS, "scc", replace(gpu.PARTS["scc"], run=measured))
     options = gpu.parse_args(["--device", "cpu", "--out", str(tmp_path), "--part", "scc"])
     assert gpu.work(options) == 1 and begun == ["fp32", "TF32", "bf16"]

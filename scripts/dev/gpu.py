@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import gc
 import os
 import re
@@ -363,6 +364,8 @@ def work(options: argparse.Namespace) -> int:
     """The cases of --part that are not there yet, in this process; 1 if one failed."""
     results, part, failed = Results(options), PARTS[options.part], 0
     tune_cpu()
+    if options.device.type == "cpu":  # whose code takes minutes to generate and says nothing here
+        torch.compile = functools.partial(torch.compile, backend="aot_eager")
     for case in results.lacking(options.part):
         gc.collect()
         exact_mode()
