@@ -442,8 +442,8 @@ def check_classes(pixels: np.ndarray, class_num: int, list_path: str | Path) -> 
     absent = np.flatnonzero(pixels[:class_num] == 0)
     if class_num == 2 and pixels[0] and pixels[IGNORE] and absent.size:
         raise UserError(
-            f"{list_path}: its labels hold 0 and 255 alone; of two classes the second is 1, and 255"
-            " means no label: write 1 for it"
+            f"{list_path}: its labels hold only 0 and 255, and 255 means no label; write 1 for the"
+            " second class"
         )
     if absent.size and process_rank()[0] == 0:
         which = ", ".join(map(str, absent))
