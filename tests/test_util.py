@@ -213,7 +213,9 @@ def test_masks_of_0_and_255_are_refused_as_labels_of_two_classes(tmp_path, value
     label = np.zeros((4, 4), np.uint8)
     label[0, : len(values)] = values
     saved(tmp_path / "l.png", label)
-    with contextlib.nullcontext() if fits else pytest.raises(UserError, match="hold only 0 and 255"):
+    with (
+        contextlib.nullcontext() if fits else pytest.raises(UserError, match="hold only 0 and 255")
+    ):
         check_pairs(tmp_path, [("i.png", "l.png")], "list", 2)
 
 
