@@ -33,6 +33,7 @@ from scripts.lib.report import (
     model_table,
 )
 from scripts.lib.stage import seeds_in
+from util.charts import line_chart, save_chart
 from util.labels import CITYSCAPES_19, IGNORE, read_image, read_label, read_list
 from util.pictures import (
     class_legend,
@@ -40,11 +41,11 @@ from util.pictures import (
     contact_sheet,
     hatch,
     heat,
-    line_chart,
     overlay,
     save_picture,
 )
 from util.run import UserError, atomic_path, read_json, run_main, write_json
+from util.training_log import read_training_log
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -181,7 +182,7 @@ def pipeline_picture(run: Path, index: int) -> Image.Image:
     return sheet
 
 
-def shipped_curves() -> Image.Image:
+def shipped_curves():
     """mIoU per epoch of the three shipped logs, and of no run of ours: nobody has run them yet."""
     series = {}
     for name, title in (
@@ -189,17 +190,7 @@ def shipped_curves() -> Image.Image:
         ("seco_synthia", "SYNTHIA to Cityscapes"),
         ("seco_bdd", "GTA to BDD100K"),
     ):
-        lines = (
-            (ROOT / "training_logs" / name / "epochs.csv").read_text(encoding="utf-8").splitlines()
-        )
-        columns = lines[0].split(",")
-        rows = [
-            row for line in lines[1:] if (row := line.split(","))[columns.index("mIoU")]
-        ]  # the last may be cut off
-        series[title] = (
-            [int(r[columns.index("epoch")]) for r in rows],
-            [float(r[columns.index("mIoU")]) for r in rows],
-        )
+        series[title] = read_training_log(ROOT / "training_logs" / name).curve
     return line_chart(series, "the authors' logs", "epoch", "mIoU (%)")
 
 
@@ -356,7 +347,7 @@ def main(argv=None) -> None:
         put(name, sam_table(name))
     put("ours", ours_table())
     put("toy_output", toy_output())
-    save_picture(images / "shipped_logs.png", shipped_curves())
+    save_chart(images / "shipped_logs.png", shipped_curves())
 
 
 if __name__ == "__main__":

@@ -25,10 +25,10 @@ from dataset.scc import numbered
 from scripts.lib.report import label_lists, markdown_table, mean_and_deviation
 from scripts.lib.stage import seeds_in
 from seco_scc import decide
+from util.charts import line_chart, save_chart
 from util.labels import IGNORE, class_set, read_label, read_list
 from util.metrics import summary
 from util.options import add_class_options
-from util.pictures import line_chart, save_picture
 from util.run import UserError, read_json, run_main, write_json
 
 TAU_NS, TAU_CR = 0.60, 0.95  # paper, section 3
@@ -151,7 +151,7 @@ def main(argv=None) -> None:
             )
     write_json(args.run / "sweep.json", {"seeds": [folder.name for folder in seeds], **results})
     (args.run / "sweep.md").write_text(text, encoding="utf-8")
-    save_picture(
+    save_chart(
         args.run / "pictures/sweep.png",
         line_chart(series, "", "threshold", "labels after SCC (%)", y_range=(0, 100)),
     )
