@@ -142,17 +142,15 @@ def compare_with_ground_truth(data, verdicts, gt_rows: dict[str, str]) -> dict:
     seen = known > 0
     wrong = true != data.index["class_id"]
     labeled, changed = verdicts.final != IGNORE, verdicts.final != data.index["class_id"]
-    share = lambda part, of: 100 * float(part.sum() / of.sum()) if of.sum() else None  # noqa: E731
+    share = lambda part, of: 100 * float(part.sum() / of.sum()) if of.sum() else None
+    among = lambda which, those: share(which[those], np.ones(those.sum()))
     signal = np.where(np.isnan(verdicts.eta), verdicts.loss, verdicts.eta)
     usable = seen & data.judged & np.isfinite(signal)
-    sure = (
-        seen
-        & (verdicts.score > data.options.tau_cr)
-        & (verdicts.predicted != data.index["class_id"])
-    )
+    sure = seen & (verdicts.score > data.options.tau_cr)
+    sure &= verdicts.predicted != data.index["class_id"]
     return {
         "purity": 100 * float(np.average(purity[seen], weights=data.index["area"][seen])),
-        "wrong_connectivities": share(wrong[seen], np.ones(seen.sum())),
+        "wrong_connectivities": among(wrong, seen),
         "auroc": (
             float(roc_auc_score(wrong[usable], signal[usable]))
             if 0 < wrong[usable].sum() < usable.sum()
@@ -161,19 +159,12 @@ def compare_with_ground_truth(data, verdicts, gt_rows: dict[str, str]) -> dict:
         "accuracy_before": share(right_before, known),
         "accuracy_after": share(right_after, known[labeled]),
         "accuracy_wrong_dropped": share(right_before[~wrong], known[~wrong]),
-        "kept_right": share(
-            (~wrong & (verdicts.decision == "kept"))[seen], (verdicts.decision == "kept")[seen]
-        ),
-        "changed_right": share(
-            (verdicts.final == true)[seen & labeled & changed],
-            np.ones((seen & labeled & changed).sum()),
-        ),
-        "sure_right": share((verdicts.predicted == true)[sure], np.ones(sure.sum())),
+        "kept_right": among(~wrong, seen & (verdicts.decision == "kept")),
+        "changed_right": among(verdicts.final == true, seen & labeled & changed),
+        "sure_right": among(verdicts.predicted == true, sure),
         "sure": int(sure.sum()),
-        "dropped_wrong": share(
-            (wrong & (verdicts.decision == "dropped"))[seen], (verdicts.decision == "dropped")[seen]
-        ),
-        "not_judged_wrong": share((wrong & ~data.judged)[seen], ~data.judged[seen]),
+        "dropped_wrong": among(wrong, seen & (verdicts.decision == "dropped")),
+        "not_judged_wrong": among(wrong, seen & ~data.judged),
     }
 
 

@@ -37,6 +37,7 @@ LABEL_ROWS = {
     "psa_paper": "PSA, paper's recipe",
     "scc_paper": "PSA + SCC, paper's recipe",
 }
+LABEL_FIGURES = ("coverage", "accuracy", "miou")
 MODEL_ROWS = {
     "before": "before (source model)",
     "pixel": "UniMatch on pixel-level labels",
@@ -68,7 +69,7 @@ def finished(seeds: list[Path]) -> list[Path]:
 
 
 def gather(
-    seed_folders: list[Path], rows: dict[str, str], prefix: str, keys: list[str], old: set[str]
+    seed_folders: list[Path], rows: dict[str, str], prefix: str, keys: tuple, old: set[str]
 ) -> dict:
     """{row: {key: [value per seed]}} from `<seed>/eval/<prefix><row>/metrics.json`; only rows that
     every seed has, and none of an outdated stage (`old`).
@@ -117,12 +118,12 @@ def stage_costs(seed_folders: list[Path]) -> dict[str, dict]:
     return costs
 
 
-def label_table(quality: dict) -> str:
+def label_table(quality: dict, title: str = "labels") -> str:
+    """Coverage, accuracy and mIoU of each row of labels; title: of the first column."""
     return markdown_table(
-        ["labels", "coverage", "accuracy of labeled pixels", "mIoU (unlabeled counts as wrong)"],
+        [title, "coverage", "accuracy of labeled pixels", "mIoU (unlabeled counts as wrong)"],
         [
-            [LABEL_ROWS[row]]
-            + [mean_and_deviation(values[key]) for key in ("coverage", "accuracy", "miou")]
+            [LABEL_ROWS.get(row, row), *(mean_and_deviation(values[key]) for key in LABEL_FIGURES)]
             for row, values in quality.items()
         ],
     )
@@ -299,8 +300,8 @@ def main(argv: list[str] | None = None) -> None:
             )
     if old:
         print(f"left out, from inputs that have changed since: {', '.join(sorted(old))}")
-    quality = gather(seeds, LABEL_ROWS, "quality_", ["coverage", "accuracy", "miou"], old)
-    models = gather(seeds, MODEL_ROWS, "", ["miou"], old)
+    quality = gather(seeds, LABEL_ROWS, "quality_", LABEL_FIGURES, old)
+    models = gather(seeds, MODEL_ROWS, "", ("miou",), old)
     costs = {name: cost for name, cost in stage_costs(seeds).items() if name not in old}
 
     names = ", ".join(map(str, numbers))
