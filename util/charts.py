@@ -165,7 +165,7 @@ def save_chart(path: str | Path, figure) -> None:
     for columns in range(len(names), 0, -1):
         legend = figure.legend(handles, names, loc="outside lower center", ncols=columns)
         box = legend.get_window_extent()
-        if box.width < figure.bbox.width or columns == 1:
+        if box.width < 0.97 * figure.bbox.width or columns == 1:
             figure.set_figheight(figure.get_figheight() + box.height / DPI)
             break
         legend.remove()
