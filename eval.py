@@ -44,6 +44,7 @@ from torch import nn
 
 from model.deeplabv3plus import DeepLabV3Plus
 from model.network import Network, load_network
+from util.charts import confusion_chart, save_chart
 from util.images import to_tensor
 from util.labels import (
     IDS_13_IN_16,
@@ -61,7 +62,6 @@ from util.labels import (
 )
 from util.metrics import confusion_matrix, summary
 from util.options import add_class_options, add_run_options, check_range, check_run_options
-from util.pictures import confusion_picture, save_picture
 from util.progress import progress
 from util.run import (
     UserError,
@@ -373,7 +373,7 @@ def write_results(args, confusion: np.ndarray, metrics: dict, classes: ClassSet,
             for name, counts in zip(classes.names, confusion.tolist())
         ]
         temporary.write_text("\n".join(rows) + "\n", encoding="utf-8")
-    save_picture(args.out / "confusion.png", confusion_picture(confusion, classes.names))
+    save_chart(args.out / "confusion.png", confusion_chart(confusion, classes.names))
     record = {
         "mode": args.mode if args.checkpoint else "labels",
         "images": images,

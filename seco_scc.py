@@ -32,7 +32,7 @@ with plain cross-entropy. Ours are: whole images at half size, four an iteration
 cells of the features.
 
 Needs when copied away: dataset/scc.py, model/{checkpoint,resnet,scc}.py,
-util/{connectivity,images,labels,options,pictures,progress,run,scc_files,scc_report}.py.
+util/{charts,connectivity,images,labels,options,page,pictures,progress,run,scc_files,scc_report}.py.
 """
 
 from __future__ import annotations

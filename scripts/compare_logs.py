@@ -30,16 +30,15 @@ from pathlib import Path
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # for `python scripts/NAME.py`
 
 import numpy as np
-from PIL import Image
 
+from util.charts import decorate, draw_lines, new_axes, save_chart
 from util.options import check_range
-from util.pictures import COLOURS, Chart, line_chart, save_picture
 from util.run import UserError, check_writable, run_main
 from util.training_log import LOSS_NAMES, TrainingLog, read_training_log
 
 EPOCHS = (0, 1, 2, 5, 10, 20, 30, 40, 50, 75, 100, 125, 150, 175, 200, 225, 239)
 LAST = 20
-BAND_COLOUR = (247, 232, 200)
+BAND_COLOUR = "#f7e8c8"
 
 
 @dataclass
@@ -195,38 +194,24 @@ def loss_curve(log: TrainingLog, name: str) -> tuple[list, list]:
     return list(last), list(last.values())
 
 
-def picture(run: TrainingLog, reference: TrainingLog, tolerance: float) -> Image.Image:
-    """mIoU with the band, above the four losses."""
-    names, epochs = ("reference", "run"), reference.epochs
-    widths = [band(reference, epoch, tolerance) for epoch in epochs]
-    low, high = ([reference.miou[e] + sign * w for e, w in zip(epochs, widths)] for sign in (-1, 1))
-    values = [*low, *high, *(run.miou[epoch] for epoch in run.epochs)]
-    chart = Chart(
-        "mIoU on the validation set",
-        "epoch",
-        "mIoU (%)",
-        (0, max([*epochs, *run.epochs])),
-        (min(values), max(values)),
-    )
-    chart.draw.polygon(
-        [(chart.x(e), chart.y(v)) for e, v in [*zip(epochs, high), *reversed([*zip(epochs, low)])]],
-        BAND_COLOUR,
-    )
-    chart.key("band", BAND_COLOUR)
-    for name, log, colour in zip(names, (reference, run), COLOURS):
-        chart.line(log.epochs, [log.miou[e] for e in log.epochs], colour)
-        chart.key(name, colour)
-    charts = [chart.image]
-    for name in LOSS_NAMES[:-1]:
-        both = {label: loss_curve(log, name) for label, log in zip(names, (reference, run))}
-        if both[names[0]][0]:
-            charts.append(line_chart(both, name, "epoch", name, size=(860, 300)))
-    sheet = Image.new("RGB", (860, sum(chart.height for chart in charts)), "white")
-    top = 0
-    for chart in charts:
-        sheet.paste(chart, (0, top))
-        top += chart.height
-    return sheet
+def picture(run: TrainingLog, reference: TrainingLog, tolerance: float):
+    """mIoU with the band, above the four losses. A matplotlib Figure."""
+    logs, epochs = {"reference": reference, "run": run}, reference.epochs
+    losses = {
+        name: {label: loss_curve(log, name) for label, log in logs.items()}
+        for name in LOSS_NAMES[:-1]
+        if loss_curve(reference, name)[0]
+    }
+    axes, *others = new_axes([460, *(300 for _ in losses)])
+    decorate(axes, "mIoU on the validation set", "epoch", "mIoU (%)")
+    middle = np.array([reference.miou[epoch] for epoch in epochs])
+    widths = np.array([band(reference, epoch, tolerance) for epoch in epochs])
+    axes.fill_between(epochs, middle - widths, middle + widths, color=BAND_COLOUR, label="band")
+    draw_lines(axes, {label: log.curve for label, log in logs.items()})
+    for below, (name, series) in zip(others, losses.items()):
+        decorate(below, name, "epoch", name)
+        draw_lines(below, series)
+    return axes.figure
 
 
 def print_rows(title: str, rows: list[Row]) -> None:
@@ -360,7 +345,7 @@ def main(argv=None) -> int:
     print_rows("mIoU, %", rows)
     if classes:
         print_rows("IoU, mean of the last 20", classes)
-    save_picture(target, picture(run, reference, options.tolerance))
+    save_chart(target, picture(run, reference, options.tolerance))
     line, failed = overall(rows, classes)
     print(f"\n{line}\npicture: {target}\n{tensorboard_line(options.run, options.reference)}")
     return 1 if failed else 0

@@ -714,7 +714,7 @@ def test_our_run_is_read_alike_from_json_lines_and_events(our_run):
 
 def test_curves_count_epochs_as_the_log_does(our_run, monkeypatch):
     log, drawn = read_training_log(our_run), []
-    monkeypatch.setattr(train_logs, "save_picture", lambda path, chart: None)
+    monkeypatch.setattr(train_logs, "save_chart", lambda path, chart: None)
     monkeypatch.setattr(train_logs, "line_chart", lambda series, *rest: drawn.append(series))
     train_logs.curves_picture(our_run / "curves.png", log)
     assert drawn.pop() == {"validation": ([0, 1], [34.14, 44.14])}

@@ -133,7 +133,9 @@ def versions(name: str) -> dict[str, str]:
 
 
 def test_the_locked_versions_are_those_that_made_the_tables():
-    """They satisfy requirements.txt, and are those of the runs' manifests."""
+    """They satisfy requirements.txt, and are those of the runs' manifests, which name all but the
+    packages that only draw.
+    """
     locked = versions("requirements-lock.txt")
 
     def number(version):
@@ -146,5 +148,5 @@ def test_the_locked_versions_are_those_that_made_the_tables():
     for file in files:
         for made in re.findall(r'"versions": (\{.*?\})', file.read_text(), re.S):
             made = json.loads(made)
-            for package in versions("requirements.txt"):
+            for package in versions("requirements.txt").keys() - {"matplotlib", "jinja2"}:
                 assert locked[package] == made[package].split("+")[0], (file, package)

@@ -26,6 +26,16 @@ from util.run import UserError, atomic_path, process_rank
 IGNORE = 255
 LOSSY_FORMATS = ("JPEG", "JPEG2000", "MPO")
 ORIENTATION = 0x0112  # EXIF tag
+# Okabe and Ito's colours, which stay apart for colour-blind readers, of whatever is no class.
+COLOURS = (
+    (0, 114, 178),
+    (230, 159, 0),
+    (0, 158, 115),
+    (204, 121, 167),
+    (213, 94, 0),
+    (86, 180, 233),
+    (110, 110, 110),
+)
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from util.labels import ClassSet
-from util.pictures import COLOURS, colour_label, contact_sheet, overlay
+from util.labels import COLOURS, ClassSet
+from util.pictures import colour_label, contact_sheet, overlay
 
 
 def panel(image: np.ndarray, label: np.ndarray, result, classes: ClassSet) -> Image.Image:

@@ -41,6 +41,8 @@ PACKAGES = (
     "pillow",
     "scipy",
     "tensorboard",
+    "matplotlib",
+    "jinja2",
     "tqdm",
     "scikit-learn",
     "opencv-python-headless",

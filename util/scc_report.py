@@ -6,30 +6,19 @@ page that shows them.
 
 from __future__ import annotations
 
-import html
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from scipy.stats import norm
 from sklearn.metrics import roc_auc_score
 
+from util.charts import CYCLE, bar_chart, histogram, save_chart
 from util.labels import IGNORE, ClassSet, read_label
-from util.pictures import (
-    COLOURS,
-    PAPER,
-    Chart,
-    colour_label,
-    contact_sheet,
-    font,
-    hatch,
-    heat,
-    histogram,
-    overlay,
-    save_picture,
-)
-from util.run import atomic_path
+from util.page import write_page
+from util.pictures import colour_label, contact_sheet, hatch, heat, overlay, save_picture
 
-DECISIONS = {"kept": COLOURS[0], "corrected": COLOURS[1], "dropped": COLOURS[6]}
+DECISIONS = {"kept": CYCLE[0], "corrected": CYCLE[1], "dropped": CYCLE[6]}
 THUMBNAIL = (96, 96)  # pixels
 EXAMPLES = 4  # most and least trusted connectivities shown of a class
 MIN_THUMBNAIL_AREA = 40  # pixels; smaller connectivities show nothing
@@ -45,41 +34,28 @@ def write_report(
     report = figures(data, verdicts, classes)
     if gt_rows is not None:  # the only ground truth that is ever opened
         report["ground_truth"] = compare_with_ground_truth(data, verdicts, gt_rows)
-    pictures = {
+    charts = {
         "loss_histogram": ("Losses", loss_histogram(data, verdicts)),
         "decisions": ("Decisions per class", decisions_chart(data, verdicts, classes)),
     }
+    pictures = {}
     if images:
         pictures["panels"] = ("Before and after", panels(data, verdicts, classes, images))
     thumbnails = trust_sheet(data, verdicts, classes)
     if thumbnails is not None:
         pictures["thumbnails"] = ("Most and least trusted connectivities of each class", thumbnails)
-    for name, (_, picture) in pictures.items():
-        save_picture(folder / f"{name}.png", picture)
-    figures_shown = {**report, **report.get("ground_truth", {})}
-    rows = "".join(
-        f"<tr><th>{html.escape(name.replace('_', ' '))}</th>"
-        f"<td>{html.escape(shown(value))}</td></tr>"
-        for name, value in figures_shown.items()
+    for save, shown in ((save_chart, charts), (save_picture, pictures)):
+        for name, (_, picture) in shown.items():
+            save(folder / f"{name}.png", picture)
+    rows = [
+        (name.replace("_", " "), f"{value:.2f}" if isinstance(value, float) else value)
+        for name, value in {**report, **report.get("ground_truth", {})}.items()
         if value is not None and not isinstance(value, dict)
-    )
-    sections = "".join(
-        f"<h2>{html.escape(title)}</h2><img src='{name}.png' style='max-width:100%'>"
-        for name, (title, _) in pictures.items()
-    )
-    with atomic_path(folder / "index.html") as temporary:
-        temporary.write_text(
-            "<!doctype html><meta charset='utf-8'><title>SCC</title><body"
-            " style='font-family:sans-serif;margin:2em'><h1>SCC:"
-            f" {html.escape(data.options.recipe)} recipe</h1><table"
-            f" style='text-align:left'>{rows}</table>{sections}",
-            encoding="utf-8",
-        )
+    ]
+    figures_shown = [(f"{name}.png", title) for name, (title, _) in {**charts, **pictures}.items()]
+    parts = [{"rows": rows}, {"figures": figures_shown}]
+    write_page(folder / "index.html", f"SCC: {data.options.recipe} recipe", parts)
     return report
-
-
-def shown(value) -> str:
-    return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
 def trust(verdicts) -> np.ndarray:
@@ -166,17 +142,15 @@ def compare_with_ground_truth(data, verdicts, gt_rows: dict[str, str]) -> dict:
     seen = known > 0
     wrong = true != data.index["class_id"]
     labeled, changed = verdicts.final != IGNORE, verdicts.final != data.index["class_id"]
-    share = lambda part, of: 100 * float(part.sum() / of.sum()) if of.sum() else None  # noqa: E731
+    share = lambda part, of: 100 * float(part.sum() / of.sum()) if of.sum() else None
+    among = lambda which, those: share(which[those], np.ones(those.sum()))
     signal = np.where(np.isnan(verdicts.eta), verdicts.loss, verdicts.eta)
     usable = seen & data.judged & np.isfinite(signal)
-    sure = (
-        seen
-        & (verdicts.score > data.options.tau_cr)
-        & (verdicts.predicted != data.index["class_id"])
-    )
+    sure = seen & (verdicts.score > data.options.tau_cr)
+    sure &= verdicts.predicted != data.index["class_id"]
     return {
         "purity": 100 * float(np.average(purity[seen], weights=data.index["area"][seen])),
-        "wrong_connectivities": share(wrong[seen], np.ones(seen.sum())),
+        "wrong_connectivities": among(wrong, seen),
         "auroc": (
             float(roc_auc_score(wrong[usable], signal[usable]))
             if 0 < wrong[usable].sum() < usable.sum()
@@ -185,96 +159,65 @@ def compare_with_ground_truth(data, verdicts, gt_rows: dict[str, str]) -> dict:
         "accuracy_before": share(right_before, known),
         "accuracy_after": share(right_after, known[labeled]),
         "accuracy_wrong_dropped": share(right_before[~wrong], known[~wrong]),
-        "kept_right": share(
-            (~wrong & (verdicts.decision == "kept"))[seen], (verdicts.decision == "kept")[seen]
-        ),
-        "changed_right": share(
-            (verdicts.final == true)[seen & labeled & changed],
-            np.ones((seen & labeled & changed).sum()),
-        ),
-        "sure_right": share((verdicts.predicted == true)[sure], np.ones(sure.sum())),
+        "kept_right": among(~wrong, seen & (verdicts.decision == "kept")),
+        "changed_right": among(verdicts.final == true, seen & labeled & changed),
+        "sure_right": among(verdicts.predicted == true, sure),
         "sure": int(sure.sum()),
-        "dropped_wrong": share(
-            (wrong & (verdicts.decision == "dropped"))[seen], (verdicts.decision == "dropped")[seen]
-        ),
-        "not_judged_wrong": share((wrong & ~data.judged)[seen], ~data.judged[seen]),
+        "dropped_wrong": among(wrong, seen & (verdicts.decision == "dropped")),
+        "not_judged_wrong": among(wrong, seen & ~data.judged),
     }
 
 
-def loss_histogram(data, verdicts) -> Image.Image:
+def loss_histogram(data, verdicts):
     """The losses by decision; paper: normalised, with both Gaussians and the loss at tau_ns (the
-    paper's Figure 4).
+    paper's Figure 4). A matplotlib Figure.
     """
     noise, decision = verdicts.noise, verdicts.decision[data.judged]
     losses = np.where(np.isfinite(verdicts.loss), verdicts.loss, 0)[data.judged]
-    colours = (*DECISIONS.values(), COLOURS[2], COLOURS[3])  # the last two: of the Gaussians
+    curves, thresholds, bins = {}, {}, 60
     if noise is None:
         limit = verdicts.thresholds["global"]
-        threshold = (
-            {}
-            if limit is None or data.options.filter == "score"
-            else {"mean of the classes' thresholds": limit}
-        )
-        groups = {name: losses[decision == name] for name in DECISIONS}
-        return histogram(
-            groups,
-            "SCC: losses of the connectivities",
-            "cross-entropy against the label",
-            thresholds=threshold,
-            colours=colours,
-        )
-    x = (losses - noise.low) / max(noise.high - noise.low, 1e-12)
-    groups = {name: x[decision == name] for name in DECISIONS}
-    curves, thresholds, bins = {}, {}, 60
-    if noise.fallback is None:
-        grid = np.linspace(0, 1, 300)
-        for name, mean, deviation, weight in zip(
-            ("clean", "noisy"), noise.means, noise.deviations, noise.weights
-        ):
-            density = (
-                weight
-                / (deviation * np.sqrt(2 * np.pi))
-                * np.exp(-(((grid - mean) / deviation) ** 2) / 2)
-            )
-            curves[name] = (grid, np.minimum(density * len(x) / bins, len(x)))
-        below = x[noise.eta < verdicts.thresholds["tau_ns"]]
-        thresholds = {"tau_ns": float(below.max())} if len(below) else {}
+        if limit is not None and data.options.filter != "score":
+            thresholds = {"mean of the classes' thresholds": limit}
+    else:
+        losses = (losses - noise.low) / max(noise.high - noise.low, 1e-12)
+        if noise.fallback is None:
+            grid = np.linspace(0, 1, 300)
+            for name, *gaussian, weight in zip(
+                ("clean", "noisy"), noise.means, noise.deviations, noise.weights
+            ):
+                height = weight * norm.pdf(grid, *gaussian) * len(losses) / bins
+                curves[name] = (grid, np.minimum(height, len(losses)))
+            below = losses[noise.eta < verdicts.thresholds["tau_ns"]]
+            thresholds = {"tau_ns": float(below.max())} if len(below) else {}
     return histogram(
-        groups,
+        {name: losses[decision == name] for name in DECISIONS},
         "SCC: losses of the connectivities",
-        "normalised cross-entropy against the label",
+        ("" if noise is None else "normalised ") + "cross-entropy against the label",
+        "connectivities",
         bins,
         curves,
         thresholds,
-        colours=colours,
+        colours=(*DECISIONS.values(), CYCLE[2], CYCLE[3]),  # the last two: of the Gaussians
     )
 
 
-def decisions_chart(data, verdicts, classes: ClassSet) -> Image.Image:
-    """Shares of each class's connectivities that are kept, corrected and dropped."""
-    present = [c for c in range(classes.count) if (data.index["class_id"] == c).any()]
-    chart = Chart(
+def decisions_chart(data, verdicts, classes: ClassSet):
+    """Shares of each class's connectivities that are kept, corrected and dropped. A matplotlib
+    Figure.
+    """
+    shares: dict[str, dict[str, float]] = {decision: {} for decision in DECISIONS}
+    for class_id in np.unique(data.index["class_id"]):
+        mine = data.index["class_id"] == class_id
+        for decision in DECISIONS:
+            share = 100 * np.mean(verdicts.decision[mine] == decision)
+            shares[decision][f"{classes.names[class_id]} ({mine.sum()})"] = share
+    return bar_chart(
+        shares,
         "SCC: decisions per class",
-        "",
-        "% of connectivities",
-        (-0.6, len(present) - 0.4),
-        (0, 100),
-        size=(max(860, 74 * len(present)), 460),
-        x_ticks=[(i, classes.names[c].replace("traffic ", "t. ")) for i, c in enumerate(present)],
+        "% of the connectivities (their number)",
+        colours=DECISIONS.values(),
     )
-    for i, class_id in enumerate(present):
-        mine, base = data.index["class_id"] == class_id, 0.0
-        for name, colour in DECISIONS.items():
-            share = 100 * float((mine & (verdicts.decision == name)).sum() / mine.sum())
-            if share:
-                chart.bar(i - 0.36, i + 0.36, base + share, colour, base=base)
-            base += share
-        chart.draw.text(
-            (chart.x(i), chart.top + 3), str(int(mine.sum())), PAPER, font(13), anchor="ma"
-        )
-    for name, colour in DECISIONS.items():
-        chart.key(name, colour)
-    return chart.image
 
 
 def panels(data, verdicts, classes: ClassSet, images: int) -> Image.Image:

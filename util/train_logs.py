@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from model.deeplabv3plus import DILATIONS, parameter_count
+from util.charts import line_chart, save_chart
 from util.labels import IGNORE
-from util.pictures import colour_label, contact_sheet, line_chart, save_picture
+from util.pictures import colour_label, contact_sheet, save_picture
 from util.run import peak_memory_mb, write_json
 from util.training_log import TEXT_LOSSES, read_metrics_json_lines
 from util.training_log import summary as log_summary
@@ -193,17 +194,14 @@ def epoch_picture(path: Path, shown: dict, classes, samples: int = 3) -> None:
 def curves_picture(path: Path, log) -> None:
     """mIoU after each epoch, or the mean loss of each where nothing was evaluated."""
     if log.miou:
-        series, label = (
-            {"validation": (log.epochs, [log.miou[e] for e in log.epochs])},
-            "mIoU (%)",
-        )
+        series, label = {"validation": log.curve}, "mIoU (%)"
     else:
         means = {
             epoch: values["loss_all"] for epoch, _, values in log.losses
         }  # the running mean at each epoch's end
         series = {"loss_all": (list(means), list(means.values()))}
         label = "mean loss of the epoch"
-    save_picture(path, line_chart(series, "", "epoch", label))
+    save_chart(path, line_chart(series, "", "epoch", label))
 
 
 def summarise(args, iterations: int, seconds: list[float], device) -> None:

@@ -76,6 +76,11 @@ class TrainingLog:
         """Epochs with an evaluation whose mIoU is a number, in order."""
         return sorted(epoch for epoch, miou in self.miou.items() if math.isfinite(miou))
 
+    @property
+    def curve(self) -> tuple[list[int], list[float]]:
+        """(epochs, mIoU) of all evaluations, in order; NaN where it is not a number."""
+        return sorted(self.miou), [self.miou[epoch] for epoch in sorted(self.miou)]
+
     def forget_from(self, epoch: int) -> None:
         """Drop all that is logged of this epoch and of later ones."""
         for name in ("miou", "class_iou", "lr"):

@@ -14,6 +14,7 @@ that of training_logs/ours/ or that of model/.
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import shutil
 import sys
@@ -26,6 +27,7 @@ from PIL import Image
 
 from dataset.scc import numbered
 from scripts.lib.report import (
+    LABEL_FIGURES,
     cost_table,
     label_table,
     markdown_table,
@@ -33,18 +35,18 @@ from scripts.lib.report import (
     model_table,
 )
 from scripts.lib.stage import seeds_in
+from util.charts import line_chart, save_chart
 from util.labels import CITYSCAPES_19, IGNORE, read_image, read_label, read_list
 from util.pictures import (
-    class_legend,
     colour_label,
     contact_sheet,
     hatch,
     heat,
-    line_chart,
     overlay,
     save_picture,
 )
 from util.run import UserError, atomic_path, read_json, run_main, write_json
+from util.training_log import read_training_log
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -148,12 +150,7 @@ def pipeline_picture(run: Path, index: int) -> Image.Image:
     corrected = read_label(seed / pixel_path.replace("pix/", "pix_tiny_scc/", 1))
     truth = read_label(seed / image_path.replace("/images/", "/gt/"))
     with open(seed / "pix_tiny_scc/connectivities.csv", encoding="utf-8") as file:
-        header = file.readline().strip().split(",")
-        rows = [
-            dict(zip(header, line.strip().split(",")))
-            for line in file
-            if line.startswith(image_path + ",")
-        ]
+        rows = [row for row in csv.DictReader(file) if row["image"] == image_path]
     doubt = np.array([1 - float(row["score"]) for row in rows] + [np.nan])[
         numbered(psa, classes.count)
     ]
@@ -169,19 +166,14 @@ def pipeline_picture(run: Path, index: int) -> Image.Image:
         "ground truth (not used)": colour_label(truth, classes.palette),
     }
     names, pictures = list(tiles), list(tiles.values())
-    halves = [contact_sheet([pictures[i : i + 4]], names[i : i + 4]) for i in (0, 4)]
-    key = class_legend(classes, halves[0].width, 16)
-    sheet = Image.new(
-        "RGB", (halves[0].width, sum(h.height for h in halves) + key.height + 12), (255, 255, 255)
+    halves = (
+        contact_sheet([pictures[:4]], names[:4]),
+        contact_sheet([pictures[4:]], names[4:], legend=classes),
     )
-    y = 0
-    for part in (*halves, key):
-        sheet.paste(part, (0, y))
-        y += part.height + 6
-    return sheet
+    return Image.fromarray(np.vstack([np.asarray(half) for half in halves]))
 
 
-def shipped_curves() -> Image.Image:
+def shipped_curves():
     """mIoU per epoch of the three shipped logs, and of no run of ours: nobody has run them yet."""
     series = {}
     for name, title in (
@@ -189,17 +181,7 @@ def shipped_curves() -> Image.Image:
         ("seco_synthia", "SYNTHIA to Cityscapes"),
         ("seco_bdd", "GTA to BDD100K"),
     ):
-        lines = (
-            (ROOT / "training_logs" / name / "epochs.csv").read_text(encoding="utf-8").splitlines()
-        )
-        columns = lines[0].split(",")
-        rows = [
-            row for line in lines[1:] if (row := line.split(","))[columns.index("mIoU")]
-        ]  # the last may be cut off
-        series[title] = (
-            [int(r[columns.index("epoch")]) for r in rows],
-            [float(r[columns.index("mIoU")]) for r in rows],
-        )
+        series[title] = read_training_log(ROOT / "training_logs" / name).curve
     return line_chart(series, "the authors' logs", "epoch", "mIoU (%)")
 
 
@@ -250,61 +232,48 @@ OURS = {  # run below runs/, recorded in training_logs/ours: title of its column
 
 def ours_table() -> str:
     """The recorded runs side by side: quality of the labels, mIoU of the models."""
-    runs = {name: read_json(ROOT / "training_logs/ours" / name / "results.json") for name in OURS}
-    header = [
-        f"{title} (seeds {', '.join(map(str, runs[name]['seeds']))})"
+    runs = {
+        title: read_json(ROOT / "training_logs/ours" / name / "results.json")
         for name, title in OURS.items()
-    ]
+    }
 
-    def labels(row: str) -> list[str]:
-        found = [run["labels"].get(row) for run in runs.values()]
-        return [
-            " / ".join(f"{np.mean(r[key]):.1f}" for key in ("coverage", "accuracy", "miou"))
-            if r
-            else "not run"
-            for r in found
-        ]
+    def labels(run: dict, row: str) -> str:
+        if row not in run["labels"]:
+            return "not run"
+        return " / ".join(f"{np.mean(run['labels'][row][key]):.1f}" for key in LABEL_FIGURES)
 
-    def model(row: str) -> list[str]:
-        cells = []
-        for run in runs.values():
-            values, before = run["models"].get(row), run["models"]["before"]["miou"]
-            if values is None:
-                cells.append("not run")
-                continue
-            gain = np.mean(values["miou"]) - np.mean(before)
-            cells.append(
-                mean_and_deviation(values["miou"]) + ("" if row == "before" else f" ({gain:+.1f})")
-            )
-        return cells
+    def model(run: dict, row: str) -> str:
+        if row not in run["models"]:
+            return "not run"
+        values, before = run["models"][row]["miou"], run["models"]["before"]["miou"]
+        gain = "" if row == "before" else f" ({np.mean(values) - np.mean(before):+.1f})"
+        return mean_and_deviation(values) + gain
 
-    rows = [
-        [f"{title}: coverage / accuracy / mIoU of labels", *labels(row)]
-        for row, title in (("pixel", "pixel labels"), ("psa", "PSA"), ("scc", "PSA + SCC"))
-    ]
-    rows += [
-        [title, *model(row)]
-        for row, title in (
-            ("before", "source model"),
-            ("pixel", "UniMatch on pixel labels"),
-            ("seco", "**SeCo**"),
-            ("bound", "upper bound (target ground truth)"),
-        )
-    ]
-    return markdown_table(["", *header], rows)
+    rows = (
+        ("pixel labels: coverage / accuracy / mIoU of labels", labels, "pixel"),
+        ("PSA: coverage / accuracy / mIoU of labels", labels, "psa"),
+        ("PSA + SCC: coverage / accuracy / mIoU of labels", labels, "scc"),
+        ("source model", model, "before"),
+        ("UniMatch on pixel labels", model, "pixel"),
+        ("**SeCo**", model, "seco"),
+        ("upper bound (target ground truth)", model, "bound"),
+    )
+    return markdown_table(
+        ["", *(f"{title} (seeds {', '.join(map(str, r['seeds']))})" for title, r in runs.items())],
+        [[title, *(cell(run, row) for run in runs.values())] for title, cell, row in rows],
+    )
 
 
 def toy_output() -> str:
     """What `bash scripts/toy.sh` prints at its end: the main line of the first recorded seed."""
     results = read_json(ROOT / "training_logs/ours/ablation_toy/results.json")
-    first = (
-        lambda table, rows: {  # noqa: E731
-            row: {key: values[:1] for key, values in table[row].items()} for row in rows
-        }
-    )
+
+    def first(table: dict, *rows: str) -> dict:
+        return {row: {key: values[:1] for key, values in table[row].items()} for row in rows}
+
     tables = (
-        label_table(first(results["labels"], ("pixel", "psa", "scc"))),
-        model_table(first(results["models"], ("before", "seco"))),
+        label_table(first(results["labels"], "pixel", "psa", "scc")),
+        model_table(first(results["models"], "before", "seco")),
     )
     return "```\n" + "\n".join(tables) + "```"
 
@@ -356,7 +325,7 @@ def main(argv=None) -> None:
         put(name, sam_table(name))
     put("ours", ours_table())
     put("toy_output", toy_output())
-    save_picture(images / "shipped_logs.png", shipped_curves())
+    save_chart(images / "shipped_logs.png", shipped_curves())
 
 
 if __name__ == "__main__":

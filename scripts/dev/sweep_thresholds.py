@@ -22,13 +22,13 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # for `python scri
 import numpy as np
 
 from dataset.scc import numbered
-from scripts.lib.report import label_lists, markdown_table, mean_and_deviation
+from scripts.lib.report import LABEL_FIGURES, label_lists, label_table
 from scripts.lib.stage import seeds_in
 from seco_scc import decide
+from util.charts import line_chart, save_chart
 from util.labels import IGNORE, class_set, read_label, read_list
 from util.metrics import summary
 from util.options import add_class_options
-from util.pictures import line_chart, save_picture
 from util.run import UserError, read_json, run_main, write_json
 
 TAU_NS, TAU_CR = 0.60, 0.95  # paper, section 3
@@ -36,7 +36,6 @@ SWEEPS = {
     "tau_ns": (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8),  # paper, Figure 6: stable in 0.2 to 0.8
     "tau_cr": (0.85, 0.90, 0.95, 0.99),
 }  # 0.85 to 0.99
-FIGURES = ("coverage", "accuracy", "miou")
 
 
 def connectivity_table(
@@ -104,7 +103,9 @@ def sweep(seed_folders: list[Path], class_num: int) -> dict:
                 )
                 for c, pixels, unlabeled in tables
             ]
-            results[name][str(value)] = {figure: [f[figure] for f in found] for figure in FIGURES}
+            results[name][str(value)] = {
+                figure: [f[figure] for f in found] for figure in LABEL_FIGURES
+            }
     return results
 
 
@@ -127,31 +128,18 @@ def main(argv=None) -> None:
             " scripts/ablation.sh, or RECIPE=paper bash scripts/toy.sh"
         )
     results = sweep(seeds, classes.count)
-    text, series = "", {}
-    for name, rows in results.items():
-        text += (
-            markdown_table(
-                [
-                    name,
-                    "coverage",
-                    "accuracy of labeled pixels",
-                    "mIoU (unlabeled counts as wrong)",
-                ],
-                [
-                    [value] + [mean_and_deviation(found[figure]) for figure in FIGURES]
-                    for value, found in rows.items()
-                ],
-            )
-            + "\n"
+    text = "".join(label_table(rows, name) + "\n" for name, rows in results.items())
+    series = {
+        f"{figure}, {name}": (
+            [float(value) for value in rows],
+            [statistics.mean(found[figure]) for found in rows.values()],
         )
-        for figure in FIGURES:
-            series[f"{figure}, {name}"] = (
-                [float(v) for v in rows],
-                [statistics.mean(f[figure]) for f in rows.values()],
-            )
+        for name, rows in results.items()
+        for figure in LABEL_FIGURES
+    }
     write_json(args.run / "sweep.json", {"seeds": [folder.name for folder in seeds], **results})
     (args.run / "sweep.md").write_text(text, encoding="utf-8")
-    save_picture(
+    save_chart(
         args.run / "pictures/sweep.png",
         line_chart(series, "", "threshold", "labels after SCC (%)", y_range=(0, 100)),
     )

@@ -19,10 +19,12 @@ from pathlib import Path
 sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # for `python scripts/lib/NAME.py`
 
 from scripts.lib.stage import of_one_setting, outdated, seeds_in
+from util.charts import bar_chart, line_chart, save_chart
 from util.labels import class_set, read_image, read_label, read_list
 from util.options import add_class_options, check_range
-from util.pictures import bar_chart, colour_label, contact_sheet, line_chart, save_picture
+from util.pictures import colour_label, contact_sheet, save_picture
 from util.run import UserError, read_json, run_main, write_json
+from util.training_log import read_training_log
 
 LABEL_ROWS = {
     "pixel": "pixel-level (no SAM)",
@@ -35,6 +37,7 @@ LABEL_ROWS = {
     "psa_paper": "PSA, paper's recipe",
     "scc_paper": "PSA + SCC, paper's recipe",
 }
+LABEL_FIGURES = ("coverage", "accuracy", "miou")
 MODEL_ROWS = {
     "before": "before (source model)",
     "pixel": "UniMatch on pixel-level labels",
@@ -66,7 +69,7 @@ def finished(seeds: list[Path]) -> list[Path]:
 
 
 def gather(
-    seed_folders: list[Path], rows: dict[str, str], prefix: str, keys: list[str], old: set[str]
+    seed_folders: list[Path], rows: dict[str, str], prefix: str, keys: tuple, old: set[str]
 ) -> dict:
     """{row: {key: [value per seed]}} from `<seed>/eval/<prefix><row>/metrics.json`; only rows that
     every seed has, and none of an outdated stage (`old`).
@@ -115,12 +118,12 @@ def stage_costs(seed_folders: list[Path]) -> dict[str, dict]:
     return costs
 
 
-def label_table(quality: dict) -> str:
+def label_table(quality: dict, title: str = "labels") -> str:
+    """Coverage, accuracy and mIoU of each row of labels; title: of the first column."""
     return markdown_table(
-        ["labels", "coverage", "accuracy of labeled pixels", "mIoU (unlabeled counts as wrong)"],
+        [title, "coverage", "accuracy of labeled pixels", "mIoU (unlabeled counts as wrong)"],
         [
-            [LABEL_ROWS[row]]
-            + [mean_and_deviation(values[key]) for key in ("coverage", "accuracy", "miou")]
+            [LABEL_ROWS.get(row, row), *(mean_and_deviation(values[key]) for key in LABEL_FIGURES)]
             for row, values in quality.items()
         ],
     )
@@ -227,18 +230,14 @@ def side_by_side(seed_folder: Path, classes, count: int) -> None:
 
 def miou_curve(seed_folder: Path) -> None:
     """Validation mIoU after each epoch, of every adaptation of a seed."""
-    import json
-
-    series = {}
-    for row, title in MODEL_ROWS.items():
-        file = seed_folder / f"adapt_{row}" / "metrics.jsonl"
-        if file.is_file():
-            points = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-            points = [(p["epoch"], p["eval/mIoU"]) for p in points if "eval/mIoU" in p]
-            if points:
-                series[title] = ([x for x, _ in points], [y for _, y in points])
+    logs = {
+        title: read_training_log(seed_folder / f"adapt_{row}")
+        for row, title in MODEL_ROWS.items()
+        if (seed_folder / f"adapt_{row}" / "metrics.jsonl").is_file()
+    }
+    series = {title: log.curve for title, log in logs.items() if log.miou}
     if series:
-        save_picture(
+        save_chart(
             seed_folder.parent / "pictures" / "miou_curve.png",
             line_chart(series, "", "epoch", "target validation mIoU (%)"),
         )
@@ -252,11 +251,10 @@ def ablation_chart(models: dict):
     }
     several = len(next(iter(values.values()))) > 1
     return bar_chart(
-        {title: statistics.mean(found) for title, found in values.items()},
+        {"": {title: statistics.mean(found) for title, found in values.items()}},
         "",
         "target validation mIoU (%)",
         {title: statistics.stdev(found) for title, found in values.items()} if several else None,
-        size=(1500, 460),
     )
 
 
@@ -302,8 +300,8 @@ def main(argv: list[str] | None = None) -> None:
             )
     if old:
         print(f"left out, from inputs that have changed since: {', '.join(sorted(old))}")
-    quality = gather(seeds, LABEL_ROWS, "quality_", ["coverage", "accuracy", "miou"], old)
-    models = gather(seeds, MODEL_ROWS, "", ["miou"], old)
+    quality = gather(seeds, LABEL_ROWS, "quality_", LABEL_FIGURES, old)
+    models = gather(seeds, MODEL_ROWS, "", ("miou",), old)
     costs = {name: cost for name, cost in stage_costs(seeds).items() if name not in old}
 
     names = ", ".join(map(str, numbers))
@@ -338,7 +336,7 @@ def main(argv: list[str] | None = None) -> None:
         side_by_side(seeds[0], classes, args.pictures)
     miou_curve(seeds[0])
     if len(models) > 2:
-        save_picture(pictures / "ablation.png", ablation_chart(models))
+        save_chart(pictures / "ablation.png", ablation_chart(models))
     copy_scc_pictures(seeds[0], pictures)
     print(f"tables: {args.run / 'results.md'}, {args.run / 'results.json'}; pictures: {pictures}")
 

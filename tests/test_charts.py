@@ -1,0 +1,85 @@
+"""util/charts.py: what the charts show, and that nothing in them overruns."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from PIL import Image
+
+from util.charts import bar_chart, confusion_chart, histogram, line_chart, save_chart
+
+NAN = float("nan")
+LONG = "UniMatch on PSA, pixel label where no mask reaches, and some more words to make it long"
+
+
+def test_a_gap_is_a_gap_and_two_evaluations_are_two_points():
+    series = {"gap": ([0, 1, 2, 3, 4], [1, 2, NAN, float("inf"), 3]), "two": ([4, 9], [5.0, 6.0])}
+    series |= {f"{LONG} {i}": ([0, 1, 2], [i, i, i]) for i in range(7)}
+    lines = line_chart(series, "", "epoch", "mIoU (%)").axes[0].lines
+    assert np.isnan(lines[0].get_ydata()).tolist() == [False, False, True, True, False]
+    assert [line.get_linestyle() for line in lines[:3]] == ["-", "None", "-"]
+    assert all(line.get_marker() != "None" for line in lines)
+    styles = {(line.get_color(), line.get_linestyle(), line.get_marker()) for line in lines}
+    assert len(styles) == len(series)
+
+
+@pytest.mark.parametrize("count", [1, 3, 10])
+@pytest.mark.parametrize("name", ["short", LONG, LONG * 3])
+def test_a_legend_is_below_the_chart_and_within_the_picture(tmp_path, count, name):
+    series = {f"{name} {i}": ([0, 1, 2], [i, NAN, i + 1]) for i in range(count)}
+    figure = line_chart(series, "title", "epoch", "mIoU (%)")
+    save_chart(tmp_path / "x.png", figure)
+    (legend,), picture = figure.legends, Image.open(tmp_path / "x.png")
+    box, axes = legend.get_window_extent(), figure.axes[0].get_tightbbox()
+    assert 0 <= box.x0 < box.x1 <= picture.width == 860 and 0 <= box.y0 < box.y1 < axes.y0
+    assert len(legend.get_texts()) == count and figure.axes[0].bbox.height > 300
+    assert axes.x0 >= 0 and axes.x1 <= picture.width and axes.y1 <= picture.height
+
+
+def test_bars_are_labelled_and_stacked():
+    values = {"a": 50.0, LONG: 60.04}
+    axes = bar_chart({"": values}, "", "%", {"a": 1.0, LONG: 2.0}).axes[0]
+    assert [text.get_text() for text in axes.texts] == ["50.0", "60.0"]
+    ((whiskers,),) = (bars.errorbar.lines[2] for bars in axes.containers[1:])
+    assert [[x for x, _ in ends] for ends in whiskers.get_segments()] == [
+        [49, 51],
+        pytest.approx([58.04, 62.04]),
+    ]
+    axes = bar_chart({"kept": {"a": 70, "b": 0}, "dropped": {"a": 30, "b": 100}}, "", "%").axes[0]
+    assert [bar.get_x() for bar in axes.patches] == [0, 0, 70, 0] and not axes.texts
+
+
+def test_a_confusion_matrix_is_in_percent_of_its_rows():
+    confusion = np.array([[3, 1, 0], [0, 0, 0]])
+    axes = confusion_chart(confusion, ("road", "sky")).axes[0]
+    assert {text.get_position(): text.get_text() for text in axes.texts} == {
+        (0, 0): "75",
+        (1, 0): "25",
+    }
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["road", "sky", "none"]
+    cells = axes.images[0].get_array()
+    assert (cells[1] == cells[1, 0]).all() and (cells[0, 2] == 1).all() and cells[1, 0, 0] < 1
+
+
+def test_charts_of_nothing_are_drawn(tmp_path):
+    none = np.array([])
+    for figure in (
+        line_chart({}, "", "epoch", "mIoU (%)"),
+        line_chart({"a": ([], []), "b": ([4], [NAN])}, "", "epoch", "mIoU (%)"),
+        bar_chart({"": {}}, "", "%"),
+        histogram({"kept": none, "dropped": none}, "", "loss", "count"),
+        histogram({"kept": np.full(5, 3, np.float32), "dropped": none}, "", "loss", "count"),
+        confusion_chart(np.zeros((2, 2), int), ("a", "b")),
+    ):
+        save_chart(tmp_path / "x.png", figure)
+        assert Image.open(tmp_path / "x.png").width > 200
+
+
+def test_charts_need_no_display_and_no_global_state():
+    code = (
+        "import sys; from util.charts import *; assert 'matplotlib' not in sys.modules;"
+        "line_chart({'a': ([0], [1])}, '', '', ''); assert 'matplotlib.pyplot' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={}, check=True)
