@@ -13,7 +13,6 @@ import cv2
 import numpy as np
 import torch
 
-from model.scc import MaskShares
 from util.connectivity import connectivities
 from util.labels import IGNORE, read_image, read_label
 
@@ -199,7 +198,7 @@ def patch_batches(
 
 def image_batches(
     data: Data, start: int, stop: int
-) -> Iterator[tuple[torch.Tensor, list[MaskShares], torch.Tensor]]:
+) -> Iterator[tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]]:
     """Training batches start .. stop - 1: what `image_batch` gives, --workers of them ahead."""
     images = judged_images(data)
     with ThreadPoolExecutor(data.options.workers) as readers:
@@ -213,7 +212,7 @@ def image_batches(
 
 def image_batch(
     data: Data, images: np.ndarray, iteration: int
-) -> tuple[torch.Tensor, list[MaskShares], torch.Tensor]:
+) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
     """(pictures uint8 B x H x W x 3, the masks of all their connectivities, classes int64 N).
 
     The pictures have the first one's size. The class of a connectivity that is not judged is
@@ -242,6 +241,22 @@ def image_batch(
 
 def mask_shares(
     numbers: np.ndarray, count: int, size: tuple[int, int], mirror: bool = False
-) -> MaskShares:
-    """The masks at the resolution of the features of an image of `size`: stride 16, rounded up."""
-    return MaskShares(numbers, count, -(-size[0] // 16), -(-size[1] // 16), mirror)
+) -> torch.Tensor:
+    """The masks of an image's connectivities at the resolution of the features of a picture of
+    `size` (stride 16, rounded up): float32 count x cells, rows that add up to 1.
+
+    numbers: int H x W, the connectivity (0 .. count - 1) of each pixel or -1. A mask is averaged
+    over the pixels of each cell, so that the smallest connectivity still has weight.
+    """
+    if mirror:
+        numbers = numbers[:, ::-1]
+    height, width = (-(-side // 16) for side in size)
+    rows = np.arange(numbers.shape[0]) * height // numbers.shape[0]
+    columns = np.arange(numbers.shape[1]) * width // numbers.shape[1]
+    cells = rows[:, None] * width + columns
+    places = (numbers.astype(np.intp) + 1) * (height * width) + cells
+    pixels = np.bincount(places.ravel(), minlength=(count + 1) * height * width)
+    pixels = pixels.reshape(count + 1, -1)
+    shares = pixels[1:] / np.maximum(pixels.sum(axis=0), 1)
+    total = shares.cumsum(axis=1)[:, -1:]  # added up cell by cell
+    return torch.from_numpy((shares / np.where(total > 0, total, 1)).astype(np.float32))
