@@ -147,7 +147,8 @@ def test_import_does_not_mix_runs(tmp_path):
     with pytest.raises(UserError, match="is of another run; choose another folder with --out"):
         import_log.main([str(EXCERPTS / "seco_bdd.log"), "--out", str(tmp_path)])
     with pytest.raises(UserError, match="--iterations-per-epoch 0"):
-        import_log.main(["x.log", "--out", str(tmp_path), "--iterations-per-epoch", "0"])
+        gta = str(EXCERPTS / "seco_gta.log")
+        import_log.main([gta, "--out", str(tmp_path), "--iterations-per-epoch", "0"])
 
 
 @pytest.mark.parametrize("name", COUNTS)
@@ -289,7 +290,7 @@ def test_an_epoch_started_again_voids_all_later_ones(tmp_path, again):
 
 
 def test_import_refuses_impossible_iterations(tmp_path):
-    with pytest.raises(UserError, match="allow 19 to 20"):
+    with pytest.raises(UserError, match="allows 19 to 20"):
         import_log.main(
             [
                 str(text_log(tmp_path / "a.log", 2)),
