@@ -15,7 +15,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from scripts import compare_logs
-from scripts.dev import check_claims, import_log
+from scripts.dev import import_log
 from util import train_logs
 from util.run import UserError
 from util.training_log import (
@@ -147,7 +147,8 @@ def test_import_does_not_mix_runs(tmp_path):
     with pytest.raises(UserError, match="is of another run; choose another folder with --out"):
         import_log.main([str(EXCERPTS / "seco_bdd.log"), "--out", str(tmp_path)])
     with pytest.raises(UserError, match="--iterations-per-epoch 0"):
-        import_log.main(["x.log", "--out", str(tmp_path), "--iterations-per-epoch", "0"])
+        gta = str(EXCERPTS / "seco_gta.log")
+        import_log.main([gta, "--out", str(tmp_path), "--iterations-per-epoch", "0"])
 
 
 @pytest.mark.parametrize("name", COUNTS)
@@ -289,7 +290,7 @@ def test_an_epoch_started_again_voids_all_later_ones(tmp_path, again):
 
 
 def test_import_refuses_impossible_iterations(tmp_path):
-    with pytest.raises(UserError, match="allow 19 to 20"):
+    with pytest.raises(UserError, match="allows 19 to 20"):
         import_log.main(
             [
                 str(text_log(tmp_path / "a.log", 2)),
@@ -773,20 +774,32 @@ def test_comparison_of_unlike_things_is_refused(tmp_path):
 # ------------------------------------------------------------------------------------------- claims
 
 
-def test_readme_claims_what_the_logs_say(capsys):
-    assert check_claims.main([]) == 0, capsys.readouterr().err
-    capsys.readouterr()
-    assert check_claims.main(["--print"]) == 0
-    printed = capsys.readouterr().out
-    for row in ("GTA → Cityscapes | 55.1 (DTST) | 64.6 | 64.63 @ 179", "| 52.3 (DTST) | 59.2 |"):
-        assert row in printed
+# Task, folder of the log, "before" and "after" as the authors' README reports them (source-free,
+# DeepLab-ResNet-101).
+REPORTED = (
+    ("GTA → Cityscapes", "seco_gta", "55.1 (DTST)", "64.6"),
+    ("SYNTHIA → Cityscapes", "seco_synthia", "52.3 (DTST)", "59.2"),
+    ("GTA → BDD100K", "seco_bdd", "37.9 (SFOCDA)", "44.3"),
+)
 
 
-def test_derived_figures_are_the_known_ones():
-    table = {row[0]: row[3:7] for row in check_claims.derived_table(SHIPPED)}
-    assert table["GTA → Cityscapes"] == ("64.63 @ 179", "63.54 @ 234", "63.74", "–")
-    assert table["SYNTHIA → Cityscapes"] == ("59.23 @ 84", "58.04 @ 239", "57.95", "65.42")
-    assert table["GTA → BDD100K"] == ("44.43 @ 55", "44.43 @ 55", "42.29", "–")
+def test_readme_claims_what_the_logs_say():
+    """The table of "Results", cell by cell. Nobody has run the three tasks with this code yet."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = readme.split("<!-- results:begin -->")[1].split("<!-- results:end -->")[0]
+    header, _, *rows = [line.strip("| ").split(" | ") for line in table.strip().splitlines()]
+    assert header[:3] == ["task", "before (reported)", "after (reported)"]
+    assert header[3:5] == ["shipped log: best @ epoch", "last"]
+    assert header[5:] == ["last-20 mean", "13-class mean (best)", "ours"]
+    derived = []
+    for task, folder, before, after in REPORTED:
+        found = summary(read_training_log(SHIPPED / folder))
+        best = f"{found['best']:.2f} @ {found['best_epoch']}"
+        last = f"{found['last']:.2f} @ {found['last_epoch']}"
+        mean_of_13 = f"{found['best_13']:.2f}" if "best_13" in found else "–"
+        derived.append([task, before, after, best, last, f"{found['last_mean']:.2f}", mean_of_13])
+        derived[-1].append("not run")
+    assert rows == derived
 
 
 @pytest.mark.parametrize(
@@ -804,24 +817,3 @@ def test_hours_are_those_of_the_logs(name, script, digits):
     assert any(f"{said} on 4 GPUs" in line for line in row)
     head = (ROOT / f"scripts/{script}.sh").read_text()
     assert said in head and "four GPUs" in head
-
-
-def test_a_wrong_cell_is_named(tmp_path, capsys):
-    table = check_claims.markdown(check_claims.derived_table(SHIPPED))
-    readme = tmp_path / "README.md"
-
-    def check(text):
-        readme.write_text(f"a\n{check_claims.BEGIN}\n{text}\n{check_claims.END}\nb\n")
-        code = check_claims.main(["--readme", str(readme)])
-        return code, capsys.readouterr().err
-
-    assert check(table) == (0, "")
-    code, error = check(table.replace("63.74", "64.74"))
-    assert (
-        code == 1 and "GTA → Cityscapes" in error and "last-20 mean" in error and "64.74" in error
-    )
-    code, error = check("\n".join(table.splitlines()[:-1]))
-    assert code == 1 and "3 rows" in error
-    readme.write_text("no table")
-    with pytest.raises(UserError, match="results:begin"):
-        check_claims.main(["--readme", str(readme)])

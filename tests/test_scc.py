@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import cv2
 import numpy as np
+import plant_noise
 import pytest
 import torch
 import torchvision
@@ -23,7 +24,6 @@ import seco_scc as scc
 from dataset import scc as scc_data
 from dataset.toy import draw_scene
 from model.scc import PatchClassifier, PooledClassifier
-from scripts.dev import plant_noise
 from util import scc_files
 from util.connectivity import connectivities
 from util.images import normalised

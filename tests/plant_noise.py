@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Labels with planted noise: true labels in which a share of the connectivities gets a wrong class.
 For checking SCC.
 
@@ -8,7 +7,7 @@ Output:  the labels with noise in <root>/<--exp>/, their list at --out-list.
 SCC must find them; its --gt, given the first list, says how well it did (AUROC, accuracy of what is
 kept):
 
-    python -m scripts.dev.plant_noise --id-list-path data/toy/s0/lists/target_train_gt.txt \\
+    python tests/plant_noise.py --id-list-path data/toy/s0/lists/target_train_gt.txt \\
         --out-list splits/planted/all.txt
     python seco_scc.py --id-list-path splits/planted/all.txt \\
         --gt data/toy/s0/lists/target_train_gt.txt \\
@@ -26,13 +25,13 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # for `python scripts/dev/NAME.py`
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # for `python tests/plant_noise.py`
 
 import numpy as np
 
 from util.connectivity import connectivities
 from util.labels import check_files, class_set, read_label, read_list, write_label, write_list
-from util.options import add_class_options, check_range
+from util.options import add_class_options, add_list_options, check_range
 from util.progress import progress
 from util.run import UserError, check_writable, run_main
 
@@ -76,16 +75,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--id-list-path", required=True, metavar="LIST", help="list of images and true labels"
-    )
-    parser.add_argument(
-        "--root-path",
-        type=Path,
-        default=Path("data"),
-        metavar="DIR",
-        help="folder that the list's paths start from (default: %(default)s)",
-    )
+    add_list_options(parser, "true labels")
     parser.add_argument(
         "--out-list", type=Path, required=True, metavar="LIST", help="list to write"
     )
@@ -119,20 +109,20 @@ def main(argv=None) -> None:
     classes = class_set(options.class_num, options.stuff, options.things)
     if classes.count < 2:
         raise UserError(f"--class-num {classes.count}: a wrong class needs two classes or more")
-    rows = read_list(options.id_list_path)
+    root, rows = Path(options.root_path), read_list(options.id_list_path)
     targets = targets_of(rows, options.exp, options.id_list_path)
-    check_files(options.root_path, [row[1] for row in rows], options.id_list_path)
-    check_writable(options.root_path / options.exp)
+    check_files(root, [row[1] for row in rows], options.id_list_path)
+    check_writable(root / options.exp)
     random, large, wrong = np.random.default_rng(options.seed), 0, 0
     for (_, label), target in zip(progress(rows, "planting"), targets):
         noisy, of_image, wrong_here = planted(
-            read_label(options.root_path / label, classes.count),
+            read_label(root / label, classes.count),
             classes.count,
             options.share,
             options.min_area,
             random,
         )
-        write_label(options.root_path / target, noisy, classes.palette)
+        write_label(root / target, noisy, classes.palette)
         large, wrong = large + of_image, wrong + wrong_here
     write_list(options.out_list, [(image, to) for (image, _), to in zip(rows, targets)])
     print(
