@@ -401,13 +401,12 @@ def measure_train(variants: list[str], options, device: torch.device) -> dict[st
 
 
 def trainer_for(variant: str, options, device: torch.device) -> train_unimatch.Trainer:
-    """A Trainer set up for a variant (its precision settings are global: `one_step` sets them)."""
+    """A Trainer set up for a variant."""
     how = ["--labeled-id-path", "-", "--unlabeled-id-path", "-", "--save-path", "-"]
     how += ["--backbone", options.backbone, "--crop-size", str(options.crop_size)]
     how += ["--global-batch", str(options.batch), "--loss-groups", "1"]
-    args = train_unimatch.parse_args(
-        [*how, "--min-kept", str(options.min_kept), *VARIANTS[variant]]
-    )
+    how += ["--min-kept", str(options.min_kept), *VARIANTS[variant]]
+    args = train_unimatch.parse_args(how)
     train_unimatch.set_precision(args)
     model = train_unimatch.build_model(args, 19)
     model = train_unimatch.to_device(model, device, args.channels_last)
@@ -415,7 +414,7 @@ def trainer_for(variant: str, options, device: torch.device) -> train_unimatch.T
 
 
 def one_step(variant: str, trainer: train_unimatch.Trainer, batch: dict, number: int) -> float:
-    """Seconds of one training step."""
+    """Seconds of one training step. Sets the variant's precision, which is global."""
     args, model = trainer.args, trainer.model
     train_unimatch.set_precision(args)
     c1, _, _, c4 = model.backbone.channels

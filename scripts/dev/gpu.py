@@ -78,20 +78,17 @@ COLLECTIVE, TRAINING = "a sum and averaged gradients", "train_unimatch.py, drawn
 # ---------------------------------------------- measuring: (case, sizes, device) → {unit: value}
 
 
-def tiny_labels(size: dict, device: torch.device, amp: bool) -> np.ndarray:
-    """PSA's labels of drawn scenes by the tiny SAM: scenes x H x W."""
-    sam, made = load_segmenter("tiny", device=device, amp=amp), []
-    sam.settings = replace(sam.settings, points_per_side=size["points"])
-    for seed in range(size["scenes"]):
-        scene = draw_scene(seed, "target", *size["scene"])
-        label = bench.pixel_labels(scene.label, seed)
-        made.append(aggregate(scene.image, label, sam, CITYSCAPES_19).label)
-    return np.stack(made)
-
-
 def psa_equal(case: str, size: dict, device: torch.device) -> dict:
-    expected = tiny_labels(size, torch.device("cpu"), False)
-    found = tiny_labels(size, device, case == "bf16")
+    """PSA's labels of drawn scenes by the tiny SAM, beside those of fp32 on the CPU."""
+    labels = []
+    for where, amp in ((torch.device("cpu"), False), (device, case == "bf16")):
+        sam = load_segmenter("tiny", device=where, amp=amp)
+        sam.settings = replace(sam.settings, points_per_side=size["points"])
+        for seed in range(size["scenes"]):
+            scene = draw_scene(seed, "target", *size["scene"])
+            label = bench.pixel_labels(scene.label, seed)
+            labels.append(aggregate(scene.image, label, sam, CITYSCAPES_19).label)
+    expected, found = np.split(np.stack(labels), 2)
     return {"% of pixels equal": 100 * float((found == expected).mean())}
 
 
@@ -260,9 +257,8 @@ PARTS = {
 def identity(options: argparse.Namespace) -> dict:
     """What figures belong to: those of another one are not shown beside them."""
     made = run.manifest({})
-    card = made["hardware"]["cpu"]
-    if options.device.type == "cuda":
-        card = torch.cuda.get_device_name(options.device)
+    on_gpu, cpu = options.device.type == "cuda", made["hardware"]["cpu"]
+    card = torch.cuda.get_device_name(options.device) if on_gpu else cpu
     commit = f"{made['git']['commit']}{' with changes' * bool(made['git']['changed'])}"
     found = {"card": card, "torch": str(torch.__version__), "commit": commit}
     return {**found, "miniature": options.miniature}
