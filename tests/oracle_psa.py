@@ -1,7 +1,7 @@
 """PSA written as plainly as possible: one prompt at a time on segment_anything's own predictor and
 mask generator.
 
-Slow and obvious; tests compare seco_sam.py with it pixel by pixel, scripts/dev/bench_psa.py
+Slow and obvious; tests compare seco_sam.py with it pixel by pixel, scripts/dev/bench.py
 measures against it. It shares no code with the fast path but the constants' values, which are
 written out again; of the tiny SAM it shares the image encoder and the prompt encoder, which are its
 definition.

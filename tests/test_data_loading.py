@@ -35,7 +35,7 @@ from dataset.samples import (
     epoch_order,
     iterations_per_epoch,
 )
-from scripts.dev.bench_data import (
+from tests.reference_data import (
     label_resized_then_cropped,
     pillow_strong_view,
     resized_then_cropped,

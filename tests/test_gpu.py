@@ -18,8 +18,9 @@ from dataset.toy import draw_scene
 from eval import evaluate_checkpoint
 from model.deeplabv3plus import DeepLabV3Plus
 from model.sam import load_segmenter
-from scripts.dev import bench_psa, bench_train, gpu
+from scripts.dev import bench, gpu
 from seco_sam import aggregate
+from tests.reference_train import random_batch
 from util.labels import CITYSCAPES_19, write_label
 from util.pictures import save_picture
 from util.run import exact_mode, seed_everything
@@ -34,7 +35,7 @@ DEVICES = ("cpu", "cuda")
 def test_psa_gives_the_cpu_s_labels(recipe):
     exact_mode()
     scene = draw_scene(3, "target")
-    label = bench_psa.pixel_labels(scene.label, 0)
+    label = bench.pixel_labels(scene.label, 0)
     here, there = (
         aggregate(
             scene.image, label, load_segmenter("tiny", device=name), CITYSCAPES_19, recipe
@@ -47,11 +48,11 @@ def test_psa_gives_the_cpu_s_labels(recipe):
 @pytest.mark.gpu
 def test_a_unimatch_step_has_the_cpu_s_losses():
     how = ["--backbone", "resnet10", "--crop-size", "65", "--min-kept", "300", "--device", "cpu"]
-    options = bench_train.parse_args(how)
-    batch, losses = bench_train.random_batch(2, 65, 19, 0), []
+    options = bench.parse_args(["train", *how])
+    batch, losses = random_batch(2, 65, 19, 0), []
     factors = train_unimatch.perturbation_factors(0, 0, 2, (32, 256))
     for name in DEVICES:
-        trainer = bench_train.trainer_for("fp32", options, torch.device(name))
+        trainer = bench.trainer_for("fp32", options, torch.device(name))
         loss, _, _ = trainer.unimatch_losses(dict(batch), [f.flatten(0, 1) for f in factors])
         loss.backward()
         losses.append(loss.item())

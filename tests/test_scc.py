@@ -10,7 +10,6 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
-import cv2
 import numpy as np
 import plant_noise
 import pytest
@@ -24,6 +23,7 @@ import seco_scc as scc
 from dataset import scc as scc_data
 from dataset.toy import draw_scene
 from model.scc import PatchClassifier, PooledClassifier
+from tests.reference_scc import opened_patch, store_masks
 from util import scc_files
 from util.connectivity import connectivities
 from util.images import normalised
@@ -436,7 +436,9 @@ def test_an_epoch_has_every_connectivity_once_and_the_pool_is_bounded(made, monk
         pool.remove(member)
 
 
-def test_release_batches_against_opening_the_image_for_each_connectivity(made, monkeypatch):
+def test_release_batches_against_opening_the_image_for_each_connectivity(
+    made, tmp_path, monkeypatch
+):
     monkeypatch.setattr(scc_data, "POOL", 40)
     data = data_of(made, workers=3)
     reads = []
@@ -452,19 +454,14 @@ def test_release_batches_against_opening_the_image_for_each_connectivity(made, m
         scc_data.release_order(data, 0)[0][: per_epoch * 8].tolist()
         + scc_data.release_order(data, 1)[0][:8].tolist()
     )
+    store_masks(tmp_path, data, seen)
     mirrored = 0
     for place, member in enumerate(seen):
         patches, masks, classes = (x[place % 8] for x in batches[place // 8])
         row = data.index[member]
-        image = cv2.imread(str(made / data.rows[row["image"]][0]))[..., ::-1]
-        found = [
-            c for c in connectivities(read_label(made / data.rows[row["image"]][1]), range(19))
-        ][row["number"]]
-        y0, x0, y1, x1 = scc.patch_window(found.box, *image.shape[:2], (32, 64))
-        full = np.zeros(image.shape[:2], np.uint8)
-        full[found.window] = found.mask
-        patch = cv2.resize(image[y0:y1, x0:x1], (64, 32), interpolation=cv2.INTER_LINEAR)
-        mask = cv2.resize(full[y0:y1, x0:x1], (32, 16), interpolation=cv2.INTER_NEAREST)
+        label = read_label(made / data.rows[row["image"]][1])
+        found = list(connectivities(label, range(19)))[row["number"]]
+        patch, mask = opened_patch(tmp_path, data, member, (32, 64))
         plain = (patches.numpy() == patch).all() and (masks[0].numpy() == mask).all()
         flipped = (patches.numpy() == patch[:, ::-1]).all() and (
             masks[0].numpy() == mask[:, ::-1]

@@ -24,7 +24,8 @@ import train_unimatch
 import util.progress
 from dataset.augment import cutmix_box
 from dataset.samples import iterations_per_epoch
-from scripts.dev import bench_data, bench_train
+from scripts.dev import bench
+from tests.reference_train import ohem_by_sorting, plain_losses, random_batch
 from train_unimatch import cutmix_targets, learning_rate, loss_group, main, perturbation_factors
 from util.labels import CITYSCAPES_19, write_label, write_list
 from util.losses import (
@@ -134,9 +135,7 @@ def test_ohem_equals_a_pixel_loop(spread, min_kept):
     labels[torch.rand(labels.shape, generator=generator) < 0.1] = 255
     loss = ohem_cross_entropy(logits, labels, 0.7, min_kept).item()
     assert loss == pytest.approx(ohem_slowly(logits, labels, 0.7, min_kept), rel=1e-5)
-    assert loss == pytest.approx(
-        bench_train.ohem_by_sorting(logits, labels, 0.7, min_kept).item(), rel=1e-5
-    )
+    assert loss == pytest.approx(ohem_by_sorting(logits, labels, 0.7, min_kept).item(), rel=1e-5)
 
 
 def test_ohem_without_any_label_is_zero_with_zero_gradient():
@@ -278,17 +277,17 @@ def flat_factors(iteration, batch):
 
 @pytest.mark.parametrize("group, conf_thresh", [(3, 0.0), (1, 0.077)])
 def test_losses_and_gradients_equal_the_literal_iteration(group, conf_thresh):
-    """Beside bench_train.plain_losses, which follows the released step; also with several loss
+    """Beside plain_losses, which follows the released step; also with several loss
     groups and a threshold.
     """
-    batch, factors = bench_train.random_batch(3, 64, 19, seed=1), flat_factors(0, 3)
+    batch, factors = random_batch(3, 64, 19, seed=1), flat_factors(0, 3)
     one, other = (
         small_trainer(group=group, conf_thresh=conf_thresh),
         small_trainer(group=group, conf_thresh=conf_thresh),
     )
     loss, values, _ = one.unimatch_losses(batch, factors)
     loss.backward()
-    plain = bench_train.plain_losses(other.model, batch, factors, other.args, group)
+    plain = plain_losses(other.model, batch, factors, other.args, group)
     plain["loss_all"].backward()
     assert values.keys() == {*plain, "mask_ratio"}
     for name in plain:
@@ -307,7 +306,7 @@ def test_losses_and_gradients_equal_the_literal_iteration(group, conf_thresh):
 
 
 def test_crops_without_a_label_and_of_padding_alone_stay_finite():
-    trainer, batch = small_trainer(group=1), bench_train.random_batch(3, 64, 19, seed=2)
+    trainer, batch = small_trainer(group=1), random_batch(3, 64, 19, seed=2)
     batch["mask_x"][:] = 255
     batch["ignore"][0] = batch["ignore_mix"][0] = True
     loss, values, _ = trainer.unimatch_losses(batch, flat_factors(0, 3))
@@ -995,34 +994,20 @@ def test_non_finite_losses_stop_the_run(data, tmp_path):
 
 
 @pytest.mark.slow
-def test_benchmarks_run_and_print_ratios(tmp_path, capsys):
-    bench_train.main(
-        [
-            "--backbone",
-            "resnet18",
-            "--crop-size",
-            "64",
-            "--batch",
-            "2",
-            "--steps",
-            "1",
-            "--device",
-            "cpu",
-            "--out",
-            str(tmp_path / "train.json"),
-        ]
-    )
-    bench_data.main(["--samples", "6", "--out", str(tmp_path / "data.json")])
+def test_benchmarks_run_and_print_ratios(capsys):
+    cpu, how = torch.device("cpu"), ["--device", "cpu", "--batch", "2", "--steps", "1"]
+    how += ["--backbone", "resnet18", "--crop-size", "64"]
+    variants = bench.train(bench.parse_args(["train", *how]), cpu)
+    seconds = bench.data(bench.parse_args(["data", "--samples", "6"]), cpu)
     out = capsys.readouterr().out
     assert (
         "| plain fp32 |" in out
         and "| bf16 channels-last |" in out
         and "| whole sample, --image-cache |" in out
     )
-    seconds = json.loads((tmp_path / "data.json").read_text())["cpu_seconds"]
     assert seconds["whole sample, plain"] > 4 * seconds["whole sample, --image-cache"]
     assert seconds["whole sample but decoding, plain"] > 4 * seconds["whole sample but decoding"]
-    assert len(json.loads((tmp_path / "train.json").read_text())["variants"]) == 5
+    assert len(variants) == 5
 
 
 @pytest.mark.slow

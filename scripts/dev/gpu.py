@@ -38,58 +38,33 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
-import seco_scc as scc
+import seco_scc
 from dataset.toy import draw_scene
 from eval import evaluate_checkpoint
 from model.deeplabv3plus import DeepLabV3Plus
 from model.sam import load_segmenter
-from scripts.dev import bench_psa, bench_train
+from scripts.dev import bench
 from seco_sam import aggregate
+from util import run
 from util.labels import CITYSCAPES_19, write_label
 from util.options import add_run_options, check_range, check_run_options
 from util.pictures import save_picture
-from util.run import (
-    atomic_path,
-    check_writable,
-    exact_mode,
-    folder_lock,
-    manifest,
-    peak_memory_mb,
-    read_json,
-    run_main,
-    seed_everything,
-    select_device,
-    tune_cpu,
-    write_json,
-)
 
-FULL = {
-    "sam": "vit_h",
-    "image": (1024, 2048),
-    "images": 10,
-    "scenes": 8,
-    "scene": (192, 384),
-    "points": 32,  # a side of the grid that prompts SAM
-    "backbone": "resnet101",
-    "patch": (256, 512),
-    "patches": 64,
-    "crop": 769,
-    "steps": 10,
+SIZES = {  # on a card of 80 GB, in miniature
+    "sam": ("vit_h", "tiny"),
+    "image": ((1024, 2048), (96, 192)),
+    "images": (10, 2),
+    "scenes": (8, 1),
+    "scene": ((192, 384), (96, 192)),
+    "points": (32, 6),  # a side of the grid that prompts SAM
+    "backbone": ("resnet101", "resnet10"),
+    "patch": ((256, 512), (32, 64)),
+    "patches": (64, 4),
+    "crop": (769, 65),
+    "steps": (10, 2),
 }
-MINIATURE = {
-    "sam": "tiny",
-    "image": (96, 192),
-    "images": 2,
-    "scenes": 1,
-    "scene": (96, 192),
-    "points": 6,
-    "backbone": "resnet10",
-    "patch": (32, 64),
-    "patches": 4,
-    "crop": 65,
-    "steps": 2,
-}
-VARIANTS = {  # of bench_train
+FULL, MINIATURE = ({name: both[i] for name, both in SIZES.items()} for i in (0, 1))
+VARIANTS = {  # of the training's benchmark
     "fp32": "fp32",
     "TF32": "tf32",
     "bf16": "bf16 channels-last",
@@ -103,31 +78,26 @@ COLLECTIVE, TRAINING = "a sum and averaged gradients", "train_unimatch.py, drawn
 # ---------------------------------------------- measuring: (case, sizes, device) → {unit: value}
 
 
-def tiny_labels(size: dict, device: torch.device, amp: bool) -> np.ndarray:
-    """PSA's labels of drawn scenes by the tiny SAM: scenes x H x W."""
-    sam, made = load_segmenter("tiny", device=device, amp=amp), []
-    sam.settings = replace(sam.settings, points_per_side=size["points"])
-    for seed in range(size["scenes"]):
-        scene = draw_scene(seed, "target", *size["scene"])
-        label = bench_psa.pixel_labels(scene.label, seed)
-        made.append(aggregate(scene.image, label, sam, CITYSCAPES_19).label)
-    return np.stack(made)
-
-
 def psa_equal(case: str, size: dict, device: torch.device) -> dict:
-    expected = tiny_labels(size, torch.device("cpu"), False)
-    found = tiny_labels(size, device, case == "bf16")
+    """PSA's labels of drawn scenes by the tiny SAM, beside those of fp32 on the CPU."""
+    labels = []
+    for where, amp in ((torch.device("cpu"), False), (device, case == "bf16")):
+        sam = load_segmenter("tiny", device=where, amp=amp)
+        sam.settings = replace(sam.settings, points_per_side=size["points"])
+        for seed in range(size["scenes"]):
+            scene = draw_scene(seed, "target", *size["scene"])
+            label = bench.pixel_labels(scene.label, seed)
+            labels.append(aggregate(scene.image, label, sam, CITYSCAPES_19).label)
+    expected, found = np.split(np.stack(labels), 2)
     return {"% of pixels equal": 100 * float((found == expected).mean())}
 
 
 def psa_speed(case: str, size: dict, device: torch.device) -> dict:
-    how = ["--sam-type", size["sam"], "--size", *map(str, size["image"]), "--images", "1"]
-    how += ["--points", str(size["points"])]
-    how += ["--amp", "bf16" if case == "bf16" else "none", "--device", str(device)]
-    if case in PRECISIONS:
-        how.append("--no-oracle")
-    found = bench_psa.measure(bench_psa.parse_args(how), device)
-    if case in PRECISIONS:
+    how = ["psa", "--sam-type", size["sam"], "--size", *map(str, size["image"]), "--images", "1"]
+    how += ["--points", str(size["points"]), "--amp", "bf16" if case == "bf16" else "none"]
+    how += ["--device", str(device), *["--no-oracle"] * (case != ORACLE)]
+    found = bench.measure_psa(bench.parse_args(how), device)
+    if case != ORACLE:
         return {"s an image": found["psa"]["seconds"], **in_gb(found["psa"]["memory"])}
     # the oracle makes its prompts pixel by pixel, which is no call of segment_anything
     plain, ours = (
@@ -135,65 +105,59 @@ def psa_speed(case: str, size: dict, device: torch.device) -> dict:
         for name in ("oracle", "psa")
     )
     figures = {"s an image": plain, "times as long as PSA": plain / ours}
-    return {
-        **figures,
-        "% of pixels equal": found["agreement"],
-        **in_gb(found["oracle"]["memory"]),
-    }
+    memory = in_gb(found["oracle"]["memory"])
+    return {**figures, "% of pixels equal": found["agreement"], **memory}
 
 
 def scc_training(case: str, size: dict, device: torch.device) -> dict:
     """Of random patches in memory: the network's part of seco_scc.train."""
     amp = "bf16" if case.startswith("bf16") else "none"
-    options = scc.parse_args(["--id-list-path", "-", "--backbone", size["backbone"], "--amp", amp])
-    exact_mode()
+    how = ["--id-list-path", "-", "--backbone", size["backbone"], "--amp", amp]
+    options = seco_scc.parse_args(how)
     torch.backends.cudnn.deterministic = case == "fp32"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = case == "TF32"
-    model = scc.make_classifier(options, 19, device).train()
-    optimizer = scc.make_optimizer(model, options.lr)
+    model = seco_scc.make_classifier(options, 19, device).train()
+    optimizer = seco_scc.make_optimizer(model, options.lr)
     network = torch.compile(model) if case == COMPILED else model
     count, (height, width) = size["patches"], size["patch"]
     patches = torch.randint(0, 256, (count, height, width, 3), dtype=torch.uint8)
     masks = torch.randint(0, 2, (count, 1, height // 2, width // 2), dtype=torch.uint8)
     classes, seconds = torch.randint(0, 19, (count,)), []
     for _ in range(size["steps"] + 2):  # two to warm up
-        start = time.perf_counter()
-        logits = scc.logits_of(network, patches, masks, device, amp == "bf16")
-        loss = cross_entropy(logits, classes.to(device), label_smoothing=scc.LABEL_SMOOTHING)
+        start = bench.clock(device)
+        logits = seco_scc.logits_of(network, patches, masks, device, amp == "bf16")
+        smoothing = seco_scc.LABEL_SMOOTHING
+        loss = cross_entropy(logits, classes.to(device), label_smoothing=smoothing)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return {"iterations/s": 1 / statistics.median(seconds[2:]), **in_gb(peak_memory_mb(device))}
+        seconds.append(bench.clock(device) - start)
+    rate = 1 / statistics.median(seconds[2:])
+    return {"iterations/s": rate, **in_gb(run.peak_memory_mb(device))}
 
 
 def unimatch(case: str, size: dict, device: torch.device) -> dict:
-    how = ["--backbone", size["backbone"], "--crop-size", str(size["crop"]), "--batch", "2"]
-    how += ["--steps", str(size["steps"]), "--device", str(device)]
-    found = bench_train.measure([VARIANTS[case]], bench_train.parse_args(how), device)
-    seconds = found[VARIANTS[case]]["seconds"]
-    return {"iterations/s": 1 / seconds, **in_gb(peak_memory_mb(device))}
+    how = ["train", "--backbone", size["backbone"], "--crop-size", str(size["crop"])]
+    how += ["--batch", "2", "--steps", str(size["steps"]), "--device", str(device)]
+    options = bench.parse_args(how)
+    found = bench.measure_train([VARIANTS[case]], options, device)[VARIANTS[case]]
+    return {"iterations/s": 1 / found["seconds"], **in_gb(found)}
 
 
 def evaluation(case: str, size: dict, device: torch.device) -> dict:
-    exact_mode()
     depth = int(size["backbone"].removeprefix("resnet"))
-    model, scene = (
-        DeepLabV3Plus(depth, 19).eval().to(device),
-        draw_scene(0, "target", *size["image"]),
-    )
+    model = DeepLabV3Plus(depth, 19).eval().to(device)
+    scene = draw_scene(0, "target", *size["image"])
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         save_picture(root / "image.png", scene.image)
         write_label(root / "truth.png", scene.label, CITYSCAPES_19.palette)
         how = (root, 19, case, size["crop"], device)
         for images in (1, size["images"]):  # one to warm up
-            start = time.perf_counter()
+            start = bench.clock(device)
             evaluate_checkpoint(model, [("image.png", "truth.png")] * images, *how)
-    rate = size["images"] / (time.perf_counter() - start)
-    return {"images/s": rate, **in_gb(peak_memory_mb(device))}
+            rate = images / (bench.clock(device) - start)
+    return {"images/s": rate, **in_gb(run.peak_memory_mb(device))}
 
 
 def torchrun(case: str, size: dict, device: torch.device) -> dict:
@@ -236,13 +200,12 @@ def gpu_tests(case: str, size: dict, device: torch.device) -> dict:
 
 def python(*arguments: str) -> str:
     """What a Python command prints; RuntimeError with its last error if it fails."""
-    run = subprocess.run(
-        [sys.executable, *arguments], capture_output=True, encoding="utf-8", errors="replace"
-    )
-    print(run.stdout + run.stderr, flush=True)
-    if run.returncode:
-        raise RuntimeError(last_error(run.stdout + run.stderr))
-    return run.stdout
+    how = dict(capture_output=True, encoding="utf-8", errors="replace")
+    done = subprocess.run([sys.executable, *arguments], **how)
+    print(done.stdout + done.stderr, flush=True)
+    if done.returncode:
+        raise RuntimeError(last_error(done.stdout + done.stderr))
+    return done.stdout
 
 
 def last_error(text: str) -> str:
@@ -274,23 +237,16 @@ class Part:
 
 SCC = "SCC training, {backbone}, {patches} patches of {patch[0]}x{patch[1]}"
 UNIMATCH = "UniMatch training, {backbone}, crop {crop}, batch 2 + 2"
+EVALUATION = "Evaluation, {backbone}, {image[1]}x{image[0]}, windows of {crop}"
 # Those that matter most first; compiling takes minutes.
 PARTS = {
     "psa_equal": Part(psa_equal, "PSA's labels, tiny SAM, against the CPU's", ("fp32", "bf16"), 40),
     "psa_speed": Part(
-        psa_speed,
-        "PSA, {sam}, {image[1]}x{image[0]}",
-        ("fp32", "bf16", ORACLE),
-        120,
+        psa_speed, "PSA, {sam}, {image[1]}x{image[0]}", ("fp32", "bf16", ORACLE), 120
     ),
     "scc": Part(scc_training, SCC, tuple(PRECISIONS), 60),
     "unimatch": Part(unimatch, UNIMATCH, tuple(PRECISIONS), 60),
-    "eval": Part(
-        evaluation,
-        "Evaluation, {backbone}, {image[1]}x{image[0]}, windows of {crop}",
-        ("original", "sliding_window"),
-        40,
-    ),
+    "eval": Part(evaluation, EVALUATION, ("original", "sliding_window"), 40),
     "torchrun": Part(torchrun, "One process under torchrun", (COLLECTIVE, TRAINING), 60),
     "gpu_tests": Part(gpu_tests, "Tests that need a GPU", ("pytest -m gpu",), 40),
     "scc_compiled": Part(scc_training, SCC, (COMPILED,), 90),
@@ -300,17 +256,12 @@ PARTS = {
 
 def identity(options: argparse.Namespace) -> dict:
     """What figures belong to: those of another one are not shown beside them."""
-    made = manifest({})
-    card = made["hardware"]["cpu"]
-    if options.device.type == "cuda":
-        card = torch.cuda.get_device_name(options.device)
+    made = run.manifest({})
+    on_gpu, cpu = options.device.type == "cuda", made["hardware"]["cpu"]
+    card = torch.cuda.get_device_name(options.device) if on_gpu else cpu
     commit = f"{made['git']['commit']}{' with changes' * bool(made['git']['changed'])}"
-    return {
-        "card": card,
-        "torch": str(torch.__version__),
-        "commit": commit,
-        "miniature": options.miniature,
-    }
+    found = {"card": card, "torch": str(torch.__version__), "commit": commit}
+    return {**found, "miniature": options.miniature}
 
 
 def table(figures: dict[str, dict], size: dict) -> str:
@@ -340,7 +291,7 @@ class Results:
     def of(self, part: str) -> dict:
         """{case: figures} of a part that belong to this card and code."""
         path = self.out / f"{part}.json"
-        record = read_json(path) if path.is_file() else {}
+        record = run.read_json(path) if path.is_file() else {}
         return record["figures"] if record.get("identity") == self.identity else {}
 
     def lacking(self, part: str) -> list[str]:
@@ -349,30 +300,28 @@ class Results:
 
     def add(self, part: str, case: str, figures: dict) -> None:
         found = {**self.of(part), case: figures}
-        write_json(self.out / f"{part}.json", {"identity": self.identity, "figures": found})
+        run.write_json(self.out / f"{part}.json", {"identity": self.identity, "figures": found})
         self.write_tables()
 
     def write_tables(self) -> None:
         figures = {part: self.of(part) for part in PARTS}
-        write_json(self.out / "gpu.json", {**self.identity, "parts": figures})
+        run.write_json(self.out / "gpu.json", {**self.identity, "parts": figures})
         head = ", ".join(f"{name}: {value}" for name, value in self.identity.items())
-        with atomic_path(self.out / "gpu.md") as temporary:
+        with run.atomic_path(self.out / "gpu.md") as temporary:
             temporary.write_text(f"{head}\n\n{table(figures, self.size)}", encoding="utf-8")
 
 
 def work(options: argparse.Namespace) -> int:
     """The cases of --part that are not there yet, in this process; 1 if one failed."""
     results, part, failed = Results(options), PARTS[options.part], 0
-    tune_cpu()
+    run.tune_cpu()
     if options.device.type == "cpu":  # whose code takes minutes to generate and says nothing here
         torch.compile = functools.partial(torch.compile, backend="aot_eager")
     for case in results.lacking(options.part):
         gc.collect()
-        exact_mode()
-        seed_everything(0)
-        if options.device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(options.device)
+        run.exact_mode()
+        run.seed_everything(0)
+        bench.count_memory_anew(options.device)
         try:
             figures = part.run(case, results.size, options.device)
         except Exception as error:
@@ -397,15 +346,9 @@ def run_part(name: str, options: argparse.Namespace, results: Results, limit: fl
     log, start, environment = options.out / f"{name}.log", time.monotonic(), dict(os.environ)
     if options.device.type == "cpu":  # so small that threads would only wait for each other
         environment["OMP_NUM_THREADS"] = "1"
+    how = dict(stdin=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
     with open(log, "w", encoding="utf-8") as file:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,
-        )
+        process = subprocess.Popen(command, stdout=file, env=environment, **how)
         trouble = ""
         try:
             if process.wait(limit):
@@ -424,28 +367,19 @@ def run_part(name: str, options: argparse.Namespace, results: Results, limit: fl
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/gpu"), help="folder of the results (%(default)s)"
-    )
-    parser.add_argument("--miniature", action="store_true", help="tiny sizes; always on a CPU")
-    parser.add_argument(
-        "--minutes",
-        type=float,
-        default=9,
-        help="of all; a part that does not fit into what is left is not run (default: 9)",
-    )
-    parser.add_argument(
-        "--parts", nargs="+", choices=PARTS, default=list(PARTS), help="these alone"
-    )
-    parser.add_argument("--part", choices=[*PARTS, "collective"], help=argparse.SUPPRESS)
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    add, parts = parser.add_argument, list(PARTS)
+    add("--out", type=Path, default=Path("runs/gpu"), help="folder of the results (%(default)s)")
+    add("--miniature", action="store_true", help="tiny sizes; always on a CPU")
+    add("--minutes", type=float, default=9, help="a part that does not fit is not run (default: 9)")
+    add("--parts", nargs="+", choices=parts, default=parts, help="these alone")
+    add("--part", choices=[*parts, "collective"], help=argparse.SUPPRESS)
     add_run_options(parser, seed=False)
     options = parser.parse_args(argv)
     check_run_options(options)
     check_range(options, "minutes", above=0)
-    options.device = select_device(options.device)
+    options.device = run.select_device(options.device)
     options.miniature |= options.device.type != "cuda"
     return options
 
@@ -458,9 +392,9 @@ def main(argv=None) -> int | None:
         threading.Thread(target=end_with_the_parent, daemon=True).start()
         return work(options)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the part that is running too
-    check_writable(options.out)
+    run.check_writable(options.out)
     end = time.monotonic() + 60 * options.minutes
-    with folder_lock(options.out):
+    with run.folder_lock(options.out):
         results = Results(options)
         results.write_tables()
         for name in (part for part in PARTS if part in options.parts):
@@ -478,4 +412,4 @@ def main(argv=None) -> int | None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main))
+    sys.exit(run.run_main(main))

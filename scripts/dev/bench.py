@@ -1,0 +1,483 @@
+"""Speed and memory beside plain implementations (tests/reference_*.py, tests/oracle_psa.py), both
+in one run. scripts/README.md has the figures.
+
+    python -m scripts.dev.bench data --samples 16
+    python -m scripts.dev.bench psa --sam-type vit_b --size 1024 2048 --images 1
+    python -m scripts.dev.bench psa --sam-type vit_h --size 1024 2048 --amp bf16 --no-oracle
+    python -m scripts.dev.bench scc
+    python -m scripts.dev.bench train --backbone resnet18 --crop-size 192 --batch 4     a CPU
+    python -m scripts.dev.bench train                                   a GPU: the authors' step
+
+`data --help` and so on say what is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import inspect
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # for `python scripts/dev/NAME.py`
+
+import cv2
+import numpy as np
+import torch
+from scipy import ndimage
+from segment_anything.utils.amg import calculate_stability_score
+
+import train_unimatch
+from dataset.augment import cropped_image, cropped_label, draw_crop
+from dataset.samples import LABELED, Key, TrainingSamples
+from dataset.scc import POOL, Data, index_image, patch_batches
+from dataset.toy import draw_scene
+from model.sam import SAM_TYPES, default_checkpoint, load_segmenter, output_name, sam_builder
+from model.sam_fast import FastSam
+from model.segmenter import ProposalSettings, Segmenter
+from seco_sam import aggregate
+from seco_scc import cut_patch
+from seco_scc import parse_args as scc_options
+from tests import oracle_psa, reference_data, reference_scc, reference_train
+from util import run
+from util.labels import CITYSCAPES_19, IGNORE, read_label, read_picture, write_list
+from util.options import add_run_options, check_range, check_run_options
+from util.progress import progress
+
+CROP = 769  # of `data`
+FILES, CUTS = 8, 24  # of `scc`: different images on disk, connectivities that the reference cuts
+VARIANTS = {  # of `train`
+    "plain fp32": [],
+    "fp32": [],
+    "tf32": ["--amp", "tf32"],
+    "fp32 channels-last": ["--channels-last"],
+    "bf16": ["--amp", "bf16", "--no-channels-last"],
+    "bf16 channels-last": ["--amp", "bf16"],
+    "bf16 channels-last compile": ["--amp", "bf16", "--compile"],
+}
+NOT_ON_A_CPU = "tf32", "bf16 channels-last compile"
+# Of the shipped GTA run (233 to 239 iterations an epoch).
+EPOCHS, ITERATIONS, GLOBAL_BATCH = 240, 235, 8
+
+
+def clock(device: torch.device) -> float:
+    """Seconds, once the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def cpu_seconds(work: Callable, items: list) -> float:
+    """CPU seconds of this process for work(item) of one item, so that other load on the machine
+    does not blur them.
+    """
+    start = time.process_time()
+    for item in items:
+        work(item)
+    return (time.process_time() - start) / len(items)
+
+
+def count_memory_anew(device: torch.device) -> None:
+    """Gives back what torch keeps of the device's memory and begins a new peak."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+# --------------------------------------------------------------------------------------------- data
+
+
+def data(options: argparse.Namespace, device: torch.device) -> dict[str, float]:
+    """Data loading of UniMatch at 2048 x 1024, beside resizing whole images and cutting afterwards.
+
+    Both sides make the same samples (one labeled crop; one unlabeled image as weak view, two strong
+    views, and weak and strong views to paste). "Plain" is tests/reference_data.py. "But decoding"
+    leaves decoding out on both sides, as after an epoch with --image-cache. CPU seconds of one
+    process, so that other load on the machine does not blur them; images a second count the three
+    streams. Gives {what: seconds}.
+    """
+    cv2.setNumThreads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        seconds = sample_seconds(Path(folder), options.samples)
+    print(f"2048 x 1024, crop {CROP}, {options.samples} samples, one process")
+    print("| what | CPU ms | images / s | against plain |\n|---|---|---|---|")
+    for what, value in seconds.items():
+        plain = f"{what.removesuffix(', plain')}, plain"
+        ratio = seconds.get(plain, seconds["whole sample, plain"]) / value
+        images = 1 if what.startswith("resize") else 3
+        print(f"| {what} | {1000 * value:.1f} | {images / value:.1f} | {ratio:.1f}x |")
+    return seconds
+
+
+def sample_seconds(root: Path, count: int) -> dict[str, float]:
+    """{what: CPU seconds of one of `count` samples}."""
+    rows = reference_data.made_files(root, 4)
+    fast, memory, cached = (
+        TrainingSamples(rows, [image for image, _ in rows], root, CROP, 0, image_cache=cache)
+        for cache in (None, None, root / "cache")
+    )
+    pictures = {root / image: read_picture(root / image) for image, _ in rows}
+    memory.images = SimpleNamespace(read=pictures.get)
+    image, label = pictures[root / rows[0][0]], read_label(root / rows[0][1])
+
+    plain_sample, whole = reference_data.plain_sample, reference_data.resized_then_cropped
+    whole_label = reference_data.label_resized_then_cropped
+    keys = [Key(0, number, number % len(rows)) for number in range(max(count, len(rows)))]
+    crops = [draw_crop(fast.generator(LABELED, key), *label.shape, CROP) for key in keys]
+    for key in keys[: len(rows)]:  # fills the cache; warms the others up
+        cached[key], fast[key], plain_sample(fast, key)
+
+    def cpu(work: Callable, items: list = keys) -> float:
+        return cpu_seconds(work, items[:count])
+
+    return {
+        "whole sample, plain": cpu(lambda key: plain_sample(fast, key)),
+        "whole sample": cpu(lambda key: fast[key]),
+        "whole sample, --image-cache": cpu(lambda key: cached[key]),
+        "whole sample but decoding, plain": cpu(lambda key: plain_sample(fast, key, pictures.get)),
+        "whole sample but decoding": cpu(lambda key: memory[key]),
+        "resize and crop alone, plain": cpu(
+            lambda crop: (whole(image, crop), whole_label(label, crop, IGNORE)), crops
+        ),
+        "resize and crop alone": cpu(
+            lambda crop: (cropped_image(image, crop), cropped_label(label, crop, IGNORE)), crops
+        ),
+    }
+
+
+# ---------------------------------------------------------------------------------------------- psa
+
+
+def psa(options: argparse.Namespace, device: torch.device) -> None:
+    """PSA stage by stage on scenes of the embedded benchmark, for SAMs beside tests/oracle_psa.py.
+
+    On a GPU the device is waited for around each stage. Agreement is the share of pixels on which
+    both agree. An official SAM and MobileSAM get random weights where their own are absent, with
+    thresholds that on the first image a third of the proposals pass (predicted IoU) and 150 of them
+    (stability), about as with trained weights, and no box NMS (random masks fill the image).
+    """
+    run.exact_mode()
+    run.tune_cpu()  # for both: the ratio is that of the algorithms
+    run.seed_everything(0)
+    figures, (height, width) = measure_psa(options, device), options.size
+    print(
+        f"{output_name(options.sam_type)}, {width}x{height}, {options.images} images, {device},"
+        f" {torch.get_num_threads()} threads, {options.amp}: {figures['proposals']:.0f} proposals"
+        f" and {figures['prompts']:.0f} prompts an image"
+    )
+    for name in ("psa", "oracle")[: 1 + ("oracle" in figures)]:
+        total, stages = figures[name]["seconds"], figures[name]["stages"]
+        print(f"{name:10s} {total:9.2f} s/image  {1 / total:7.2f} images/s")
+        for stage, seconds in {**stages, "rest": total - sum(stages.values())}.items():
+            print(f"    {stage:30s} {seconds:9.3f} s")
+        memory = figures[name]["memory"].items()
+        print("    peak memory " + ", ".join(f"{k} {v:.0f}" for k, v in memory))
+    if "oracle" in figures:
+        ratio, agreement = total / figures["psa"]["seconds"], figures["agreement"]
+        print(f"ratio {ratio:.1f}, agreement {agreement:.4f} % of the pixels (worst image)")
+
+
+def measure_psa(options: argparse.Namespace, device: torch.device) -> dict:
+    """Figures an image of PSA and, where there is one, of the oracle: {"psa", "oracle": {"seconds",
+    "stages", "memory"}, "proposals", "prompts", "agreement": percent of pixels, worst image}.
+    """
+    scenes = [draw_scene(seed, "target", *options.size) for seed in range(options.images)]
+    pairs = [(scene.image, pixel_labels(scene.label, i)) for i, scene in enumerate(scenes)]
+    sam = prepared_segmenter(options, device, *pairs[0])
+
+    def measured(work) -> tuple[list, dict]:
+        watch = sam.watch = DeviceStopwatch(device)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        start = clock(device)
+        results = [work(*pair) for pair in pairs]
+        seconds = (clock(device) - start) / len(pairs)
+        stages = {stage: value / len(pairs) for stage, value in watch.seconds.items()}
+        memory = run.peak_memory_mb(device)
+        return results, {"seconds": seconds, "stages": stages, "memory": memory}
+
+    def ours(image: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, int, int]:
+        found = aggregate(image, label, sam, CITYSCAPES_19)
+        return found.label, len(found.aligned), len(found.prompts)
+
+    def plain(image: np.ndarray, label: np.ndarray) -> np.ndarray:
+        kinds, settings = (CITYSCAPES_19.stuff, CITYSCAPES_19.things), sam.settings
+        official = dict(
+            points_per_side=settings.points_per_side,
+            pred_iou_thresh=settings.predicted_iou,
+            stability_score_thresh=settings.stability,
+            box_nms_thresh=settings.box_nms,
+        )
+        return oracle_psa.oracle_psa(image, label, sam.sam, *kinds, "release", official, sam.watch)
+
+    results, seconds = measured(ours)
+    labels, proposals, prompts = zip(*results)
+    figures = {"psa": seconds, "proposals": np.mean(proposals), "prompts": np.mean(prompts)}
+    if isinstance(sam, FastSam) and not options.no_oracle:
+        expected, figures["oracle"] = measured(plain)
+        figures["agreement"] = 100 * min((a == b).mean() for a, b in zip(labels, expected))
+    return figures
+
+
+def pixel_labels(label: np.ndarray, seed: int) -> np.ndarray:
+    """Half of a scene's labels, in blobs as pixel-level pseudo-labels have them."""
+    field = ndimage.gaussian_filter(np.random.default_rng(seed).standard_normal(label.shape), 6)
+    return np.where(field > 0, IGNORE, label).astype(np.uint8)
+
+
+def prepared_segmenter(
+    options: argparse.Namespace, device: torch.device, image: np.ndarray, label: np.ndarray
+) -> Segmenter:
+    """The segmenter of the options; on a GPU it has gone through PSA once, so that nothing is
+    loaded or tuned while it is timed.
+    """
+    sam_type = options.sam_type
+    random = sam_type in SAM_TYPES and not default_checkpoint(sam_type).is_file()
+    if random:
+        sam = FastSam(sam_builder(sam_type)().eval().to(device))
+    else:
+        sam = load_segmenter(sam_type, device=device)
+    sam.amp = options.amp == "bf16"
+    sam.settings = replace(sam.settings, points_per_side=options.points)
+    if random:
+        sam.settings = settings_for_random_weights(sam, image)
+        print(
+            f"no weights of {sam_type} here: random ones, thresholds"
+            f" {sam.settings.predicted_iou:.3f} / {sam.settings.stability:.3f}, no box NMS"
+        )
+    if device.type == "cuda":
+        aggregate(image, label, sam, CITYSCAPES_19)
+    return sam
+
+
+def settings_for_random_weights(sam: Segmenter, image: np.ndarray) -> ProposalSettings:
+    """Thresholds that a third of the proposals and 150 of them pass."""
+    sam.settings = replace(sam.settings, predicted_iou=-np.inf, stability=-1.0, box_nms=1.0)
+    sam.set_image(image)
+    everything = sam.find_proposals()
+    iou = float(everything.predicted_iou.quantile(2 / 3))
+    stability = [
+        calculate_stability_score(sam.full_size(low), sam.mask_threshold, 1.0)
+        for low in everything.low[everything.predicted_iou > iou].split(8)
+    ]
+    ranked = torch.cat(stability).sort(descending=True).values
+    limit = float(ranked[min(150, len(ranked) - 1)])
+    return replace(sam.settings, predicted_iou=iou, stability=limit)
+
+
+class DeviceStopwatch(run.Stopwatch):
+    """Waits for the device before and after each stage."""
+
+    def __init__(self, device: torch.device):
+        super().__init__()
+        self.device = device
+
+    @contextlib.contextmanager
+    def __call__(self, stage: str, threads: int = 1):
+        clock(self.device)
+        with super().__call__(stage, threads):
+            yield
+            clock(self.device)
+
+
+# ---------------------------------------------------------------------------------------------- scc
+
+
+def scc(options: argparse.Namespace, device: torch.device) -> None:
+    """SCC's patches of training a second, beside opening the image for each connectivity
+    (tests/reference_scc.py), and the memory over a list of images of 2048 x 1024.
+
+    No network; CPU seconds of one process. The list names a few files again and again, so that
+    3,000 images need no 10 GB of disk. Memory is resident memory: what the index of the list adds,
+    and while patches are streamed at each tenth of the batches.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        files, before = reference_data.made_files(root, FILES), resident_mb()
+        data = repeated(root, files, -(-options.images // FILES))
+        print(
+            f"{len(data.index)} connectivities in {len(data.rows)} images of 2048 x 1024;"
+            f" index: {data.index.nbytes / 1e6:.1f} MB, resident memory grew by"
+            f" {resident_mb() - before:.0f} MB"
+        )
+        chosen = np.random.default_rng(1).permutation(data.starts[FILES])[:CUTS].tolist()
+        reference_scc.store_masks(root, data, chosen)
+        slow = cpu_seconds(
+            lambda m: reference_scc.opened_patch(root, data, m, data.options.patch_size), chosen
+        )
+        readings, start = [], time.process_time()
+        stream = patch_batches(data, cut_patch, 0, options.batches)
+        for number, _ in enumerate(progress(stream, "patches", options.batches, "batch"), start=1):
+            if number % max(1, options.batches // 10) == 0:
+                readings.append(f"{resident_mb():.0f}")
+        # The pool is filled before the first batch: its patches are work done as well.
+        drawn = options.batches * data.options.batch_size + POOL
+        fast = (time.process_time() - start) / drawn
+    print(
+        f"cutting patches: {1 / fast:.0f} connectivities/s, opening the image for each:"
+        f" {1 / slow:.1f}/s, {slow / fast:.1f}x\n"
+        f"resident memory while streaming, MB: {', '.join(readings)}"
+    )
+
+
+def repeated(root: Path, rows: list[tuple[str, str]], times: int) -> Data:
+    """The index of a list that names all files again and again; each is indexed once."""
+    write_list(root / "all.txt", rows)
+    how = ["--id-list-path", str(root / "all.txt"), "--root-path", str(root), "--workers", "1"]
+    once = np.concatenate([index_image(root / row[1], i, 19) for i, row in enumerate(rows)])
+    index = np.tile(once, times)
+    index["image"] += np.repeat(np.arange(times, dtype="i4") * len(rows), len(once))
+    return Data(root, rows * times, index, 19, scc_options(how))
+
+
+def resident_mb() -> float:
+    """Resident memory now, in MB; peak where the system does not tell."""
+    status = Path("/proc/self/statm")
+    if status.is_file():
+        return int(status.read_text(encoding="utf-8").split()[1]) * resource.getpagesize() / 1e6
+    return run.peak_memory_mb()["host_mb"]
+
+
+# -------------------------------------------------------------------------------------------- train
+
+
+def train(options: argparse.Namespace, device: torch.device) -> dict[str, dict]:
+    """Seconds and peak memory of a UniMatch training step in every precision, beside the released
+    step written out (tests/reference_train.py, whose losses and gradients are the same).
+
+    Random images and labels, so data loading is left out; medians. On a CPU without tf32 and
+    compile. Gives what `measure_train` gives.
+    """
+    cuda = device.type == "cuda"
+    results = measure_train([v for v in VARIANTS if cuda or v not in NOT_ON_A_CPU], options, device)
+    threads = f"CPU, {torch.get_num_threads()} threads"
+    print(
+        f"{options.backbone}, crop {options.crop_size}, batch {options.batch} + {options.batch},"
+        f" 19 classes, {torch.cuda.get_device_name(device) if cuda else threads},"
+        f" torch {torch.__version__}; medians of {options.steps} steps\n"
+        "| variant | s / iteration (least .. greatest) | against plain | peak GPU memory, GB | GTA"
+        " run on this one device, h |\n|---|---|---|---|---|"
+    )
+    # of other settings than the authors' the hours of their run cannot be told
+    authors = (options.backbone, options.crop_size) == ("resnet101", 769)
+    steps = GLOBAL_BATCH / options.batch * ITERATIONS * EPOCHS
+    for variant, found in results.items():
+        seconds, ratio = found["seconds"], results["plain fp32"]["seconds"] / found["seconds"]
+        memory = f"{found['device_mb'] / 1000:.1f}" if cuda else "-"
+        hours = f"{seconds * steps / 3600:.1f}" if authors else "-"
+        print(
+            f"| {variant} | {seconds:.3f} ({found['least']:.3f} .. {found['greatest']:.3f})"
+            f" | {ratio:.2f}x | {memory} | {hours} |"
+        )
+    return results
+
+
+def measure_train(variants: list[str], options, device: torch.device) -> dict[str, dict]:
+    """{variant: median, least and greatest seconds, peak memory in MB}. On a CPU the variants take
+    turns step by step, so that other load on the machine hits all alike; on a GPU, whose memory
+    they would share, they follow one another.
+    """
+    batch, results = reference_train.random_batch(options.batch, options.crop_size, 19, 0), {}
+    for group in [[v] for v in variants] if device.type == "cuda" else [variants]:
+        count_memory_anew(device)
+        trainers = {variant: trainer_for(variant, options, device) for variant in group}
+        seconds = {variant: [] for variant in group}
+        for number in range(options.steps + 2):  # two steps to warm up
+            for variant, trainer in trainers.items():
+                seconds[variant].append(one_step(variant, trainer, copy.copy(batch), number))
+        for variant in group:
+            timed = seconds[variant][2:]
+            found = {"seconds": statistics.median(timed), "least": min(timed)}
+            results[variant] = {**found, "greatest": max(timed), **run.peak_memory_mb(device)}
+    return results
+
+
+def trainer_for(variant: str, options, device: torch.device) -> train_unimatch.Trainer:
+    """A Trainer set up for a variant."""
+    how = ["--labeled-id-path", "-", "--unlabeled-id-path", "-", "--save-path", "-"]
+    how += ["--backbone", options.backbone, "--crop-size", str(options.crop_size)]
+    how += ["--global-batch", str(options.batch), "--loss-groups", "1"]
+    how += ["--min-kept", str(options.min_kept), *VARIANTS[variant]]
+    args = train_unimatch.parse_args(how)
+    train_unimatch.set_precision(args)
+    model = train_unimatch.build_model(args, 19)
+    model = train_unimatch.to_device(model, device, args.channels_last)
+    return train_unimatch.Trainer(model, args, device, group=options.batch, total=1000)
+
+
+def one_step(variant: str, trainer: train_unimatch.Trainer, batch: dict, number: int) -> float:
+    """Seconds of one training step. Sets the variant's precision, which is global."""
+    args, model = trainer.args, trainer.model
+    train_unimatch.set_precision(args)
+    c1, _, _, c4 = model.backbone.channels
+    factors = train_unimatch.perturbation_factors(0, number, trainer.group, (c1, c4))
+    factors = tuple(f.flatten(0, 1) for f in factors)
+    start = clock(trainer.device)
+    trainer.optimizer.zero_grad()
+    if variant.startswith("plain"):
+        loss = reference_train.plain_losses(model, batch, factors, args, trainer.group)["loss_all"]
+    else:
+        loss = trainer.unimatch_losses(batch, factors)[0]
+    loss.backward()
+    trainer.optimizer.step()
+    return clock(trainer.device) - start
+
+
+# ------------------------------------------------------------------------------------------ options
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    """The options of a part; `part` is its function."""
+    form = dict(formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, **form)
+    parser.set_defaults(device="cpu")  # of the parts that have no --device
+    commands, parsers = parser.add_subparsers(required=True, metavar="PART"), {}
+    for part in (data, psa, scc, train):
+        said = inspect.getdoc(part)
+        parsers[part] = commands.add_parser(part.__name__, description=said, **form)
+        parsers[part].set_defaults(part=part, counts=[])
+
+    def count(part: Callable, name: str, default: int, what: str) -> None:
+        what += " (default: %(default)s)"
+        parsers[part].add_argument(name, type=int, default=default, metavar="N", help=what)
+        parsers[part].get_default("counts").append(name[2:].replace("-", "_"))
+
+    count(data, "--samples", 20, "per measurement")
+    add = parsers[psa].add_argument
+    add("--sam-type", default="tiny", metavar="TYPE", help="as of seco_sam.py (default: tiny)")
+    add("--size", type=int, nargs=2, default=(192, 384), help="H W, pixels (default: 192 384)")
+    count(psa, "--images", 2, "scenes")
+    count(psa, "--points", 32, "a side of the grid that prompts SAM")
+    add("--amp", default="none", choices=("none", "bf16"), help="not of the oracle (default: none)")
+    add("--no-oracle", action="store_true", help="time PSA alone")
+    count(scc, "--images", 3000, "in the list, in multiples of 8")
+    count(scc, "--batches", 60, "of 64 patches, over which the ten readings of memory are spread")
+    add = parsers[train].add_argument
+    add("--backbone", default="resnet101", help="of train_unimatch.py (default: resnet101)")
+    count(train, "--crop-size", 769, "pixels")
+    count(train, "--batch", 2, "labeled samples; as many unlabeled")
+    count(train, "--min-kept", 200_000, "of OHEM, pixels")
+    count(train, "--steps", 10, "timed steps of each variant")
+    for part in (psa, train):
+        add_run_options(parsers[part], seed=False)
+    options = parser.parse_args(argv)
+    check_run_options(options)
+    check_range(options, *options.counts, least=1)
+    return options
+
+
+def main(argv=None) -> None:
+    options = parse_args(argv)
+    options.part(options, run.select_device(options.device))
+
+
+if __name__ == "__main__":
+    sys.exit(run.run_main(main))
