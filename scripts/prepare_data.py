@@ -26,7 +26,8 @@ Outputs  cityscapes: *_gtFine_labelTrainIds.png (*_labelTrainIds16.png for SYNTH
          lists in --out (default: splits/<data set>): train.txt, val.txt (train_16.txt, val_16.txt
          for 16 classes)
 
-Checked: counts, pairing, sizes, every image and label decodes, allowed values, pixels per class.
+Checked: counts (of a subset on purpose --expect tells them), pairing, sizes, every image and label
+decodes, allowed values, pixels per class.
 One line per problem, with the mend, on stderr; exit code 2, and then no list is written. No stage
 needs labels of the training images; they may be absent altogether.
 
