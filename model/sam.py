@@ -108,7 +108,7 @@ def read_checkpoint(path: Path, sam_type: str) -> dict:
             raise UserError(
                 f"{path}: no such file; the weights of --sam-type tiny come with the repository"
                 f" (model/{TINY_CHECKPOINT.name}): restore them, or train with"
-                " scripts/dev/train_sam_tiny.py"
+                " scripts/dev/sam_tiny.py"
             )
         raise UserError(
             f"{path}: no such file; download the official weights of --sam-type {sam_type} from"

@@ -3,7 +3,7 @@
 The package's prompt encoder, mask decoder and two-way transformer, narrower, with a small
 convolutional image encoder instead of the vision transformer, and with prompts that are also drawn
 on the image's tokens. It was trained from scratch on random synthetic street scenes by
-scripts/dev/train_sam_tiny.py and knows nothing but those drawings. Its weights
+scripts/dev/sam_tiny.py and knows nothing but those drawings. Its weights
 (model/sam_tiny.pth) ship with this repository, so that the whole pipeline runs on a CPU and without
 downloads.
 

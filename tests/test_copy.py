@@ -109,7 +109,7 @@ def heads() -> dict[str, str]:
 
 def test_the_heads_are_found_and_read():
     scripts = {"seco_sam.py", "seco_scc.py", "train_unimatch.py", "eval.py"}
-    scripts |= {"scripts/lib/rehearsal_data.py", "scripts/dev/eval_sam_tiny.py"}
+    scripts |= {"scripts/lib/rehearsal_data.py", "scripts/dev/sam_tiny.py"}
     assert scripts <= heads().keys()
     text = (
         " model/sam.py (UserError, x/y.py), util/{run,\nlabels}.py and, for `tiny`, a/b.pth. data/."

@@ -9,7 +9,7 @@ Source scenes are clean and colourful, as a game's, under skies of all weathers.
 those of a hazy, faded day: they differ in illumination, colour cast, saturation, palette, texture,
 haze, blur, noise, cast shadows, and in how many of which things stand where. A third style,
 "random", varies all of this far more widely; only the tiny SAM is trained on it
-(scripts/dev/train_sam_tiny.py). A model trained on the source alone loses a good third of its mIoU
+(scripts/dev/sam_tiny.py). A model trained on the source alone loses a good third of its mIoU
 on the target, with speckles and confused regions.
 
 The target's ground truth is written for eval.py and for diagnostics: `target_train.txt`, which

@@ -19,7 +19,7 @@ VERSION = 4  # of what is drawn; a cache made by another version is not used
 # (domain, split): number of scenes. Each scene's own seed is built from (data seed, split, index),
 # see `scene_seed`.
 SPLITS = {("source", "train"): 600, ("target", "train"): 60, ("target", "val"): 80}
-# Seeds from here on are never used for the benchmark: scripts/dev/train_sam_tiny.py takes its
+# Seeds from here on are never used for the benchmark: scripts/dev/sam_tiny.py takes its
 # scenes from there.
 FIRST_FREE_SEED = 10_000_000
 
