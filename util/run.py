@@ -358,6 +358,9 @@ def process_group(device):
     try:
         yield rank, world
     finally:
+        # Gloo's threads may still hold tensors. To let go of them they need Python's lock, which
+        # the next call keeps while it waits for them (torch 2.6).
+        time.sleep(0.1)
         dist.destroy_process_group()
 
 
