@@ -62,18 +62,16 @@ from util.labels import (
 )
 from util.metrics import confusion_matrix, summary
 from util.options import add_class_options, add_run_options, check_range, check_run_options
-from util.progress import progress
+from util.outputs import atomic_path, folder_lock, write_json
 from util.run import (
     UserError,
-    atomic_path,
     exact_mode,
-    folder_lock,
     manifest,
     process_group,
     process_rank,
+    progress,
     run_main,
     select_device,
-    write_json,
 )
 
 MODES = ("original", "sliding_window", "center_crop")

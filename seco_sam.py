@@ -40,7 +40,7 @@ list. From Python, for one image:
     write_label("street_psa.png", result.label, classes.palette)
 
 Needs when copied away: model/{segmenter,sam,sam_fast,sam_decoder,sam_tiny,sam_transformers}.py,
-util/{connectivity,labels,options,pictures,progress,psa_panel,psa_records,run}.py and, for the tiny
+util/{connectivity,labels,options,outputs,pictures,psa_panel,psa_records,run}.py and, for the tiny
 SAM, model/sam_tiny.pth.
 """
 
@@ -83,8 +83,8 @@ from util.options import (
     check_range,
     check_run_options,
 )
+from util.outputs import check_writable, folder_lock, write_json
 from util.pictures import save_picture
-from util.progress import progress
 from util.psa_panel import panel
 from util.psa_records import (
     Places,
@@ -98,16 +98,14 @@ from util.psa_records import (
     write_summary,
 )
 from util.run import (
-    check_writable,
     exact_mode,
-    folder_lock,
     manifest,
     peak_memory_mb,
     process_rank,
+    progress,
     run_main,
     select_device,
     tune_cpu,
-    write_json,
 )
 
 # Of the released code:

@@ -32,7 +32,7 @@ with plain cross-entropy. Ours are: whole images at half size, four an iteration
 cells of the features.
 
 Needs when copied away: dataset/scc.py, model/{checkpoint,resnet,scc}.py,
-util/{charts,connectivity,images,labels,options,page,pictures,progress,run,scc_files,scc_report}.py.
+util/{charts,connectivity,images,labels,options,outputs,page,pictures,run,scc_files,scc_report}.py.
 """
 
 from __future__ import annotations
@@ -81,24 +81,20 @@ from util.options import (
     check_range,
     check_run_options,
 )
-from util.progress import progress
+from util.outputs import check_writable, folder_lock, read_json, remove_leftovers, write_json
 from util.run import (
     Stopwatch,
     UserError,
-    check_writable,
     exact_mode,
-    folder_lock,
     manifest,
     peak_memory_mb,
     process_group,
     process_rank,
-    read_json,
-    remove_leftovers,
+    progress,
     run_main,
     seed_everything,
     select_device,
     sha256,
-    write_json,
 )
 from util.scc_files import (
     prepare_folder,

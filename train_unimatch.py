@@ -59,14 +59,11 @@ from util.losses import (
     pseudo_label_loss,
     total_loss,
 )
+from util.outputs import atomic_path, check_writable, folder_lock, write_json
 from util.parallel import average_running_statistics, distributed, mean_over_processes, to_device
-from util.progress import progress as progress_bar
 from util.run import (
     UserError,
-    atomic_path,
-    check_writable,
     exact_mode,
-    folder_lock,
     manifest,
     process_group,
     process_rank,
@@ -74,8 +71,8 @@ from util.run import (
     seed_everything,
     select_device,
     tune_cpu,
-    write_json,
 )
+from util.run import progress as progress_bar
 from util.train_inputs import (
     input_files,
     open_folder,

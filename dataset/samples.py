@@ -31,7 +31,7 @@ from dataset.augment import (
 )
 from dataset.copy_paste import RareClassPool
 from util.labels import IGNORE, read_image, read_label, read_picture
-from util.run import atomic_path
+from util.outputs import atomic_path
 
 # The authors ran four processes, whose sampler pads the order of images to a multiple of four. It
 # is done here on any number of processes, so that an epoch has as many iterations as theirs.

@@ -33,7 +33,8 @@ import numpy as np
 
 from util.charts import decorate, draw_lines, new_axes, save_chart
 from util.options import check_range
-from util.run import UserError, check_writable, run_main
+from util.outputs import check_writable
+from util.run import UserError, run_main
 from util.training_log import LOSS_NAMES, TrainingLog, read_training_log
 
 EPOCHS = (0, 1, 2, 5, 10, 20, 30, 40, 50, 75, 100, 125, 150, 175, 200, 225, 239)

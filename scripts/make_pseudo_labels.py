@@ -73,25 +73,27 @@ from util.options import (
     check_range,
     check_run_options,
 )
-from util.pictures import colour_label, contact_sheet, save_picture
-from util.progress import progress
-from util.run import (
-    UserError,
+from util.outputs import (
     atomic_path,
     check_settings,
     check_writable,
     digest_of_all,
-    exact_mode,
     folder_lock,
+    read_json,
+    remove_leftovers,
+    write_json,
+)
+from util.pictures import colour_label, contact_sheet, save_picture
+from util.run import (
+    UserError,
+    exact_mode,
     manifest,
     process_group,
     process_rank,
-    read_json,
-    remove_leftovers,
+    progress,
     run_main,
     select_device,
     sha256,
-    write_json,
 )
 
 HALF = 1 << 16  # values of half a float32's bits

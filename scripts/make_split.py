@@ -44,8 +44,8 @@ from util.labels import (
     write_list,
 )
 from util.options import add_class_options, add_list_options, check_range
-from util.progress import progress
-from util.run import UserError, check_writable, run_main, sha256, write_json
+from util.outputs import check_writable, write_json
+from util.run import UserError, progress, run_main, sha256
 
 LISTS = ("labeled.txt", "unlabeled.txt")
 

@@ -69,8 +69,7 @@ from util.labels import (
     write_list,
 )
 from util.options import add_class_options, add_root_option, check_range
-from util.progress import progress
-from util.run import UserError, run_main
+from util.run import UserError, progress, run_main
 
 LINES_SHOWN = 20  # problems printed before the rest is counted only
 # Cityscapes' official label IDs in the order of the 19 train IDs (cityscapesscripts,

@@ -32,8 +32,8 @@ import numpy as np
 from util.connectivity import connectivities
 from util.labels import check_files, class_set, read_label, read_list, write_label, write_list
 from util.options import add_class_options, add_list_options, check_range
-from util.progress import progress
-from util.run import UserError, check_writable, run_main
+from util.outputs import check_writable
+from util.run import UserError, progress, run_main
 
 
 def planted(

@@ -38,8 +38,9 @@ from util.labels import (
     write_label,
     write_list,
 )
+from util.outputs import folder_lock
 from util.pictures import save_picture
-from util.run import folder_lock, run_main
+from util.run import run_main
 
 ROOT = Path(__file__).resolve().parents[1]
 CAMVID = ROOT.parent / "shared" / "data" / "camvid"

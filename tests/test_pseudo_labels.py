@@ -20,7 +20,8 @@ from model.deeplabv2 import TEST_SIZE, DeepLabV2, FrozenBatchNorm, load_dtst_che
 from model.deeplabv3plus import DeepLabV3Plus
 from scripts import make_pseudo_labels as stage0
 from util.labels import class_set, read_label
-from util.run import UserError, folder_lock
+from util.outputs import folder_lock
+from util.run import UserError
 
 K, SIZE = 19, (24, 40)  # classes; height and width of the images
 

@@ -28,7 +28,8 @@ from util import scc_files
 from util.connectivity import connectivities
 from util.images import normalised
 from util.labels import CITYSCAPES_19, IGNORE, read_label, read_list, write_label, write_list
-from util.run import UserError, folder_lock
+from util.outputs import folder_lock
+from util.run import UserError
 
 RECIPES = ("release", "paper")
 

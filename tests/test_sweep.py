@@ -9,7 +9,7 @@ from scripts.dev import sweep_thresholds
 from seco_scc import corrected_label, decide
 from util.labels import CITYSCAPES_19, IGNORE, read_label, write_label, write_list
 from util.metrics import confusion_matrix, summary
-from util.run import write_json
+from util.outputs import write_json
 
 
 def test_sweep_equals_writing_and_measuring_the_labels(tmp_path):

@@ -21,7 +21,7 @@ from processes import beside_a_second
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train_unimatch
-import util.progress
+import util.run
 from dataset.augment import cutmix_box
 from dataset.samples import iterations_per_epoch
 from scripts.dev import bench
@@ -35,7 +35,8 @@ from util.losses import (
     pseudo_label_loss,
     total_loss,
 )
-from util.run import UserError, folder_lock, run_main
+from util.outputs import folder_lock
+from util.run import UserError, run_main
 from util.training_log import read_text_log, read_training_log
 
 
@@ -602,7 +603,7 @@ def test_training_from_few_images(data, tmp_path, monkeypatch, capsys):
     """AdamW, class weights and other scales, as the embedded benchmark's source model has them;
     they are settings of the run. Where nobody watches, progress is plain lines with the loss.
     """
-    monkeypatch.setattr(util.progress, "SECONDS_BETWEEN_LINES", 0)
+    monkeypatch.setattr(util.run, "SECONDS_BETWEEN_LINES", 0)
     argv = command(
         data,
         tmp_path / "run",

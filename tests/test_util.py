@@ -18,7 +18,7 @@ import torch
 from conftest import ROOT
 from PIL import Image, PngImagePlugin
 
-from util import progress as shown
+from util import run as shown
 from util.labels import (
     check_pairs,
     check_same_shape,
@@ -29,18 +29,14 @@ from util.labels import (
     root_relative,
 )
 from util.options import add_run_options, check_range, check_run_options
+from util.outputs import atomic_path, check_settings, digests, folder_lock, read_json
 from util.run import (
     PACKAGES,
     RENDEZVOUS_SECONDS,
     WORK_SECONDS,
     UserError,
     _output,
-    atomic_path,
-    check_settings,
-    digests,
-    folder_lock,
     manifest,
-    read_json,
     run_main,
     sha256,
 )

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from util.labels import COLOURS
-from util.run import atomic_path
+from util.outputs import atomic_path
 
 DPI = 100
 INK, GRID = "#282828", "#e1e1e1"

@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from util.progress import progress
-from util.run import UserError, atomic_path, process_rank
+from util.outputs import atomic_path
+from util.run import UserError, process_rank, progress
 
 IGNORE = 255
 LOSSY_FORMATS = ("JPEG", "JPEG2000", "MPO")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from util.run import atomic_path
+from util.outputs import atomic_path
 
 TEMPLATE = """\
 <!doctype html>

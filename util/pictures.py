@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from util.labels import COLOURS, IGNORE, ClassSet
-from util.run import atomic_path
+from util.outputs import atomic_path
 
 INK, PAPER = (40, 40, 40), (255, 255, 255)
 

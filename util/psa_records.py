@@ -24,16 +24,8 @@ from util.labels import (
     renamed_list,
     write_list,
 )
-from util.progress import progress
-from util.run import (
-    UserError,
-    atomic_path,
-    check_settings,
-    read_json,
-    sha256,
-    wait_for,
-    write_json,
-)
+from util.outputs import atomic_path, check_settings, read_json, write_json
+from util.run import UserError, progress, sha256, wait_for
 
 Row = tuple[str, str]  # of a list: image path, path of the pixel label
 

@@ -1,4 +1,4 @@
-"""Run-time plumbing that the scripts share: user errors, atomic files, seeds, devices, processes,
+"""What the scripts share while they run: user errors, seeds, devices, processes, progress,
 manifests."""
 
 from __future__ import annotations
@@ -6,10 +6,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import fcntl
 import hashlib
 import io
-import json
 import os
 import platform
 import random
@@ -19,15 +17,16 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 RENDEZVOUS_SECONDS = 120  # for the processes of a run to find each other
 WORK_SECONDS = 24 * 3600  # that one process may take longer than another
+SECONDS_BETWEEN_LINES = 30  # of progress, in a log file
 
 # In messages of torch, CUDA's libraries and the C library about memory that has run out.
 OUT_OF_MEMORY = ("out of memory", "allocate memory", "Unable to allocate", "_ALLOC_FAILED")
@@ -114,151 +113,6 @@ def disk_is_full(error: Exception) -> bool:
 def full_disk(path: str | Path) -> str:
     """What to tell of a file that found no room."""
     return f"{path}: the disk is full; make room, then run the same command again"
-
-
-# -------------------------------------------------------------------------------------------- files
-
-
-@contextlib.contextmanager
-def atomic_path(path: str | Path):
-    """Yield a temporary path beside `path`; rename it to `path` if the block succeeds, remove it if
-    not.
-
-    Readers see the old file or the whole new one, never half of it, whenever the process is killed.
-    """
-    path = Path(path)
-    temporary = path.parent / f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp{path.suffix}"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        if disk_is_full(error):
-            raise UserError(full_disk(path)) from None
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror or error}); choose another place"
-        ) from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-
-
-def remove_leftovers(folder: str | Path) -> None:
-    """Delete what `atomic_path` left in `folder` when its process was killed. No other process may
-    be writing there.
-    """
-    for path in Path(folder).glob(".*.tmp*"):
-        path.unlink(missing_ok=True)
-
-
-def check_writable(folder: str | Path) -> None:
-    """Fail early if files cannot be made in `folder` (which is created)."""
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe.{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(
-            f"{folder}: cannot write there ({error.strerror or error}); choose another folder"
-        ) from None
-
-
-def write_json(path: str | Path, value) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, sort_keys=False) + "\n", encoding="utf-8")
-
-
-def read_json(path: str | Path):
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable as JSON ({error})") from None
-
-
-def check_settings(
-    path: str | Path,
-    settings: dict,
-    what: str = "results of",
-    mend: str = "remove the folder or rename the experiment",
-    begun: bool = True,
-) -> None:
-    """Note the settings of a new output folder in `path`; in one that has some they must be equal.
-
-    So results of different settings, or of unknown ones, are never mixed. begun: whether the folder
-    holds any result yet; if not, settings that a failed run left there are replaced. Call this
-    after every other check. what, mend: words of the error.
-    """
-    path = Path(path)
-    if begun and not path.exists():
-        raise UserError(
-            f"{path.parent}: is not empty, but has no {path.name} that says what made its content;"
-            " move it away, or choose another name"
-        )
-    if not begun:
-        write_json(path, settings)
-        return
-    before = read_json(path)
-    for name in {**before, **settings}:
-        if before.get(name) != settings.get(name):
-            raise UserError(
-                f"{path.parent}: holds {what} {name} = {before.get(name)}, now it is"
-                f" {settings.get(name)}; {mend}"
-            )
-
-
-@contextlib.contextmanager
-def folder_lock(folder: str | Path):
-    """Hold `folder` (which is created) for one run; a second one gets a UserError.
-
-    The lock is the kernel's, on <folder>/.lock: a killed run does not leave it behind, nor do its
-    forked processes, which end later. Of several processes of one run only the first takes it.
-    """
-    if process_rank()[0] > 0:
-        yield
-        return
-    folder = Path(folder)
-    check_writable(folder)
-    with open(folder / ".lock", "w", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{folder}: another run is writing there now; wait for it, or choose another folder"
-            ) from None
-        except OSError:  # a file system without locks
-            pass
-        os.register_at_fork(after_in_child=file.close)
-        yield
-
-
-def digests(paths: Iterable[str | Path]) -> dict[str, str]:
-    """{path: SHA-256} of files, read by several threads; each path once."""
-    names = list(dict.fromkeys(str(path) for path in paths))
-    with ThreadPoolExecutor() as pool:
-        return dict(zip(names, pool.map(sha256, names)))
-
-
-def digest_of_all(paths: Iterable[str | Path]) -> str:
-    """One SHA-256 of the contents of files, in their order."""
-    paths, whole = list(paths), hashlib.sha256()
-    if process_rank()[0] == 0:
-        print(f"checksums of {len(paths)} files", file=sys.stderr)
-    found = digests(paths)
-    for path in paths:
-        whole.update(found[str(path)].encode())
-    return whole.hexdigest()
-
-
-def sha256(path: str | Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 # ------------------------------------------------------------------------ seeds, devices, exactness
@@ -365,6 +219,14 @@ def process_group(device):
 
 
 # ------------------------------------------------------------------------------------------ records
+
+
+def sha256(path: str | Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def peak_memory_mb(device=None) -> dict[str, float]:
@@ -503,3 +365,71 @@ def tune_cpu() -> None:
             (-8, 1),
         ):  # never trim; pad, no mmap, one arena
             mallopt(parameter, value)
+
+
+# ----------------------------------------------------------------------------------------- progress
+
+
+class _Lines:
+    """Stands in for a tqdm bar where nobody watches: `desc: 12/300 img, 0.8 s each, 4 min left`."""
+
+    def __init__(self, iterable, desc: str, total: int | None, unit: str, initial: int):
+        self.iterable, self.desc, self.total, self.unit = iterable, desc, total, unit
+        self.n = self.initial = initial
+        self.start = self.said = time.monotonic()
+        self.note = ""
+
+    def __iter__(self) -> Iterator:
+        for item in self.iterable:
+            yield item
+            self.update()
+
+    def __enter__(self) -> _Lines:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def update(self, count: int = 1) -> None:
+        self.n += count
+        now = time.monotonic()
+        if now - self.said < SECONDS_BETWEEN_LINES:
+            return
+        self.said = now
+        each = (now - self.start) / max(self.n - self.initial, 1)
+        left = f", {each * (self.total - self.n) / 60:.0f} min left" if self.total else ""
+        of = f"/{self.total}" if self.total else ""
+        note = f", {self.note}" if self.note else ""
+        print(
+            f"{self.desc}: {self.n}{of} {self.unit}, {each:.2f} s each{left}{note}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def set_postfix_str(self, text: str, refresh: bool = True) -> None:
+        self.note = text
+
+    def close(self) -> None:
+        pass
+
+
+def progress(
+    iterable: Iterable | None = None,
+    desc: str = "",
+    total: int | None = None,
+    unit: str = "img",
+    quiet: bool = False,
+    initial: int = 0,
+):
+    """Iterate over `iterable` and say on stderr how far it is; without one, a bar to `update()`.
+
+    A tqdm bar on a terminal; elsewhere at most one plain line in SECONDS_BETWEEN_LINES. quiet: say
+    nothing (other processes than the first). initial: items that an earlier run did.
+    """
+    if total is None and hasattr(iterable, "__len__"):
+        total = len(iterable)
+    if quiet or sys.stderr.isatty():
+        return tqdm(
+            iterable, desc=desc, total=total, unit=unit, disable=quiet, initial=initial, leave=False
+        )
+    return _Lines(iterable, desc, total, unit, initial)

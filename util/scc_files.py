@@ -19,8 +19,8 @@ import torch
 
 from dataset.scc import Data, index_image
 from util.labels import check_files, check_pairs, holds_pictures
-from util.progress import progress
-from util.run import UserError, atomic_path, check_settings, digests
+from util.outputs import atomic_path, check_settings, digests
+from util.run import UserError, progress
 
 MEND = "remove the folder or rename the experiment"
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from util.labels import check_files, check_pairs, read_list
-from util.run import UserError, check_settings, digest_of_all, remove_leftovers, sha256
+from util.outputs import check_settings, digest_of_all, remove_leftovers
+from util.run import UserError, sha256
 
 RESULTS = ("latest.pth", "best.pth", "summary.json")  # a folder with one of them holds a run
 

@@ -16,8 +16,9 @@ from torch import nn
 from model.deeplabv3plus import DILATIONS, parameter_count
 from util.charts import line_chart, save_chart
 from util.labels import IGNORE
+from util.outputs import write_json
 from util.pictures import colour_label, contact_sheet, save_picture
-from util.run import peak_memory_mb, write_json
+from util.run import peak_memory_mb
 from util.training_log import TEXT_LOSSES, read_metrics_json_lines
 from util.training_log import summary as log_summary
 

@@ -20,7 +20,8 @@ from pathlib import Path
 import numpy as np
 
 from util.labels import CITYSCAPES_19, IDS_13_IN_16, SYNTHIA_16
-from util.run import UserError, read_json
+from util.outputs import read_json
+from util.run import UserError
 
 # UniMatch's TensorBoard tags. Losses count iterations, evaluations epochs. Ours adds the learning
 # rate.

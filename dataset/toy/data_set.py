@@ -12,8 +12,8 @@ from PIL import Image
 from dataset.toy.objects import HEIGHT, STYLES, WIDTH
 from dataset.toy.street import draw_scene
 from util.labels import CITYSCAPES_19, write_label, write_list
-from util.progress import progress
-from util.run import UserError, atomic_path, check_writable, read_json, write_json
+from util.outputs import atomic_path, check_writable, read_json, write_json
+from util.run import UserError, progress
 
 VERSION = 4  # of what is drawn; a cache made by another version is not used
 # (domain, split): number of scenes. Each scene's own seed is built from (data seed, split, index),

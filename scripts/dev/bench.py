@@ -50,7 +50,7 @@ from tests import oracle_psa, reference_data, reference_scc, reference_train
 from util import run
 from util.labels import CITYSCAPES_19, IGNORE, read_label, read_picture, write_list
 from util.options import add_run_options, check_range, check_run_options
-from util.progress import progress
+from util.run import progress
 
 CROP = 769  # of `data`
 FILES, CUTS = 8, 24  # of `scc`: different images on disk, connectivities that the reference cuts

@@ -37,6 +37,7 @@ from scripts.lib.report import (
 from scripts.lib.stage import seeds_in
 from util.charts import line_chart, save_chart
 from util.labels import CITYSCAPES_19, IGNORE, read_image, read_label, read_list
+from util.outputs import atomic_path, read_json, write_json
 from util.pictures import (
     colour_label,
     contact_sheet,
@@ -45,7 +46,7 @@ from util.pictures import (
     overlay,
     save_picture,
 )
-from util.run import UserError, atomic_path, read_json, run_main, write_json
+from util.run import UserError, run_main
 from util.training_log import read_training_log
 
 ROOT = Path(__file__).resolve().parents[2]

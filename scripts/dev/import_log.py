@@ -19,7 +19,8 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from util.run import UserError, atomic_path, run_main, sha256, write_json
+from util.outputs import atomic_path, write_json
+from util.run import UserError, run_main, sha256
 from util.training_log import LOSS_NAMES, LR_TAG, MIOU_TAG, iterations_range, read_text_log
 
 

@@ -50,17 +50,8 @@ from model.sam_tiny import TINY_CHECKPOINT, TINY_PE_FREQUENCIES, build_sam_tiny
 from util.connectivity import connectivities
 from util.labels import CITYSCAPES_19, check_pairs, class_set, read_label, read_list, read_picture
 from util.options import add_root_option
-from util.progress import progress
-from util.run import (
-    UserError,
-    atomic_path,
-    folder_lock,
-    manifest,
-    read_json,
-    run_main,
-    tune_cpu,
-    write_json,
-)
+from util.outputs import atomic_path, folder_lock, read_json, write_json
+from util.run import UserError, manifest, progress, run_main, tune_cpu
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -29,7 +29,8 @@ from util.charts import line_chart, save_chart
 from util.labels import IGNORE, class_set, read_label, read_list
 from util.metrics import summary
 from util.options import add_class_options
-from util.run import UserError, read_json, run_main, write_json
+from util.outputs import read_json, write_json
+from util.run import UserError, run_main
 
 TAU_NS, TAU_CR = 0.60, 0.95  # paper, section 3
 SWEEPS = {

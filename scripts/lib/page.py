@@ -22,8 +22,9 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # for `python scri
 
 from scripts.lib.report import cost_table, markdown_table, stage_costs
 from scripts.lib.stage import seeds_in
+from util.outputs import atomic_path, read_json
 from util.page import write_page
-from util.run import UserError, atomic_path, read_json, run_main
+from util.run import UserError, run_main
 
 CAPTIONS = {  # of the pictures, in the order in which they are shown
     "side_by_side": "Target images on their way: starting labels, PSA, SCC, predictions",

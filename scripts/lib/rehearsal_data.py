@@ -34,7 +34,8 @@ from model.deeplabv2 import DeepLabV2
 from scripts.prepare_data import LABEL_IDS_OF_19
 from util.images import to_tensor
 from util.labels import IDS_16_IN_19, IGNORE
-from util.run import atomic_path, run_main, seed_everything
+from util.outputs import atomic_path
+from util.run import run_main, seed_everything
 
 CITIES = {"train": ("aachen", "bochum"), "val": ("frankfurt",)}
 FIT_SCENES, FIT_SIZE = 6, (128, 256)  # scenes, height and width that the classifier is fitted on

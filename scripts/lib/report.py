@@ -22,8 +22,9 @@ from scripts.lib.stage import of_one_setting, outdated, seeds_in
 from util.charts import bar_chart, line_chart, save_chart
 from util.labels import class_set, read_image, read_label, read_list
 from util.options import add_class_options, check_range
+from util.outputs import read_json, write_json
 from util.pictures import colour_label, contact_sheet, save_picture
-from util.run import UserError, read_json, run_main, write_json
+from util.run import UserError, run_main
 from util.training_log import read_training_log
 
 LABEL_ROWS = {

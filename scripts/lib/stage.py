@@ -301,7 +301,8 @@ def main(argv: list[str] | None = None) -> int:
         digests.save()
         print(f"== {name}: done before")
         return 0
-    from util.run import folder_lock, run_main  # (numpy: not for a stage that is done)
+    from util.outputs import folder_lock
+    from util.run import run_main  # (numpy: not for a stage that is done)
 
     def again() -> int:
         with folder_lock(folder):

@@ -1,0 +1,276 @@
+"""How results are kept: whole files, a folder for one run at a time, of one set of settings and
+inputs.
+
+    with Outputs(folder) as out:
+        out.accept(settings, inputs, begun)    # refuses what would mix, replaces what failed early
+        …                                      # atomic_path, write_json: a file is whole or absent
+
+Beside the results are settings.json, what they depend on, and inputs.json, the SHA-256 of every
+file that they were made from. So a command that is given again goes on, with anything else it ends
+in one line, and nothing is mixed or overwritten.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import sys
+import threading
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from util.run import UserError, disk_is_full, full_disk, process_rank, sha256
+
+REMEDY = "remove the folder or rename the experiment"
+
+
+class Outputs:
+    """A folder of results (which is created), held by one run: `with` locks it.
+
+    The lock is the kernel's, on <folder>/.lock: a killed run does not leave it behind, nor do its
+    forked processes, which end later. Of several processes of one run only the first takes it.
+    remedy: what an error tells to do where results of something else are there.
+    """
+
+    def __init__(self, folder: str | Path, remedy: str = REMEDY):
+        self.folder, self.remedy = Path(folder), remedy
+
+    def __enter__(self) -> Outputs:
+        self.lock = None
+        if process_rank()[0] > 0:
+            return self
+        check_writable(self.folder)
+        self.lock = open(self.folder / ".lock", "w", encoding="utf-8")
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.lock.close()
+            raise UserError(
+                f"{self.folder}: another run is writing there now; wait for it, or choose another"
+                " folder"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        os.register_at_fork(after_in_child=self.lock.close)
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.lock:
+            self.lock.close()
+
+    def accept(
+        self, settings: dict, inputs: Mapping[str, Path] | None = None, begun: bool = True
+    ) -> bool:
+        """Note settings and inputs of a new folder; in one that has some they must be equal.
+
+        settings: {name: value, as JSON has it}. inputs: {name: file}, in an order that counts.
+        begun: whether the folder holds any result, known or not; if not, what a failed run noted is
+        replaced. Call this after every other check. Returns whether the inputs are as they were
+        noted before.
+        """
+        if begun and not (self.folder / "settings.json").exists():
+            raise UserError(
+                f"{self.folder}: is not empty, but has no settings.json that says what made its"
+                " content; move it away, or choose another name"
+            )
+        if begun:
+            before = read_json(self.folder / "settings.json")
+            for name in {**before, **settings}:
+                if before.get(name) != settings.get(name):
+                    raise UserError(
+                        f"{self.folder}: holds results of {name} = {before.get(name)}, now it is"
+                        f" {settings.get(name)}; {self.remedy}"
+                    )
+        same = inputs is None or self._inputs_are_as_before(inputs, begun)
+        if not begun:
+            write_json(self.folder / "settings.json", settings)
+        return same
+
+    def _inputs_are_as_before(self, inputs: Mapping[str, Path], begun: bool) -> bool:
+        """Whether inputs.json has these inputs; if not, and nothing is `begun`, they are noted."""
+        path, found = self.folder / "inputs.json", digests(inputs.values())
+        now = {name: found[str(file)] for name, file in inputs.items()}
+        before = read_json(path) if path.exists() else {}
+        if list(before.items()) == list(now.items()):
+            return True
+        if begun:
+            raise UserError(f"{difference(self.folder, before, now, inputs)}; {self.remedy}")
+        write_json(path, now)
+        return False
+
+
+def difference(folder: Path, before: dict, now: dict, inputs: Mapping[str, Path]) -> str:
+    """What differs between the inputs of a folder's results and those of now, in words."""
+    changed = [name for name in now if name in before and before[name] != now[name]]
+    more, fewer = [n for n in now if n not in before], [n for n in before if n not in now]
+    if more:
+        return f"{folder}: its results lack {len(more)} of the inputs, first {inputs[more[0]]}"
+    if fewer:
+        return f"{folder}: {len(fewer)} inputs of its results are none now, first {fewer[0]}"
+    if changed:
+        return f"{inputs[changed[0]]}: has changed since the results in {folder} were made from it"
+    return f"{folder}: its inputs are the same, but in another order"
+
+
+def made_before(record: Path, settings: dict, inputs: Mapping[str, Path]) -> bool:
+    """Whether `record`, a JSON file that was written last, names these settings and inputs: of
+    commands that make a few files in seconds and replace those of other settings.
+    """
+    try:
+        noted = read_json(record)
+    except UserError:
+        return False
+    return isinstance(noted, dict) and noted.get("made_from") == made_from(settings, inputs)
+
+
+def made_from(settings: dict, inputs: Mapping[str, Path]) -> dict:
+    """What `made_before` looks for in a record, under "made_from"."""
+    found = digests(inputs.values())
+    whole = {"settings": settings, "inputs": {n: found[str(p)] for n, p in inputs.items()}}
+    return json.loads(json.dumps(whole))
+
+
+# -------------------------------------------------------------------------------------------- files
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | Path):
+    """Yield a temporary path beside `path`; rename it to `path` if the block succeeds, remove it if
+    not.
+
+    Readers see the old file or the whole new one, never half of it, whenever the process is killed.
+    """
+    path = Path(path)
+    temporary = path.parent / f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp{path.suffix}"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        if disk_is_full(error):
+            raise UserError(full_disk(path)) from None
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror or error}); choose another place"
+        ) from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def remove_leftovers(folder: str | Path) -> None:
+    """Delete what `atomic_path` left in `folder` when its process was killed. No other process may
+    be writing there.
+    """
+    for path in Path(folder).glob(".*.tmp*"):
+        path.unlink(missing_ok=True)
+
+
+def check_writable(folder: str | Path) -> None:
+    """Fail early if files cannot be made in `folder` (which is created)."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe.{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot write there ({error.strerror or error}); choose another folder"
+        ) from None
+
+
+def write_json(path: str | Path, value) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, sort_keys=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: str | Path):
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error})") from None
+
+
+def digests(paths: Iterable[str | Path]) -> dict[str, str]:
+    """{path: SHA-256} of files, read by several threads; each path once."""
+    names = list(dict.fromkeys(str(path) for path in paths))
+    if len(names) > 100 and process_rank()[0] == 0:
+        print(f"checksums of {len(names)} files", file=sys.stderr)
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(names, pool.map(sha256, names)))
+
+
+# -------------------------------------------- of scripts that do not use `Outputs` yet
+
+
+def check_settings(
+    path: str | Path,
+    settings: dict,
+    what: str = "results of",
+    mend: str = "remove the folder or rename the experiment",
+    begun: bool = True,
+) -> None:
+    """Note the settings of a new output folder in `path`; in one that has some they must be equal.
+
+    So results of different settings, or of unknown ones, are never mixed. begun: whether the folder
+    holds any result yet; if not, settings that a failed run left there are replaced. Call this
+    after every other check. what, mend: words of the error.
+    """
+    path = Path(path)
+    if begun and not path.exists():
+        raise UserError(
+            f"{path.parent}: is not empty, but has no {path.name} that says what made its content;"
+            " move it away, or choose another name"
+        )
+    if not begun:
+        write_json(path, settings)
+        return
+    before = read_json(path)
+    for name in {**before, **settings}:
+        if before.get(name) != settings.get(name):
+            raise UserError(
+                f"{path.parent}: holds {what} {name} = {before.get(name)}, now it is"
+                f" {settings.get(name)}; {mend}"
+            )
+
+
+@contextlib.contextmanager
+def folder_lock(folder: str | Path):
+    """Hold `folder` (which is created) for one run; a second one gets a UserError.
+
+    The lock is the kernel's, on <folder>/.lock: a killed run does not leave it behind, nor do its
+    forked processes, which end later. Of several processes of one run only the first takes it.
+    """
+    if process_rank()[0] > 0:
+        yield
+        return
+    folder = Path(folder)
+    check_writable(folder)
+    with open(folder / ".lock", "w", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{folder}: another run is writing there now; wait for it, or choose another folder"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        os.register_at_fork(after_in_child=file.close)
+        yield
+
+
+def digest_of_all(paths: Iterable[str | Path]) -> str:
+    """One SHA-256 of the contents of files, in their order."""
+    paths, whole = list(paths), hashlib.sha256()
+    if process_rank()[0] == 0:
+        print(f"checksums of {len(paths)} files", file=sys.stderr)
+    found = digests(paths)
+    for path in paths:
+        whole.update(found[str(path)].encode())
+    return whole.hexdigest()
