@@ -27,6 +27,7 @@ from tqdm import tqdm
 RENDEZVOUS_SECONDS = 120  # for the processes of a run to find each other
 WORK_SECONDS = 24 * 3600  # that one process may take longer than another
 SECONDS_BETWEEN_LINES = 30  # of progress, in a log file
+STARTED = time.time()  # of this process
 
 # In messages of torch, CUDA's libraries and the C library about memory that has run out.
 OUT_OF_MEMORY = ("out of memory", "allocate memory", "Unable to allocate", "_ALLOC_FAILED")
@@ -298,10 +299,14 @@ def _output(*command: str) -> str | None:
     return run.stdout.decode(errors="replace").strip()
 
 
-def manifest(options: dict, inputs: dict[str, str | Path] | None = None) -> dict:
-    """What a run was made from: command, options, versions, git state, hardware, input files.
+def manifest(
+    options: dict, inputs: dict[str, str | Path] | None = None, device=None, earlier: float = 0
+) -> dict:
+    """What a run was made from: command, options, versions, git state, hardware, input files; and
+    what it has cost so far.
 
-    inputs: {name: file}; the manifest has their SHA-256.
+    inputs: {name: file}; the manifest has their SHA-256. earlier: seconds of starts of the same run
+    that were stopped.
     """
     git = ("git", "-C", str(Path(__file__).resolve().parent))
     changed = _output(*git, "status", "--porcelain", "--untracked-files=no")
@@ -314,7 +319,8 @@ def manifest(options: dict, inputs: dict[str, str | Path] | None = None) -> dict
             "changed": None if changed is None else bool(changed),
         },
         "hardware": hardware(),
-        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "started": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(STARTED)),
+        "cost": {"seconds": round(earlier + time.time() - STARTED, 1), **peak_memory_mb(device)},
         "inputs": {
             name: {"path": path_from_here(path), "sha256": sha256(path)}
             for name, path in (inputs or {}).items()
