@@ -54,7 +54,6 @@ from torch.nn import functional as F
 
 from dataset.scc import (
     Data,
-    ahead,
     batches_per_epoch,
     image_batches,
     mask_shares,
@@ -85,6 +84,7 @@ from util.outputs import check_writable, folder_lock, read_json, remove_leftover
 from util.run import (
     Stopwatch,
     UserError,
+    ahead,
     exact_mode,
     manifest,
     peak_memory_mb,

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import itertools
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,6 +13,7 @@ import torch
 
 from util.connectivity import connectivities
 from util.labels import IGNORE, read_image, read_label
+from util.run import ahead
 
 POOL = 1024  # patches in memory, 0.4 GB at 256x512, from which training batches are drawn (ours)
 
@@ -96,16 +95,6 @@ class Data:
         picture, numbers = self.read(image)
         height, width = (max(16, round(side * self.options.scale)) for side in numbers.shape)
         return cv2.resize(picture, (width, height), interpolation=cv2.INTER_AREA), numbers
-
-
-def ahead(pool: ThreadPoolExecutor, function: Callable, items: Iterable, count: int) -> Iterator:
-    """function(item) of every item, in order, while `pool` works on the next `count` items."""
-    items = iter(items)
-    jobs = deque(pool.submit(function, item) for item in itertools.islice(items, count))
-    while jobs:
-        result = jobs.popleft().result()
-        jobs.extend(pool.submit(function, item) for item in itertools.islice(items, 1))
-        yield result
 
 
 def judged_images(data: Data) -> np.ndarray:

@@ -8,6 +8,7 @@ import ctypes
 import errno
 import hashlib
 import io
+import itertools
 import os
 import platform
 import random
@@ -17,7 +18,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 
@@ -217,6 +220,16 @@ def process_group(device):
         # the next call keeps while it waits for them (torch 2.6).
         time.sleep(0.1)
         dist.destroy_process_group()
+
+
+def ahead(pool: ThreadPoolExecutor, function: Callable, items: Iterable, count: int) -> Iterator:
+    """function(item) of every item, in order, while `pool` works on the next `count` items."""
+    items = iter(items)
+    jobs = deque(pool.submit(function, item) for item in itertools.islice(items, count))
+    while jobs:
+        result = jobs.popleft().result()
+        jobs.extend(pool.submit(function, item) for item in itertools.islice(items, 1))
+        yield result
 
 
 # ------------------------------------------------------------------------------------------ records
