@@ -8,9 +8,9 @@
     options = parse_options(Options, __doc__, argv)    # --quantile 0.6 → options.quantile
 
 The string below an attribute is its help (several in a row are one). An attribute without default
-is required. `Setting` marks what results depend on: `settings_of`. Types: int, float, str, Path,
-Literal (choices), `X | None`, list[X] (any number), tuple[X, X] (two), bool (a switch), and those
-below, which have bounds.
+is required. `Setting` marks what results depend on: `settings_of`; `Argument`, what is given in its
+place, without a name. Types: int, float, str, Path, Literal (choices), `X | None`, list[X] (any
+number), tuple[X, X] (two), bool (a switch), and those below, which have bounds.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Annotated, Literal, TypeVar, Union, get_args, get_origin, get
 from util.run import UserError, select_device
 
 T = TypeVar("T")
-SETTING = "setting"
+SETTING, ARGUMENT = "setting", "argument"
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ class Bounds:
 
 
 Setting = Annotated[T, SETTING]
+Argument = Annotated[T, ARGUMENT]
 Count = Annotated[int, Bounds(least=1), "N"]
 CountFrom0 = Annotated[int, Bounds(least=0), "N"]
 Pixels = Annotated[int, Bounds(least=1), "PIXELS"]
@@ -165,19 +166,22 @@ def add_option(group, name: str, hint, default, text: str) -> None:
     elif get_origin(plain) is Literal:
         how["choices"] = get_args(plain)
     else:
-        metavar = next((m for m in marks if isinstance(m, str) and m != SETTING), None)
+        words = [m for m in marks if isinstance(m, str) and m not in (SETTING, ARGUMENT)]
+        metavar = next(iter(words), None)
         if get_origin(plain) is not None:
             how["nargs"] = "*" if get_origin(plain) is list else len(get_args(plain))
             plain = taken_apart(get_args(plain)[0])[0]
             metavar = tuple(metavar.split()) if metavar and " " in metavar else metavar
         how |= {"type": plain, "metavar": metavar or name.rpartition("_")[2].upper()}
-    if default is MISSING:
+    if default is not MISSING:
+        how["default"] = default
+    elif ARGUMENT not in marks:
         how["required"] = True
-    elif default is not None and plain is not bool:
+    if default not in (MISSING, None) and plain is not bool:
         shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
         text += f" (default: {shown})"
-    how["default"] = None if default is MISSING else default
-    group.add_argument(f"--{name.replace('_', '-')}", help=text.replace("%", "%%"), **how)
+    flag = name if ARGUMENT in marks else f"--{name.replace('_', '-')}"
+    group.add_argument(flag, help=text.replace("%", "%%"), **how)
 
 
 def settings_of(options) -> dict:
