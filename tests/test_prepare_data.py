@@ -11,7 +11,7 @@ from conftest import ROOT
 from PIL import Image
 
 from scripts import prepare_data
-from scripts.prepare_data import LABEL_IDS_OF_19, camvid_table, cityscapes_table
+from scripts.prepare_data import DATA_SETS, LABEL_IDS_OF_19
 from util.labels import CITYSCAPES_19, IGNORE, SYNTHIA_16, read_label, read_list
 from util.run import run_main
 
@@ -69,23 +69,23 @@ def prepare(capsys, root, *extra, data="cityscapes", expect=(3, 2)):
 
 
 def test_tables_are_the_official_ones():
-    table = cityscapes_table(19)
+    table = DATA_SETS["cityscapes"].table
     for name, label_id in (("road", 7), ("pole", 17), ("sky", 23), ("bicycle", 33), ("train", 31)):
         assert table[label_id] == CITYSCAPES_19.names.index(name)
     for void in (0, 6, 9, 10, 14, 15, 16, 18, 29, 30):
         assert table[void] == IGNORE
     assert (table[34:] == -1).all()
-    sixteen = cityscapes_table(16)
+    sixteen = DATA_SETS["cityscapes_16"].table
     for train_id, label_id in enumerate(LABEL_IDS_OF_19):
         name = CITYSCAPES_19.names[train_id]
         expected = SYNTHIA_16.names.index(name) if name in SYNTHIA_16.names else IGNORE
         assert sixteen[label_id] == expected
-    assert camvid_table()[[0, 10, 11, 12]].tolist() == [0, 10, IGNORE, -1]
+    assert DATA_SETS["camvid"].table[[0, 10, 11, 12]].tolist() == [0, 10, IGNORE, -1]
 
 
 def test_table_equals_cityscapesscripts():
     labels = pytest.importorskip("cityscapesscripts.helpers.labels").labels
-    table = cityscapes_table(19)
+    table = DATA_SETS["cityscapes"].table
     for label in labels:
         if label.id >= 0:
             assert table[label.id] == (label.trainId if 0 <= label.trainId < 19 else IGNORE), (
@@ -107,8 +107,7 @@ def test_cityscapes_is_prepared(cityscapes, capsys, class_num, ending, suffix):
     assert len(read_list(cityscapes / f"lists/train{suffix}.txt")) == 3
     official = read_label(cityscapes / rows[0][1].replace(ending, "labelIds"))
     label = read_label(cityscapes / rows[0][1], class_num)
-    for label_id in range(34):
-        assert (label[official == label_id] == cityscapes_table(class_num)[label_id]).all()
+    assert np.array_equal(label, DATA_SETS[f"cityscapes{suffix}"].table[official])
     assert "road" in out and ("terrain" in out) == (class_num == 19)
     before = {path: path.stat().st_mtime_ns for path in cityscapes.rglob("*labelTrainIds*")}
     assert (
@@ -307,10 +306,10 @@ def test_bdd_that_lacks_more_is_refused(bdd, capsys):
 
 
 @pytest.mark.parametrize("found, accepted", [(6996, True), (6930, True), (6929, False), (7001, 0)])
-def test_counts_of_bdd(found, accepted):
-    data = prepare_data.DATA_SETS["bdd"]
+def test_counts_of_bdd(monkeypatch, found, accepted):
     pairs = [prepare_data.Pair(f"{i}.jpg", f"{i}.png", f"{i}.png") for i in range(found)]
-    findings = prepare_data.check_pairing(Path("none"), "train", pairs, [], data, None)
+    monkeypatch.setattr(prepare_data, "pairs_of", lambda *_: (pairs, []))
+    findings = prepare_data.check_pairing(Path("none"), DATA_SETS["bdd"], "train", None)
     assert bool(findings.problems) != bool(accepted) and bool(findings.notes) == bool(accepted)
     assert f"{found} train images, the official set has 7000" in "".join(
         findings.problems + findings.notes

@@ -9,8 +9,9 @@
 
 The string below an attribute is its help (several in a row are one). An attribute without default
 is required. `Setting` marks what results depend on: `settings_of`; `Argument`, what is given in its
-place, without a name. Types: int, float, str, Path, Literal (choices), `X | None`, list[X] (any
-number), tuple[X, X] (two), bool (a switch), and those below, which have bounds.
+place, without a name; `Annotated[File, "--x"]` gives a second name. Types: int, float, str, Path,
+Literal (choices), `X | None`, list[X] (any number), tuple[X, X] (two), bool (a switch), and those
+below, which have bounds.
 """
 
 from __future__ import annotations
@@ -164,7 +165,7 @@ def add_option(group, name: str, hint, default, text: str) -> None:
     elif plain == bool | None:
         how["action"] = BooleanOptionalAction
     elif get_origin(plain) is Literal:
-        how["choices"] = get_args(plain)
+        how |= {"choices": get_args(plain), "type": type(get_args(plain)[0])}
     else:
         words = [m for m in marks if isinstance(m, str) and m not in (SETTING, ARGUMENT)]
         metavar = next(iter(words), None)
@@ -180,8 +181,9 @@ def add_option(group, name: str, hint, default, text: str) -> None:
     if default not in (MISSING, None) and plain is not bool:
         shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
         text += f" (default: {shown})"
-    flag = name if ARGUMENT in marks else f"--{name.replace('_', '-')}"
-    group.add_argument(flag, help=text.replace("%", "%%"), **how)
+    others = [mark for mark in marks if isinstance(mark, str) and mark.startswith("--")]
+    flags = [name] if ARGUMENT in marks else [f"--{name.replace('_', '-')}", *others]
+    group.add_argument(*flags, help=text.replace("%", "%%"), **how)
 
 
 def settings_of(options) -> dict:
