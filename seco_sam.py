@@ -39,22 +39,23 @@ list. From Python, for one image:
     result = aggregate(image, label, sam, classes)
     write_label("street_psa.png", result.label, classes.palette)
 
-Needs when copied away: model/{segmenter,sam,sam_fast,sam_decoder,sam_tiny,sam_transformers}.py,
-util/{connectivity,labels,options,outputs,pictures,psa_panel,psa_records,run}.py and, for the tiny
-SAM, model/sam_tiny.pth.
+Needs when copied away: dataset/psa.py,
+model/{segmenter,sam,sam_fast,sam_decoder,sam_tiny,sam_transformers}.py,
+util/{connectivity,labels,options,outputs,pictures,run}.py and, for the tiny SAM,
+model/sam_tiny.pth.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import cv2
 import numpy as np
@@ -63,8 +64,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dataset.psa import Places, Row, image_record, panel, places_of, summarise
 from model.sam import files_digest, load_segmenter, output_name
-from model.segmenter import ProposalMask, Segmenter
+from model.segmenter import ProposalMask, Segmenter, load_proposals, save_proposals
 from util.connectivity import Connectivity, connectivities
 from util.labels import (
     IGNORE,
@@ -74,30 +76,25 @@ from util.labels import (
     read_label,
     read_list,
     read_picture,
+    renamed_experiment,
     write_label,
+    write_list,
 )
 from util.options import (
-    add_class_options,
-    add_list_options,
-    add_run_options,
-    check_range,
-    check_run_options,
+    ClassOptions,
+    Count,
+    CountFrom0,
+    DeviceOptions,
+    Folder,
+    ListOptions,
+    Setting,
+    one_of,
+    parse_options,
 )
-from util.outputs import check_writable, folder_lock, write_json
+from util.outputs import Outputs, check_writable, read_json, write_json
 from util.pictures import save_picture
-from util.psa_panel import panel
-from util.psa_records import (
-    Places,
-    check_folder,
-    image_record,
-    load_proposals,
-    places_of,
-    row_digests,
-    rows_to_do,
-    save_proposals,
-    write_summary,
-)
 from util.run import (
+    ahead,
     exact_mode,
     manifest,
     peak_memory_mb,
@@ -106,8 +103,10 @@ from util.run import (
     run_main,
     select_device,
     tune_cpu,
+    wait_for,
 )
 
+READ_AHEAD = 2  # images that are read, and saved, while the device works
 # Of the released code:
 MIN_SHARE = 0.20  # stuff share that a proposal must exceed
 MIN_CLASS_PIXELS = 10  # classes with at most so many labeled pixels prompt nothing
@@ -141,6 +140,61 @@ class Aggregation:
     prompts: list[Prompt] = field(default_factory=list)
     aligned: list[int] = field(default_factory=list)
     masks: list[ProposalMask] = field(default_factory=list)
+
+
+# ---------------------------------------------------------------------------------------------- PSA
+
+
+def aggregate(
+    image: np.ndarray,
+    label: np.ndarray,
+    sam: Segmenter,
+    classes: ClassSet,
+    recipe: str = "release",
+    only: str | None = None,
+    fill: str | None = None,
+    cache: Path | None = None,
+    keep_masks: bool = False,
+) -> Aggregation:
+    """PSA of one image (the paper's Algorithm 1).
+
+    Args:
+        image: uint8 H x W x 3, RGB.
+        label: the pixel-level pseudo-label, uint8 H x W of train IDs and IGNORE.
+        sam: the segmenter; it encodes the image.
+        classes: which train IDs are stuff and which things.
+        recipe: "release" or "paper".
+        only: None, or one half of PSA for all classes, as the paper's ablation: "alignment" or
+            "prompting".
+        fill: None, or "pixel": where no mask reaches, the pixel keeps its label.
+        cache: file to take the mask proposals from, or to leave them in.
+        keep_masks: whether the result holds the proposals.
+    """
+    every = tuple(sorted(classes.stuff + classes.things))
+    halves = {
+        None: (classes.stuff, classes.things),
+        "alignment": (every, ()),
+        "prompting": ((), every),
+    }
+    stuff, things = halves[only]
+    sam.set_image(image)
+    pixel = torch.as_tensor(label, device=sam.device)
+    result, painted = Aggregation(label), torch.full_like(pixel, IGNORE)
+    if stuff:
+        masks = cached_proposals(sam, cache)
+        if keep_masks:
+            result.masks = masks = list(masks)
+        with sam.watch("align"):
+            painted, result.aligned = semantic_alignment(masks, pixel, stuff, classes.count, recipe)
+    with sam.watch("make prompts"):
+        result.prompts = thing_prompts(label, things, recipe)
+    if result.prompts:
+        over = prompt_things(sam, result.prompts, pixel, recipe)
+        painted = torch.where(over == IGNORE, painted, over)  # things lie over stuff
+    if fill == "pixel":
+        painted = torch.where(painted == IGNORE, pixel, painted)
+    result.label = painted.cpu().numpy()
+    return result
 
 
 # --------------------------------------------------------------------- stuff: semantic alignment
@@ -367,54 +421,6 @@ def prompt_things(sam: Segmenter, prompts: list[Prompt], like: Tensor, recipe: s
     return painted
 
 
-# ---------------------------------------------------------------------------------------------- PSA
-
-
-def aggregate(
-    image: np.ndarray,
-    label: np.ndarray,
-    sam: Segmenter,
-    classes: ClassSet,
-    recipe: str = "release",
-    only: str | None = None,
-    fill: str | None = None,
-    cache: Path | None = None,
-    keep_masks: bool = False,
-) -> Aggregation:
-    """PSA of one image. image: uint8 H x W x 3, RGB; label: uint8 H x W of train IDs and IGNORE.
-
-    recipe: "release" or "paper". only: None, or one half of PSA for all classes, as the paper's
-    ablation: "alignment" or "prompting". fill: None, or "pixel": where no mask reaches, the pixel
-    keeps its label. cache: file to take the mask proposals from, or to leave them in. keep_masks:
-    whether the result holds them.
-    """
-    every = tuple(sorted(classes.stuff + classes.things))
-    halves = {
-        None: (classes.stuff, classes.things),
-        "alignment": (every, ()),
-        "prompting": ((), every),
-    }
-    stuff, things = halves[only]
-    sam.set_image(image)
-    pixel = torch.as_tensor(label, device=sam.device)
-    result, painted = Aggregation(label), torch.full_like(pixel, IGNORE)
-    if stuff:
-        masks = cached_proposals(sam, cache)
-        if keep_masks:
-            result.masks = masks = list(masks)
-        with sam.watch("align"):
-            painted, result.aligned = semantic_alignment(masks, pixel, stuff, classes.count, recipe)
-    with sam.watch("make prompts"):
-        result.prompts = thing_prompts(label, things, recipe)
-    if result.prompts:
-        over = prompt_things(sam, result.prompts, pixel, recipe)
-        painted = torch.where(over == IGNORE, painted, over)
-    if fill == "pixel":
-        painted = torch.where(painted == IGNORE, pixel, painted)
-    result.label = painted.cpu().numpy()
-    return result
-
-
 def cached_proposals(sam: Segmenter, cache: Path | None) -> Iterable[ProposalMask]:
     """The proposals of the image that `sam` has, from the file `cache` if it is there, else left in
     it.
@@ -451,62 +457,54 @@ def read_pair(root: Path, row: tuple[str, str], class_num: int) -> tuple[np.ndar
     return np.asarray(image), label
 
 
-def read_ahead(function: Callable, items: list, thread: ThreadPoolExecutor) -> Iterator:
-    """`function(item)` of all items in turn, two of them computed ahead."""
-    jobs = deque(thread.submit(function, item) for item in items[:2])
-    for index in range(len(items)):
-        result = jobs.popleft().result()
-        if index + 2 < len(items):
-            jobs.append(thread.submit(function, items[index + 2]))
-        yield result
-
-
-def process(
-    rows: list[tuple[str, str]],
+def aggregate_list(
+    rows: list[Row],
     sam: Segmenter,
     classes: ClassSet,
-    options: argparse.Namespace,
     places: Places,
+    options: Options,
     proposals: Path | None,
-    quiet: bool,
 ) -> None:
-    """PSA of the rows. proposals: folder of this SAM's mask proposals. The next image is read and
-    the last one saved while the device works; memory does not grow.
+    """PSA of the rows, this process's share. proposals: folder of this SAM's mask proposals.
+
+    The next images are read and the last ones saved while the device works; memory does not grow.
     """
-    how = dict(classes=classes, recipe=options.recipe, only=options.only, fill=options.fill)
+    method = {"recipe": options.recipe, "only": options.only, "fill": options.fill}
+    quiet = process_rank()[0] > 0
 
-    def read(row):
-        return *read_pair(places.root, row, classes.count), row_digests(places.root, row)
+    def read(row: Row):
+        return *read_pair(places.root, row, classes.count), places.digests(row)
 
-    def save(row, label, result, digests, picture, times) -> None:
-        record = image_record(row, label, result, digests, classes) | times
+    def save(row: Row, result: Aggregation, record: dict, picture) -> None:
         if picture is not None:
             save_picture(places.picture(row), picture)
         write_json(places.record(row), record)  # before the label: one without it is made again
         write_label(places.label(row), result.label, classes.palette)
 
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
-        inputs, saving = read_ahead(read, rows, reader), deque()
+        inputs, saving = ahead(reader, read, rows, READ_AHEAD), deque()
         for index, row in enumerate(progress(rows, "PSA", quiet=quiet)):
             sam.watch.seconds.clear()
-            start, more = time.perf_counter(), {}
+            start, agreement = time.perf_counter(), {}
             with sam.watch("wait for image"):
                 image, label, digests = next(inputs)
             if index == 0 and sam.amp:
-                more["bf16_agreement"] = bf16_agreement(image, label, sam, **how)
-                print(f"bf16 gives {more['bf16_agreement']:.2f} % of {row[0]} the labels of fp32")
+                share = bf16_agreement(image, label, sam, classes=classes, **method)
+                print(f"bf16 gives {share:.2f} % of {row[0]} the labels of fp32")
+                agreement = {"bf16_agreement": share}
                 sam.watch.seconds.clear()
                 start = time.perf_counter()
             cache = proposals and proposals / proposals_name(image)
             shown = row[1] in places.shown
-            result = aggregate(image, label, sam, cache=cache, keep_masks=shown, **how)
+            result = aggregate(image, label, sam, classes, **method, cache=cache, keep_masks=shown)
             picture = panel(image, label, result, classes) if shown else None
             result.masks = []
-            while len(saving) > 2:
+            record = digests | image_record(row, label, result, classes) | agreement
+            record["seconds"] = {stage: round(s, 4) for stage, s in sam.watch.seconds.items()}
+            record["total_seconds"] = round(time.perf_counter() - start, 4)
+            while len(saving) > READ_AHEAD:
                 saving.popleft().result()
-            more["seconds"] = {stage: round(s, 4) for stage, s in sam.watch.seconds.items()}
-            more["total_seconds"] = round(time.perf_counter() - start, 4)
-            saving.append(writer.submit(save, row, label, result, digests, picture, more))
+            saving.append(writer.submit(save, row, result, record, picture))
         for job in saving:
             job.result()
 
@@ -517,153 +515,109 @@ def proposals_name(image: np.ndarray) -> str:
     return f"{hashlib.sha256(image.tobytes()).hexdigest()[:32]}_{width}x{height}.npz"
 
 
+def rows_to_do(rows: list[Row], places: Places) -> list[Row]:
+    """This process's rows whose results are not there yet."""
+    rank, world = process_rank()
+    rows = rows[rank::world]
+    with ThreadPoolExecutor() as pool:
+        done = pool.map(places.is_done, rows)
+        done = list(progress(done, "looking for earlier results", len(rows), quiet=rank > 0))
+    if any(done) and rank == 0:
+        print(f"{sum(done)} of {len(rows)} images are done already")
+    return [row for row, there in zip(rows, done) if not there]
+
+
+def write_summary(rows: list[Row], classes: ClassSet, places: Places, record: dict) -> None:
+    """The list of results and its summary with `record`, when all processes have made their
+    part.
+    """
+    made = [path for row in rows for path in (places.record(row), places.label(row))]
+    wait_for(made, "the other processes")
+    write_list(places.list_path, [(r[0], renamed_experiment(r[1], places.suffix)) for r in rows])
+    summary = summarise([read_json(places.record(row)) for row in rows], classes)
+    write_json(places.summary, summary | record)
+    print(
+        f"{len(rows)} images: {summary['coverage_before']:.1f} % of the pixels labeled before,"
+        f" {summary['coverage_after']:.1f} % after; {summary['proposals_per_image']:.0f}"
+        f" proposals an image\nlabels: {places.out}\nlist: {places.list_path}"
+    )
+
+
 # --------------------------------------------------------------------------------------------- main
 
 
-def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_list_options(parser, "pseudo-labels")
-    add_class_options(parser)
-    add_sam_options(parser)
-    add_method_options(parser)
-    parser.add_argument(
-        "--limit",
-        type=int,
-        metavar="N",
-        help="only the first N images; their list is called <name>_first<N>.txt",
-    )
-    parser.add_argument(
-        "--vis",
-        type=int,
-        default=0,
-        metavar="N",
-        help="pictures of the first N images (default: 0)",
-    )
-    add_run_options(parser, seed=False)
-    options = parser.parse_args(argv)
-    check_run_options(options)
-    check_range(options, "prompt_batch", "limit", least=1)
-    check_range(options, "vis", least=0)
+@dataclass(kw_only=True)
+class Options(ListOptions, ClassOptions, DeviceOptions):
+    """PSA"""
+
+    sam_type: str = "vit_h"
+    "vit_h, vit_l, vit_b, vit_t (MobileSAM), tiny, or a model of transformers: its name on the"
+    "Hugging Face Hub or a local folder; see model/README.md"
+    sam_checkpoint: str | None = None
+    "its weights: a file, or a folder for a model of transformers (default: pretrained/<official"
+    "name>; tiny: the file shipped here)"
+    prompt_batch: Count | None = None
+    "prompts decoded at a time, halved when memory runs out (default: 4 on a CPU, 64 on a GPU)"
+    amp: Setting[Literal["none", "bf16"]] = "none"
+    "bf16 is faster; its agreement with fp32 on the first image is reported"
+    proposal_cache: Folder | None = None
+    "keep the mask proposals here, the larger part of the work: another recipe, ablation or set of"
+    "labels of the same images takes them from there (default: not kept)"
+    recipe: Setting[Literal["release", "paper"]] = "release"
+    "what the released code does, or what the paper says"
+    only_alignment: bool = False
+    "ablation: semantic alignment for all classes, no prompts"
+    only_prompting: bool = False
+    "ablation: prompts for all classes, no proposals"
+    fill: Setting[Literal["pixel"] | None] = None
+    "where no mask reaches, keep the pixel-level pseudo-label; neither recipe does it (default: no"
+    "label there)"
+    limit: Count | None = None
+    "only the first N images; their list is called <name>_first<N>.txt"
+    vis: CountFrom0 = 0
+    "pictures of the first N images"
+
+    @property
+    def only(self) -> str | None:
+        """The half of PSA that is taken for all classes."""
+        given = one_of(self, "only_alignment", "only_prompting", needed=False)
+        return given and given.removeprefix("only_")
+
+    @property
+    def suffix(self) -> str:
+        """What the results' names have after the experiment's."""
+        return (
+            output_name(self.sam_type)
+            + ("_paper" if self.recipe == "paper" else "")
+            + (f"_only_{self.only}" if self.only else "")
+            + ("_fill" if self.fill else "")
+        )
+
+
+def parse_args(argv: list[str] | None = None) -> Options:
+    options = parse_options(Options, __doc__, argv)
+    one_of(options, "only_alignment", "only_prompting", needed=False)
     return options
 
 
-def add_sam_options(parser: argparse.ArgumentParser) -> None:
-    """Which segmenter, and how it computes."""
-    parser.add_argument(
-        "--sam-type",
-        default="vit_h",
-        metavar="TYPE",
-        help=(
-            "vit_h, vit_l, vit_b, vit_t (MobileSAM), tiny, or a model of transformers: its name on"
-            " the Hugging Face Hub or a local folder; see model/README.md (default: %(default)s)"
-        ),
-    )
-    parser.add_argument(
-        "--sam-checkpoint",
-        metavar="PATH",
-        help=(
-            "its weights: a file, or a folder for a model of transformers (default:"
-            " pretrained/<official name>; tiny: the file shipped here)"
-        ),
-    )
-    parser.add_argument(
-        "--prompt-batch",
-        type=int,
-        metavar="N",
-        help=(
-            "prompts decoded at a time, halved when memory runs out (default: 4 on a CPU, 64 on a"
-            " GPU)"
-        ),
-    )
-    parser.add_argument(
-        "--amp",
-        default="none",
-        choices=("none", "bf16"),
-        help=(
-            "bf16 is faster; its agreement with fp32 on the first image is reported (default: none)"
-        ),
-    )
-    parser.add_argument(
-        "--proposal-cache",
-        metavar="DIR",
-        help=(
-            "keep the mask proposals here, the larger part of the work: another recipe, ablation or"
-            " set of labels of the same images takes them from there (default: not kept)"
-        ),
-    )
-
-
-def add_method_options(parser: argparse.ArgumentParser) -> None:
-    """Recipe, ablations and what happens where no mask is."""
-    parser.add_argument(
-        "--recipe",
-        default="release",
-        choices=("release", "paper"),
-        help="what the released code does, or what the paper says (default: %(default)s)",
-    )
-    only = parser.add_mutually_exclusive_group()
-    only.add_argument(
-        "--only-alignment",
-        action="store_const",
-        dest="only",
-        const="alignment",
-        help="ablation: semantic alignment for all classes, no prompts",
-    )
-    only.add_argument(
-        "--only-prompting",
-        action="store_const",
-        dest="only",
-        const="prompting",
-        help="ablation: prompts for all classes, no proposals",
-    )
-    parser.add_argument(
-        "--fill",
-        choices=("pixel",),
-        help=(
-            "where no mask reaches, keep the pixel-level pseudo-label; neither recipe does it"
-            " (default: no label there)"
-        ),
-    )
-
-
-def output_suffix(options: argparse.Namespace) -> str:
-    """What the results' names have after the experiment's."""
-    return (
-        output_name(options.sam_type)
-        + ("_paper" if options.recipe == "paper" else "")
-        + (f"_only_{options.only}" if options.only else "")
-        + ("_fill" if options.fill else "")
-    )
-
-
-def main(argv=None) -> None:
+def main(argv: list[str] | None = None) -> None:
     options = parse_args(argv)
     classes = class_set(options.class_num, options.stuff, options.things)
     rows = read_list(options.id_list_path)[: options.limit]
-    suffix = output_suffix(options)
-    places = places_of(
-        rows, options.id_list_path, options.root_path, suffix, options.limit, options.vis
-    )
-    rank, world = process_rank()
+    root, suffix = options.root_path, options.suffix
+    places = places_of(rows, options.id_list_path, root, suffix, options.limit, options.vis)
     device = select_device(options.device)
     if options.amp == "none":
         exact_mode()
     tune_cpu()
-    sam = load_segmenter(
-        options.sam_type,
-        options.sam_checkpoint,
-        device,
-        options.prompt_batch,
-        options.amp == "bf16",
-    )
+    weights, bf16 = options.sam_checkpoint, options.amp == "bf16"
+    sam = load_segmenter(options.sam_type, weights, device, options.prompt_batch, bf16)
     sam_name, sam_digest = output_name(options.sam_type), files_digest(sam.files)
-    check_pairs(places.root, rows, options.id_list_path, classes.count)
+    check_pairs(root, rows, options.id_list_path, classes.count)
     check_writable(places.list_path.parent)
-    proposals = options.proposal_cache and (
-        Path(options.proposal_cache) / f"{sam_name}_{sam_digest[:12]}_{options.amp}"
-    )
+    proposals = options.proposal_cache
+    if proposals:
+        proposals = proposals / f"{sam_name}_{sam_digest[:12]}_{options.amp}"
     settings = {
         "recipe": options.recipe,
         "only": options.only,
@@ -674,17 +628,22 @@ def main(argv=None) -> None:
         "things": list(classes.things),
         "amp": options.amp,
     }
-    with folder_lock(places.out):
-        check_folder(places, rows, settings)
-        todo = rows_to_do(rows[rank::world], places, quiet=rank > 0)
-        process(todo, sam, classes, options, places, proposals, quiet=rank > 0)
-        if rank == 0:
+    with Outputs(places.out) as out:
+        # Every process: the first one notes the settings before it writes a label.
+        out.accept(settings, begun=places.begun(rows))
+        todo = rows_to_do(rows, places)
+        done = [row for row in rows[process_rank()[0] :: process_rank()[1]] if row not in todo]
+        earlier = sum(read_json(places.record(row))["total_seconds"] for row in done)
+        aggregate_list(todo, sam, classes, places, options, proposals)
+        if process_rank()[0] == 0:
             inputs = {"list": options.id_list_path, "sam": sam.files[0]}
-            more = {
+            record = {
                 "peak_memory": peak_memory_mb(device),
-                "manifest": manifest(vars(options), inputs),
+                "manifest": manifest(vars(options), inputs, device, earlier),
             }
-            print(write_summary(rows, classes, places, more))
+            if not todo and places.summary.is_file():  # nothing was made
+                record = {name: read_json(places.summary)[name] for name in record}
+            write_summary(rows, classes, places, record)
 
 
 if __name__ == "__main__":

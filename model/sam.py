@@ -9,7 +9,7 @@ facebook/sam2.1-hiera-large, or a local folder with such a model (model/sam_tran
 model/README.md has the table of models.
 
 Needs when copied away: model/{segmenter,sam_fast,sam_decoder,sam_tiny,sam_transformers}.py,
-util/run.py and, for `tiny`, model/sam_tiny.pth.
+util/{outputs,run}.py and, for `tiny`, model/sam_tiny.pth.
 """
 
 from __future__ import annotations

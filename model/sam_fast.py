@@ -8,7 +8,7 @@ show the image, not its padding, are upscaled. Masks stay on the device until th
 nothing is run-length encoded. A CPU's cores decode different prompts. The differences to the
 package are those of floating-point summation order: tests/oracle_psa.py is the oracle.
 
-Needs when copied away: model/{segmenter,sam_decoder,sam_tiny}.py, util/run.py.
+Needs when copied away: model/{segmenter,sam_decoder,sam_tiny}.py, util/{outputs,run}.py.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ whose input is stretched to a square (SAM 2, SAM 3, EdgeTAM) the package's own g
 grid of points of an image that is not square in the wrong places; here it covers the image, as
 Meta's generator of SAM 2 does.
 
-Needs when copied away: model/segmenter.py, util/run.py.
+Needs when copied away: model/segmenter.py, util/{outputs,run}.py.
 """
 
 from __future__ import annotations

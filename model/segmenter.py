@@ -12,9 +12,11 @@ of the low-resolution masks, P counts prompts, k points of a prompt, M masks.
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -28,7 +30,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops.boxes import batched_nms
 
-from util.run import Stopwatch
+from util.outputs import atomic_path
+from util.run import Stopwatch, UserError
 
 FULL_SIZE_PIXELS = 1 << 28  # of masks that a GPU looks at together at the image's size
 
@@ -285,3 +288,36 @@ class Segmenter:
                 ys, xs = np.flatnonzero(inside.any(axis=1)), np.flatnonzero(inside.any(axis=0))
                 boxes.append([xs[0], ys[0], xs[-1], ys[-1]] if ys.size else [0] * 4)
         return stable, torch.tensor(boxes, dtype=torch.long).reshape(-1, 4)
+
+
+# ------------------------------------------------------------------------------- proposals as files
+
+
+def save_proposals(path: Path, masks: list[ProposalMask]) -> None:
+    """The masks to a file, as bits, compressed: a few hundred kilobytes for an image of
+    2048x1024.
+    """
+    boxes = np.array([box for _, box in masks], dtype=np.int32).reshape(-1, 4)
+    bits = np.packbits(
+        np.concatenate([m.cpu().numpy().ravel() for m, _ in masks] or [np.zeros(0, bool)])
+    )
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        np.savez_compressed(file, boxes=boxes, bits=bits)
+
+
+def load_proposals(path: Path, device: torch.device) -> list[ProposalMask]:
+    """What `save_proposals` wrote."""
+    try:
+        with np.load(path) as file:
+            boxes, bits = file["boxes"].tolist(), np.unpackbits(file["bits"]).astype(bool)
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"{path}: not mask proposals of this script ({error}); remove the file"
+        ) from None
+    masks, start = [], 0
+    for x0, y0, x1, y1 in boxes:
+        height, width = y1 - y0 + 1, x1 - x0 + 1
+        mask = torch.from_numpy(bits[start : start + height * width].reshape(height, width))
+        masks.append((mask.to(device), (x0, y0, x1, y1)))
+        start += height * width
+    return masks

@@ -137,10 +137,10 @@ def pipeline_picture(run: Path, index: int) -> Image.Image:
     """One target image on its way: pixel labels with prompts, proposals, PSA, SCC's doubt,
     corrected, ground truth.
     """
+    from dataset.psa import prompt_picture, proposal_picture
     from model.sam import build_sam
     from model.sam_fast import FastSam
     from seco_sam import aggregate
-    from util.psa_panel import prompt_picture, proposal_picture
 
     seed, classes = run / "seed0", CITYSCAPES_19
     image_path, pixel_path = read_list(seed / "splits/pix/all.txt")[index]

@@ -1,0 +1,203 @@
+"""What PSA leaves beside its labels: a record and a picture of each image, a list's summary.
+
+Records are JSON, one file an image, in stats/ of the folder of labels. An image is done when its
+label and its record are there and the record names the image and the pixel label as they are.
+`result` is a seco_sam.Aggregation.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from util.connectivity import connectivities
+from util.labels import COLOURS, IGNORE, ClassSet, holds_pictures, renamed_experiment, renamed_list
+from util.outputs import read_json
+from util.pictures import colour_label, contact_sheet, overlay
+from util.run import UserError, sha256
+
+Row = tuple[str, str]  # of a list: image path, path of the pixel label
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where everything of a list is.
+
+    root: what paths start from. suffix: of the experiment's name. out: the folder of the labels.
+    list_path: the list of results. shown: the label paths of the rows that get a picture.
+    """
+
+    root: Path
+    suffix: str
+    out: Path
+    list_path: Path
+    summary: Path
+    shown: frozenset[str]
+
+    def label(self, row: Row) -> Path:
+        return self.root / renamed_experiment(row[1], self.suffix)
+
+    def record(self, row: Row) -> Path:
+        return self.out / "stats" / (row[1].partition("/")[2] + ".json")
+
+    def picture(self, row: Row) -> Path:
+        return self.out / "vis" / row[1].partition("/")[2]
+
+    def begun(self, rows: list[Row]) -> bool:
+        """Whether the folder holds labels, of ours or of somebody else."""
+        return any(self.label(row).is_file() for row in rows) or holds_pictures(self.out)
+
+    def digests(self, row: Row) -> dict[str, str]:
+        """SHA-256 of a row's image and pixel label, as records have them."""
+        image, label = (sha256(self.root / path) for path in row)
+        return {"image_sha256": image, "label_sha256": label}
+
+    def is_done(self, row: Row) -> bool:
+        """Whether an image's results are there; UserError if what they were made from has
+        changed. A record that is not readable is made again.
+        """
+        try:
+            record = read_json(self.record(row))
+        except UserError:
+            return False
+        if not isinstance(record, dict) or "label_sha256" not in record:
+            return False
+        if not self.label(row).is_file():
+            return False
+        for path, (name, digest) in zip(row, self.digests(row).items()):
+            if record[name] != digest:
+                raise UserError(
+                    f"{self.root / path}: has changed since {self.label(row)} was made from it;"
+                    " remove that label map to have it made again, or rename the experiment"
+                )
+        return row[1] not in self.shown or self.picture(row).is_file()
+
+
+def places_of(
+    rows: list[Row], list_path: Path, root: Path, suffix: str, limit: int | None, vis: int
+) -> Places:
+    """The places of a list's results; UserError where they could not be told from its inputs.
+
+    Args:
+        rows: of the list at `list_path`, below `root`.
+        suffix: what results have after the experiment's name.
+        limit: how many of the list's rows were taken, whose list and summary get names of their
+            own; None: all.
+        vis: how many of the rows get a picture.
+    """
+    experiments = {row[1].partition("/")[0] for row in rows}
+    if len(experiments) > 1:
+        raise UserError(
+            f"{list_path}: label paths of several experiments ({', '.join(sorted(experiments))});"
+            " give one list for each"
+        )
+    out = root / renamed_experiment(rows[0][1], suffix).partition("/")[0]
+    for image, label in rows:
+        if image.partition("/")[0] == out.name:
+            raise UserError(f"{list_path}: {image} lies in {out}, where results go; rename one")
+        if label.split("/")[1] in ("stats", "vis"):
+            raise UserError(
+                f"{list_path}: {label} lies in a folder named as one of the results' own, stats/"
+                " and vis/; rename it"
+            )
+    first = f"_first{limit}" if limit else ""
+    new_list = renamed_list(list_path, rows[0][1], suffix)
+    new_list = new_list.with_stem(new_list.stem + first)
+    shown = frozenset(row[1] for row in rows[:vis])
+    return Places(root, suffix, out, new_list, out / f"summary{first}.json", shown)
+
+
+# ------------------------------------------------------------------------------- records, summary
+
+
+def image_record(row: Row, label: np.ndarray, result, classes: ClassSet) -> dict:
+    """The record of an image, of which `summarise` makes sums. label: uint8 H x W, the pixel
+    label.
+    """
+    made = [c.class_id for c in connectivities(result.label, range(classes.count))]
+    return {
+        "image": row[0],
+        "label": row[1],
+        "pixels": int(label.size),
+        "labeled_before": int(np.count_nonzero(label != IGNORE)),
+        "labeled_after": int(np.count_nonzero(result.label != IGNORE)),
+        "proposals": len(result.aligned),
+        "aligned": sum(c != IGNORE for c in result.aligned),
+        "prompts": _counts([p.class_id for p in result.prompts]),
+        "connectivities": _counts(made),
+    }
+
+
+def _counts(class_ids: list[int]) -> dict[str, int]:
+    """{class: how often}, keys as JSON has them."""
+    return {str(c): count for c, count in sorted(Counter(class_ids).items())}
+
+
+def summarise(records: list[dict], classes: ClassSet) -> dict:
+    """The summary of a list from its images' records: shares in percent, times in seconds."""
+    total = lambda key: sum(record[key] for record in records)
+    per_class = lambda key: {
+        name: sum(record[key].get(str(i), 0) for record in records)
+        for i, name in enumerate(classes.names)
+    }
+    seconds: dict[str, float] = Counter()
+    for record in records:
+        seconds.update(record["seconds"])
+    summary = {
+        "images": len(records),
+        "coverage_before": 100 * total("labeled_before") / total("pixels"),
+        "coverage_after": 100 * total("labeled_after") / total("pixels"),
+        "proposals_per_image": total("proposals") / len(records),
+        "proposals_with_a_class_per_image": total("aligned") / len(records),
+        "prompts_per_class": per_class("prompts"),
+        "connectivities_per_class": per_class("connectivities"),
+        "seconds_per_stage": {stage: round(value, 2) for stage, value in seconds.items()},
+        "seconds_per_image": round(total("total_seconds") / len(records), 3),
+    }
+    agreement = {r["image"]: r["bf16_agreement"] for r in records if "bf16_agreement" in r}
+    return summary | ({"bf16_agreement": agreement} if agreement else {})
+
+
+# --------------------------------------------------------------------------------------- pictures
+
+
+def panel(image: np.ndarray, label: np.ndarray, result, classes: ClassSet) -> Image.Image:
+    """Image | pixel labels with the prompts | proposals | PSA, two by two.
+
+    image: uint8 H x W x 3, RGB; label: uint8 H x W, the pixel-level pseudo-label. Proposals are
+    shown if the result holds its masks.
+    """
+    return contact_sheet(
+        [
+            [image, prompt_picture(image, label, result, classes)],
+            [proposal_picture(image, result), colour_label(result.label, classes.palette)],
+        ],
+        row_titles=["image | pixel labels, prompts", "proposals | PSA"],
+        legend=classes,
+    )
+
+
+def prompt_picture(image: np.ndarray, label: np.ndarray, result, classes: ClassSet) -> np.ndarray:
+    """The pixel labels over the image, with the boxes and points of the prompts."""
+    picture = overlay(image, label, classes.palette, 0.75)
+    for prompt in result.prompts:
+        x0, y0, x1, y1 = (round(v) for v in prompt.box.tolist())
+        cv2.rectangle(picture, (x0, y0), (x1, y1), (255, 255, 255), 1)
+        for x, y in prompt.points:
+            cv2.circle(picture, (round(x), round(y)), 2, (255, 255, 0), -1)
+    return picture
+
+
+def proposal_picture(image: np.ndarray, result) -> np.ndarray:
+    """The mask proposals in changing colours over the darkened image."""
+    picture = (image * 0.35).astype(np.uint8)
+    for i, (mask, (x0, y0, x1, y1)) in enumerate(result.masks):
+        window, inside = (slice(y0, y1 + 1), slice(x0, x1 + 1)), mask.cpu().numpy()
+        colour = np.array(COLOURS[i % len(COLOURS)])
+        picture[window][inside] = (0.35 * image[window][inside] + 0.65 * colour).astype(np.uint8)
+    return picture
