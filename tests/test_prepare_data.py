@@ -11,6 +11,7 @@ from conftest import ROOT
 from PIL import Image
 
 from scripts import prepare_data
+from scripts.lib import layouts
 from scripts.prepare_data import DATA_SETS, LABEL_IDS_OF_19
 from util.labels import CITYSCAPES_19, IGNORE, SYNTHIA_16, read_label, read_list
 from util.run import run_main
@@ -377,7 +378,7 @@ def test_layouts_of_real_disks(cityscapes, tmp_path, capsys, change):
         for image, label in rows:
             assert (cityscapes / image).is_file() and label.endswith("_gtFine_labelTrainIds.png")
             assert read_label(cityscapes / label, 19).shape == (HEIGHT, WIDTH)
-    missing = prepare_data.missing_data("cityscapes", cityscapes)
+    missing = layouts.missing_data("cityscapes", cityscapes)
     assert [what for what, _ in missing] == [
         f"{cityscapes}/leftImg8bit/train: 3 of 2975 files *_leftImg8bit.png",
         f"{cityscapes}/leftImg8bit/val: 2 of 500 files *_leftImg8bit.png",
@@ -395,14 +396,14 @@ def test_preflight_accepts_bdd_as_published(monkeypatch, tmp_path, capsys, base)
     (tmp_path / f"{base}seg/images/train").mkdir(parents=True)
     (tmp_path / f"{base}seg/images/val").mkdir()
     monkeypatch.setattr(
-        prepare_data, "files_by_name", lambda root, folder, ending: range(counts[folder])
+        layouts, "files_by_name", lambda root, folder, ending: range(counts[folder])
     )
-    missing = prepare_data.missing_data("bdd", tmp_path)
+    missing = layouts.missing_data("bdd", tmp_path)
     labels = tmp_path / f"{base}seg/labels/val"
     assert [what for what, _ in missing] == [f"{labels}: 989 of 1000 files *_train_id.png"]
     assert "'Segmentation' of bdd-data.berkeley.edu (login)" in missing[0][1]
     note = "images/train: 6996 of 7000 files *.jpg; going on with these\n"
-    assert capsys.readouterr().out.endswith(note)
+    assert capsys.readouterr().err.endswith(note)
 
 
 def test_camvid(tmp_path, capsys):

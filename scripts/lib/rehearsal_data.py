@@ -14,7 +14,7 @@ Outputs  <out>/data     cityscapes: leftImg8bit/{train,val}/<city>/*_leftImg8bit
         --out runs/rehearse/gta2cs/inputs
 
 What is there is kept, so a stopped rehearsal goes on. Copied away, this file needs dataset/toy/,
-model/, util/ and scripts/prepare_data.py.
+model/, util/, scripts/prepare_data.py and scripts/lib/layouts.py.
 """
 
 from __future__ import annotations
