@@ -30,12 +30,13 @@ Copied away, this file needs util/ and model/.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -61,8 +62,18 @@ from util.labels import (
     read_list,
 )
 from util.metrics import confusion_matrix, summary
-from util.options import add_class_options, add_run_options, check_range, check_run_options
-from util.outputs import atomic_path, folder_lock, write_json
+from util.options import (
+    Bounds,
+    ClassOptions,
+    DeviceOptions,
+    File,
+    Folder,
+    List,
+    Setting,
+    one_of,
+    parse_options,
+)
+from util.outputs import Outputs, atomic_path, write_json
 from util.run import (
     UserError,
     exact_mode,
@@ -74,7 +85,8 @@ from util.run import (
     select_device,
 )
 
-MODES = ("original", "sliding_window", "center_crop")
+Mode = Literal["original", "sliding_window", "center_crop"]
+CropSize = Annotated[int, Bounds(least=33), "PIXELS"]  # 33: the least that DeepLabV3+ takes
 
 
 # --------------------------------------------------------------------------------------- prediction
@@ -300,52 +312,34 @@ def table(metrics: dict, header: str) -> str:
 # --------------------------------------------------------------------------------------------- main
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--checkpoint", type=Path, metavar="FILE", help="evaluate this network")
-    what.add_argument(
-        "--labels",
-        type=Path,
-        metavar="LIST|FOLDER",
-        help="evaluate the label maps of this list or folder",
-    )
-    parser.add_argument(
-        "--id-list-path",
-        type=Path,
-        required=True,
-        metavar="LIST",
-        help="images and their ground truth",
-    )
-    parser.add_argument(
-        "--root-path",
-        type=Path,
-        default=Path("data"),
-        help="folder the lists' paths start from (default: data)",
-    )
-    parser.add_argument(
-        "--mode",
-        choices=MODES,
-        default="original",
-        help="how images go through the network (default: original)",
-    )
-    parser.add_argument(
-        "--crop-size",
-        type=int,
-        default=769,
-        metavar="PIXELS",
-        help="side of windows and of the central square, 33 or more (default: 769)",
-    )
-    parser.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="where to leave metrics.json and the pictures"
-    )
-    add_class_options(parser)
-    add_run_options(parser, seed=False)
-    args = parser.parse_args(argv)
-    check_range(args, "crop_size", least=33)
-    check_run_options(args)
+@dataclass(kw_only=True)
+class EvalOptions:
+    """what is evaluated"""
+
+    checkpoint: Setting[File] | None = None
+    "evaluate this network"
+    labels: Setting[Annotated[Path, "LIST|FOLDER"]] | None = None
+    "evaluate the label maps of this list or folder"
+    id_list_path: Setting[List]
+    "images and their ground truth"
+    root_path: Setting[Folder] = Path("data")
+    "folder that the lists' paths start from"
+    mode: Setting[Mode] = "original"
+    "how images go through the network"
+    crop_size: Setting[CropSize] = 769
+    "side of windows and of the central square, 33 or more"
+    out: Folder | None = None
+    "where to leave metrics.json and the pictures"
+
+
+@dataclass(kw_only=True)
+class Options(DeviceOptions, ClassOptions, EvalOptions):
+    pass
+
+
+def parse_args(argv: list[str] | None = None) -> Options:
+    args = parse_options(Options, __doc__, argv)
+    one_of(args, "checkpoint", "labels")
     return args
 
 
@@ -412,7 +406,7 @@ def main(argv: list[str] | None = None) -> None:
     device = select_device(args.device)
     exact_mode()
     measure, header = prepared(args, rows, classes.count, device)
-    with folder_lock(args.out) if args.out else contextlib.nullcontext():
+    with Outputs(args.out) if args.out else contextlib.nullcontext():
         with process_group(device) as (rank, _):
             confusion = summed(measure(), device)
         if rank > 0:

@@ -10,8 +10,8 @@ Inputs   --labeled-id-path     rows `<image path> <label path>`: what acts as gr
          --supervised          instead of an unlabeled list: OHEM cross-entropy on the labeled one
                                (source model, upper bound)
 Outputs  in --save-path: latest.pth (resumes), best.pth (best evaluation), train.log (the shipped
-         logs' format), metrics.jsonl, TensorBoard events, pictures/, curves.png, manifest.json,
-         settings.json, summary.json
+         logs' format), metrics.jsonl, TensorBoard events, pictures/, curves.png, summary.json;
+         settings.json and inputs.json (what the run depends on), manifest.json
 
     python train_unimatch.py --labeled-id-path splits/cityscapes/DTST_gta_vit_h_scc/labeled.txt \\
         --unlabeled-id-path splits/cityscapes/DTST_gta_vit_h_scc/unlabeled.txt \\
@@ -31,124 +31,83 @@ Copied away, this file needs eval.py, model/, dataset/ and util/.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import itertools
 import math
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 
-from dataset.augment import cutmix
-from dataset.copy_paste import PARTNERS, RareClassPool
-from dataset.samples import MicroBatches, TrainingSamples, batches
-from eval import evaluate_checkpoint, figures, summed
-from model.checkpoint import load_exactly, read_checkpoint, state_dict_in
-from model.deeplabv3plus import DILATIONS, DeepLabV3Plus, channel_dropout, parameter_count
-from model.resnet import load_backbone
+from dataset.augment import SCALES, cutmix
+from dataset.copy_paste import PARTNERS, RARE_CLASSES, RareClassPool
+from dataset.samples import (
+    AUTHORS_PROCESSES,
+    Lists,
+    MicroBatches,
+    TrainingSamples,
+    batch_per_process,
+    batches,
+    read_lists,
+)
+from eval import CropSize, Mode, evaluate_checkpoint, figures, summed
+from model import losses
+from model.checkpoint import load_exactly, read_checkpoint
+from model.deeplabv3plus import parameter_count
+from model.resnet import BLOCKS, STEMS
+from model.train_logs import Logs, announce, dry_run, epoch_picture, log_header, summarise
+from model.training import (
+    average_running_statistics,
+    build_model,
+    distributed,
+    learning_rate,
+    mean_over_processes,
+    optimizer_of,
+    perturbation_factors,
+    set_precision,
+    to_device,
+)
 from util.images import normalised
 from util.labels import ClassSet, class_set
-from util.losses import (
-    balanced_cross_entropy,
-    class_weights,
-    ohem_cross_entropy,
-    pseudo_label_loss,
-    total_loss,
+from util.options import (
+    Bounds,
+    ClassOptions,
+    Count,
+    CountFrom0,
+    File,
+    Folder,
+    List,
+    NotNegative,
+    Pixels,
+    Positive,
+    RunOptions,
+    Setting,
+    Share,
+    one_of,
+    parse_options,
+    settings_of,
 )
-from util.outputs import atomic_path, check_writable, folder_lock, write_json
-from util.parallel import average_running_statistics, distributed, mean_over_processes, to_device
+from util.outputs import Outputs, atomic_path, check_writable, remove_leftovers, write_json
 from util.run import (
+    STARTED,
     UserError,
-    exact_mode,
     manifest,
     process_group,
     process_rank,
+    progress,
     run_main,
-    seed_everything,
     select_device,
     tune_cpu,
 )
-from util.run import progress as progress_bar
-from util.train_inputs import (
-    input_files,
-    open_folder,
-    read_lists,
-    run_settings,
-)
-from util.train_logs import Logs, announce, dry_run_report, epoch_picture, log_header, summarise
-from util.train_options import add_training_options, batch_per_process, check_training_options
 
-MOMENTUM, WEIGHT_DECAY = 0.9, 1e-4  # SGD without Nesterov; batch norm and biases decay too
-POLY_POWER = 0.9
-FACTORS = 4  # stream of random numbers, after those of dataset/samples.py
-
-
-# ----------------------------------------------------------------------------------------- schedule
-
-
-def learning_rate(iteration: int, total: int, base: float) -> float:
-    """Learning rate of training step `iteration` (from 0) of `total`: poly, one step late, as in
-    the shipped logs.
-
-    UniMatch sets lr0 (1 - it / total)^0.9 *after* step `it`, so that steps 0 and 1 both use lr0.
-    """
-    return base * (1 - max(iteration - 1, 0) / total) ** POLY_POWER
-
-
-def loss_group(global_batch: int, groups: int, batch: int) -> int:
-    """Samples that share the losses' pixel counts: OHEM and the means over valid pixels are taken
-    within such a group, and averaged over groups, as the authors' four processes did. A process
-    that has fewer samples at a time (`batch`) than a group makes the groups smaller.
-    """
-    group = global_batch // groups
-    return group if batch % group == 0 else math.gcd(group, batch)
+RESULTS = ("latest.pth", "best.pth", "summary.json")  # a folder with one of them holds a run
+REMEDY = "choose another --save-path, or remove that folder"
 
 
 # ------------------------------------------------------------------------------------ one iteration
-
-
-def cutmix_targets(w: dict, mix: dict, box: torch.Tensor) -> dict:
-    """Pseudo-labels, confidence and padding of a strong view: those of `w`, and those of `mix`
-    inside the box (B x S x S).
-    """
-    return {name: cutmix(w[name], mix[name], box) for name in ("label", "confidence", "ignore")}
-
-
-def with_confidence(logits: torch.Tensor) -> dict:
-    """Pseudo-labels of logits (B x K x S x S), detached: label and confidence, B x S x S."""
-    confidence, label = logits.detach().float().softmax(dim=1).max(dim=1)
-    return {"label": label, "confidence": confidence}
-
-
-def perturbation_factors(seed: int, iteration: int, global_batch: int, channels: tuple[int, int]):
-    """Channel factors of an iteration's feature perturbation, drawn for the whole global batch, so
-    that they do not depend on its distribution: a pair (c1, c4) of tensors 2 x G x C x 1 x 1,
-    [labeled, unlabeled].
-    """
-    state = np.random.SeedSequence((seed, FACTORS, iteration)).generate_state(1, np.uint64)[0]
-    generator = torch.Generator().manual_seed(int(state) >> 1)
-    return tuple(
-        channel_dropout(generator, 2 * global_batch, c).view(2, global_batch, c, 1, 1)
-        for c in channels
-    )
-
-
-def optimizer_of(model: DeepLabV3Plus, args) -> torch.optim.Optimizer:
-    """UniMatch's SGD, or AdamW: group 0 the backbone at --lr, group 1 the rest at --lr-multi times
-    that.
-    """
-    rest = [p for name, p in model.named_parameters() if not name.startswith("backbone.")]
-    groups = [
-        {"params": list(model.backbone.parameters()), "lr": args.lr},
-        {"params": rest, "lr": args.lr * args.lr_multi},
-    ]
-    if args.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=args.lr)
-    return torch.optim.SGD(groups, lr=args.lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
 
 
 class Trainer:
@@ -160,51 +119,17 @@ class Trainer:
     --class-balance.
     """
 
-    def __init__(self, model, args, device, group: int, total: int, weights=None):
+    def __init__(self, model, args: Options, device, group: int, total: int, weights=None):
         self.model, self.args, self.device = model, args, device
         self.group, self.total = group, total
         self.weights = None if weights is None else weights.to(device)
-        self.optimizer = optimizer_of(model, args)
+        self.optimizer = optimizer_of(model, args.optimizer, args.lr, args.lr_multi)
         self.plain = model
         if args.compile:
             self.plain = torch.compile(model)
             torch._dynamo.config.optimize_ddp = False  # its splitter fails on `fp_from`, a number
         self.network = distributed(self.plain, device)
         model.train()
-
-    def amp(self):
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.amp == "bf16")
-
-    def images(self, views: torch.Tensor) -> torch.Tensor:
-        images = normalised(views.to(self.device, non_blocking=True))
-        return images if self.args.channels_last else images.contiguous()
-
-    def per_group(self, loss, *tensors) -> torch.Tensor:
-        """The mean of loss(chunk of each tensor) over the loss groups."""
-        chunks = zip(*(tensor.split(self.group) for tensor in tensors))
-        return torch.stack([loss(*chunk) for chunk in chunks]).mean()
-
-    def loss_x(self, pred_x: torch.Tensor, mask_x: torch.Tensor) -> torch.Tensor:
-        def loss(logits, labels):
-            if self.weights is not None:
-                return balanced_cross_entropy(logits, labels, self.weights)
-            return ohem_cross_entropy(logits, labels, self.args.ohem_threshold, self.args.min_kept)
-
-        return self.per_group(loss, pred_x, mask_x)
-
-    def consistency(self, pred: torch.Tensor, target: dict) -> torch.Tensor:
-        """The loss of `pred` with pseudo-labels, confidence and padding as targets."""
-
-        def loss(*chunk):
-            return pseudo_label_loss(*chunk, self.args.conf_thresh)
-
-        return self.per_group(loss, pred, *(target[n] for n in ("label", "confidence", "ignore")))
-
-    def supervised_losses(self, batch: dict) -> tuple[torch.Tensor, dict, dict]:
-        with self.amp():
-            pred_x = self.network(self.images(batch["x"]))
-        loss = self.loss_x(pred_x, batch["mask_x"].to(self.device))
-        return loss, {"loss_all": loss, "loss_x": loss}, {"pred_x": pred_x}
 
     def unimatch_losses(self, batch: dict, factors) -> tuple[torch.Tensor, dict, dict]:
         """UniMatch's losses of one batch, as its released code has them.
@@ -236,7 +161,7 @@ class Trainer:
         loss_s1 = self.consistency(pred_s1, target_s1)
         loss_s2 = self.consistency(pred_s2, target_s2)
         loss_fp = self.consistency(pred_fp, w)
-        loss = total_loss(loss_x, loss_s1, loss_s2, loss_fp)
+        loss = losses.total_loss(loss_x, loss_s1, loss_s2, loss_fp)
 
         valid = ~ignore_w
         kept = ((w["confidence"] >= conf_thresh) & valid).sum() / valid.sum().clamp(min=1)
@@ -249,6 +174,13 @@ class Trainer:
         }
         shown = {"pred_x": pred_x, "pred_w": pred_w, "label_s1": target_s1["label"]}
         return loss, logged, shown
+
+    def supervised_losses(self, batch: dict) -> tuple[torch.Tensor, dict, dict]:
+        """The same three of the labeled list alone."""
+        with self.amp():
+            pred_x = self.network(self.images(batch["x"]))
+        loss = self.loss_x(pred_x, batch["mask_x"].to(self.device))
+        return loss, {"loss_all": loss, "loss_x": loss}, {"pred_x": pred_x}
 
     def mix_pseudo_labels(self, w_mix: torch.Tensor, needed: torch.Tensor) -> dict:
         """Label and confidence of the images pasted from, in eval mode; only of those that
@@ -268,6 +200,36 @@ class Trainer:
             for name, values in found.items():
                 mix[name][needed] = values
         return mix
+
+    def loss_x(self, pred_x: torch.Tensor, mask_x: torch.Tensor) -> torch.Tensor:
+        def loss(logits, labels):
+            if self.weights is not None:
+                return losses.balanced_cross_entropy(logits, labels, self.weights)
+            return losses.ohem_cross_entropy(
+                logits, labels, self.args.ohem_threshold, self.args.min_kept
+            )
+
+        return self.per_group(loss, pred_x, mask_x)
+
+    def consistency(self, pred: torch.Tensor, target: dict) -> torch.Tensor:
+        """The loss of `pred` with pseudo-labels, confidence and padding as targets."""
+
+        def loss(*chunk):
+            return losses.pseudo_label_loss(*chunk, self.args.conf_thresh)
+
+        return self.per_group(loss, pred, *(target[n] for n in ("label", "confidence", "ignore")))
+
+    def per_group(self, loss, *tensors) -> torch.Tensor:
+        """The mean of loss(chunk of each tensor) over the loss groups."""
+        chunks = zip(*(tensor.split(self.group) for tensor in tensors))
+        return torch.stack([loss(*chunk) for chunk in chunks]).mean()
+
+    def amp(self):
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.amp == "bf16")
+
+    def images(self, views: torch.Tensor) -> torch.Tensor:
+        images = normalised(views.to(self.device, non_blocking=True))
+        return images if self.args.channels_last else images.contiguous()
 
     def iteration(
         self, iteration: int, micro_batches, sampler: MicroBatches, step: bool = True
@@ -311,267 +273,378 @@ class Trainer:
         return logged, {**shown, "batch": batch}
 
 
-# -------------------------------------------------------------------------------------------- model
+def with_confidence(logits: torch.Tensor) -> dict:
+    """Pseudo-labels of logits (B x K x S x S), detached: label and confidence, B x S x S."""
+    confidence, label = logits.detach().float().softmax(dim=1).max(dim=1)
+    return {"label": label, "confidence": confidence}
 
 
-def build_model(args, class_num: int) -> DeepLabV3Plus:
-    """DeepLabV3+ with the starting weights that the options name, the rest drawn from --seed."""
-    seed_everything(args.seed)
-    model = DeepLabV3Plus(
-        int(args.backbone.removeprefix("resnet")), class_num, args.stem, DILATIONS
-    )
-    if args.init_checkpoint:
-        state = state_dict_in(read_checkpoint(args.init_checkpoint), args.init_checkpoint)
-        wanted = f"DeepLabV3+ with {args.backbone} ({args.stem} stem), {class_num} classes"
-        load_exactly(model, state, args.init_checkpoint, wanted)
-    else:
-        load_backbone(model.backbone, args.backbone_weights)
-    return model
-
-
-def set_precision(args) -> None:
-    """Exact fp32 unless asked otherwise."""
-    exact_mode()
-    if args.amp != "none" or args.compile:
-        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = False, True
-    if args.amp == "tf32":
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+def cutmix_targets(w: dict, mix: dict, box: torch.Tensor) -> dict:
+    """Pseudo-labels, confidence and padding of a strong view: those of `w`, and those of `mix`
+    inside the box (B x S x S).
+    """
+    return {name: cutmix(w[name], mix[name], box) for name in ("label", "confidence", "ignore")}
 
 
 # ---------------------------------------------------------------------------------------- main loop
 
 
-class Progress:
-    """Where a run stands: the next iteration, best mIoU, sums of the running epoch's losses."""
+class State:
+    """Where a run stands: the next iteration, best mIoU, sums of the running epoch's losses; and
+    the seconds that it has taken so far, all its starts together.
+    """
 
     def __init__(self):
         self.iteration, self.best, self.best_epoch, self.sums = 0, 0.0, -1, {}
+        self.seconds = 0.0  # of earlier starts
 
-    def state(self) -> dict:
-        return dict(vars(self))
+    def saved(self) -> dict:
+        return {**vars(self), "seconds": self.seconds + time.time() - STARTED}
 
-    def restore(self, state: dict) -> None:
-        vars(self).update(state)
-
-
-def save_checkpoint(
-    path: Path, trainer: Trainer, progress: Progress, epoch: int, logs: Logs | None
-) -> None:
-    """latest.pth with all that resuming needs; without `logs`, the model alone (best.pth)."""
-    content = {"model": trainer.model.state_dict(), "config": trainer.model.config, "epoch": epoch}
-    if logs is not None:
-        content.update(
-            optimizer=trainer.optimizer.state_dict(), progress=progress.state(), logs=logs.sizes()
-        )
-    with atomic_path(path) as temporary:
-        torch.save(content, temporary)
+    def restore(self, saved: dict) -> None:
+        vars(self).update(saved)
 
 
 @dataclass
-class Run:
-    """What the main loop works with. logs: None but on process 0. val_rows: (image path,
-    ground-truth path), empty for no evaluation.
-    """
+class Adaptation:
+    """What the main loop works with. logs: None but on process 0."""
 
-    args: argparse.Namespace
+    args: Options
     classes: ClassSet
+    lists: Lists
     trainer: Trainer
     sampler: MicroBatches
     samples: TrainingSamples
-    val_rows: list
-    progress: Progress
+    state: State
     logs: Logs | None = None
 
+    def save(self, name: str, epoch: int) -> None:
+        """best.pth, the model alone; or latest.pth, with all that resuming needs."""
+        model = self.trainer.model
+        content = {"model": model.state_dict(), "config": model.config, "epoch": epoch}
+        if name == "latest.pth":
+            content["optimizer"] = self.trainer.optimizer.state_dict()
+            content |= {"progress": self.state.saved(), "logs": self.logs.sizes()}
+        with atomic_path(self.args.save_path / name) as temporary:
+            torch.save(content, temporary)
 
-def train(run: Run) -> list[float]:
-    """From progress.iteration to the end; returns the seconds of each iteration."""
-    args, trainer, sampler = run.args, run.trainer, run.sampler
-    progress, logs = run.progress, run.logs
+    def evaluate(self, rows) -> np.ndarray:
+        """The confusion matrix over `rows` in fp32, so that eval.py gives the same figures."""
+        args, trainer = self.args, self.trainer
+        how = (self.classes.count, args.eval_mode, args.crop_size, trainer.device, "evaluation")
+        trainer.model.eval()
+        confusion = evaluate_checkpoint(trainer.model, rows, args.root_path, *how)
+        trainer.model.train()
+        return summed(confusion, trainer.device)
+
+
+def train(run: Adaptation) -> list[float]:
+    """From state.iteration to the end; returns the seconds of each iteration."""
+    args, trainer, sampler, state, logs = run.args, run.trainer, run.sampler, run.state, run.logs
     micro_batches = iter(batches(run.samples, sampler, args.workers, trainer.device))
     length, seconds = sampler.per_epoch, []
     every = max(length // 8, 1)  # UniMatch's rows: eight or nine an epoch
-    where = {"total": sampler.total, "initial": progress.iteration}
-    with progress_bar(desc="training", unit="it", quiet=logs is None, **where) as bar:
-        while progress.iteration < sampler.total:
-            epoch, within = divmod(progress.iteration, length)
+    where = {"total": sampler.total, "initial": state.iteration}
+    with progress(desc="training", unit="it", quiet=logs is None, **where) as bar:
+        while state.iteration < sampler.total:
+            epoch, within = divmod(state.iteration, length)
             if within == 0:
-                progress.sums = {}
+                state.sums = {}
                 if logs:
-                    lr = learning_rate(progress.iteration, sampler.total, args.lr)
-                    logs.epoch(epoch, lr, progress.best)
+                    lr = learning_rate(state.iteration, sampler.total, args.lr)
+                    logs.epoch(epoch, lr, state.best)
             start = time.perf_counter()
-            values, shown = trainer.iteration(progress.iteration, micro_batches, sampler)
+            values, shown = trainer.iteration(state.iteration, micro_batches, sampler)
             seconds.append(time.perf_counter() - start)
             for name, value in values.items():
-                progress.sums[name] = progress.sums.get(name, 0.0) + value
+                state.sums[name] = state.sums.get(name, 0.0) + value
             if logs:
                 lr = trainer.optimizer.param_groups[0]["lr"]
-                logs.train(epoch, within, progress.iteration, {**values, "lr": lr})
+                logs.train(epoch, within, state.iteration, {**values, "lr": lr})
                 if within % every == 0:
-                    logs.row(within, progress.sums)
-                loss, best = values["loss_all"], progress.best
+                    logs.row(within, state.sums)
+                loss, best = values["loss_all"], state.best
                 bar.set_postfix_str(f"epoch {epoch}, loss {loss:.3f}, best {best:.2f}", False)
                 bar.update()
-            progress.iteration += 1
+            state.iteration += 1
             if within == length - 1:
                 finish_epoch(run, epoch, shown)
-            elif logs and args.checkpoint_every and progress.iteration % args.checkpoint_every == 0:
-                save_checkpoint(args.save_path / "latest.pth", trainer, progress, epoch, logs)
+            elif logs and args.checkpoint_every and state.iteration % args.checkpoint_every == 0:
+                run.save("latest.pth", epoch)
     return seconds
 
 
-def finish_epoch(run: Run, epoch: int, shown: dict) -> None:
+def finish_epoch(run: Adaptation, epoch: int, shown: dict) -> None:
     """Evaluation, picture and checkpoints at the end of an epoch."""
-    args, trainer, progress, logs = run.args, run.trainer, run.progress, run.logs
+    args, state, logs = run.args, run.state, run.logs
     last = epoch == args.epochs - 1
-    if run.val_rows and ((epoch + 1) % args.eval_every == 0 or last):
-        metrics = figures(evaluate(run, run.val_rows), run.classes)
+    if run.lists.validation and ((epoch + 1) % args.eval_every == 0 or last):
+        metrics = figures(run.evaluate(run.lists.validation), run.classes)
         if logs:
             logs.evaluation(epoch, args.eval_mode, metrics)
-        if metrics["miou"] > progress.best:
-            progress.best, progress.best_epoch = metrics["miou"], epoch
+        if metrics["miou"] > state.best:
+            state.best, state.best_epoch = metrics["miou"], epoch
             if logs:
-                save_checkpoint(args.save_path / "best.pth", trainer, progress, epoch, None)
+                run.save("best.pth", epoch)
     if logs:
         if args.pictures_every and ((epoch + 1) % args.pictures_every == 0 or last):
             path = args.save_path / "pictures" / f"epoch_{epoch:03d}.png"
             epoch_picture(path, shown, run.classes)
-        save_checkpoint(args.save_path / "latest.pth", trainer, progress, epoch, logs)
+        run.save("latest.pth", epoch)
 
 
-def evaluate(run: Run, rows) -> np.ndarray:
-    """The confusion matrix over `rows` in fp32, so that eval.py gives the same figures."""
-    args, trainer = run.args, run.trainer
-    how = (run.classes.count, args.eval_mode, args.crop_size, trainer.device, "evaluation")
-    trainer.model.eval()
-    confusion = evaluate_checkpoint(trainer.model, rows, args.root_path, *how)
-    trainer.model.train()
-    return summed(confusion, trainer.device)
+# ------------------------------------------------------------------------------------------ options
+
+Backbone = Literal[tuple(f"resnet{depth}" for depth in BLOCKS)]
+TwoFactors = Annotated[tuple[float, float], Bounds(above=0), "LEAST MOST"]
 
 
-def dry_run(run: Run) -> None:
-    """Two iterations (the second is timed) and one evaluation image; process 0 prints memory and
-    the projected time.
+@dataclass(kw_only=True)
+class DataOptions:
+    """what is read and written"""
+
+    labeled_id_path: List
+    "images and labels to learn from"
+    unlabeled_id_path: List | None = None
+    "images without labels; needed unless --supervised"
+    val_id_path: List | None = None
+    "images and ground truth, evaluated after epochs (default: none)"
+    root_path: Folder = Path("data")
+    "folder that the lists' paths start from"
+    save_path: Folder
+    "outputs; an unfinished run there goes on"
+    supervised: Setting[bool] = False
+    "train on the labeled list alone"
+    photometric: Setting[bool] = False
+    "with --supervised: colour jitter, grey and blur as in the strong views, for a source model"
+    "less bound to its domain's colours"
+
+
+@dataclass(kw_only=True)
+class NetworkOptions:
+    """network"""
+
+    backbone: Setting[Backbone] = "resnet101"
+    "network below DeepLabV3+"
+    stem: Setting[Literal[STEMS]] = "deep"
+    "deep: UniMatch's; torchvision: for its ImageNet weights"
+    backbone_weights: Annotated[str, "none|imagenet|FILE"] = "none"
+    "start of the backbone; the authors' is UniMatch's pretrained/resnet101.pth; none: random"
+    init_checkpoint: File | None = None
+    "start from this whole network, e.g. the source model"
+
+
+@dataclass(kw_only=True)
+class RecipeOptions:
+    """recipe (defaults: the authors' Cityscapes runs)"""
+
+    crop_size: Setting[CropSize] = 769
+    "side of training crops and of windows, 33 or more"
+    global_batch: Setting[Count] = 8
+    "labeled samples an iteration, over all processes; as many unlabeled"
+    batch_per_process: Count | None = None
+    "samples per process at a time; fewer than its share accumulates gradients (default: its share)"
+    loss_groups: Setting[Count] | None = None
+    "groups of samples of the global batch within which pixels are counted (OHEM, means); default:"
+    "4, the authors' GPUs, or the largest of 4, 2, 1 that divides --global-batch"
+    epochs: Setting[Count] = 240
+    "passes over the unlabeled list"
+    lr: Setting[Positive] = 0.005
+    "starting learning rate of the backbone"
+    lr_multi: Setting[NotNegative] = 1.0
+    "learning rate of the rest / --lr"
+    optimizer: Setting[Literal["sgd", "adamw"]] = "sgd"
+    "adamw learns faster from random weights; UniMatch's is sgd"
+    scales: Setting[TwoFactors] = SCALES
+    "range of the random resizing before cropping, as factors of the image's size"
+    class_balance: Setting[Share] = 0.0
+    "above 0: the labels' loss is cross-entropy with class weights frequency^-BALANCE, not OHEM"
+    ohem_threshold: Setting[Share] = losses.OHEM_THRESHOLD
+    "pixels less sure than this are hard, 0 to 1"
+    min_kept: Setting[Pixels] = losses.OHEM_MIN_KEPT
+    "least hard pixels per loss group; with fewer labeled ones all count"
+    conf_thresh: Setting[Share] = 0.0
+    "least confidence of a pseudo-label that counts, 0 to 1"
+    copy_paste: Setting[bool] = False
+    "paste objects of rare classes of the labeled list into labeled crops"
+    copy_paste_classes: Setting[Annotated[list[int], "ID"]] | None = None
+    "train IDs of the rare classes (default: DT-ST's, known for 16 and 19 classes)"
+
+
+@dataclass(kw_only=True)
+class RunningOptions:
+    """running"""
+
+    eval_mode: Setting[Mode] = "original"
+    "the shipped GTA log has sliding_window, SYNTHIA's and BDD's original"
+    eval_every: Setting[Count] = 1
+    "evaluate every so many epochs and at the end"
+    checkpoint_every: CountFrom0 = 200
+    "iterations between latest.pth within epochs; 0: only after epochs"
+    pictures_every: CountFrom0 = 10
+    "epochs between pictures of views and predictions; 0: never"
+    workers: CountFrom0 = 4
+    "data-loading processes per process, 0: none; results do not depend on it"
+    image_cache: Folder | None = None
+    "keep decoded images here (6 MB for 2048x1024, 19 GB for Cityscapes): data loads several times"
+    "faster"
+    amp: Setting[Literal["none", "tf32", "bf16"]] = "none"
+    "none is exact fp32; bf16 is faster, on CPUs too"
+    channels_last: bool | None = None
+    "memory layout that convolutions in bf16 prefer (default: with --amp bf16)"
+    compile: bool = False
+    "torch.compile the network"
+    dry_run: bool = False
+    "two iterations and one evaluation image; reports memory and time, saves nothing"
+
+
+@dataclass(kw_only=True)
+class Options(RunOptions, RunningOptions, RecipeOptions, NetworkOptions, ClassOptions, DataOptions):
+    "--help and settings.json have the groups from the last to the first."
+
+
+def parse_args(argv: list[str] | None = None) -> Options:
+    """The options, with one line for every value that no run can have; defaults that depend on
+    others are filled in.
     """
-    args, trainer, sampler = run.args, run.trainer, run.sampler
-    rank, world = process_rank()
-    start = time.perf_counter()
-    loader = iter(batches(run.samples, sampler, 0, trainer.device))
-    micro_batches = list(itertools.islice(loader, sampler.steps))
-    loading = time.perf_counter() - start
-    for iteration in range(2):
-        start = time.perf_counter()
-        losses, _ = trainer.iteration(iteration, iter(micro_batches), sampler)
-        computing = time.perf_counter() - start
-    per_image = None
-    if run.val_rows:
-        start = time.perf_counter()
-        evaluate(run, run.val_rows[:1])
-        per_image = time.perf_counter() - start
-    images = math.ceil(len(run.val_rows) / world) * math.ceil(args.epochs / args.eval_every)
-    counts = (sampler.total, images)
-    if rank == 0:
-        seconds = (computing, loading, per_image)
-        print(dry_run_report(losses, *seconds, *counts, args, trainer.device))
+    args = parse_options(Options, __doc__, argv)
+    one_of(args, "unlabeled_id_path", "supervised")
+    if args.photometric and not args.supervised:
+        raise UserError(
+            "--photometric: only with --supervised; UniMatch's labeled images stay as they are"
+        )
+    Bounds(least=0, most=args.class_num - 1).check("copy_paste_classes", args.copy_paste_classes)
+    least, most = args.scales = list(args.scales)  # as settings.json gives it back
+    if least > most:
+        raise UserError(f"--scales {least:g} {most:g}: give the smaller factor first")
+    if args.channels_last is None:
+        args.channels_last = args.amp == "bf16"
+    if args.loss_groups is None:
+        args.loss_groups = math.gcd(AUTHORS_PROCESSES, args.global_batch)
+    if args.global_batch % args.loss_groups:
+        raise UserError(
+            f"--loss-groups {args.loss_groups}: it must divide --global-batch {args.global_batch}"
+        )
+    if args.copy_paste and not args.copy_paste_classes:
+        if args.class_num not in RARE_CLASSES:
+            raise UserError(
+                "--copy-paste: rare classes are known for 16 and 19 classes; name yours with"
+                " --copy-paste-classes"
+            )
+        args.copy_paste_classes = list(RARE_CLASSES[args.class_num])
+    return args
+
+
+def named_files(args: Options) -> dict[str, Path]:
+    """{name: file} of what the options name."""
+    weights = args.backbone_weights
+    files = {
+        "labeled": args.labeled_id_path,
+        "unlabeled": args.unlabeled_id_path,
+        "val": args.val_id_path,
+        "init_checkpoint": args.init_checkpoint,
+        "backbone_weights": None if weights in ("none", "imagenet") else Path(weights),
+    }
+    return {name: path for name, path in files.items() if path}
 
 
 # --------------------------------------------------------------------------------------------- main
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_training_options(parser)
-    args = parser.parse_args(argv)
-    check_training_options(args)
-    return args
-
-
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     classes = class_set(args.class_num, args.stuff, args.things)
-    batch = batch_per_process(args, process_rank()[1])
-    labeled, unlabeled, val_rows, counts = read_lists(args, classes.count)
+    world = process_rank()[1]
+    batch = batch_per_process(args.global_batch, args.batch_per_process, world)
+    if args.supervised and batch == 1:
+        raise UserError(
+            "--supervised with one sample per process and step: batch norm needs two or more; "
+            "raise --global-batch or --batch-per-process"
+        )
+    args.batch_per_process = batch
+    paths = (args.labeled_id_path, args.unlabeled_id_path, args.val_id_path)
+    lists = read_lists(args.root_path, *paths, classes.count)
     if args.image_cache:
         check_writable(args.image_cache)
     device = select_device(args.device)
     set_precision(args)
     tune_cpu()
-    inputs = input_files(args)
     model = build_model(args, classes.count)
-    rare = weights = None
-    if args.copy_paste:
-        partners = PARTNERS.get(classes.count, {})
-        rare = RareClassPool(
-            labeled, counts, args.root_path, tuple(args.copy_paste_classes), partners
-        )
-    if args.class_balance:
-        weights = class_weights(counts.sum(axis=0), args.class_balance)
-    samples = TrainingSamples(
-        labeled,
-        unlabeled,
-        args.root_path,
-        args.crop_size,
-        args.seed,
-        rare,
-        args.image_cache,
-        args.scales,
-        args.photometric,
-    )
-    with contextlib.nullcontext() if args.dry_run else folder_lock(args.save_path):
-        if process_rank()[0] == 0 and not args.dry_run:
-            listed = [*itertools.chain(*labeled, *val_rows), *unlabeled]
-            open_folder(args, run_settings(args, listed, inputs))
+    with contextlib.nullcontext() if args.dry_run else Outputs(args.save_path, REMEDY) as out:
+        if out and process_rank()[0] == 0:
+            begun = any((args.save_path / name).is_file() for name in RESULTS)
+            inputs = named_files(args) | lists.files(args.root_path)
+            out.accept(settings_of(args), inputs, begun)
+            remove_leftovers(args.save_path)
         with process_group(device):
-            adapt(args, classes, batch, samples, val_rows, model, device, inputs, weights)
+            adapt(args, classes, lists, model, device)
 
 
-def adapt(args, classes, batch, samples, val_rows, model, device, inputs, weights) -> None:
-    """Resume, train, summarise."""
+def adapt(args: Options, classes: ClassSet, lists: Lists, model, device) -> None:
+    """Resume and train, or --dry-run."""
     rank, world = process_rank()
-    latest, progress, content = args.save_path / "latest.pth", Progress(), None
+    latest, state, content = args.save_path / "latest.pth", State(), None
     if latest.is_file() and not args.dry_run:
         content = read_checkpoint(latest)
         load_exactly(model, content["model"], latest, "this run's network")
-        progress.restore(content["progress"])
+        state.restore(content["progress"])
+    samples, batch = training_samples(args, lists), args.batch_per_process
     share = (args.global_batch, batch, rank, world, args.seed)
-    sampler = MicroBatches(len(samples), args.epochs, *share, progress.iteration)
-    if progress.iteration == sampler.total and (args.save_path / "summary.json").is_file():
+    sampler = MicroBatches(len(samples), args.epochs, *share, state.iteration)
+    if state.iteration == sampler.total and (args.save_path / "summary.json").is_file():
         if rank == 0:
             print(f"{args.save_path}: this run is complete ({args.epochs} epochs)")
         return
     model = to_device(model, device, args.channels_last)
-    group = loss_group(args.global_batch, args.loss_groups, batch)
+    group = losses.loss_group(args.global_batch, args.loss_groups, batch)
+    balance = args.class_balance
+    weights = losses.class_weights(lists.pixels.sum(axis=0), balance) if balance else None
     trainer = Trainer(model, args, device, group, sampler.total, weights)
     if content:
         trainer.optimizer.load_state_dict(content["optimizer"])
     if rank == 0:
         announce(args, world, batch, sampler.steps, args.global_batch // group, device)
-    run = Run(args, classes, trainer, sampler, samples, val_rows, progress)
+    run = Adaptation(args, classes, lists, trainer, sampler, samples, state)
     if args.dry_run:
-        dry_run(run)
+        dry_run(run, iter(batches(samples, sampler, 0, device)))
     elif rank > 0:
         train(run)
     else:
-        sizes = content["logs"] if content else None
-        with contextlib.closing(Logs(args.save_path, sizes, progress.iteration)) as run.logs:
-            begin_logs(run, inputs)
-            seconds = train(run)
-        summarise(args, sampler.total, seconds, device)
+        train_with_records(run, content["logs"] if content else None)
 
 
-def begin_logs(run: Run, inputs: dict[str, Path]) -> None:
-    """The log's header and the manifest of a new run; a word about one that goes on."""
-    args, sampler, model = run.args, run.sampler, run.trainer.model
-    if run.progress.iteration:
-        print(f"resuming at iteration {run.progress.iteration} of {sampler.total}")
-        return
-    log_header(run.logs, args, sampler.batch, process_rank()[1], model)
+def training_samples(args: Options, lists: Lists) -> TrainingSamples:
+    rare = None
+    if args.copy_paste:
+        partners = PARTNERS.get(args.class_num, {})
+        wanted = tuple(args.copy_paste_classes)
+        rare = RareClassPool(lists.labeled, lists.pixels, args.root_path, wanted, partners)
+    what = (lists.labeled, lists.unlabeled, args.root_path, args.crop_size, args.seed)
+    return TrainingSamples(*what, rare, args.image_cache, args.scales, args.photometric)
+
+
+def train_with_records(run: Adaptation, sizes: dict[str, int] | None) -> None:
+    """Process 0's training, with logs, manifest.json and summary.json. sizes: of the logs at the
+    checkpoint that the run goes on from.
+    """
+    args, sampler, iteration = run.args, run.sampler, run.state.iteration
+    with contextlib.closing(Logs(args.save_path, sizes, iteration)) as run.logs:
+        if iteration:
+            print(f"resuming at iteration {iteration} of {sampler.total}")
+        else:
+            log_header(run.logs, args, sampler.batch, process_rank()[1], run.trainer.model)
+        write_manifest(run)
+        seconds = train(run)
+    write_manifest(run)
+    summarise(args, sampler.total, seconds, run.trainer.device)
+
+
+def write_manifest(run: Adaptation) -> None:
+    args, device, earlier = run.args, run.trainer.device, run.state.seconds
     record = {
-        **manifest(vars(args), inputs),
-        "iterations_per_epoch": sampler.per_epoch,
-        "parameters": parameter_count(model),
+        **manifest(vars(args), named_files(args), device, earlier),
+        "iterations_per_epoch": run.sampler.per_epoch,
+        "parameters": parameter_count(run.trainer.model),
     }
     write_json(args.save_path / "manifest.json", record)
 

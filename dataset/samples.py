@@ -1,5 +1,5 @@
-"""Training samples of UniMatch and of supervised training, as pure functions of (seed, epoch,
-position).
+"""The lists that training reads, and its samples, of UniMatch and of supervised training, as pure
+functions of (seed, epoch, position).
 
 UniMatch walks through three streams in step: labeled images, unlabeled images, and unlabeled images
 again to paste from. One item here is one position of all three, already pasted. Its random numbers
@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -30,13 +31,71 @@ from dataset.augment import (
     strong_view,
 )
 from dataset.copy_paste import RareClassPool
-from util.labels import IGNORE, read_image, read_label, read_picture
+from util.labels import (
+    IGNORE,
+    check_files,
+    check_pairs,
+    read_image,
+    read_label,
+    read_list,
+    read_picture,
+)
 from util.outputs import atomic_path
+from util.run import UserError
 
 # The authors ran four processes, whose sampler pads the order of images to a multiple of four. It
 # is done here on any number of processes, so that an epoch has as many iterations as theirs.
 AUTHORS_PROCESSES = 4
 LABELED, UNLABELED, UNLABELED_MIX, PASTE, PHOTOMETRIC = range(5)  # streams of random numbers
+
+
+# -------------------------------------------------------------------------------------------- lists
+
+
+@dataclass(frozen=True)
+class Lists:
+    """What the lists of a training run name: (image path, label path) to learn from, images without
+    labels, (image path, ground-truth path) to evaluate. pixels: int64 len(labeled) x K, of each
+    class in each label to learn from.
+    """
+
+    labeled: list[tuple[str, str]]
+    unlabeled: list[str]
+    validation: list[tuple[str, str]]
+    pixels: np.ndarray
+
+    def files(self, root: Path) -> dict[str, Path]:
+        """{path in a list: file} of all of them."""
+        names = [*chain(*self.labeled, *self.validation), *self.unlabeled]
+        return {name: root / name for name in names}
+
+
+def read_lists(
+    root: Path, labeled_list: Path, unlabeled_list: Path | None, val_list: Path | None, classes: int
+) -> Lists:
+    """The lists, with all that they name checked. Evaluation needs ground truth in its image's
+    size; a training label may be smaller or larger.
+    """
+    labeled = read_list(labeled_list)
+    unlabeled = [row[0] for row in read_list(unlabeled_list, (1, 2))] if unlabeled_list else []
+    validation = read_list(val_list) if val_list else []
+    if both := {image for image, _ in labeled}.intersection(unlabeled):
+        raise UserError(
+            f"{min(both)}: in {labeled_list} and in {unlabeled_list}; each image is in one of the"
+            " two, make both with scripts/make_split.py"
+        )
+    check_files(root, unlabeled, unlabeled_list)
+    if validation:
+        check_pairs(root, validation, val_list, classes, same_size=True)
+    pixels = check_pairs(root, labeled, labeled_list, classes)
+    if not pixels.any():
+        raise UserError(
+            f"{labeled_list}: no label map of it has a labeled pixel; nothing can be learned"
+        )
+    return Lists(labeled, unlabeled, validation, pixels)
+
+
+# ------------------------------------------------------------------------------------------ samples
 
 
 def iterations_per_epoch(samples: int, global_batch: int) -> int:
@@ -174,6 +233,24 @@ class TrainingSamples(Dataset):
                 view = cutmix(view, strong_view(random_mix, w_mix), box[..., None])
             sample[f"s{number}"], sample[f"box{number}"] = view, box
         return sample
+
+
+def batch_per_process(global_batch: int, wanted: int | None, world: int) -> int:
+    """Samples per process and accumulation step: `wanted`, or all that fall to each of `world`
+    processes. UserError if they do not make up the global batch.
+    """
+    if global_batch % world:
+        raise UserError(
+            f"--global-batch {global_batch}: it must be a multiple of the number of processes,"
+            f" {world}"
+        )
+    share = global_batch // world
+    if wanted and share % wanted:
+        raise UserError(
+            f"--batch-per-process {wanted}: {share} samples of the global batch fall to each of"
+            f" {world} processes; give a divisor of {share}"
+        )
+    return wanted or share
 
 
 class MicroBatches:

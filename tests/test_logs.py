@@ -14,9 +14,9 @@ from conftest import ROOT
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from model import train_logs
 from scripts import compare_logs
 from scripts.dev import import_log
-from util import train_logs
 from util.run import UserError
 from util.training_log import (
     LOSS_NAMES,

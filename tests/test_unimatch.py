@@ -24,18 +24,19 @@ import train_unimatch
 import util.run
 from dataset.augment import cutmix_box
 from dataset.samples import iterations_per_epoch
-from scripts.dev import bench
-from tests.reference_train import ohem_by_sorting, plain_losses, random_batch
-from train_unimatch import cutmix_targets, learning_rate, loss_group, main, perturbation_factors
-from util.labels import CITYSCAPES_19, write_label, write_list
-from util.losses import (
+from model.losses import (
     balanced_cross_entropy,
     class_weights,
+    loss_group,
     ohem_cross_entropy,
     pseudo_label_loss,
     total_loss,
 )
-from util.outputs import folder_lock
+from scripts.dev import bench
+from tests.reference_train import ohem_by_sorting, plain_losses, random_batch
+from train_unimatch import cutmix_targets, learning_rate, main, perturbation_factors
+from util.labels import CITYSCAPES_19, write_label, write_list
+from util.outputs import Outputs
 from util.run import UserError, run_main
 from util.training_log import read_text_log, read_training_log
 
@@ -433,6 +434,7 @@ def assert_same_run(one: Path, other: Path):
             ]
             assert len(momentum[0]) == len(momentum[1]) > 50
             assert all(torch.equal(x, y) for x, y in zip(*momentum))
+            assert all(content["progress"].pop("seconds") > 0 for content in (a, b))
             assert a["progress"] == b["progress"] and a["epoch"] == b["epoch"]
     assert (one / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
 
@@ -518,7 +520,7 @@ def test_too_little_shared_memory_gets_one_line(data, tmp_path, monkeypatch, cap
 
 
 def test_a_second_run_in_the_folder_is_refused(data, tmp_path, capsys):
-    with folder_lock(tmp_path / "run"):
+    with Outputs(tmp_path / "run"):
         assert run_main(lambda: main(command(data, tmp_path / "run"))) == 2
     assert "another run is writing there now" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
@@ -536,7 +538,7 @@ def test_a_failed_start_does_not_block_the_corrected_command(data, tmp_path, cap
     rows = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
     assert len(rows) == 4  # nothing of the failed start
     assert run_main(lambda: main(changed(argv, lr=0.01))) == 2
-    assert "holds a run with lr = 0.001, now it is 0.01" in capsys.readouterr().err
+    assert "holds results of lr = 0.001, now it is 0.01" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["corrected/x1.png", "images/x2.png", "images/u3.png"])
@@ -546,7 +548,9 @@ def test_what_a_run_was_made_from_may_not_change(data, whole_run, name, capsys):
     Image.open(data / name).transpose(Image.Transpose.FLIP_TOP_BOTTOM).save(data / name)
     code = run_main(lambda: main(command(data, whole_run)))
     (data / name).write_bytes(kept)
-    assert code == 2 and "holds a run with listed_files_sha256 = " in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert code == 2 and f"{data / name}: has changed since the results in {whole_run}" in error
+    assert "choose another --save-path, or remove that folder" in error
     assert (whole_run / "latest.pth").read_bytes() == before
 
 
@@ -563,13 +567,13 @@ def test_checkpoints_of_another_program_are_left_alone(data, tmp_path, capsys):
 KILLED = """
 import os, signal, sys
 import train_unimatch
-usual = train_unimatch.save_checkpoint
-def save(path, trainer, progress, epoch, logs):
-    if progress.iteration == 4 and logs:
-        logs.sizes()  # the evaluation is on disk, the checkpoint of this epoch is not
+usual = train_unimatch.Adaptation.save
+def save(self, name, epoch):
+    if self.state.iteration == 4 and name == "latest.pth":
+        self.logs.sizes()  # the evaluation is on disk, the checkpoint of this epoch is not
         os.kill(os.getpid(), signal.SIGKILL)
-    usual(path, trainer, progress, epoch, logs)
-train_unimatch.save_checkpoint = save
+    usual(self, name, epoch)
+train_unimatch.Adaptation.save = save
 train_unimatch.main(sys.argv[1:])
 """
 
@@ -774,6 +778,7 @@ sys.path.insert(0, {root!r})
 import torch
 import train_unimatch as t
 from dataset.samples import MicroBatches, TrainingSamples, batches
+from model.losses import loss_group
 from util.labels import read_list
 from util.run import process_group, process_rank
 args = t.parse_args({command!r})
@@ -782,14 +787,14 @@ args.batch_per_process = 1 if world == 2 else 4
 device = torch.device("cpu")
 with process_group(device):
     model = t.build_model(args, 19)
-    batch = t.batch_per_process(args, world)
+    batch = args.batch_per_process
     unlabeled = [row[0] for row in read_list(args.unlabeled_id_path, 1)]
     samples = TrainingSamples(
         read_list(args.labeled_id_path), unlabeled, args.root_path, args.crop_size, args.seed
     )
     share = (batch, rank, world, args.seed)
     sampler = MicroBatches(len(samples), 1, args.global_batch, *share)
-    group = t.loss_group(args.global_batch, args.loss_groups, batch)
+    group = loss_group(args.global_batch, args.loss_groups, batch)
     trainer = t.Trainer(model, args, device, group, sampler.total)
     model.train = lambda mode=True: type(model).train(model, False)  # batch norm frozen
     model.eval()
@@ -917,7 +922,7 @@ def test_bad_input_is_told_in_one_line(data, whole_run, tmp_path, capsys):
         )
         assert not any("Traceback" in line for line in captured)
     assert run_main(lambda: main(changed(command(data, whole_run), lr=0.1))) == 2
-    assert "holds a run with lr = 0.001, now it is 0.1" in capsys.readouterr().err
+    assert "holds results of lr = 0.001, now it is 0.1" in capsys.readouterr().err
     assert run_main(lambda: main(["--supervised", *fresh])) == 2
     for wrong in (
         ("--scales", "2", "1"),

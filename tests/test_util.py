@@ -255,7 +255,7 @@ def test_every_script_with_these_options_has_them_checked():
         and "add_run_options(" in path.read_text(encoding="utf-8")
         and "test" not in path.name
     ]
-    assert {"seco_sam.py", "train_options.py", "bench.py"} <= {path.name for path in having}
+    assert {"seco_sam.py", "bench.py"} <= {path.name for path in having}
     for path in having:
         assert re.search(r"^    check_run_options\(", path.read_text(encoding="utf-8"), re.M), path
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import pprint
 import statistics
+import time
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -18,7 +22,7 @@ from util.charts import line_chart, save_chart
 from util.labels import IGNORE
 from util.outputs import write_json
 from util.pictures import colour_label, contact_sheet, save_picture
-from util.run import peak_memory_mb
+from util.run import peak_memory_mb, process_rank
 from util.training_log import TEXT_LOSSES, read_metrics_json_lines
 from util.training_log import summary as log_summary
 
@@ -229,40 +233,42 @@ def summarise(args, iterations: int, seconds: list[float], device) -> None:
     print(f"{args.save_path / 'latest.pth'}: trained for {iterations} iterations")
 
 
-def dry_run_report(
-    losses: dict[str, float],
-    computing: float,
-    loading: float,
-    per_image: float | None,
-    iterations: int,
-    images: int,
-    args,
-    device,
-) -> str:
-    """What --dry-run prints. Seconds: of an iteration's computing, of loading its samples in one
-    process, of evaluating an image. images: that the whole run evaluates in each process.
+def dry_run(run, loader: Iterator[dict]) -> None:
+    """Two iterations (the second is timed) and one evaluation image of `run`, a
+    train_unimatch.Adaptation; process 0 prints memory and the projected time. loader: gives its
+    batches, without other processes.
     """
+    args, trainer, sampler, validation = run.args, run.trainer, run.sampler, run.lists.validation
+    rank, world = process_rank()
+    start = time.perf_counter()
+    micro_batches = list(islice(loader, sampler.steps))
+    loading = time.perf_counter() - start
+    for iteration in range(2):
+        start = time.perf_counter()
+        losses, _ = trainer.iteration(iteration, iter(micro_batches), sampler)
+        computing = time.perf_counter() - start
+    seconds = sampler.total * (computing + loading)
+    if validation:
+        start = time.perf_counter()
+        run.evaluate(validation[:1])
+        per_image = time.perf_counter() - start
+    if rank > 0:
+        return
     values = ", ".join(f"{name} {value:.3f}" for name, value in losses.items())
-    lines = [f"losses after two iterations: {values}"]
-    hours = iterations * (computing + loading) / 3600
+    print(f"losses after two iterations: {values}")
     ours = f"{computing:.2f} s computing and, with --workers 0, {loading:.2f} s loading"
     if args.workers:
-        hours = iterations * max(computing, loading / args.workers) / 3600
+        seconds = sampler.total * max(computing, loading / args.workers)
         ours = (
             f"{computing:.2f} s computing; loading its samples takes {loading:.2f} s in one"
             f" process, {args.workers} do it meanwhile"
         )
-    if per_image is not None:
-        hours += per_image * images / 3600
-        lines.append(f"evaluation, {args.eval_mode}: {per_image:.2f} s an image")
-    evaluations = "" if per_image is None else " and evaluations"
-    memory = peak_memory_mb(device)
+    what = f"{sampler.total} iterations"
+    if validation:
+        images = math.ceil(len(validation) / world) * math.ceil(args.epochs / args.eval_every)
+        seconds, what = seconds + images * per_image, f"{what} and evaluations"
+        print(f"evaluation, {args.eval_mode}: {per_image:.2f} s an image")
+    print(f"an iteration: {ours}\nprojected time of {what}: {seconds / 3600:.1f} h")
+    memory = peak_memory_mb(trainer.device)
     peaks = ", ".join(f"{n.removesuffix('_mb')} {value:.0f} MB" for n, value in memory.items())
-    return "\n".join(
-        [
-            *lines,
-            f"an iteration: {ours}",
-            f"projected time of {iterations} iterations{evaluations}: {hours:.1f} h",
-            f"peak memory of process 0: {peaks}",
-        ]
-    )
+    print(f"peak memory of process 0: {peaks}")

@@ -3,6 +3,8 @@ targets."""
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch.nn.functional import cross_entropy
 
@@ -95,3 +97,12 @@ def total_loss(loss_x, loss_s1, loss_s2, loss_fp):
     the shipped logs are.
     """
     return (loss_x + 0.25 * loss_s1 + 0.25 * loss_s2 + 0.5 * loss_fp) / 2
+
+
+def loss_group(global_batch: int, groups: int, batch: int) -> int:
+    """Samples that share the losses' pixel counts: OHEM and the means over valid pixels are taken
+    within such a group, and averaged over groups, as the authors' four processes did. A process
+    that has fewer samples at a time (`batch`) than a group makes the groups smaller.
+    """
+    group = global_batch // groups
+    return group if batch % group == 0 else math.gcd(group, batch)
