@@ -12,13 +12,13 @@ Inputs   --id-list-path: one image a line, relative to --root-path; further colu
                             apart by content; images enter it as its authors feed it
                             (model/network.py)
          --probabilities    a folder of arrays of any other model, K x H x W class probabilities,
-                            float16 or wider, as <folder>/<image path>.npy (x.png.npy or x.npy, .npz
-                            too), or without its first folder, or the bare file name. Arrays may be
+                            float16 or wider, as <folder>/<image path>.npy (a/x.png.npy), perhaps
                             smaller than the images. scripts/README.md: how mmsegmentation's models
                             (HRDA, DAFormer, MIC) write them
 Outputs  <root>/<exp>/<image path without its first folder>.png   palette PNG of train IDs and 255
          --out-list, rows `<image> <label>`; <root>/<exp>/summary.json (thresholds and shares per
-         class), overview.png, settings.json (what the labels were made from), run.json (manifest)
+         class), overview.png, settings.json and inputs.json (what the labels were made from),
+         run.json (manifest)
 
     python -m scripts.make_pseudo_labels --id-list-path splits/cityscapes/train.txt \\
         --root-path data/cityscapes --checkpoint runs/source/latest.pth \\
@@ -31,23 +31,21 @@ Outputs  <root>/<exp>/<image path without its first folder>.png   palette PNG of
 
 Confidences wait in <root>/<exp>/.confidence (5 bytes a pixel, 6 with cbst; removed at the end), so
 a stopped run goes on where it was. With `top-p` the model runs once an image, with `cbst` twice.
-The ranking is exact: see `ranked_confidences`.
+The ranking is exact: see `radix_select`.
 
 Copied away, this file needs util/ and model/.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 import shutil
 import sys
-import time
-import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
+from typing import Annotated, Literal
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # for `python scripts/NAME.py`
 
@@ -56,6 +54,7 @@ from PIL import Image
 
 from util.labels import (
     IGNORE,
+    ClassSet,
     check_files,
     check_same_shape,
     class_set,
@@ -67,18 +66,24 @@ from util.labels import (
     write_list,
 )
 from util.options import (
-    add_class_options,
-    add_list_options,
-    add_run_options,
-    check_range,
-    check_run_options,
+    Bounds,
+    ClassOptions,
+    CountFrom0,
+    DeviceOptions,
+    File,
+    Folder,
+    List,
+    ListOptions,
+    Setting,
+    ShareAbove0,
+    one_of,
+    parse_options,
+    settings_of,
 )
 from util.outputs import (
+    Outputs,
     atomic_path,
-    check_settings,
     check_writable,
-    digest_of_all,
-    folder_lock,
     read_json,
     remove_leftovers,
     write_json,
@@ -93,7 +98,7 @@ from util.run import (
     progress,
     run_main,
     select_device,
-    sha256,
+    wait_for_all,
 )
 
 HALF = 1 << 16  # values of half a float32's bits
@@ -103,65 +108,9 @@ DTST_STEP = 4
 CBST_STEP = 4  # CBST ranks every fourth pixel of a class (its released code)
 PANEL_WIDTH = 512  # pixels, of the pictures in overview.png
 
+InputSide = Annotated[int, Bounds(least=32), "W H"]
 
-# ------------------------------------------------------------------------------- thresholds by rank
-
-
-def prediction_and_confidence(probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """K x H x W float32 probabilities → predicted class (uint8 H x W; ties to the lower ID) and its
-    probability (float32 H x W).
-    """
-    prediction = probabilities.argmax(axis=0)
-    confidence = np.take_along_axis(probabilities, prediction[None], axis=0)[0]
-    return prediction.astype(np.uint8), confidence
-
-
-def count_cells(cells: np.ndarray, class_num: int) -> np.ndarray:
-    return np.bincount(cells.ravel(), minlength=class_num * HALF).reshape(class_num, HALF)
-
-
-def ranked_confidences(
-    predictions: Callable[[], Iterable],
-    class_num: int,
-    rank_of: Callable[[np.ndarray], np.ndarray],
-) -> np.ndarray:
-    """Of each class's n confidences in rising order, number rank_of(n), counted from 0: float32, K;
-    NaN where that is not one of 0 .. n - 1.
-
-    predictions: called twice, gives (prediction, confidence) arrays of one shape, image by image.
-    rank_of: of all classes at once, whole numbers, K → K.
-
-    It equals sorting all pixels, in fixed memory: floats from 0 rank as their bit patterns do, so
-    the first pass counts the upper 16 bits and finds where the wanted one's are, the second counts
-    the lower 16 bits of the pixels there.
-    """
-    counts = np.zeros((class_num, HALF), dtype=np.int64)
-    for prediction, confidence in predictions():
-        upper = confidence.view(np.uint32) >> 16
-        counts += count_cells(prediction.astype(np.int64) * HALF + upper, class_num)
-    n = counts.sum(axis=1)
-    rank = rank_of(n)
-    there_is = (rank >= 0) & (rank < n)
-    rank[~there_is] = 0
-    running = counts.cumsum(axis=1)
-    upper_of = position(running, rank)
-    rank -= np.array([row[u - 1] if u else 0 for row, u in zip(running, upper_of)])
-
-    counts[:] = 0
-    for prediction, confidence in predictions():
-        bits = confidence.view(np.uint32)
-        there = bits >> 16 == upper_of[prediction]
-        counts += count_cells(
-            prediction[there].astype(np.int64) * HALF + (bits[there] & (HALF - 1)), class_num
-        )
-    lower_of = position(counts.cumsum(axis=1), rank)
-    values = (upper_of * HALF + lower_of).astype(np.uint32).view(np.float32)
-    return np.where(there_is, values, np.float32(np.nan))
-
-
-def position(running: np.ndarray, rank: np.ndarray) -> np.ndarray:
-    """Per class the cell that holds number `rank`; running: counts summed up, K x HALF."""
-    return np.array([np.searchsorted(row, r, side="right") for row, r in zip(running, rank)]) % HALF
+# ------------------------------------------------------------------------------------- DT-ST: top p
 
 
 def top_p_thresholds(
@@ -169,15 +118,15 @@ def top_p_thresholds(
 ) -> np.ndarray:
     """Least confidence that is kept, per class (float32, K); infinity for a class without pixels.
 
-    predictions as in `ranked_confidences`; top_p in (0, 1], one number or one a class (K). DT-ST's
-    rule: of a class's n confidences in rising order, the threshold is number round(n * (1 -
-    top_p)); a pixel at or above it is kept (so ties with the threshold are kept).
+    predictions as in `radix_select`; top_p in (0, 1], one number or one a class (K). DT-ST's rule:
+    of a class's n confidences in rising order, the threshold is number round(n * (1 - top_p)); a
+    pixel at or above it is kept (so ties with the threshold are kept).
     """
 
     def rank_of(n):
         return np.minimum(np.round(n * (1 - top_p)).astype(np.int64), n - 1)
 
-    found = ranked_confidences(predictions, class_num, rank_of)
+    found = radix_select(predictions, class_num, rank_of)
     return np.where(np.isnan(found), np.float32(np.inf), found)
 
 
@@ -206,7 +155,7 @@ def cbst_thresholds(
 ) -> np.ndarray:
     """What CBST divides a class's probabilities by (float32, K).
 
-    predictions as in `ranked_confidences`, every pixel; portion in (0, 1]. Released code: a list of
+    predictions as in `radix_select`, every pixel; portion in (0, 1]. Released code: a list of
     the sampled confidences and one 0.0 (policy cb, a list a class), in falling order; of n numbers
     the threshold is number floor(n * portion), counted from 1. Policy global: one list of all
     classes, each with its 0.0, and another 0.0. A threshold of 0, or of no number, becomes 1.
@@ -217,14 +166,14 @@ def cbst_thresholds(
         return samples - np.floor((samples + zeros) * portion).astype(np.int64)
 
     if policy == "cb":
-        found = ranked_confidences(lambda: every_fourth(predictions()), class_num, rank_of)
+        found = radix_select(lambda: every_fourth(predictions()), class_num, rank_of)
     else:
 
         def as_one_class():
             for prediction, confidence in every_fourth(predictions()):
                 yield np.zeros_like(prediction), confidence
 
-        found = np.repeat(ranked_confidences(as_one_class, 1, rank_of), class_num)
+        found = np.repeat(radix_select(as_one_class, 1, rank_of), class_num)
     return np.where(np.isnan(found) | (found == 0), np.float32(1), found)
 
 
@@ -242,6 +191,72 @@ def cbst_label(probabilities: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
     return label
 
 
+# --------------------------------------------------------------------------------- ranks and pixels
+
+
+def prediction_and_confidence(probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """K x H x W float32 probabilities → predicted class (uint8 H x W; ties to the lower ID) and its
+    probability (float32 H x W).
+    """
+    prediction = probabilities.argmax(axis=0)
+    confidence = np.take_along_axis(probabilities, prediction[None], axis=0)[0]
+    return prediction.astype(np.uint8), confidence
+
+
+def radix_select(
+    predictions: Callable[[], Iterable],
+    class_num: int,
+    rank_of: Callable[[np.ndarray], np.ndarray],
+) -> np.ndarray:
+    """Of each class's n confidences in rising order, number rank_of(n), counted from 0: float32, K;
+    NaN where that is not one of 0 .. n - 1.
+
+    It equals sorting all pixels, in fixed memory, by radix selection: floats from 0 rank as their
+    bit patterns do, so the first pass finds the upper 16 bits of the wanted one, the second its
+    lower 16 bits among the confidences that share these.
+
+    predictions: called twice, gives (prediction, confidence) arrays of one shape, image by image.
+    rank_of: of all classes at once, whole numbers, K → K.
+    """
+    counts = digit_counts(predictions(), class_num)
+    n = counts.sum(axis=1)
+    rank = rank_of(n)
+    has_rank = (rank >= 0) & (rank < n)
+    upper, rank = digit_at(np.where(has_rank, rank, 0), counts)
+    lower, _ = digit_at(rank, digit_counts(predictions(), class_num, upper))
+    values = (upper * HALF + lower).astype(np.uint32).view(np.float32)
+    return np.where(has_rank, values, np.float32(np.nan))
+
+
+def digit_counts(
+    predictions: Iterable, class_num: int, upper: np.ndarray | None = None
+) -> np.ndarray:
+    """int64 K x HALF: in each class, how many confidences have which upper 16 bits; or, given each
+    class's `upper` ones (K), which lower 16 bits, of those that have these.
+    """
+    counts = np.zeros(class_num * HALF, dtype=np.int64)
+    for prediction, confidence in predictions:
+        bits = confidence.view(np.uint32)
+        digit = bits >> 16
+        if upper is not None:
+            inside = digit == upper[prediction]
+            prediction, digit = prediction[inside], bits[inside] & (HALF - 1)
+        cells = prediction.astype(np.int64) * HALF + digit
+        counts += np.bincount(cells.ravel(), minlength=counts.size)
+    return counts.reshape(class_num, HALF)
+
+
+def digit_at(rank: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Per class (K each) the digit of number `rank`, and its rank among those of this digit; counts
+    as `digit_counts` has them. 0 in a class without pixels.
+    """
+    running = counts.cumsum(axis=1)
+    found = [np.searchsorted(row, r, side="right") for row, r in zip(running, rank)]
+    digit = np.array(found) % HALF
+    every = np.arange(len(rank))
+    return digit, rank - (running - counts)[every, digit]
+
+
 def resized_nearest(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """… x H x W array at `size` (height, width): row i comes from row floor(i * H / height),
     columns alike.
@@ -252,112 +267,93 @@ def resized_nearest(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return array[..., rows[:, None], columns]
 
 
-def ranked_grid(image: tuple[int, int], array: tuple[int, int], step: int) -> tuple[int, int]:
-    """(height, width) of the grid on which an image's pixels are ranked: every step-th of the
-    image's in each direction, or all of a smaller array.
-
-    image, array: (height, width) of the image and of its probabilities.
-    """
-    return tuple(min(-(-of_image // step), given) for of_image, given in zip(image, array))
-
-
 # -------------------------------------------------------------------- where probabilities come from
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model's probabilities. name: for the record. files: those that they depend on, in the
-    list's order, beside the checkpoint. grids: `ranked_grid` of each image. probabilities: of an
-    image, float32 K x height x width of its grid.
+    """A model's probabilities. files: what they depend on, {image: path}. grids: {image: (height,
+    width)} of the grid on which its pixels are ranked. read: path → float32 K x H x W.
     """
 
-    name: str
-    checkpoint: Path | None
-    files: list[Path]
+    files: dict[str, Path]
     grids: dict[str, tuple[int, int]]
-    probabilities: Callable[[str], np.ndarray]
+    read: Callable[[Path], np.ndarray]
+
+    def probabilities(self, image: str) -> np.ndarray:
+        """float32 K x height x width of the image's grid."""
+        return resized_nearest(self.read(self.files[image]), self.grids[image])
 
 
-def array_path(folder: Path, image_path: str) -> Path | None:
-    """The array of an image in a folder of probability arrays, or None."""
-    path = PurePosixPath(image_path)
-    for parts in dict.fromkeys((path.parts, path.parts[1:], path.parts[-1:])):
-        for stem in (PurePosixPath(*parts), PurePosixPath(*parts).with_suffix("")):
-            for suffix in (".npy", ".npz"):
-                if (folder / f"{stem}{suffix}").is_file():
-                    return folder / f"{stem}{suffix}"
-    return None
-
-
-def array_paths(folder: Path, images: list[str]) -> dict[str, Path]:
-    """{image: its array}; every image has one of its own."""
-    paths = {image: array_path(folder, image) for image in images}
-    missing = [image for image, path in paths.items() if path is None]
-    if missing:
-        raise UserError(
-            f"{folder}: no array for {missing[0]} ({len(missing)} of {len(images)} images lack"
-            f" one); wanted: {missing[0]}.npy, or its file name alone"
-        )
-    owners = {}
-    for image, path in paths.items():
-        first = owners.setdefault(path, image)
-        if first != image:
+def load_source(options: Options, images: list[str], device) -> Source:
+    """The network of --checkpoint or the arrays of --probabilities, with a fitting one for every
+    image. A grid is every `pixel_step`-th pixel of the image in each direction, or all of a smaller
+    array.
+    """
+    root, class_num = options.root_path, options.class_num
+    if options.checkpoint:
+        files = {image: root / image for image in images}
+    else:
+        files = {image: options.probabilities / f"{image}.npy" for image in images}
+        if missing := [path for path in files.values() if not path.is_file()]:
             raise UserError(
-                f"{path}: would serve {first} and {image}; name arrays by the whole image path,"
-                f" {folder / image}.npy"
+                f"{missing[0]}: no such array ({len(missing)} of {len(images)} images lack theirs);"
+                " wanted is <folder>/<image path>.npy"
             )
-    return paths
+    grids = {}
+    for image, path in files.items():
+        size = found = image_size(root / image)
+        if options.probabilities:
+            found = open_array(path, class_num).shape[1:]
+            check_same_shape(path, found, root / image, size)
+        grids[image] = tuple(min(-(-n // options.pixel_step), m) for n, m in zip(size, found))
+    read = partial(read_probabilities, class_num=class_num)
+    if options.checkpoint:
+        read = network_reader(options.checkpoint, class_num, options.test_size, device)
+    return Source(files, grids, read)
 
 
-def read_array(file) -> np.ndarray:
-    return np.lib.format.read_array(file, allow_pickle=False)
+def network_reader(
+    checkpoint: Path, class_num: int, test_size: list[int] | None, device
+) -> Callable[[Path], np.ndarray]:
+    """What gives the network's probabilities of an image file. test_size: (width, height) of its
+    input, instead of that of its format.
+    """
+    import torch
+
+    from model.network import load_network
+
+    exact_mode()
+    network = load_network(checkpoint, device, class_num)
+
+    @torch.no_grad()
+    def read(path: Path) -> np.ndarray:
+        logits = network.logits(read_image(path), test_size and tuple(test_size))
+        return logits.softmax(dim=1)[0].cpu().numpy()
+
+    return read
 
 
-def array_header(file) -> tuple[tuple[int, ...], np.dtype]:
-    """(shape, dtype) of an open .npy, without its values."""
-    version = np.lib.format.read_magic(file)
-    reader = np.lib.format.read_array_header_1_0
-    if version != (1, 0):
-        reader = np.lib.format.read_array_header_2_0
-    shape, _, dtype = reader(file)
-    return shape, dtype
-
-
-def from_array_file(path: Path, read: Callable):
-    """`read` of the open .npy, or of the only array in a .npz."""
+def open_array(path: Path, class_num: int) -> np.ndarray:
+    """A .npy file of `class_num` probabilities, K x H x W, mapped and not yet read."""
     try:
-        if path.suffix == ".npy":
-            with open(path, "rb") as file:
-                return read(file)
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-            if len(names) != 1:
-                raise UserError(f"{path}: holds {len(names)} arrays where one is wanted")
-            with archive.open(names[0]) as file:
-                return read(file)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        array = np.lib.format.open_memmap(path, mode="r")
+    except (OSError, ValueError, EOFError) as error:
         raise UserError(
             f"{path}: not readable as a numpy array ({error}); write it again"
         ) from None
-
-
-def array_size(path: Path, class_num: int) -> tuple[int, int]:
-    """(height, width) of an array file, whose header must be that of `class_num` probabilities."""
-    shape, dtype = from_array_file(path, array_header)
+    shape, dtype = array.shape, array.dtype
     if len(shape) != 3 or shape[0] != class_num or dtype.kind != "f" or 0 in shape:
         raise UserError(
             f"{path}: {dtype} {' x '.join(map(str, shape))} where floating-point "
             f"K x H x W with K = {class_num} classes (--class-num) is wanted"
         )
-    return shape[1:]
+    return array
 
 
 def read_probabilities(path: Path, class_num: int) -> np.ndarray:
-    """float32 K x H x W of a .npy, or of the only array in a .npz; checked to be probabilities of
-    `class_num` classes.
-    """
-    array_size(path, class_num)
-    probabilities = from_array_file(path, read_array).astype(np.float32)
+    """float32 K x H x W of a .npy, checked to be probabilities of `class_num` classes."""
+    probabilities = np.array(open_array(path, class_num), dtype=np.float32)
     # 0.02: the sum of 19 float16 roundings stays far below it, logits do not.
     if not (
         np.isfinite(probabilities).all()
@@ -371,81 +367,56 @@ def read_probabilities(path: Path, class_num: int) -> np.ndarray:
     return probabilities
 
 
-def array_source(folder: Path, images: list[str], root: Path, class_num: int, step: int) -> Source:
-    paths, grids = array_paths(folder, images), {}
-    for image, path in paths.items():
-        size, of_image = array_size(path, class_num), image_size(root / image)
-        check_same_shape(path, size, root / image, of_image)
-        grids[image] = ranked_grid(of_image, size, step)
-
-    def probabilities(image: str) -> np.ndarray:
-        return resized_nearest(read_probabilities(paths[image], class_num), grids[image])
-
-    return Source(str(folder), None, list(paths.values()), grids, probabilities)
-
-
-def network_source(
-    checkpoint: Path,
-    images: list[str],
-    root: Path,
-    class_num: int,
-    step: int,
-    test_size: tuple[int, int] | None,
-    device,
-) -> Source:
-    """test_size (width, height): the network's input size, instead of that of its format."""
-    import torch
-
-    from model.network import load_network
-
-    sizes = {image: image_size(root / image) for image in images}
-    grids = {image: ranked_grid(size, size, step) for image, size in sizes.items()}
-    exact_mode()
-    network = load_network(checkpoint, device, class_num)
-
-    @torch.no_grad()
-    def probabilities(image: str) -> np.ndarray:
-        logits = network.logits(read_image(root / image), test_size)
-        return resized_nearest(logits.softmax(dim=1)[0].cpu().numpy(), grids[image])
-
-    files = [root / image for image in images]
-    return Source(checkpoint.name, checkpoint, files, grids, probabilities)
-
-
 # -------------------------------------------------------------------------------------------- files
 
 
-def label_path(experiment: str, image_path: str) -> str:
-    """`pix`, `leftImg8bit/train/a/x.jpg` → `pix/train/a/x.png`."""
-    parts = PurePosixPath(image_path).parts
-    if len(parts) < 2:
-        raise UserError(
-            f"image path {image_path}: it must lie in at least one folder, which the experiment's"
-            " name replaces in the label's path"
-        )
-    return str(PurePosixPath(experiment, *parts[1:]).with_suffix(".png"))
+def label_rows(options: Options) -> list[tuple[str, str]]:
+    """(image, label) of the list: `leftImg8bit/train/a/x.jpg` → `<exp>/train/a/x.png`. No two
+    images share a label, and nothing takes the place of an input.
+    """
+    images = [row[0] for row in read_list(options.id_list_path, columns=(1, 2))]
+    rows, owners, taken = [], {}, set(images)
+    for image in images:
+        parts = PurePosixPath(image).parts
+        if len(parts) < 2:
+            raise UserError(
+                f"image path {image}: it must lie in at least one folder, which the experiment's"
+                " name replaces in the label's path"
+            )
+        label = str(PurePosixPath(options.exp, *parts[1:]).with_suffix(".png"))
+        if owners.setdefault(label, image) != image:
+            raise UserError(
+                f"{options.id_list_path}: {owners[label]} and {image} would share the label"
+                f" {label}; images must differ in more than first folder and suffix"
+            )
+        if label in taken:
+            raise UserError(
+                f"--exp {options.exp}: the label of {image} would overwrite the image {label};"
+                " choose another name"
+            )
+        rows.append((image, label))
+    check_files(options.root_path, images, options.id_list_path)
+    if options.out_list.resolve() == options.id_list_path.resolve():
+        raise UserError(f"--out-list {options.out_list}: is the list that is read; name another")
+    return rows
 
 
-def confidence_path(folder: Path, label: str) -> Path:
-    return (
-        folder / ".confidence" / PurePosixPath(*PurePosixPath(label).parts[1:]).with_suffix(".npz")
-    )
+def stored_path(folder: Path, label: str, stage: str = "ranked") -> Path:
+    """Where the arrays of an image wait. Stage ranked: `prediction` and `confidence`; cbst: `label`
+    on the grid.
+    """
+    path = PurePosixPath(*PurePosixPath(label).parts[1:])
+    return folder / ".confidence" / stage / path.with_suffix(".npz")
 
 
-def read_confidence(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    with np.load(path) as content:
-        return content["prediction"], content["confidence"]
-
-
-def cbst_path(folder: Path, label: str) -> Path:
-    """Of the label on the grid, which waits beside its confidences."""
-    path = confidence_path(folder, label)
-    return path.with_name(path.name + ".npy")
+def stored(folder: Path, label: str, *names: str, stage: str = "ranked") -> list[np.ndarray]:
+    with np.load(stored_path(folder, label, stage)) as content:
+        return [content[name] for name in names]
 
 
 def check_disk(folder: Path, rows, source: Source, bytes_a_pixel: int) -> None:
     """The confidences of every image that has none yet must fit."""
-    rows = [row for row in rows if not confidence_path(folder, row[1]).exists()]
+    rows = [row for row in rows if not stored_path(folder, row[1]).exists()]
     need = bytes_a_pixel * sum(math.prod(source.grids[image]) for image, _ in rows)
     free = shutil.disk_usage(folder).free
     if need > free:
@@ -456,68 +427,31 @@ def check_disk(folder: Path, rows, source: Source, bytes_a_pixel: int) -> None:
         )
 
 
-def made_of(rows, folder: Path) -> Iterator[Path]:
-    """Every image's label map and confidences."""
-    for _, label in rows:
-        yield folder.parent / label
-        yield confidence_path(folder, label)
-
-
-def check_not_overwritten(rows, options) -> None:
-    """No label and no list may take the place of one of the inputs."""
-    images = {image for image, _ in rows}
-    for image, label in rows:
-        if label in images:
-            raise UserError(
-                f"--exp {options.exp}: the label of {image} would overwrite the image {label};"
-                " choose another name"
-            )
-    if options.out_list.resolve() == Path(options.id_list_path).resolve():
-        raise UserError(f"--out-list {options.out_list}: is the list that is read; name another")
-
-
 # ------------------------------------------------------------------------------------------- stages
 
 
-def wait_for_all() -> None:
-    """Of torchrun's processes, until each of them is here."""
-    if process_rank()[1] > 1:
-        import torch.distributed as dist
-
-        dist.barrier()
-
-
-def this_process(rows: list, desc: str, done: Callable[[str], Path]):
-    """This process's share of those rows whose file `done(label)` is missing, with progress."""
+def store(rows, folder: Path, stage: str, desc: str, arrays_of: Callable) -> None:
+    """Save arrays_of(image), {name: array}, where it is missing; this process does its share.
+    stage: of `stored_path`.
+    """
     rank, world = process_rank()
-    share = [row for row in rows[rank::world] if not done(row[1]).exists()]
-    return progress(share, desc, quiet=rank > 0)
+    share = [(image, stored_path(folder, label, stage)) for image, label in rows[rank::world]]
+    share = [(image, path) for image, path in share if not path.exists()]
+    for image, path in progress(share, desc, quiet=rank > 0):
+        arrays = arrays_of(image)
+        with atomic_path(path) as temporary:
+            np.savez(temporary, **arrays)
+    wait_for_all()
 
 
-def predict_all(rows, folder: Path, source: Source) -> None:
-    """Run the model on every image without a stored confidence."""
-    for image, label in this_process(rows, "predictions", lambda x: confidence_path(folder, x)):
-        prediction, confidence = prediction_and_confidence(source.probabilities(image))
-        with atomic_path(confidence_path(folder, label)) as temporary:
-            np.savez(temporary, prediction=prediction, confidence=confidence)
-
-
-def cbst_all(rows, folder: Path, source: Source, thresholds: np.ndarray) -> None:
-    """Run the model again, for CBST's label of every image that has none."""
-    for image, label in this_process(rows, "CBST's second pass", lambda x: cbst_path(folder, x)):
-        result = cbst_label(source.probabilities(image), thresholds)
-        with atomic_path(cbst_path(folder, label)) as temporary:
-            np.save(temporary, result)
-
-
-def thresholds_of_list(rows, folder: Path, options, classes) -> np.ndarray:
+def thresholds_of_list(rows, folder: Path, options: Options, classes: ClassSet) -> np.ndarray:
     """The thresholds (float32, K), ranked by process 0 and handed to the others in a file."""
     path = folder / ".confidence" / "thresholds.npy"
     if process_rank()[0] == 0:
 
         def predictions():
             for _, label in progress(rows, "ranking"):
-                yield read_confidence(confidence_path(folder, label))
+                yield stored(folder, label, "prediction", "confidence")
 
         if options.rule == "cbst":
             found = cbst_thresholds(predictions, classes.count, options.top_p, options.policy)
@@ -533,58 +467,35 @@ def thresholds_of_list(rows, folder: Path, options, classes) -> np.ndarray:
 
 
 def write_labels(
-    rows, root: Path, folder: Path, thresholds: np.ndarray, classes, rule: str, pictures: int
+    rows, folder: Path, thresholds: np.ndarray, options: Options, classes: ClassSet
 ) -> dict:
-    """Write every label map; returns pixel counts per class, before and after the threshold, and
-    draws the overview.
-    """
+    """Write every label map, and the overview; returns the content of summary.json."""
     predicted, kept = np.zeros((2, classes.count), dtype=np.int64)
     panels = []
     for image, label in progress(rows, "labels"):
-        prediction, confidence = read_confidence(confidence_path(folder, label))
-        if rule == "cbst":
-            result = np.load(cbst_path(folder, label))
+        prediction, confidence = stored(folder, label, "prediction", "confidence")
+        if options.rule == "cbst":
+            [result] = stored(folder, label, "label", stage="cbst")
         else:
             result = thresholded(prediction, confidence, thresholds)
         predicted += np.bincount(prediction.ravel(), minlength=classes.count)
         kept += np.bincount(result.ravel(), minlength=256)[: classes.count]
-        size = image_size(root / image)
-        write_label(root / label, resized_nearest(result, size), classes.palette)
-        if len(panels) < pictures:
+        size = image_size(folder.parent / image)
+        write_label(folder.parent / label, resized_nearest(result, size), classes.palette)
+        if len(panels) < options.vis:
             size = tuple(max(1, length * PANEL_WIDTH // size[1]) for length in size)
-            picture = Image.fromarray(read_image(root / image)).resize(size[::-1])
+            picture = Image.fromarray(read_image(folder.parent / image)).resize(size[::-1])
             maps = (resized_nearest(x, size) for x in (prediction, result))
             panels.append([np.array(picture), *(colour_label(x, classes.palette) for x in maps)])
     if panels:
         titles = ["image", "prediction", "pseudo-labels (black: none)"]
         save_picture(folder / "overview.png", contact_sheet(panels, titles, legend=classes))
-    return {"predicted": predicted.tolist(), "kept": kept.tolist()}
-
-
-def settings_of(options, source: Source, step: int) -> dict:
-    """What the labels depend on; equal settings give equal labels."""
-    contents = "images_sha256" if source.checkpoint else "arrays_sha256"
-    return {
-        "image_list_sha256": sha256(options.id_list_path),
-        "checkpoint_sha256": sha256(source.checkpoint) if source.checkpoint else None,
-        contents: digest_of_all(source.files),
-        "class_num": options.class_num,
-        "rule": options.rule,
-        "policy": options.policy,
-        "top_p": options.top_p,
-        "top_p_things": options.top_p_things,
-        "pixel_step": step,
-        "test_size": options.test_size,
-    }
-
-
-def summary_of(rows, source: Source, settings: dict, counts: dict, thresholds, names) -> dict:
-    columns = zip(names, counts["predicted"], counts["kept"], thresholds.tolist())
+    columns = zip(classes.names, predicted.tolist(), kept.tolist(), thresholds.tolist())
     return {
         "images": len(rows),
-        "coverage": sum(counts["kept"]) / sum(counts["predicted"]),
-        "source": source.name,
-        **settings,
+        "coverage": int(kept.sum()) / int(predicted.sum()),
+        "source": options.checkpoint.name if options.checkpoint else str(options.probabilities),
+        **options.settings,
         "classes": {
             name: {
                 "predicted_pixels": n,
@@ -597,99 +508,85 @@ def summary_of(rows, source: Source, settings: dict, counts: dict, thresholds, n
     }
 
 
+def make_labels(
+    rows, folder: Path, source: Source, options: Options, classes: ClassSet, device
+) -> None:
+    """All stages; every process of torchrun takes its share of the model's work. run.json tells
+    what this and the starts that were stopped have cost.
+    """
+
+    def ranked(image: str) -> dict[str, np.ndarray]:
+        prediction, confidence = prediction_and_confidence(source.probabilities(image))
+        return {"prediction": prediction, "confidence": confidence}
+
+    def weighed(image: str) -> dict[str, np.ndarray]:
+        return {"label": cbst_label(source.probabilities(image), thresholds)}
+
+    record, first = folder / "run.json", process_rank()[0] == 0
+    earlier = read_json(record)["cost"]["seconds"] if first and record.exists() else 0
+    try:
+        store(rows, folder, "ranked", "predictions", ranked)
+        thresholds = thresholds_of_list(rows, folder, options, classes)
+        if options.rule == "cbst":
+            store(rows, folder, "cbst", "CBST's second pass", weighed)
+        if first:
+            summary = write_labels(rows, folder, thresholds, options, classes)
+    finally:
+        if first:
+            write_json(record, manifest(vars(options), device=device, earlier=earlier))
+    if first:
+        write_json(folder / "summary.json", summary)
+
+
 # --------------------------------------------------------------------------------------------- main
 
 
-def add_source_options(parser: argparse.ArgumentParser) -> None:
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument(
-        "--checkpoint",
-        type=Path,
-        metavar="FILE",
-        help="a network of train_unimatch.py, UniMatch, DT-ST, ProDA or SHADE",
-    )
-    source.add_argument(
-        "--probabilities",
-        type=Path,
-        metavar="FOLDER",
-        help="K x H x W probability arrays, .npy or .npz",
-    )
-    parser.add_argument(
-        "--test-size",
-        type=int,
-        nargs=2,
-        metavar=("W", "H"),
-        help="the network's input size in pixels (default: that of its format; DT-ST 1536x768 "
-        "with 19 classes, 1280x640 with 16; ProDA 2048x1024; others the image's own)",
-    )
+@dataclass(kw_only=True)
+class Options(ListOptions, ClassOptions, DeviceOptions):
+    """source and labels"""
+
+    checkpoint: File | None = None
+    "a network of train_unimatch.py, UniMatch, DT-ST, ProDA or SHADE; or else:"
+    probabilities: Folder | None = None
+    "K x H x W probability arrays of any other model, FOLDER/<image path>.npy"
+    test_size: Setting[tuple[InputSide, InputSide] | None] = None
+    "the network's input size in pixels (default: that of its format; DT-ST 1536x768 with 19"
+    "classes, 1280x640 with 16; ProDA 2048x1024; others the image's own)"
+    exp: str
+    "name of the experiment: the labels' first folder"
+    out_list: List
+    "list to write, rows `<image> <label>`"
+    rule: Setting[Literal["top-p", "cbst"]] = "top-p"
+    "top-p: DT-ST's; cbst: CBST's, which runs the model (or reads the arrays) twice, the second"
+    "time for all K probabilities of a pixel, and takes twice as long"
+    policy: Setting[Literal["cb", "global"] | None] = None
+    "with --rule cbst: a threshold for each class, or one for all (default: cb)"
+    top_p: Setting[ShareAbove0] = 0.5
+    "share of each class's pixels that is kept, over 0 up to 1 (paper section 3); with --rule cbst"
+    "its portion"
+    top_p_things: Setting[ShareAbove0 | None] = None
+    "another share for things: a false thing grows, for SAM is asked for all of it (default:"
+    "--top-p)"
+    preset: Literal["full", "dtst"] = "full"
+    "full: every pixel is ranked and kept or not; dtst: every fourth of the image's in each"
+    "direction, which decides on a block of 4x4, as DT-ST has it"
+    vis: CountFrom0 = 4
+    "images in overview.png"
+
+    @property
+    def pixel_step(self) -> int:
+        """Of the grid that pixels are ranked on."""
+        return DTST_STEP if self.preset == "dtst" else 1
+
+    @property
+    def settings(self) -> dict:
+        """What the labels depend on, beside the input files."""
+        return {**settings_of(self), "pixel_step": self.pixel_step}
 
 
-def parse_options(argv) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_list_options(parser, "perhaps labels, which are not read")
-    add_source_options(parser)
-    parser.add_argument(
-        "--exp", required=True, help="name of the experiment: the labels' first folder"
-    )
-    parser.add_argument(
-        "--out-list",
-        type=Path,
-        required=True,
-        metavar="LIST",
-        help="list to write, rows `<image> <label>`",
-    )
-    add_class_options(parser)
-    parser.add_argument(
-        "--rule",
-        choices=("top-p", "cbst"),
-        default="top-p",
-        help="top-p: DT-ST's; cbst: CBST's, which runs the model (or reads the arrays) twice, the "
-        "second time for all K probabilities of a pixel, and takes twice as long (default: top-p)",
-    )
-    parser.add_argument(
-        "--policy",
-        choices=("cb", "global"),
-        help="with --rule cbst: a threshold for each class, or one for all (default: cb)",
-    )
-    parser.add_argument(
-        "--top-p",
-        type=float,
-        default=0.5,
-        metavar="P",
-        help="share of each class's pixels that is kept, over 0 up to 1; with --rule cbst its "
-        "portion (default: 0.5, paper section 3)",
-    )
-    parser.add_argument(
-        "--top-p-things",
-        type=float,
-        metavar="P",
-        help="another share for things: a false thing grows, for SAM is asked for all of it "
-        "(default: --top-p)",
-    )
-    parser.add_argument(
-        "--preset",
-        choices=("full", "dtst"),
-        default="full",
-        help="full: every pixel is ranked and kept or not; dtst: every fourth of the image's in "
-        "each direction, which decides on a block of 4x4, as DT-ST has it (default: full)",
-    )
-    parser.add_argument(
-        "--vis", type=int, default=4, metavar="N", help="images in overview.png (default: 4)"
-    )
-    add_run_options(parser, seed=False)
-    options = parser.parse_args(argv)
-    check_options(options)
-    return options
-
-
-def check_options(options) -> None:
-    """Refuses what cannot be; gives --policy its default."""
-    check_run_options(options)
-    check_range(options, "top_p", "top_p_things", above=0, most=1)
-    check_range(options, "test_size", least=32)
-    check_range(options, "vis", least=0)
+def parse_args(argv: list[str] | None = None) -> Options:
+    options = parse_options(Options, __doc__.split("\n\n")[0], argv)
+    one_of(options, "checkpoint", "probabilities")
     if not options.exp or "/" in options.exp or options.exp.startswith("."):
         raise UserError(f"--exp {options.exp}: give a plain folder name")
     if options.rule == "cbst":
@@ -698,75 +595,38 @@ def check_options(options) -> None:
             raise UserError(f"--top-p-things {options.top_p_things}: belongs to --rule top-p")
     elif options.policy:
         raise UserError(f"--policy {options.policy}: belongs to --rule cbst")
+    return options
 
 
-def label_rows(options) -> list[tuple[str, str]]:
-    """(image, label) of the list; no two images share a label."""
-    images = [row[0] for row in read_list(options.id_list_path, columns=(1, 2))]
-    rows, owners = [(image, label_path(options.exp, image)) for image in images], {}
-    check_files(options.root_path, images, options.id_list_path)
-    for image, label in rows:
-        if owners.setdefault(label, image) != image:
-            raise UserError(
-                f"{options.id_list_path}: {owners[label]} and {image} would share the label"
-                f" {label}; images must differ in more than first folder and suffix"
-            )
-    return rows
-
-
-def make_labels(rows, folder: Path, source: Source, settings: dict, options, classes) -> None:
-    """All stages; every process of torchrun takes its share of the model's work."""
-    started = time.monotonic()
-    predict_all(rows, folder, source)
-    wait_for_all()
-    thresholds = thresholds_of_list(rows, folder, options, classes)
-    if options.rule == "cbst":
-        cbst_all(rows, folder, source, thresholds)
-        wait_for_all()
-    if process_rank()[0] > 0:
-        return
-    counts = write_labels(
-        rows, folder.parent, folder, thresholds, classes, options.rule, options.vis
-    )
-    seconds = round(time.monotonic() - started, 1)
-    write_json(folder / "run.json", {**manifest(vars(options)), "seconds": seconds})
-    summary = summary_of(rows, source, settings, counts, thresholds, classes.names)
-    write_json(folder / "summary.json", summary)
-
-
-def main(argv=None) -> None:
-    options = parse_options(argv)
+def main(argv: list[str] | None = None) -> None:
+    options = parse_args(argv)
     classes = class_set(options.class_num, options.stuff, options.things)
-    rows, root = label_rows(options), Path(options.root_path)
-    folder, images = root / options.exp, [image for image, _ in rows]
-    device = select_device(options.device)
-    step = DTST_STEP if options.preset == "dtst" else 1
+    rows, device = label_rows(options), select_device(options.device)
+    images, labels = zip(*rows)
+    root, folder = options.root_path, options.root_path / options.exp
+    source = load_source(options, images, device)
+    inputs = {"list": options.id_list_path} | source.files
     if options.checkpoint:
-        test_size = options.test_size and tuple(options.test_size)
-        source = network_source(
-            options.checkpoint, images, root, classes.count, step, test_size, device
-        )
-    else:
-        source = array_source(options.probabilities, images, root, classes.count, step)
-    check_not_overwritten(rows, options)
+        inputs["checkpoint"] = options.checkpoint
     check_writable(options.out_list.parent)
-    summary_path = folder / "summary.json"
+    summary_path, remedy = folder / "summary.json", "choose another --exp, or remove that folder"
 
-    with folder_lock(folder), process_group(device) as (rank, _):
-        settings = {"pixel_step": step}
+    with Outputs(folder, remedy) as out, process_group(device) as (rank, _):
         if rank == 0:
-            settings = settings_of(options, source, step)
-            begun = any(map(Path.exists, made_of(rows, folder))) or holds_pictures(folder)
-            mend = "choose another --exp, or remove that folder"
-            check_settings(folder / "settings.json", settings, "labels made with", mend, begun)
+            made = [root / label for label in labels]
+            waiting = [stored_path(folder, label) for label in labels]
+            begun = any(path.exists() for path in made + waiting) or holds_pictures(folder)
+            out.accept(options.settings, inputs, begun)
             check_disk(folder, rows, source, 6 if options.rule == "cbst" else 5)
-            for parent in {(root / label).parent for _, label in rows}:
+            for parent in {path.parent for path in made}:
                 remove_leftovers(parent)
+            if not begun:
+                (folder / "run.json").unlink(missing_ok=True)
         wait_for_all()  # nothing is made before process 0 has accepted the settings
-        finished = summary_path.exists() and all((root / label).exists() for _, label in rows)
+        finished = summary_path.exists() and all((root / label).exists() for label in labels)
         wait_for_all()
         if not finished:
-            make_labels(rows, folder, source, settings, options, classes)
+            make_labels(rows, folder, source, options, classes, device)
         if rank > 0:
             return
         write_list(options.out_list, rows)

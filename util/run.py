@@ -222,6 +222,18 @@ def process_group(device):
         dist.destroy_process_group()
 
 
+def wait_for_all() -> None:
+    """Go on when every process of the run is here."""
+    if process_rank()[1] == 1:
+        return
+    import torch.distributed as dist
+
+    try:
+        dist.barrier()
+    except RuntimeError:
+        raise UserError("another process of this run has stopped; its message says why") from None
+
+
 def ahead(pool: ThreadPoolExecutor, function: Callable, items: Iterable, count: int) -> Iterator:
     """function(item) of every item, in order, while `pool` works on the next `count` items."""
     items = iter(items)
