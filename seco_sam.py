@@ -40,7 +40,7 @@ list. From Python, for one image:
     write_label("street_psa.png", result.label, classes.palette)
 
 Needs when copied away: dataset/psa.py,
-model/{segmenter,sam,sam_fast,sam_decoder,sam_tiny,sam_transformers}.py,
+model/{segmenter,sam,sam_fast,sam_tiny,sam_transformers}.py,
 util/{connectivity,labels,options,outputs,pictures,run}.py and, for the tiny SAM,
 model/sam_tiny.pth.
 """

@@ -8,7 +8,7 @@ repository (model/sam_tiny.py). Any other type is a model's name on the Hugging 
 facebook/sam2.1-hiera-large, or a local folder with such a model (model/sam_transformers.py).
 model/README.md has the table of models.
 
-Needs when copied away: model/{segmenter,sam_fast,sam_decoder,sam_tiny,sam_transformers}.py,
+Needs when copied away: model/{segmenter,sam_fast,sam_tiny,sam_transformers}.py,
 util/{outputs,run}.py and, for `tiny`, model/sam_tiny.pth.
 """
 
@@ -206,7 +206,8 @@ def load_segmenter(
         return sam
     from model.sam_transformers import load_transformers  # optional package, seconds to import
 
-    return load_transformers(sam_type, checkpoint, torch.device(device), prompt_batch, amp)
+    options = {"prompt_batch": prompt_batch, "amp": amp}
+    return load_transformers(sam_type, checkpoint, torch.device(device), **options)
 
 
 def files_digest(files: list[Path]) -> str:

@@ -7,7 +7,7 @@ scripts/dev/sam_tiny.py and knows nothing but those drawings. Its weights
 (model/sam_tiny.pth) ship with this repository, so that the whole pipeline runs on a CPU and without
 downloads.
 
-Needs when copied away: model/sam_decoder.py and model/sam_tiny.pth.
+Needs when copied away: model/sam_tiny.pth.
 """
 
 from __future__ import annotations
@@ -18,13 +18,6 @@ import torch
 from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from model.sam_decoder import (
-    attend_to_image,
-    attend_to_tokens,
-    conv_transpose_per_token,
-    tokens_to_pixels,
-)
 
 TINY_CHECKPOINT = Path(__file__).with_name("sam_tiny.pth")
 # Longest side in pixels: the toy benchmark's width, whose images are not resized.
@@ -85,34 +78,22 @@ class TinyImageEncoder(nn.Module):
     scene.
     """
 
-    def __init__(
-        self,
-        img_size: int = TINY_IMAGE_SIZE,
-        out_channels: int = TINY_WIDTH,
-        widths: tuple[int, ...] = (64, 128, 176, 160),
-        blocks: tuple[int, ...] = (1, 2, 2, 1),
-    ):
+    def __init__(self):
         super().__init__()
-        self.img_size = img_size
+        self.img_size = TINY_IMAGE_SIZE
         self.stem = conv_norm(3, 32, stride=2)
         self.levels = nn.ModuleList()
-        c_in = 32
-        for width, count in zip(widths, blocks):
-            self.levels.append(
-                nn.Sequential(
-                    conv_norm(c_in, width, stride=2),
-                    nn.ReLU(),
-                    *(ResidualBlock(width) for _ in range(count)),
-                )
-            )
-            c_in = width
-        self.laterals = nn.ModuleList(
-            nn.Conv2d(c, out_channels, 1) for c in (4 * widths[0], *widths[1:])
-        )
-        self.smooth16 = conv_norm(out_channels, out_channels)
-        self.smooth8 = conv_norm(out_channels, out_channels)
-        self.project = nn.Conv2d(out_channels, out_channels, 1)
-        self.norm = nn.LayerNorm(out_channels)
+        widths, counts = (32, 64, 128, 176, 160), (1, 2, 2, 1)
+        for c_in, width, count in zip(widths, widths[1:], counts):
+            down = conv_norm(c_in, width, stride=2)
+            blocks = [ResidualBlock(width) for _ in range(count)]
+            self.levels.append(nn.Sequential(down, nn.ReLU(), *blocks))
+        channels = (4 * 64, 128, 176, 160)  # level 1 enters unshuffled
+        self.laterals = nn.ModuleList(nn.Conv2d(c, TINY_WIDTH, 1) for c in channels)
+        self.smooth16 = conv_norm(TINY_WIDTH, TINY_WIDTH)
+        self.smooth8 = conv_norm(TINY_WIDTH, TINY_WIDTH)
+        self.project = nn.Conv2d(TINY_WIDTH, TINY_WIDTH, 1)
+        self.norm = nn.LayerNorm(TINY_WIDTH)
 
     def tokens(self, x: Tensor) -> Tensor:
         """Normalised images [B, 3, H, W], sides multiples of 32, to the embedding [B, C, H/8, W/8],
@@ -133,8 +114,8 @@ class TinyImageEncoder(nn.Module):
         return self.norm(y.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalised, zero-padded images [B, 3, S, S] to the embedding [B, C, S/8, S/8], zero where
-        the image is.
+        """Normalised, zero-padded images [B, 3, S, S] to the embedding [B, C, S/8, S/8], padded
+        with zeros too.
         """
         height, width = occupied_extent(x, multiple=32)
         y = self.tokens(x[:, :, :height, :width])
@@ -151,23 +132,19 @@ class TinyPromptEncoder(PromptEncoder):
     small network that in minutes.
     """
 
-    FEATURES = 18
-
     def __init__(self, embed_dim: int, **options):
         super().__init__(embed_dim=embed_dim, **options)
-        self.prompt_map = nn.Sequential(
-            nn.Linear(self.FEATURES, 64), nn.GELU(), nn.Linear(64, embed_dim)
-        )
+        features = 7 + 11  # of points and of boxes
+        layers = nn.Linear(features, 64), nn.GELU(), nn.Linear(64, embed_dim)
+        self.prompt_map = nn.Sequential(*layers)
 
-    def draw_prompts(
+    def draw(
         self, points: tuple[Tensor, Tensor] | None, boxes: Tensor | None, h: int, w: int
     ) -> Tensor:
-        """Features [P, h*w, FEATURES] of the upper left h x w tokens, in raster order.
+        """What is drawn on the upper left h x w tokens, in raster order: [P, h*w, C].
 
         points: coordinates [P, n, 2] (x, y) in pixels and labels [P, n] (only label 1 counts);
-        boxes [P, 4]. To the nearest point: three Gaussians of the distance and the offset at two
-        scales; to the box: the distances from its four sides at two scales, inside or not, size;
-        zeros for what is not given.
+        boxes [P, 4] or [P, 1, 4], as the package's predictor gives them.
         """
         device = self.no_mask_embed.weight.device
         y, x = torch.meshgrid(
@@ -179,63 +156,55 @@ class TinyPromptEncoder(PromptEncoder):
         count = len(points[0]) if points is not None else len(boxes)
         near, box = centre.new_zeros(count, h * w, 7), centre.new_zeros(count, h * w, 11)
         if points is not None:
-            coordinates, labels = points
-            offset = centre[:, :, None] - (coordinates.float() + 0.5)[:, None]  # [P, N, n, 2]
-            distance = offset.square().sum(-1).masked_fill((labels != 1)[:, None], 1e8)
-            distance, index = distance.min(dim=2)
-            offset = offset.gather(2, index[..., None, None].expand(-1, -1, 1, 2))[:, :, 0]
-            near = torch.cat(
-                [
-                    torch.exp(
-                        -distance[..., None] / (2 * distance.new_tensor([6.0, 20.0, 60.0]) ** 2)
-                    ),
-                    torch.tanh(offset / 16),
-                    torch.tanh(offset / 64),
-                ],
-                dim=-1,
-            )
+            near = self.point_features(centre, *points)
         if boxes is not None:
-            boxes = boxes.float().reshape(
-                -1, 1, 4
-            )  # the package's predictor gives [P, 1, 4], others [P, 4]
-            sides = torch.cat([centre - boxes[..., :2], boxes[..., 2:] + 1 - centre], dim=-1)
-            size = (boxes[..., 2:] + 1 - boxes[..., :2]).clamp(min=1).log().sum(
-                -1, keepdim=True
-            ) / 10
-            inside = torch.sigmoid(sides / 4).prod(dim=-1, keepdim=True)
-            box = torch.cat(
-                [
-                    torch.tanh(sides / 8),
-                    torch.tanh(sides / 32),
-                    inside,
-                    size.expand_as(inside),
-                    torch.ones_like(inside),
-                ],
-                dim=-1,
-            )
-        return torch.cat([near, box], dim=-1)
+            box = self.box_features(centre, boxes.float().reshape(-1, 1, 4))
+        return self.prompt_map(torch.cat([near, box], dim=-1))
 
-    def single_points(self, points: Tensor, h: int, w: int) -> tuple[Tensor, Tensor]:
-        """The drawn embeddings of many single points [P, 2]: a table [U, C] and the index [P, h*w]
-        of each token's row.
+    @staticmethod
+    def point_features(centre: Tensor, points: Tensor, labels: Tensor) -> Tensor:
+        """Features [P, N, 7] of tokens at `centre` [1, N, 2] for the nearest point of label 1:
+        three Gaussians of the distance and the offset at two scales.
+        """
+        offset = centre[:, :, None] - (points.float() + 0.5)[:, None]  # [P, N, n, 2]
+        distance = offset.square().sum(-1).masked_fill((labels != 1)[:, None], 1e8)
+        distance, index = distance.min(dim=2)
+        offset = offset.gather(2, index[..., None, None].expand(-1, -1, 1, 2))[:, :, 0]
+        variances = 2 * distance.new_tensor([6.0, 20.0, 60.0]) ** 2
+        gaussians = torch.exp(-distance[..., None] / variances)
+        return torch.cat([gaussians, torch.tanh(offset / 16), torch.tanh(offset / 64)], dim=-1)
+
+    @staticmethod
+    def box_features(centre: Tensor, boxes: Tensor) -> Tensor:
+        """Features [P, N, 11] of tokens at `centre` [1, N, 2] for boxes [P, 1, 4]: the distances
+        from the four sides at two scales, inside or not, the box's size, and one.
+        """
+        sides = torch.cat([centre - boxes[..., :2], boxes[..., 2:] + 1 - centre], dim=-1)
+        extent = (boxes[..., 2:] + 1 - boxes[..., :2]).clamp(min=1)
+        inside = torch.sigmoid(sides / 4).prod(dim=-1, keepdim=True)
+        size = (extent.log().sum(-1, keepdim=True) / 10).expand_as(inside)
+        near, far = torch.tanh(sides / 8), torch.tanh(sides / 32)
+        return torch.cat([near, far, inside, size, torch.ones_like(inside)], dim=-1)
+
+    def draw_single_points(self, points: Tensor, h: int, w: int) -> tuple[Tensor, Tensor]:
+        """The same of many single points [P, 2]: a table [U, C] and its row for each token, [P,
+        h*w].
 
         A row depends on the offset from point to token alone, and the points of a grid share their
         offsets.
         """
         device = points.device
-        tables = []
+        offsets = []
         for axis, count in ((0, w), (1, h)):
             tokens = (torch.arange(count, device=device) + 0.5) * TINY_STRIDE - 0.5
-            tables.append(
-                torch.unique(tokens[None] - points[:, axis : axis + 1].float(), return_inverse=True)
-            )
-        (dx, column), (dy, row) = tables
-        origin = TINY_STRIDE / 2 - 0.5  # of the one token that is drawn for each
-        offsets = origin - torch.cartesian_prod(dy, dx).flip(
-            1
-        )  # points with all offsets to it, x y
-        labels = torch.ones(len(offsets), 1, device=device)
-        table = self.prompt_map(self.draw_prompts((offsets[:, None], labels), None, 1, 1))[:, 0]
+            offset = tokens[None] - points[:, axis : axis + 1].float()
+            offsets.append(torch.unique(offset, return_inverse=True))
+        (dx, column), (dy, row) = offsets
+        # One token is drawn, for points with all offsets to it.
+        token = TINY_STRIDE / 2 - 0.5
+        around = token - torch.cartesian_prod(dy, dx).flip(1)
+        labels = torch.ones(len(around), 1, device=device)
+        table = self.draw((around[:, None], labels), None, 1, 1)[:, 0]
         return table, (row[:, :, None] * len(dx) + column[:, None, :]).flatten(1)
 
     def forward(
@@ -245,19 +214,15 @@ class TinyPromptEncoder(PromptEncoder):
         sparse, dense = super().forward(points, boxes, masks)
         if points is not None or boxes is not None:
             h, w = self.image_embedding_size
-            drawn = self.prompt_map(self.draw_prompts(points, boxes, h, w))
+            drawn = self.draw(points, boxes, h, w)
             dense = dense + drawn.transpose(1, 2).unflatten(2, (h, w))
         return sparse, dense
 
 
 class TinyMaskDecoder(MaskDecoder):
-    """The package's mask decoder, computed faster and without the padding; same parameters, same
-    numbers.
+    """The package's mask decoder on the tokens that show the image: those of padding take no part.
 
-    Two identities save most of the work and let the training run the same code for a batch of
-    images: the projections of the image's keys, queries and values are moved to the side of the few
-    prompt tokens, and transposed convolutions of kernel and stride 2 are linear layers per token.
-    `MaskDecoder.predict_masks` is the test's oracle.
+    `model.sam_fast` computes the same faster, for PSA and for the training.
     """
 
     def predict_masks(
@@ -269,96 +234,27 @@ class TinyMaskDecoder(MaskDecoder):
     ) -> tuple[Tensor, Tensor]:
         """As in the package, for one image: embeddings [1, C, S, S], pe [1, C, S, S], sparse [P, T,
         C], dense [P, C, S, S] to low-resolution mask logits [P, M, 4S, 4S] and predicted IoU [P,
-        M].
-
-        Tokens of padding take no part; logits over the padding repeat the image's last row or
-        column.
+        M]. Logits over the padding repeat the image's last row or column.
         """
-        full = image_embeddings.shape[-1]
-        h, w = occupied_extent(image_embeddings)
-        keys = (
-            (image_embeddings[..., :h, :w] + dense_prompt_embeddings[..., :h, :w])
-            .flatten(2)
-            .transpose(1, 2)
-        )
-        pe = image_pe[..., :h, :w].flatten(2).transpose(1, 2)
-        logits, iou = self.decode(keys[None], pe, sparse_prompt_embeddings[None])
-        masks, iou = tokens_to_pixels(logits[0], h, w), iou[0]
+        full, (h, w) = image_embeddings.shape[-1], occupied_extent(image_embeddings)
+        embeddings, pe = image_embeddings[..., :h, :w], image_pe[..., :h, :w]
+        dense = dense_prompt_embeddings[..., :h, :w]
+        masks, iou = super().predict_masks(embeddings, pe, sparse_prompt_embeddings, dense)
         return F.pad(masks, (0, 4 * (full - w), 0, 4 * (full - h)), mode="replicate"), iou
-
-    def decode(
-        self, keys: Tensor, image_pe: Tensor, sparse: Tensor, outputs: slice = slice(None)
-    ) -> tuple[Tensor, Tensor]:
-        """Masks of K prompts on each of B images.
-
-        keys: image embeddings with the dense prompt embeddings added [B, K, N, C]; image_pe [1, N,
-        C]; sparse: prompt embeddings [B, K, T, C]; outputs: which of the M mask tokens. Returns
-        logits [B, K, M, N*16] in token order (see `tokens_to_pixels`) and predicted IoU [B, K, M].
-        """
-        b, k, _, c = keys.shape
-        pe = image_pe.to(keys.dtype)
-        output_tokens = torch.cat([self.iou_token.weight, self.mask_tokens.weight])
-        tokens = torch.cat([output_tokens.expand(b, k, -1, -1), sparse], dim=2)  # [B, K, T, C]
-        queries = tokens
-        for layer in self.transformer.layers:
-            flat, flat_pe = queries.flatten(0, 1), tokens.flatten(0, 1)
-            if layer.skip_first_layer_pe:
-                flat = layer.self_attn(q=flat, k=flat, v=flat)
-            else:
-                flat = flat + layer.self_attn(q=flat + flat_pe, k=flat + flat_pe, v=flat)
-            queries = layer.norm1(flat).view_as(tokens)
-            keys_pe = keys + pe
-            queries = layer.norm2(
-                queries
-                + attend_to_image(layer.cross_attn_token_to_image, queries + tokens, keys_pe, keys)
-            )
-            queries = layer.norm3(queries + layer.mlp(queries))
-            keys = layer.norm4(
-                attend_to_tokens(
-                    layer.cross_attn_image_to_token, keys_pe, queries + tokens, queries, keys
-                )
-            )
-        queries = self.transformer.norm_final_attn(
-            queries
-            + attend_to_image(
-                self.transformer.final_attn_token_to_image, queries + tokens, keys + pe, keys
-            )
-        )
-
-        conv1, norm, _, conv2, _ = self.output_upscaling
-        activation = self.output_upscaling[2]
-        up = conv_transpose_per_token(conv1, keys)  # [B, K, N, 4, C/4]
-        up = activation(F.layer_norm(up, (c // 4,), norm.weight, norm.bias, norm.eps))
-        up = activation(conv_transpose_per_token(conv2, up))  # [B, K, N, 4, 4, C/8]
-        indices = range(self.num_mask_tokens)[outputs]
-        hyper = torch.stack(
-            [self.output_hypernetworks_mlps[i](queries[:, :, 1 + i]) for i in indices], dim=2
-        )
-        logits = hyper @ up.flatten(2, 4).transpose(2, 3)  # [B, K, M, N*16]
-        return logits, self.iou_prediction_head(queries[:, :, 0])[..., outputs]
 
 
 def build_sam_tiny() -> Sam:
     """The tiny SAM in eval mode on the CPU, with random weights."""
-    tokens = TINY_IMAGE_SIZE // TINY_STRIDE
-    sam = Sam(
-        image_encoder=TinyImageEncoder(),
-        prompt_encoder=TinyPromptEncoder(
-            embed_dim=TINY_WIDTH,
-            image_embedding_size=(tokens, tokens),
-            input_image_size=(TINY_IMAGE_SIZE, TINY_IMAGE_SIZE),
-            mask_in_chans=16,
-        ),
-        mask_decoder=TinyMaskDecoder(
-            num_multimask_outputs=3,
-            transformer_dim=TINY_WIDTH,
-            iou_head_depth=3,
-            iou_head_hidden_dim=128,
-            transformer=TwoWayTransformer(
-                depth=2, embedding_dim=TINY_WIDTH, mlp_dim=256, num_heads=4
-            ),
-        ),
-        pixel_mean=[123.675, 116.28, 103.53],
-        pixel_std=[58.395, 57.12, 57.375],
+    size, tokens = TINY_IMAGE_SIZE, TINY_IMAGE_SIZE // TINY_STRIDE
+    encoder = TinyImageEncoder()
+    prompt_encoder = TinyPromptEncoder(
+        TINY_WIDTH,
+        image_embedding_size=(tokens, tokens),
+        input_image_size=(size, size),
+        mask_in_chans=16,
     )
-    return sam.eval()
+    transformer = TwoWayTransformer(depth=2, embedding_dim=TINY_WIDTH, mlp_dim=256, num_heads=4)
+    decoder = TinyMaskDecoder(
+        transformer_dim=TINY_WIDTH, transformer=transformer, iou_head_hidden_dim=128
+    )
+    return Sam(encoder, prompt_encoder, decoder).eval()

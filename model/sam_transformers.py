@@ -26,8 +26,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.segmenter import SAM_SETTINGS, LowMasks, ProposalSettings, Segmenter
-from util.run import Stopwatch, UserError
+from model.segmenter import SAM_SETTINGS, Decoded, ProposalSettings, Segmenter
+from util.run import UserError
 
 # {model_type of config.json: settings of the family's own automatic mask generator}.
 # SAM: segment_anything 1.0. SAM-HQ: segment-anything-hq 0.3, the same values. SAM 2 and 2.1: sam2
@@ -54,7 +54,7 @@ class TransformersSam(Segmenter):
     """One model of transformers and the image it has encoded (see `Segmenter`).
 
     model: with `get_image_embeddings` and prompts in `forward`; image_processor: the package's,
-    which makes pixel values of images.
+    which makes pixel values of images; options: of `Segmenter`.
     """
 
     def __init__(
@@ -62,19 +62,18 @@ class TransformersSam(Segmenter):
         model: torch.nn.Module,
         image_processor: Callable,
         settings: ProposalSettings = SAM_SETTINGS,
-        prompt_batch: int | None = None,
-        amp: bool = False,
-        watch: Stopwatch | None = None,
+        **options,
     ):
-        super().__init__(model.device, settings, prompt_batch, amp, watch)
+        super().__init__(model.device, settings, **options)
         self.model, self.image_processor = model, image_processor
 
     def encode(self, image: np.ndarray) -> None:
         """See `Segmenter.encode`. SAM and SAM-HQ pad an image to a square, the others stretch it to
         one.
         """
-        inputs = self.image_processor(  # which warns of arrays that are read-only
-            images=image.copy(), input_data_format="channels_last", return_tensors="pt"
+        writable = image.copy()  # the processor warns of arrays that are read-only
+        inputs = self.image_processor(
+            images=writable, input_data_format="channels_last", return_tensors="pt"
         )
         pixels = inputs["pixel_values"].to(self.device)
         self.square = tuple(pixels.shape[-2:])
@@ -94,24 +93,20 @@ class TransformersSam(Segmenter):
 
     def decode(
         self, points: Tensor, boxes: Tensor | None, several: bool
-    ) -> Callable[[int, int], tuple[Tensor, LowMasks]]:
+    ) -> Callable[[int, int], Decoded]:
         """See `Segmenter.decode`."""
-        points = points.float()
+        labels = torch.ones(points.shape[:2], dtype=torch.int, device=self.device)
 
-        def decoded(start: int, stop: int) -> tuple[Tensor, LowMasks]:
-            part = points[None, start:stop]
+        def decoded(start: int, stop: int) -> Decoded:
             with self._precision():
                 result = self.model(
-                    input_points=part,
-                    input_labels=torch.ones(part.shape[:3], dtype=torch.int, device=self.device),
+                    input_points=points[None, start:stop].float(),
+                    input_labels=labels[None, start:stop],
                     input_boxes=None if boxes is None else boxes[None, start:stop],
                     multimask_output=several,
                     **self.embeddings,
                 )
-            low = result.pred_masks[0].float()
-            return result.iou_scores[0].float(), (
-                lambda kept: low.flatten(0, 1) if kept is None else low[kept]
-            )
+            return Decoded(result.iou_scores[0].float(), result.pred_masks[0].float())
 
         return decoded
 
@@ -156,10 +151,9 @@ def load_transformers(
     sam_type: str,
     checkpoint: str | Path | None,
     device: torch.device,
-    prompt_batch: int | None = None,
-    amp: bool = False,
+    **options,
 ) -> TransformersSam:
-    """See `model.sam.load_segmenter`. Weights are read as float32."""
+    """See `model.sam.load_segmenter`. Weights are read as float32. options: of `Segmenter`."""
     if not (checkpoint or Path(sam_type).is_dir() or HUB_NAME.fullmatch(sam_type)):
         raise UserError(
             f"--sam-type {sam_type}: neither vit_h, vit_l, vit_b, vit_t or tiny, nor a model on the"
@@ -193,7 +187,7 @@ def load_transformers(
             f"{folder}: its weights do not fit its config.json ({lacking[0]} and"
             f" {len(lacking) - 1} more are absent or of another shape); download it again"
         )
-    sam = TransformersSam(model.eval().to(device), processor, SETTINGS[family], prompt_batch, amp)
+    sam = TransformersSam(model.eval().to(device), processor, SETTINGS[family], **options)
     patterns = PATTERNS if any(folder.glob(PATTERNS[0])) else PICKLED
     sam.files = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
     return sam

@@ -16,7 +16,9 @@ import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import cv2
 import numpy as np
@@ -33,14 +35,11 @@ from torchvision.ops.boxes import batched_nms
 from util.outputs import atomic_path
 from util.run import Stopwatch, UserError
 
+T = TypeVar("T")
 FULL_SIZE_PIXELS = 1 << 28  # of masks that a GPU looks at together at the image's size
 
 # A proposal: its mask (bool, inside its box) and the box x0 y0 x1 y1, inclusive.
 ProposalMask = tuple[Tensor, tuple[int, int, int, int]]
-
-# Masks of decoded prompts, made when asked for: of which of them (bool P x M; None: of all), to
-# their low-resolution logits, float32 (number of masks) x h x w.
-LowMasks = Callable[[Tensor | None], Tensor]
 
 
 @dataclass(frozen=True)
@@ -72,15 +71,33 @@ class Proposals:
     predicted_iou: Tensor
 
 
+@dataclass
+class Decoded:
+    """P prompts that the network has decoded. iou: predicted IoU of their masks, float32 P x M;
+    low: the masks' low-resolution logits, float32 P x M x h x w.
+    """
+
+    iou: Tensor
+    low: Tensor
+
+    def masks(self, kept: Tensor | None = None) -> Tensor:
+        """Low-resolution logits, float32 (number of masks) x h x w, of the masks that are `kept`
+        (bool P x M), or of all.
+        """
+        return self.low.flatten(0, 1) if kept is None else self.low[kept]
+
+
 class Segmenter:
     """One network and the image it has encoded.
 
     device: torch.device of all tensors that come out. prompt_batch: prompts decoded at a time
     (default: 4 on a CPU, whose caches like few, 64 on a GPU), halved for good when memory runs out.
-    amp: compute in bf16; may be set anew before `set_image`. watch: seconds of each stage.
+    amp: compute in bf16; may be set anew before `set_image`. `watch`: seconds of each stage.
+    `files`: what `load_segmenter` made it from.
     """
 
     mask_threshold = 0.0  # logits above it are the mask
+    files: list[Path]
 
     def __init__(
         self,
@@ -88,11 +105,10 @@ class Segmenter:
         settings: ProposalSettings = SAM_SETTINGS,
         prompt_batch: int | None = None,
         amp: bool = False,
-        watch: Stopwatch | None = None,
     ):
         self.device, self.settings, self.amp = device, settings, amp
         self.prompt_batch = prompt_batch or (64 if device.type == "cuda" else 4)
-        self.watch = watch or Stopwatch()
+        self.watch = Stopwatch()
         self.size: tuple[int, int] = (0, 0)  # of the image, H W
         self.threads, self._map = 1, map
         if device.type == "cpu" and torch.get_num_threads() > 1:
@@ -113,9 +129,8 @@ class Segmenter:
 
     def decode(
         self, points: Tensor, boxes: Tensor | None, several: bool
-    ) -> Callable[[int, int], tuple[Tensor, LowMasks]]:
-        """A function of a range start, stop of the prompts, which gives their predicted IoU,
-        float32 P x M, and their masks.
+    ) -> Callable[[int, int], Decoded]:
+        """A function that decodes the prompts start .. stop - 1.
 
         points: P x k x 2, all positive; boxes: P x 4, x0 y0 x1 y1, or None; both in pixels of the
         network's input. several: the masks of an ambiguous prompt (M = 3), else the one mask
@@ -156,18 +171,16 @@ class Segmenter:
         tensor = lambda x: torch.as_tensor(x, dtype=torch.float, device=self.device)
         for count in np.unique(counts):
             chosen = np.flatnonzero(counts == count)
-            coords = np.stack([points[i] for i in chosen]).astype(np.float64)
+            coords = self.to_input(np.stack([points[i] for i in chosen]).astype(np.float64))
             corners = self.to_input(boxes[chosen].astype(np.float64).reshape(-1, 2, 2))
-            prompts = self.decode(
-                tensor(self.to_input(coords)), tensor(corners.reshape(-1, 4)), False
-            )
+            decode = self.decode(tensor(coords), tensor(corners.reshape(-1, 4)), several=False)
 
             def masks(start: int, stop: int) -> Tensor:
-                return self.full_size(prompts(start, stop)[1](None)) > self.mask_threshold
+                return self.full_size(decode(start, stop).masks()) > self.mask_threshold
 
             with self.watch("prompts"):
-                found = torch.cat(self._halving(masks, len(chosen)))
-            result[torch.as_tensor(chosen, device=self.device)] = found
+                batches = self._in_batches(masks, len(chosen))
+            result[torch.as_tensor(chosen, device=self.device)] = torch.cat(batches)
         return result
 
     # ------------------------------------------------------------------------- shared by all models
@@ -182,31 +195,28 @@ class Segmenter:
         settings = self.settings
         grid = build_point_grid(settings.points_per_side) * np.array(self.size)[None, ::-1]
         points = torch.as_tensor(self.to_input(grid), device=self.device)[:, None]
-        decode = self.decode(points, None, True)
+        decode = self.decode(points, None, several=True)
 
-        def judged(start: int, stop: int) -> tuple[Tensor, Tensor, Tensor] | None:
+        def good_masks(start: int, stop: int) -> tuple[Tensor, Tensor, Tensor] | None:
+            """Those that pass both tests: their logits, boxes and predicted IoU."""
             with self.watch("decode proposals", self.threads):
-                iou, low_masks = decode(start, stop)
-                kept = iou > settings.predicted_iou
-                if not kept.any():
+                decoded = decode(start, stop)
+                likely = decoded.iou > settings.predicted_iou
+                if not likely.any():
                     return None
             with self.watch("upscale and filter", self.threads):
-                low = low_masks(kept)
+                low = decoded.masks(likely)
                 stable, boxes = self._stable(low)
-                return low[stable], boxes, iou[kept][stable]
+                return low[stable], boxes, decoded.iou[likely][stable]
 
-        found = [part for part in self._halving(judged, len(points)) if part is not None]
-        if not found:
-            return Proposals(
-                torch.zeros(0, 1, 1, device=self.device),
-                torch.zeros(0, 4, dtype=torch.long, device=self.device),
-                torch.zeros(0, device=self.device),
-            )
+        batches = self._in_batches(good_masks, len(points))
+        batches = [batch for batch in batches if batch is not None]
+        zeros = partial(torch.zeros, device=self.device)
+        if not batches:
+            return Proposals(zeros(0, 1, 1), zeros(0, 4, dtype=torch.long), zeros(0))
         with self.watch("nms"):
-            low, boxes, iou = (torch.cat(part) for part in zip(*found))
-            keep = batched_nms(
-                boxes.float(), iou, torch.zeros(len(boxes), device=self.device), settings.box_nms
-            )
+            low, boxes, iou = (torch.cat(part) for part in zip(*batches))
+            keep = batched_nms(boxes.float(), iou, zeros(len(boxes)), settings.box_nms)
             return Proposals(low[keep], boxes[keep], iou[keep])
 
     @torch.inference_mode()
@@ -219,18 +229,18 @@ class Segmenter:
         return masks[:, 0]
 
     @torch.inference_mode()
-    def _full_size_masks(self, found: Proposals) -> Iterator[ProposalMask]:
+    def _full_size_masks(self, proposals: Proposals) -> Iterator[ProposalMask]:
         """The proposals' masks one after the other, made at full size in small batches."""
         start = 0
-        while start < len(found.low):
-            stop = start + self.prompt_batch
-            masks = self.full_size(found.low[start:stop]) > self.mask_threshold
-            for mask, (x0, y0, x1, y1) in zip(masks, found.boxes[start:stop].tolist()):
+        while start < len(proposals.low):
+            part = slice(start, start + self.prompt_batch)
+            masks = self.full_size(proposals.low[part]) > self.mask_threshold
+            for mask, (x0, y0, x1, y1) in zip(masks, proposals.boxes[part].tolist()):
                 yield mask[y0 : y1 + 1, x0 : x1 + 1], (x0, y0, x1, y1)
-            start = stop
+            start = part.stop
 
-    def _halving(self, decode, count: int) -> list:
-        """`decode(start, stop)` over 0..count in prompt batches; on out-of-memory the batch is
+    def _in_batches(self, function: Callable[[int, int], T], count: int) -> list[T]:
+        """`function(start, stop)` over 0..count in prompt batches; on out-of-memory the batch is
         halved, for good.
 
         On a CPU as many batches are decoded side by side as there are cores, one core each: the
@@ -241,7 +251,7 @@ class Segmenter:
             starts = range(start, count, self.prompt_batch)
             stops = (min(begin + self.prompt_batch, count) for begin in starts)
             try:
-                for result in self._map(torch.inference_mode()(decode), starts, stops):
+                for result in self._map(torch.inference_mode()(function), starts, stops):
                     results.append(result)
                     start += self.prompt_batch
             except torch.OutOfMemoryError:
@@ -261,10 +271,8 @@ class Segmenter:
         stable, boxes = [], []
         for part in low.split(max(1, FULL_SIZE_PIXELS // (self.size[0] * self.size[1]))):
             logits = self.full_size(part)
-            stable.append(
-                calculate_stability_score(logits, threshold, settings.stability_offset)
-                >= settings.stability
-            )
+            score = calculate_stability_score(logits, threshold, settings.stability_offset)
+            stable.append(score >= settings.stability)
             boxes.append(batched_mask_to_box(logits[stable[-1]] > threshold).long())
         return torch.cat(stable), torch.cat(boxes)
 
@@ -274,14 +282,15 @@ class Segmenter:
         score may change by a pixel on its threshold.
         """
         threshold, settings = np.float32(self.mask_threshold), self.settings
+        offset = np.float32(settings.stability_offset)
         stable, boxes = torch.zeros(len(low), dtype=torch.bool), []
         steps = self.enlargement(*low.shape[-2:])
         for number, logits in enumerate(low.contiguous().numpy()):
             for size, (rows, columns) in steps:
                 logits = cv2.resize(logits, size[::-1], interpolation=cv2.INTER_LINEAR)
                 logits = logits[:rows, :columns]
-            least = np.count_nonzero(logits > threshold + np.float32(settings.stability_offset))
-            most = np.count_nonzero(logits > threshold - np.float32(settings.stability_offset))
+            least = np.count_nonzero(logits > threshold + offset)
+            most = np.count_nonzero(logits > threshold - offset)
             if most and np.float32(least) / np.float32(most) >= settings.stability:
                 stable[number] = True
                 inside = logits > threshold

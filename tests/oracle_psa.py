@@ -3,8 +3,7 @@ mask generator.
 
 Slow and obvious; tests compare seco_sam.py with it pixel by pixel, scripts/dev/bench.py
 measures against it. It shares no code with the fast path but the constants' values, which are
-written out again; of the tiny SAM it shares the image encoder and the prompt encoder, which are its
-definition.
+written out again; of the tiny SAM it shares model/sam_tiny.py, which is its definition.
 """
 
 from __future__ import annotations
@@ -17,43 +16,8 @@ import numpy as np
 import pyclipper
 import torch
 from segment_anything import SamAutomaticMaskGenerator, SamPredictor
-from segment_anything.modeling import MaskDecoder
-from torch.nn import functional as F
-
-from model.sam_tiny import TinyMaskDecoder, occupied_extent
 
 IGNORE = 255
-
-
-@contextlib.contextmanager
-def package_decoder(sam):
-    """The tiny SAM with segment_anything's own mask decoder code in the place of its faster one:
-    the same parameters, on the tokens that show the image, the rest repeated from them. Other SAMs
-    have the package's decoder anyway.
-    """
-    decoder = sam.mask_decoder
-    if not isinstance(decoder, TinyMaskDecoder):
-        yield
-        return
-
-    def predict_masks(
-        image_embeddings, image_pe, sparse_prompt_embeddings, dense_prompt_embeddings
-    ):
-        full, (h, w) = image_embeddings.shape[-1], occupied_extent(image_embeddings)
-        masks, iou = MaskDecoder.predict_masks(
-            decoder,
-            image_embeddings[..., :h, :w],
-            image_pe[..., :h, :w],
-            sparse_prompt_embeddings,
-            dense_prompt_embeddings[..., :h, :w],
-        )
-        return F.pad(masks, (0, 4 * (full - w), 0, 4 * (full - h)), mode="replicate"), iou
-
-    decoder.predict_masks = predict_masks
-    try:
-        yield
-    finally:
-        del decoder.predict_masks
 
 
 def components(mask: np.ndarray) -> list[np.ndarray]:
@@ -154,23 +118,8 @@ def oracle_psa(
     """The aggregated label map. settings: keyword arguments of the mask generator, by default the
     official ones. watch: times the stages, `with watch(name)`.
     """
-    with package_decoder(sam):
-        return _oracle_psa(image, label, sam, stuff, things, recipe, settings, watch)
-
-
-def _oracle_psa(image, label, sam, stuff, things, recipe, settings, watch) -> np.ndarray:
-    generator = SamAutomaticMaskGenerator(
-        sam,
-        **(
-            settings
-            or dict(
-                points_per_side=32,
-                pred_iou_thresh=0.88,
-                stability_score_thresh=0.95,
-                box_nms_thresh=0.7,
-            )
-        ),
-    )
+    official = dict(pred_iou_thresh=0.88, stability_score_thresh=0.95, box_nms_thresh=0.7)
+    generator = SamAutomaticMaskGenerator(sam, **(settings or official | {"points_per_side": 32}))
     over_stuff, over_things = np.full_like(label, IGNORE), np.full_like(label, IGNORE)
     with watch("proposals, encoding included"):
         proposals = generator.generate(image)

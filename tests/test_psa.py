@@ -288,14 +288,19 @@ def test_memory_exhaustion_halves_the_prompt_batch(sam, threads, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     image, label = scene(7)
     whole, halved = FastSam(sam, FEW, prompt_batch=8), FastSam(sam, FEW, prompt_batch=8)
-    real = halved._transformer
+    real = halved.decode
 
-    def scarce(points, boxes, drawn):
-        if len(points) > 3:
-            raise torch.OutOfMemoryError("no memory")
-        return real(points, boxes, drawn)
+    def scarce(*prompts, **several):
+        decode = real(*prompts, **several)
 
-    halved._transformer = scarce
+        def limited(start, stop):
+            if stop - start > 3:
+                raise torch.OutOfMemoryError("no memory")
+            return decode(start, stop)
+
+        return limited
+
+    halved.decode = scarce
     results = [seco_sam.aggregate(image, label, s, CITYSCAPES_19).label for s in (whole, halved)]
     assert halved.prompt_batch == 2 and (results[0] == results[1]).mean() >= 0.9999
 

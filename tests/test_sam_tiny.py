@@ -17,7 +17,7 @@ from segment_anything.modeling import MaskDecoder
 from torch.nn import functional as F
 
 from model.sam import OFFICIAL_CHECKPOINTS, build_sam, default_checkpoint
-from model.sam_decoder import pixels_to_tokens, tokens_to_pixels
+from model.sam_fast import mask_logits, tokens_to_pixels, two_way_transformer
 from model.sam_tiny import TINY_CHECKPOINT, build_sam_tiny, occupied_extent
 from scripts.dev import sam_tiny
 from util.labels import class_set, read_list
@@ -75,14 +75,14 @@ def random_sam():
 
 def test_token_order_is_a_bijection():
     x = torch.arange(3 * 16 * 24.0).view(3, 16, 24)
-    assert torch.equal(tokens_to_pixels(pixels_to_tokens(x), 4, 6), x)
+    assert torch.equal(tokens_to_pixels(sam_tiny.pixels_to_tokens(x), 4, 6), x)
     # slow oracle: token row, token column, then half and quarter rows and columns inside a 4x4 cell
     order = [
         x[0, 4 * ty + 2 * i + k, 4 * tx + 2 * j + m]
         for ty, tx in np.ndindex(4, 6)
         for i, j, k, m in np.ndindex(2, 2, 2, 2)
     ]
-    assert torch.equal(pixels_to_tokens(x)[0], torch.stack(order))
+    assert torch.equal(sam_tiny.pixels_to_tokens(x)[0], torch.stack(order))
     mask = np.random.default_rng(0).random((16, 24)) > 0.5
     area_means = tokens_to_pixels(sam_tiny.low_resolution(mask), 2, 3).numpy()
     assert np.array_equal(area_means, mask.reshape(8, 2, 12, 2).mean(axis=(1, 3)))
@@ -104,8 +104,8 @@ def test_padding_is_found_and_changes_nothing():
 @pytest.mark.parametrize("prompt", ["points", "points and boxes", "boxes and masks"])
 @torch.no_grad()
 def test_decoder_equals_the_package(prompt):
-    """The fast decoder on a padded embedding equals MaskDecoder.predict_masks on the tokens of the
-    image.
+    """The fast decoder on the tokens of the image equals the package's; the tiny SAM's own, on a
+    padded embedding, repeats it over the padding.
     """
     sam = random_sam()
     embedding = sam.image_encoder(sam.preprocess(torch.randint(0, 256, (1, 3, 192, 384)).float()))
@@ -115,12 +115,20 @@ def test_decoder_equals_the_package(prompt):
     sparse, dense = sam.prompt_encoder(points if "points" in prompt else None, boxes, low)
     pe = sam.prompt_encoder.get_dense_pe()
     masks, iou = sam.mask_decoder.predict_masks(embedding, pe, sparse, dense)
-    cropped = (embedding[..., :24, :], pe[..., :24, :], sparse, dense[..., :24, :])
-    expected, expected_iou = MaskDecoder.predict_masks(sam.mask_decoder, *cropped)
+    embedding, pe, dense = (x[..., :24, :] for x in (embedding, pe, dense))
+    expected, expected_iou = MaskDecoder.predict_masks(
+        sam.mask_decoder, embedding, pe, sparse, dense
+    )
+    keys, pe = (x.flatten(2).transpose(1, 2)[None] for x in (embedding + dense, pe))
+    queries, keys = two_way_transformer(sam.mask_decoder, keys, pe, sparse[None])
+    fast = mask_logits(sam.mask_decoder, queries, keys, slice(None))[0]
+    fast_iou = sam.mask_decoder.iou_prediction_head(queries[0, :, 0])
     assert masks.shape == (5, 4, 192, 192)
-    assert torch.allclose(masks[:, :, :96], expected, atol=1e-5 if low is None else 1e-4)
-    assert torch.allclose(iou, expected_iou, atol=1e-5)
+    assert torch.equal(masks[:, :, :96], expected) and torch.equal(iou, expected_iou)
     assert torch.equal(masks[:, :, 96:], masks[:, :, 95:96].expand(-1, -1, 96, -1))
+    atol = 1e-5 if low is None else 1e-4
+    assert torch.allclose(tokens_to_pixels(fast, 24, 48), expected, atol=atol)
+    assert torch.allclose(fast_iou, expected_iou, atol=1e-5)
 
 
 @torch.no_grad()
@@ -135,8 +143,7 @@ def test_batched_training_forward_equals_library_forward():
     boxes, ones = boxes.repeat(2, 1, 1), torch.ones(3, 1)
     tokens = sam.image_encoder.tokens((images - sam.pixel_mean) / sam.pixel_std)
     keys, sparse = sam_tiny.prompted(sam, tokens, points, boxes)
-    pe = sam.prompt_encoder.get_dense_pe()[..., :24, :].flatten(2).transpose(1, 2)
-    logits, iou = sam.mask_decoder.decode(keys, pe, sparse, slice(1, None))
+    logits, iou = sam_tiny.decoded(sam, keys, sparse, (24, 48), slice(1, None))
     for i in range(2):
         asked = {"image": images[i], "original_size": (192, 384), "boxes": boxes[i]}
         (expected,) = sam([asked | {"point_coords": points[i], "point_labels": ones}], True)

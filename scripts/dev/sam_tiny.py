@@ -45,7 +45,7 @@ from torch.nn import functional as F
 from dataset.toy import draw_scene
 from model.checkpoint import load_exactly, read_checkpoint, state_dict_in
 from model.sam import build_sam
-from model.sam_decoder import pixels_to_tokens
+from model.sam_fast import mask_logits, two_way_transformer
 from model.sam_tiny import TINY_CHECKPOINT, TINY_PE_FREQUENCIES, build_sam_tiny
 from util.connectivity import connectivities
 from util.labels import CITYSCAPES_19, check_pairs, class_set, read_label, read_list, read_picture
@@ -458,7 +458,7 @@ def initialise(sam) -> None:
 
 
 def prompted(sam, embedding: Tensor, points: Tensor, boxes: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Inputs of `TinyMaskDecoder.decode`: keys [B, K, N, C] and sparse embeddings [B, K, T, C].
+    """Inputs of `decoded`: keys [B, K, N, C] and sparse embeddings [B, K, T, C].
 
     embedding [B, C, h, w]; positive points [B, K, n, 2]; boxes [B, K, 4]. The prompt encoder's own
     forward would draw the prompts over the padding too.
@@ -469,9 +469,32 @@ def prompted(sam, embedding: Tensor, points: Tensor, boxes: Tensor | None) -> tu
     points, boxes = (points.flatten(0, 1), labels), None if boxes is None else boxes.flatten(0, 1)
     encoder = sam.prompt_encoder
     sparse, _ = PromptEncoder.forward(encoder, points, boxes, None)
-    drawn = encoder.prompt_map(encoder.draw_prompts(points, boxes, h, w)).unflatten(0, (b, k))
+    drawn = encoder.draw(points, boxes, h, w).unflatten(0, (b, k))
     tokens = (embedding + encoder.no_mask_embed.weight[:, :, None, None]).flatten(2).transpose(1, 2)
     return tokens[:, None].to(drawn.dtype) + drawn, sparse.unflatten(0, (b, k))
+
+
+def decoded(
+    sam, keys: Tensor, sparse: Tensor, size: tuple[int, int], outputs: slice = slice(None)
+) -> tuple[Tensor, Tensor]:
+    """What SAM gives for K prompts on each of B images: logits [B, K, M, N*16] in token order and
+    predicted IoU [B, K, M] of the M mask `outputs`.
+
+    keys, sparse: see `prompted`. size: (h, w) of the embedding.
+    """
+    h, w = size
+    pe = sam.prompt_encoder.get_dense_pe()[..., :h, :w].flatten(2).transpose(1, 2)[None]
+    decoder = sam.mask_decoder
+    queries, keys = two_way_transformer(decoder, keys, pe.to(keys.dtype), sparse)
+    iou = decoder.iou_prediction_head(queries[:, :, 0])[..., outputs]
+    return mask_logits(decoder, queries, keys, outputs), iou
+
+
+def pixels_to_tokens(x: Tensor) -> Tensor:
+    """[..., 4h, 4w] to [..., h*w*16]: the inverse of `model.sam_fast.tokens_to_pixels`."""
+    lead, (height, width) = x.shape[:-2], x.shape[-2:]
+    x = x.reshape(-1, height // 4, 2, 2, width // 4, 2, 2).permute(0, 1, 4, 2, 5, 3, 6)
+    return x.reshape(*lead, height * width)
 
 
 def pair_losses(
@@ -506,13 +529,11 @@ def pair_losses(
 
 def mask_loss(sam, embedding: Tensor, prompts: list, known: Tensor, balance: float) -> Tensor:
     """Loss of masks and predicted IoU of one batch."""
-    h, w = embedding.shape[2:]
-    pe = sam.prompt_encoder.get_dense_pe()[..., :h, :w].flatten(2).transpose(1, 2)
     loss = 0.0
     for points, boxes, targets in prompts:
         keys, sparse = prompted(sam, embedding, points, boxes)
         outputs = slice(1, None) if boxes is None else slice(0, 1)
-        logits, iou_pred = sam.mask_decoder.decode(keys, pe, sparse, outputs)
+        logits, iou_pred = decoded(sam, keys, sparse, embedding.shape[2:], outputs)
         losses, iou = pair_losses(logits.float(), targets, balance, known)
         best = losses.amin(dim=2).mean(dim=-1)  # each valid target needs one good output
         if logits.shape[2] > 1:
@@ -565,11 +586,10 @@ def judged_masks(sam, scene: Scene, points: np.ndarray) -> tuple[Tensor, Tensor]
     )
     with torch.no_grad():
         embedding = sam.image_encoder.tokens((picture - sam.pixel_mean) / sam.pixel_std)
-        h, w = embedding.shape[2:]
-        pe = sam.prompt_encoder.get_dense_pe()[..., :h, :w].flatten(2).transpose(1, 2)
         for part in torch.from_numpy(points).float().split(8):
             keys, sparse = prompted(sam, embedding, part[None, :, None], None)
-            masks = (sam.mask_decoder.decode(keys, pe, sparse)[0][0] > 0).float()  # [P, M, h*w*16]
+            logits, _ = decoded(sam, keys, sparse, embedding.shape[2:])
+            masks = (logits[0] > 0).float()  # [P, M, h*w*16]
             masks *= known
             both = masks @ truths.T
             union = masks.sum(dim=-1, keepdim=True) + areas - both
