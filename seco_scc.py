@@ -8,8 +8,9 @@ Input:   --id-list-path, lines `<image path> <label path>` relative to --root-pa
          seco_sam.py wrote, or any other. The first folder of a label path is the experiment, <exp>.
 Output:  <root>/<exp>_scc/ (`--recipe paper`: <exp>_scc_paper/): the corrected labels,
          connectivities.csv, report/index.html, run.json (manifest). Their list:
-         splits/<dataset>/<exp>_scc/. Beside them, what a stopped run goes on from
-         (util/scc_files.py).
+         splits/<dataset>/<exp>_scc/. Beside them, what a stopped run goes on from: settings.json,
+         inputs.json, index.npz (the connectivities), training.pth, checkpoint.pth (the trained
+         classifier), scores/ (loss, score and prediction of each image's connectivities).
 
     python seco_scc.py --id-list-path splits/cityscapes/HRDA_seco_vit_h/all.txt \\
         --root-path data/cityscapes --class-num 19
@@ -31,42 +32,60 @@ with plain cross-entropy. Ours are: whole images at half size, four an iteration
 16 (layer 4 dilated); batch statistics in training, running ones in scoring; masks averaged over the
 cells of the features.
 
-Needs when copied away: dataset/scc.py, model/{checkpoint,resnet,scc}.py,
-util/{charts,connectivity,images,labels,options,outputs,page,pictures,run,scc_files,scc_report}.py.
+Needs when copied away: dataset/{scc,scc_report}.py, model/{checkpoint,resnet,scc}.py,
+util/{charts,connectivity,images,labels,options,outputs,page,pictures,run}.py.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
-import cv2
 import numpy as np
 import torch
-from sklearn.mixture import GaussianMixture
 from torch.nn import functional as F
 
 from dataset.scc import (
     Data,
     batches_per_epoch,
+    cut_patch,
     image_batches,
+    make_index,
     mask_shares,
     patch_batches,
+    read_index,
+    remove_scores,
+    score_path,
 )
+from dataset.scc_report import write_connectivities, write_report
 from model.resnet import BLOCKS, STEMS, load_backbone
-from model.scc import PatchClassifier, PooledClassifier
-from util.images import normalised
+from model.scc import (
+    EPOCHS,
+    LABEL_SMOOTHING,
+    NoiseModel,
+    decayed,
+    decide,
+    filter_connectivities,
+    gradients,
+    logits_of,
+    make_classifier,
+    make_optimizer,
+    noise_posterior,
+    within_memory,
+)
 from util.labels import (
     IGNORE,
     ClassSet,
+    check_files,
     check_pairs,
     class_set,
+    holds_pictures,
     read_list,
     renamed_experiment,
     renamed_list,
@@ -74,13 +93,30 @@ from util.labels import (
     write_list,
 )
 from util.options import (
-    add_class_options,
-    add_list_options,
-    add_run_options,
-    check_range,
-    check_run_options,
+    Bounds,
+    ClassOptions,
+    Count,
+    CountFrom0,
+    List,
+    ListOptions,
+    Pixels,
+    Positive,
+    RunOptions,
+    Setting,
+    Share,
+    parse_options,
+    settings_of,
 )
-from util.outputs import check_writable, folder_lock, read_json, remove_leftovers, write_json
+from util.outputs import (
+    Outputs,
+    atomic_path,
+    check_writable,
+    made_before,
+    made_from,
+    read_json,
+    remove_leftovers,
+    write_json,
+)
 from util.run import (
     Stopwatch,
     UserError,
@@ -96,228 +132,27 @@ from util.run import (
     select_device,
     sha256,
 )
-from util.scc_files import (
-    prepare_folder,
-    read_index,
-    read_scores,
-    remove_scores,
-    save_scores,
-    save_state,
-    score_path,
-    write_connectivities,
-)
-from util.scc_report import write_report
 
-# Released code.
-EPOCHS = 20  # T of the learning rate's decay
-DECAY, POWER = 10, 0.75  # learning rate x (1 + DECAY t / T) ^ -POWER
-BACKBONE_FACTOR = 0.1  # the backbone's learning rate over the classifier's
-MOMENTUM, WEIGHT_DECAY, LABEL_SMOOTHING = 0.9, 1e-3, 0.1
-# Ours, where paper and released code are silent.
-MIN_CONNECTIVITIES = 50  # fewer losses than this are no basis for a mixture
-MIN_SEPARATION = 1.0  # least distance of the mixture's means, in root mean square deviations
-SAVE_SECONDS = 60  # between checkpoints of the training
+SAVE_SECONDS = 60  # between checkpoints of the training (ours)
 
 
-# --------------------------------------------------------------- release: patches of connectivities
+@dataclass
+class Correction:
+    """What is corrected, and where the results go."""
 
+    data: Data
+    classes: ClassSet
+    suffix: str  # of the experiment's name
+    out: Path  # folder of the results
+    list_path: Path  # list of the corrected labels
+    truth: dict[str, str] | None  # {image path: ground-truth path} of --gt
+    device: torch.device
 
-def patch_window(
-    box: tuple[int, int, int, int], height: int, width: int, patch: tuple[int, int]
-) -> tuple[int, int, int, int]:
-    """(y0, x0, y1, x1) of the image's part that shows a connectivity (released code, exactly).
-
-    box: (x, y, width, height); height, width: of the image; patch: (h, w); all in pixels. The
-    window is `patch` around the box's centre, grown at the same aspect ratio if the box is larger,
-    shifted into the image, and cut where the image is smaller.
-    """
-    x, y, box_width, box_height = (int(value) for value in box)
-    high, wide = patch
-    if box_width > wide or box_height > high:
-        grow = max(box_height / high, box_width / wide)
-        high, wide = int(grow * high), int(grow * wide)
-    y0, y1 = span(int(y + box_height / 2), high, height)
-    x0, x1 = span(int(x + box_width / 2), wide, width)
-    return y0, x0, y1, x1
-
-
-def span(centre: int, length: int, limit: int) -> tuple[int, int]:
-    """(start, end) of about `length` pixels around `centre`, shifted and cut to 0 .. limit."""
-    start, end = centre - length // 2, centre + length // 2
-    if start < 0:
-        start, end = 0, end - start
-    if end > limit:
-        start, end = start - (end - limit), limit
-    return max(start, 0), end
-
-
-def cut_patch(
-    image: np.ndarray, numbers: np.ndarray, row: np.ndarray, patch: tuple[int, int]
-) -> tuple[np.ndarray, np.ndarray]:
-    """(patch uint8 h x w x 3, mask uint8 h/2 x w/2 of 0 and 1) of an INDEX row.
-
-    image: uint8 H x W x 3; numbers: int32 H x W, what `numbered` gives. The patch is resized
-    bilinearly, the mask to the nearest pixel, first to h x w and then to the stem's h/2 x w/2
-    (released code; it does not round the resized patch to whole numbers).
-    """
-    y0, x0, y1, x1 = patch_window(
-        (row["x"], row["y"], row["width"], row["height"]), *numbers.shape, patch
-    )
-    picture = cv2.resize(image[y0:y1, x0:x1], patch[::-1], interpolation=cv2.INTER_LINEAR)
-    mask = (numbers[y0:y1, x0:x1] == row["number"]).astype(np.uint8)
-    mask = cv2.resize(mask, patch[::-1], interpolation=cv2.INTER_NEAREST)
-    return picture, np.ascontiguousarray(mask[::2, ::2])
-
-
-# ----------------------------------------------------------------------------- release: the filter
-
-
-def quantile_threshold(values: np.ndarray, quantile: float) -> float:
-    """sorted[min(int(n q), n - 1)] (released code)."""
-    return float(np.sort(values)[min(int(len(values) * quantile), len(values) - 1)])
-
-
-def filter_connectivities(
-    loss: np.ndarray, score: np.ndarray, predicted: np.ndarray, rule: str, quantile: float
-) -> tuple[np.ndarray, dict]:
-    """Which connectivities are kept (bool N), and the thresholds (released code).
-
-    loss, score: float64 N; predicted: int N. A predicted class's threshold is the quantile q of its
-    connectivities' losses, or 1 - q of their scores. The global threshold is the mean of these over
-    all connectivities. A connectivity is dropped by rule
-    - "both_loss": if its loss exceeds both thresholds;
-    - "loss" (the release's local_loss): if its loss exceeds its class's;
-    - "score" (local_score): if its score is below its class's.
-    Ours: one whose loss or score is not finite is dropped and has no part in the thresholds.
-    """
-    if rule == "score":
-        quantile = 1 - quantile
-    values, finite = score if rule == "score" else loss, np.isfinite(loss) & np.isfinite(score)
-    per_class = {
-        int(c): quantile_threshold(values[finite & (predicted == c)], quantile)
-        for c in np.unique(predicted[finite])
-    }
-    local = np.array([per_class.get(int(c), np.nan) for c in predicted])
-    overall = float(local[finite].mean()) if finite.any() else None
-    if overall is None:
-        return finite, {"per_class": {}, "global": None}
-    kept = {
-        "both_loss": (loss <= local) | (loss <= overall),
-        "loss": loss <= local,
-        "score": score >= local,
-    }[rule]
-    return kept & finite, {"per_class": per_class, "global": overall}
-
-
-# --------------------------------------------------------------------------- paper: the noise model
-
-
-@dataclass(frozen=True)
-class NoiseModel:
-    """eta: posterior of the noisy component for each connectivity, float64 N. means, deviations,
-    weights: of the two components (clean, noisy) in min-max-normalised losses; low, high: of the
-    normalisation. fallback: why there is no mixture, or None.
-    """
-
-    eta: np.ndarray
-    low: float = 0.0
-    high: float = 1.0
-    means: tuple[float, float] = (0.0, 0.0)
-    deviations: tuple[float, float] = (0.0, 0.0)
-    weights: tuple[float, float] = (0.0, 0.0)
-    fallback: str | None = None
-
-
-def noise_posterior(loss: np.ndarray, seed: int) -> NoiseModel:
-    """A mixture of two Gaussians fitted by EM to the losses (float64 N).
-
-    Paper, equation 4; the losses are min-max-normalised as DivideMix does. Ours: a loss that is not
-    finite has eta 1 and no part in the fit. Without a mixture that tells two groups apart eta is 0,
-    so the labels are kept, and `fallback` says why.
-    """
-    finite = np.isfinite(loss)
-    model = fit_mixture(loss[finite], seed)
-    eta = np.ones(len(loss))
-    eta[finite] = model.eta
-    fallback, lost = model.fallback, len(loss) - int(finite.sum())
-    if fallback and lost:
-        fallback = f"{lost} losses are not finite (called noisy); {fallback}"
-    return replace(model, eta=eta, fallback=fallback)
-
-
-def fit_mixture(loss: np.ndarray, seed: int) -> NoiseModel:
-    """`noise_posterior` of finite losses."""
-    none = np.zeros(len(loss))
-    if len(loss) < MIN_CONNECTIVITIES:
-        why = f"{len(loss)} connectivities are fewer than {MIN_CONNECTIVITIES}"
-        return NoiseModel(none, fallback=f"{why}: no mixture is fitted, the labels are kept")
-    low, high = float(loss.min()), float(loss.max())
-    if high - low < 1e-9:
-        why = "all losses are equal: no mixture is fitted, the labels are kept"
-        return NoiseModel(none, low, high, fallback=why)
-    x = ((loss - low) / (high - low))[:, None]
-    single, mixture = (
-        GaussianMixture(k, tol=1e-4, max_iter=200, reg_covar=5e-4, random_state=seed).fit(x)
-        for k in (1, 2)
-    )
-    order = mixture.means_[:, 0].argsort()
-    means = tuple(float(v) for v in mixture.means_[order, 0])
-    deviations = tuple(float(v) for v in np.sqrt(mixture.covariances_[order, 0, 0]))
-    weights = tuple(float(v) for v in mixture.weights_[order])
-    model = NoiseModel(none, low, high, means, deviations, weights)
-    floor = float(mixture.predict_proba(np.array([[means[0]]]))[0, order[1]])
-    why = not_separate(model, single.bic(x), mixture.bic(x), floor)
-    if why:
-        return replace(model, fallback=f"{why}: the labels are kept")
-    # Below the clean mean a wide noisy component would take over again.
-    eta = mixture.predict_proba(x)[:, order[1]]
-    return replace(model, eta=np.where(x[:, 0] < means[0], np.minimum(eta, floor), eta))
-
-
-def not_separate(model: NoiseModel, bic_one: float, bic_two: float, floor: float) -> str | None:
-    """Why the mixture's components are not two groups, or None.
-
-    bic_one, bic_two: Bayesian information criterion of one Gaussian and of two; floor: eta at the
-    clean component's mean.
-    """
-    if bic_one <= bic_two:
-        return (
-            "one Gaussian describes the losses as well as two (Bayesian information criterion"
-            f" {bic_one:.1f} and {bic_two:.1f}), the components do not separate"
-        )
-    deviation = np.sqrt(np.mean(np.square(model.deviations)))
-    separation = (model.means[1] - model.means[0]) / deviation
-    if separation < MIN_SEPARATION:
-        return (
-            f"the mixture's components do not separate (means {model.means[0]:.3f} and"
-            f" {model.means[1]:.3f}, distance {separation:.2f} deviations)"
-        )
-    if floor >= 0.5:
-        return (
-            "the mixture's components do not separate (at the clean one's mean"
-            f" {model.means[0]:.3f} the noisy one is as likely)"
-        )
-    return None
-
-
-def decide(
-    eta: np.ndarray,
-    score: np.ndarray,
-    predicted: np.ndarray,
-    class_id: np.ndarray,
-    tau_ns: float,
-    tau_cr: float,
-) -> tuple[np.ndarray, np.ndarray]:
-    """(decision, final class) by the paper's thresholds: clean (eta < tau_ns) keeps its label, a
-    noisy connectivity whose largest probability exceeds tau_cr gets that class, the others are
-    dropped (IGNORE).
-    """
-    clean, sure = eta < tau_ns, score > tau_cr
-    decision = np.where(clean, "kept", np.where(sure, "corrected", "dropped"))
-    return decision, np.where(clean, class_id, np.where(sure, predicted, IGNORE)).astype(np.uint8)
-
-
-# ------------------------------------------------------------------------------------ the decisions
+    @property
+    def rows(self) -> list[tuple[str, str]]:
+        """(image path, path of its corrected label) of the list."""
+        suffix = self.suffix
+        return [(image, renamed_experiment(label, suffix)) for image, label in self.data.rows]
 
 
 @dataclass
@@ -334,24 +169,48 @@ class Verdicts:
     thresholds: dict
 
 
-def judge(data: Data, loss: np.ndarray, score: np.ndarray, predicted: np.ndarray) -> Verdicts:
-    """The recipe's decision on every connectivity (loss, score float64 N, predicted uint8 N).
+# ---------------------------------------------------------------------------------------------- SCC
 
-    Those under --min-area have the loss NaN: they are dropped and have no part in the thresholds.
+
+def correct(job: Correction) -> None:
+    """SCC of a list: train the classifier, score every connectivity, judge and correct them; or the
+    one of the three that --stage names. What is there already is not made again.
     """
-    options, classes = data.options, data.index["class_id"]
-    scores = loss, score, predicted
-    if options.recipe == "release":
-        kept, thresholds = filter_connectivities(*scores, options.filter, options.quantile)
-        decision = np.where(kept, np.where(predicted == classes, "kept", "corrected"), "dropped")
-        final = np.where(kept, predicted, IGNORE).astype(np.uint8)
-        return Verdicts(*scores, np.full(len(loss), np.nan), decision, final, None, thresholds)
-    noise = noise_posterior(loss[data.judged], options.seed)
-    eta = np.ones(len(loss))
-    eta[data.judged] = noise.eta
-    decision, final = decide(eta, score, predicted, classes, options.tau_ns, options.tau_cr)
-    thresholds = {"tau_ns": options.tau_ns, "tau_cr": options.tau_cr}
-    return Verdicts(*scores, eta, decision, final, noise, thresholds)
+    data, out, options = job.data, job.out, job.data.options
+    rank, world = process_rank()
+    checkpoint, record, watch = out / "checkpoint.pth", out / "run.json", Stopwatch()
+    if options.stage in ("all", "train") and rank == 0 and not checkpoint.is_file():
+        remove_scores(out)
+        with watch("train"):
+            train(data, out, job.device)
+    wait_for_all()
+    if options.stage in ("all", "score"):
+        if not checkpoint.is_file():
+            raise UserError(f"{checkpoint}: no such file; run --stage train first")
+        with watch("score"):
+            score(data, out, job.device, rank, world)
+    wait_for_all()
+    if rank > 0:
+        return
+    if options.stage in ("all", "correct"):
+        if not all(score_path(out, image).is_file() for image in range(len(data.rows))):
+            raise UserError(f"{out / 'scores'}: not all images are scored; run --stage score first")
+        if is_corrected(job):
+            print(f"{out}: corrected before; list: {job.list_path}")
+            return
+        with watch("correct"):
+            verdicts = RECIPES[options.recipe].judge(data, *data.scores(out))
+            write_labels(job, verdicts)
+        with watch("report"):
+            report(job, verdicts)
+    earlier = read_json(record) if record.is_file() else {"seconds": {}, "cost": {"seconds": 0}}
+    made = manifest(
+        vars(options), {"list": options.id_list_path}, job.device, earlier["cost"]["seconds"]
+    )
+    made["seconds"] = earlier["seconds"] | {n: round(s, 2) for n, s in watch.seconds.items()}
+    if options.stage in ("all", "correct"):
+        made["made_from"] = made_from(*decided_by(job))
+    write_json(record, {**made, "peak_memory": peak_memory_mb(job.device)})
 
 
 def corrected_label(numbers: np.ndarray, final: np.ndarray) -> np.ndarray:
@@ -362,68 +221,98 @@ def corrected_label(numbers: np.ndarray, final: np.ndarray) -> np.ndarray:
     return np.append(final, np.uint8(IGNORE))[numbers]  # the last entry serves number -1
 
 
+# ------------------------------------------------------------------------------- the release recipe
+
+
+class Release:
+    """The released code: patches of connectivities, thresholds by rank of the losses."""
+
+    suffix, batch_size, smoothing = "scc", 64, LABEL_SMOOTHING
+    not_used = ("scale",)  # of the settings
+
+    @staticmethod
+    def batches(data: Data, start: int) -> Iterator:
+        return patch_batches(data, start, data.options.iterations)
+
+    @staticmethod
+    def read(data: Data, image: int) -> tuple[np.ndarray, np.ndarray]:
+        return data.read(image)
+
+    @staticmethod
+    def logits(classify, data: Data, image: int, read, pool: ThreadPoolExecutor) -> list:
+        """Logits of image i's judged connectivities, in parts. classify: (images, masks or shares)
+        → logits; read: what `read` gave; `pool` cuts the patches. Batches never span images, so the
+        numbers do not depend on which process scores which image.
+        """
+        options, (picture, numbers) = data.options, read
+        seen, parts = data.of_image(image)[data.judged[data.part(image)]], []
+        for start in range(0, len(seen), options.batch_size):
+            cut = pool.map(
+                lambda row: cut_patch(picture, numbers, row, options.patch_size),
+                seen[start : start + options.batch_size],
+            )
+            patches, masks = (torch.from_numpy(np.stack(x)) for x in zip(*cut))
+            parts.append(classify(patches, masks[:, None]))
+        return parts
+
+    @staticmethod
+    def judge(data: Data, loss, score, predicted) -> Verdicts:
+        """The decision on every connectivity (loss, score float64 N, predicted uint8 N).
+
+        Those under --min-area have the loss NaN: they are dropped and have no part in the
+        thresholds.
+        """
+        options, classes = data.options, data.index["class_id"]
+        kept, thresholds = filter_connectivities(
+            loss, score, predicted, options.filter, options.quantile
+        )
+        decision = np.where(kept, np.where(predicted == classes, "kept", "corrected"), "dropped")
+        final = np.where(kept, predicted, IGNORE).astype(np.uint8)
+        eta = np.full(len(loss), np.nan)
+        return Verdicts(loss, score, predicted, eta, decision, final, None, thresholds)
+
+
+# --------------------------------------------------------------------------------- the paper recipe
+
+
+class Paper:
+    """The paper: features of whole images, a mixture of two Gaussians over the losses."""
+
+    suffix, batch_size, smoothing = "scc_paper", 4, 0.0
+    not_used = ("patch_size",)
+
+    @staticmethod
+    def batches(data: Data, start: int) -> Iterator:
+        return image_batches(data, start, data.options.iterations)
+
+    @staticmethod
+    def read(data: Data, image: int) -> tuple[np.ndarray, np.ndarray]:
+        return data.scaled(image)
+
+    @staticmethod
+    def logits(classify, data: Data, image: int, read, pool: ThreadPoolExecutor) -> list:
+        """As `Release.logits`; one pass over the image serves all its connectivities."""
+        picture, numbers = read
+        judged = data.judged[data.part(image)]
+        if not judged.any():
+            return []
+        shares = [mask_shares(numbers, len(judged), picture.shape[:2])]
+        return [classify(torch.from_numpy(picture)[None], shares)[torch.from_numpy(judged)]]
+
+    @staticmethod
+    def judge(data: Data, loss, score, predicted) -> Verdicts:
+        options, classes = data.options, data.index["class_id"]
+        noise = noise_posterior(loss[data.judged], options.seed)
+        eta = np.ones(len(loss))
+        eta[data.judged] = noise.eta
+        decision, final = decide(eta, score, predicted, classes, options.tau_ns, options.tau_cr)
+        thresholds = {"tau_ns": options.tau_ns, "tau_cr": options.tau_cr}
+        return Verdicts(loss, score, predicted, eta, decision, final, noise, thresholds)
+
+
+RECIPES = {"release": Release, "paper": Paper}
+
 # --------------------------------------------------------------------------- training and scoring
-
-
-def make_classifier(options: argparse.Namespace, class_num: int, device: torch.device):
-    kind = PatchClassifier if options.recipe == "release" else PooledClassifier
-    model = kind(int(options.backbone.removeprefix("resnet")), options.stem, class_num)
-    if options.amp == "bf16":
-        model = model.to(memory_format=torch.channels_last)
-    return model.to(device)
-
-
-def logits_of(model, images: torch.Tensor, second, device: torch.device, amp: bool) -> torch.Tensor:
-    """The classifier on uint8 images or patches B x h x w x 3, and masks or mask shares."""
-    second = second.to(device) if torch.is_tensor(second) else second
-    with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-        return model(normalised(images.to(device)), second).float()
-
-
-def decayed(lr: float, t: int, total: int) -> float:
-    """The learning rate of update t = 1, 2, … of `total` (released code)."""
-    return lr * (1 + DECAY * t / total) ** -POWER
-
-
-def make_optimizer(model, lr: float) -> torch.optim.SGD:
-    return torch.optim.SGD(
-        [
-            {"params": model.backbone.parameters(), "lr": lr * BACKBONE_FACTOR},
-            {"params": model.classifier.parameters(), "lr": lr},
-        ],
-        momentum=MOMENTUM,
-        nesterov=True,
-        weight_decay=WEIGHT_DECAY,
-    )
-
-
-def gradients(model, batch, device: torch.device, options, smoothing: float) -> float:
-    """The loss of a training batch, whose gradients are added to the model's."""
-    images, second, classes = batch
-    logits = logits_of(model, images, second, device, options.amp == "bf16")
-    classes = classes.to(device)
-    loss = F.cross_entropy(logits, classes, ignore_index=IGNORE, label_smoothing=smoothing)
-    loss.backward()
-    return loss.item()
-
-
-def within_memory(model, compute: Callable[[], float]) -> float:
-    """compute(). If the device's memory runs out, again with activations computed anew in
-    backward, from then on: the same result, for batch norm goes over the whole batch.
-    """
-    statistics = [buffer.clone() for buffer in model.buffers()]
-    try:
-        return compute()
-    except torch.OutOfMemoryError:
-        if model.backbone.recompute:
-            raise
-    print("the batch does not fit into memory: activations are computed twice (same result)")
-    model.backbone.recompute = True
-    for buffer, before in zip(model.buffers(), statistics):
-        buffer.copy_(before)
-    model.zero_grad()
-    torch.cuda.empty_cache()
-    return compute()
 
 
 def train(data: Data, out: Path, device: torch.device) -> None:
@@ -441,18 +330,15 @@ def train(data: Data, out: Path, device: torch.device) -> None:
         done = state["iteration"]
         print(f"training goes on at iteration {done}")
     model.train()
-    if options.recipe == "release":
-        batches = patch_batches(data, cut_patch, done, options.iterations)
-        smoothing = LABEL_SMOOTHING
-    else:
-        batches, smoothing = image_batches(data, done, options.iterations), 0.0
+    recipe, amp = RECIPES[options.recipe], options.amp == "bf16"
+    batches = recipe.batches(data, done)
     total, saved = EPOCHS * batches_per_epoch(data), time.monotonic()
     bar = progress(batches, "SCC training", options.iterations, "it", initial=done)
     for t, batch in enumerate(bar, start=done + 1):
         for group, lr in zip(optimizer.param_groups, base):
             group["lr"] = decayed(lr, t, total)
         optimizer.zero_grad()
-        loss = within_memory(model, lambda: gradients(model, batch, device, options, smoothing))
+        loss = within_memory(model, lambda: gradients(model, batch, device, amp, recipe.smoothing))
         if not math.isfinite(loss):
             stopped.unlink(missing_ok=True)
             raise UserError(
@@ -476,27 +362,16 @@ def score_image(
     """{"loss", "score", "predicted"} of image i's connectivities: cross-entropy against the label
     (float64), largest probability (float64), its class (uint8).
 
-    Those not judged have NaN, 0 and their label. read: what Data.read or Data.scaled gives; `pool`
-    cuts the patches. Batches never span images, so the numbers do not depend on which process
-    scores which image.
+    Those not judged have NaN, 0 and their label. read: what the recipe's `read` gives.
     """
-    options, rows, (picture, numbers) = data.options, data.of_image(image), read
+    options, rows = data.options, data.of_image(image)
     judged = data.judged[data.part(image)]
-    amp, logits = options.amp == "bf16", [torch.zeros(0, data.class_num)]
-    if options.recipe == "release":
-        seen = rows[judged]
-        for start in range(0, len(seen), options.batch_size):
-            cut = pool.map(
-                lambda row: cut_patch(picture, numbers, row, options.patch_size),
-                seen[start : start + options.batch_size],
-            )
-            patches, masks = (torch.from_numpy(np.stack(x)) for x in zip(*cut))
-            logits.append(logits_of(model, patches, masks[:, None], device, amp).cpu())
-    elif judged.any():
-        shares = [mask_shares(numbers, len(rows), picture.shape[:2])]
-        every = logits_of(model, torch.from_numpy(picture)[None], shares, device, amp)
-        logits.append(every.cpu()[torch.from_numpy(judged)])
-    logits = torch.cat(logits).double()
+
+    def classify(images, masks):
+        return logits_of(model, images, masks, device, options.amp == "bf16").cpu()
+
+    parts = RECIPES[options.recipe].logits(classify, data, image, read, pool)
+    logits = torch.cat([torch.zeros(0, data.class_num), *parts]).double()
     count = len(rows)
     loss, score, predicted = np.full(count, np.nan), np.zeros(count), rows["class_id"].copy()
     classes = torch.from_numpy(rows["class_id"][judged].astype(np.int64))
@@ -514,71 +389,20 @@ def score(data: Data, out: Path, device: torch.device, rank: int, world: int) ->
     state = torch.load(out / "checkpoint.pth", map_location="cpu", weights_only=True)
     model.load_state_dict(state["model"])
     model.eval()
-    read, count = data.read, data.options.workers
-    if data.options.recipe == "paper":
-        read = data.scaled
+    recipe, count = RECIPES[data.options.recipe], data.options.workers
     with ThreadPoolExecutor(count) as readers, ThreadPoolExecutor(count) as cutters:
-        coming = ahead(readers, read, todo, count)
+        coming = ahead(readers, lambda image: recipe.read(data, image), todo, count)
         images = progress(zip(todo, coming), "SCC scoring", len(todo), quiet=rank > 0)
         for image, content in images:
             scores = score_image(model, data, image, content, device, cutters)
-            save_scores(out, image, scores)
+            with atomic_path(score_path(out, image)) as temporary, open(temporary, "wb") as file:
+                np.savez(file, **scores)
 
 
-# ------------------------------------------------------------------------------------------ results
-
-
-@dataclass
-class Run:
-    """What is corrected, and where the results go."""
-
-    data: Data
-    classes: ClassSet
-    suffix: str  # of the experiment's name
-    out: Path  # folder of the results
-    list_path: Path  # list of the corrected labels
-    truth: dict[str, str] | None  # {image path: ground-truth path} of --gt
-
-
-def correct(run: Run) -> Verdicts:
-    """Write the corrected labels, connectivities.csv and the list of the labels."""
-    data, table = run.data, run.out / "connectivities.csv"
-    verdicts = judge(data, *read_scores(run.out, data))
-    # Labels of other thresholds may be there; while they are replaced nothing may list them.
-    for path in (run.list_path, table):
-        path.unlink(missing_ok=True)
-    rows = [(image, renamed_experiment(label, run.suffix)) for image, label in data.rows]
-
-    def write(image: int) -> None:
-        label = corrected_label(data.numbers(image), verdicts.final[data.part(image)])
-        write_label(data.root / rows[image][1], label, run.classes.palette)
-
-    with ThreadPoolExecutor() as pool:
-        jobs = pool.map(write, range(len(rows)))
-        for _ in progress(jobs, "SCC correction", len(rows)):
-            pass
-    write_connectivities(table, data, verdicts)
-    write_list(run.list_path, rows)
-    return verdicts
-
-
-def write_results(run: Run, watch: Stopwatch) -> None:
-    """The correction and its report, and what they say in short."""
-    folder = run.out / "report"
-    with watch("correct"):
-        verdicts = correct(run)
-    with watch("report"):
-        vis = run.data.options.vis
-        report = write_report(folder, run.data, verdicts, run.classes, run.truth, vis)
-    write_json(folder / "report.json", report)
-    if report["note"]:
-        print(f"note: {report['note']}")
-    print(
-        f"{report['kept']} connectivities kept, {report['corrected']} corrected,"
-        f" {report['dropped']} dropped; {report['coverage_before']:.1f} % of the pixels labeled"
-        f" before, {report['coverage_after']:.1f} % after\nlabels: {run.out}\nlist:"
-        f" {run.list_path}\nreport: {folder / 'index.html'}"
-    )
+def save_state(path: Path, **content) -> None:
+    """Weights and the like with torch.save, atomically."""
+    with atomic_path(path) as temporary:
+        torch.save(content, temporary)
 
 
 def wait_for_all() -> None:
@@ -591,229 +415,130 @@ def wait_for_all() -> None:
         raise UserError("another process of this run has stopped; its message says why") from None
 
 
-def run_stages(run: Run, device: torch.device) -> None:
-    """Training, scoring and correction, or the one of --stage; the manifest."""
-    out, options, (rank, world) = run.out, run.data.options, process_rank()
-    stage, checkpoint, images = options.stage, out / "checkpoint.pth", len(run.data.rows)
-    earlier = read_json(out / "run.json")["seconds"] if (out / "run.json").is_file() else {}
-    watch = Stopwatch()
-    if stage in ("all", "train") and rank == 0 and not checkpoint.is_file():
-        remove_scores(out)
-        with watch("train"):
-            train(run.data, out, device)
-    wait_for_all()
-    if stage in ("all", "score"):
-        if not checkpoint.is_file():
-            raise UserError(f"{checkpoint}: no such file; run --stage train first")
-        with watch("score"):
-            score(run.data, out, device, rank, world)
-    wait_for_all()
-    if rank > 0:
-        return
-    if stage in ("all", "correct"):
-        if not all(score_path(out, image).is_file() for image in range(images)):
-            raise UserError(f"{out / 'scores'}: not all images are scored; run --stage score first")
-        write_results(run, watch)
-    record = manifest(vars(options), {"list": options.id_list_path})
-    record["seconds"] = earlier | {name: round(spent, 2) for name, spent in watch.seconds.items()}
-    write_json(out / "run.json", {**record, "peak_memory": peak_memory_mb(device)})
+# ------------------------------------------------------------------------------------------ results
+
+
+def write_labels(job: Correction, verdicts: Verdicts) -> None:
+    """Write the corrected labels, connectivities.csv and the list of the labels."""
+    data, table = job.data, job.out / "connectivities.csv"
+    # Labels of other thresholds may be there; while they are replaced nothing may list them.
+    for path in (job.list_path, table, job.out / "run.json"):
+        path.unlink(missing_ok=True)
+
+    def write(image: int) -> None:
+        label = corrected_label(data.numbers(image), verdicts.final[data.part(image)])
+        write_label(data.root / job.rows[image][1], label, job.classes.palette)
+
+    with ThreadPoolExecutor() as pool:
+        for _ in progress(pool.map(write, range(len(data.rows))), "SCC correction", len(data.rows)):
+            pass
+    write_connectivities(table, data, verdicts)
+    write_list(job.list_path, job.rows)
+
+
+def report(job: Correction, verdicts: Verdicts) -> None:
+    """The report, and what it says in short."""
+    folder, shown = job.out / "report", job.data.options.vis
+    figures = write_report(folder, job.data, verdicts, job.classes, job.truth, shown)
+    write_json(folder / "report.json", figures)
+    if figures["note"]:
+        print(f"note: {figures['note']}")
+    print(
+        f"{figures['kept']} connectivities kept, {figures['corrected']} corrected,"
+        f" {figures['dropped']} dropped; {figures['coverage_before']:.1f} % of the pixels labeled"
+        f" before, {figures['coverage_after']:.1f} % after\nlabels: {job.out}\nlist:"
+        f" {job.list_path}\nreport: {folder / 'index.html'}"
+    )
+
+
+def decided_by(job: Correction) -> tuple[dict, dict[str, Path]]:
+    """(options, files) that decisions and report depend on, beside the scores."""
+    options = job.data.options
+    names = ("filter", "quantile", "tau_ns", "tau_cr", "stuff", "things", "vis")
+    files = {"ground truth list": options.gt} if options.gt else {}
+    files |= {truth: job.data.root / truth for truth in (job.truth or {}).values()}
+    return {name: getattr(options, name) for name in names}, files
+
+
+def is_corrected(job: Correction) -> bool:
+    """Whether labels, list and report of these thresholds are there."""
+    files = [job.list_path, job.out / "connectivities.csv", job.out / "report" / "index.html"]
+    files += [job.data.root / label for _, label in job.rows]
+    there = all(file.is_file() for file in files)
+    return there and made_before(job.out / "run.json", *decided_by(job))
 
 
 # ------------------------------------------------------------------------------------------ options
 
 
-def add_decision_options(parser: argparse.ArgumentParser) -> None:
-    """The recipe and its thresholds."""
-    parser.add_argument(
-        "--recipe",
-        default="release",
-        choices=("release", "paper"),
-        help="what the released code does, or what the paper says (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--filter",
-        default="both_loss",
-        choices=("both_loss", "loss", "score"),
-        help="release: what drops a connectivity (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--quantile",
-        type=float,
-        default=0.5,
-        help=(
-            "release: of the losses or scores of a class, its threshold, 0 to 1 (default:"
-            " %(default)s)"
-        ),
-    )
-    parser.add_argument(
-        "--tau-ns",
-        type=float,
-        default=0.60,
-        help=(
-            "paper: noise threshold; from this eta on a connectivity is noisy, 0 to 1 (default:"
-            " %(default)s)"
-        ),
-    )
-    parser.add_argument(
-        "--tau-cr",
-        type=float,
-        default=0.95,
-        help=(
-            "paper: correction threshold; above this probability a noisy one gets the predicted"
-            " class, 0 to 1 (default: %(default)s)"
-        ),
-    )
-    parser.add_argument(
-        "--min-area",
-        type=int,
-        default=1,
-        metavar="PIXELS",
-        help=(
-            "smaller connectivities lose their label unseen: slivers where SAM's masks meet are"
-            " mostly mislabeled and can be half of what is learned from; the released code has a"
-            " limit of 100, commented out (default: 1, all are judged)"
-        ),
-    )
+@dataclass(kw_only=True)
+class Decision:
+    """the recipe and its thresholds"""
+
+    recipe: Setting[Literal["release", "paper"]] = "release"
+    "what the released code does, or what the paper says"
+    filter: Literal["both_loss", "loss", "score"] = "both_loss"
+    "release: what drops a connectivity"
+    quantile: Share = 0.5
+    "release: of the losses or scores of a class, its threshold, 0 to 1"
+    tau_ns: Share = 0.60
+    "paper: noise threshold; from this eta on a connectivity is noisy, 0 to 1"
+    tau_cr: Share = 0.95
+    "paper: correction threshold; above this probability a noisy one gets the predicted class, 0"
+    "to 1"
+    min_area: Setting[Pixels] = 1
+    "smaller connectivities lose their label unseen: slivers where SAM's masks meet are mostly"
+    "mislabeled and can be half of what is learned from; the released code has a limit of 100,"
+    "commented out; 1: all are judged"
 
 
-def add_network_options(parser: argparse.ArgumentParser) -> None:
-    """The classifier and what it sees."""
-    parser.add_argument(
-        "--backbone",
-        default="resnet101",
-        choices=[f"resnet{d}" for d in BLOCKS],
-        help="(default: %(default)s)",
-    )
-    parser.add_argument(
-        "--stem",
-        default="torchvision",
-        choices=STEMS,
-        help=(
-            "first layers of the backbone; torchvision's for ImageNet weights (default:"
-            " %(default)s)"
-        ),
-    )
-    parser.add_argument(
-        "--backbone-weights",
-        default="imagenet",
-        metavar="imagenet|none|FILE",
-        help=(
-            "torchvision's ImageNet weights, none, or a file: a backbone or a segmentation"
-            " checkpoint (default: %(default)s)"
-        ),
-    )
-    parser.add_argument(
-        "--patch-size",
-        type=int,
-        nargs=2,
-        default=(256, 512),
-        metavar=("H", "W"),
-        help="release: pixels of a connectivity's patch, even (default: 256 512)",
-    )
-    parser.add_argument(
-        "--scale",
-        type=float,
-        default=0.5,
-        help=(
-            "paper: size of the images that the features are taken of, over the label maps'"
-            " (default: 0.5)"
-        ),
-    )
+@dataclass(kw_only=True)
+class Learning:
+    """the classifier and how it learns"""
+
+    backbone: Setting[Literal[tuple(f"resnet{depth}" for depth in BLOCKS)]] = "resnet101"
+    "the residual network"
+    stem: Setting[Literal[tuple(STEMS)]] = "torchvision"
+    "first layers of the backbone; torchvision's for ImageNet weights"
+    backbone_weights: Annotated[str, "imagenet|none|FILE"] = "imagenet"
+    "torchvision's ImageNet weights, none, or a file: a backbone or a segmentation checkpoint"
+    patch_size: Setting[Annotated[tuple[int, int], Bounds(least=32), "H W"]] = (256, 512)
+    "release: pixels of a connectivity's patch, even"
+    scale: Setting[Positive] = 0.5
+    "paper: size of the images that the features are taken of, over the label maps'"
+    iterations: Setting[Count] = 5000
+    "where the training stops, before it learns the noise; the authors: 5000 (GTA and the paper),"
+    "10000 (SYNTHIA), 50000 (BDD100K); about one pass over the connectivities of 3,000 images, so"
+    "fewer images need fewer. The learning rate decays over 20 epochs, whatever N is"
+    batch_size: Setting[Count | None] = None
+    "connectivities (release, default 64) or whole images (paper, default 4, ours) an iteration; 64"
+    "take about 24 GB, or 12 GB where a GPU has less (slower, same result)"
+    lr: Setting[Positive] = 0.01
+    "learning rate of the classifier; the backbone's is a tenth"
+    amp: Setting[Literal["none", "bf16"]] = "none"
+    "bf16 is faster; none is exact fp32"
 
 
-def add_training_options(parser: argparse.ArgumentParser) -> None:
-    """How long and how fast it learns."""
-    parser.add_argument(
-        "--iterations",
-        type=int,
-        default=5000,
-        metavar="N",
-        help=(
-            "where the training stops, before it learns the noise; the authors: 5000 (GTA and the"
-            " paper), 10000 (SYNTHIA), 50000 (BDD100K); about one pass over the connectivities of"
-            " 3,000 images, so fewer images need fewer. The learning rate decays over 20 epochs,"
-            " whatever N is (default: %(default)s)"
-        ),
-    )
-    parser.add_argument(
-        "--batch-size",
-        type=int,
-        metavar="N",
-        help=(
-            "connectivities (release, default 64) or whole images (paper, default 4, ours) an"
-            " iteration; 64 take about 24 GB, or 12 GB where a GPU has less (slower, same result)"
-        ),
-    )
-    parser.add_argument(
-        "--lr",
-        type=float,
-        default=0.01,
-        help="learning rate of the classifier; the backbone's is a tenth (default: %(default)s)",
-    )
+@dataclass(kw_only=True)
+class Options(ListOptions, ClassOptions, Decision, Learning, RunOptions):
+    """the run"""
+
+    stage: Literal["all", "train", "score", "correct"] = "all"
+    "one stage of the three; the earlier ones must have run"
+    workers: Count = 4
+    "threads that read images ahead, 1 or more; results do not depend on it"
+    vis: CountFrom0 = 8
+    "images in the report"
+    gt: List | None = None
+    "list `<image path> <ground-truth path>`: adds purity, accuracy and AUROC to the report,"
+    "changes nothing else"
 
 
-def add_work_options(parser: argparse.ArgumentParser) -> None:
-    """How the run goes; none of them changes what it decides, but --amp by a little."""
-    parser.add_argument(
-        "--stage",
-        default="all",
-        choices=("all", "train", "score", "correct"),
-        help="one stage of the three; the earlier ones must have run (default: all)",
-    )
-    parser.add_argument(
-        "--amp",
-        default="none",
-        choices=("none", "bf16"),
-        help="bf16 is faster (default: exact fp32)",
-    )
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=4,
-        metavar="N",
-        help=(
-            "threads that read images ahead, 1 or more; results do not depend on it (default:"
-            " %(default)s)"
-        ),
-    )
-    parser.add_argument(
-        "--vis",
-        type=int,
-        default=8,
-        metavar="N",
-        help="images in the report (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--gt",
-        metavar="LIST",
-        help=(
-            "list `<image path> <ground-truth path>`: adds purity, accuracy and "
-            "AUROC to the report, changes nothing else"
-        ),
-    )
-
-
-def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_list_options(parser, "labels")
-    add_class_options(parser)
-    add_decision_options(parser)
-    add_network_options(parser)
-    add_training_options(parser)
-    add_work_options(parser)
-    add_run_options(parser)
-    options = parser.parse_args(argv)
-    check_run_options(options)
+def parse_args(argv: list[str] | None = None) -> Options:
+    options = parse_options(Options, __doc__, argv)
     if options.batch_size is None:
-        options.batch_size = 64 if options.recipe == "release" else 4
-    options.patch_size = tuple(options.patch_size)
-    check_range(options, "quantile", "tau_ns", "tau_cr", least=0, most=1)
-    check_range(options, "iterations", "min_area", "batch_size", "workers", least=1)
-    check_range(options, "lr", "scale", above=0)
-    check_range(options, "vis", least=0)
-    if min(options.patch_size) < 32 or any(side % 2 for side in options.patch_size):
+        options.batch_size = RECIPES[options.recipe].batch_size
+    if any(side % 2 for side in options.patch_size):
         height, width = options.patch_size
         raise UserError(f"--patch-size {height} {width}: give even numbers from 32 up")
     weights = options.backbone_weights
@@ -827,31 +552,27 @@ def parse_args(argv=None) -> argparse.Namespace:
 # --------------------------------------------------------------------------------------------- main
 
 
-def output_folder(options: argparse.Namespace, rows: list[tuple[str, str]], suffix: str) -> Path:
+def output_folder(options: Options, rows: list[tuple[str, str]], suffix: str) -> Path:
     """<root>/<exp>_<suffix>; all labels must be of one experiment."""
     names = {renamed_experiment(label, suffix).partition("/")[0] for _, label in rows}
     if len(names) > 1:
         raise UserError(
             f"{options.id_list_path}: label paths of several experiments; give one list for each"
         )
-    return Path(options.root_path) / names.pop()
+    return options.root_path / names.pop()
 
 
-def settings_of(options: argparse.Namespace) -> dict:
+def settings_of_scores(options: Options) -> dict:
     """What scores depend on. Thresholds are not among it: they may change at will."""
-    names = ("recipe", "backbone", "stem", "iterations", "min_area", "batch_size", "lr", "amp")
-    names += ("seed", "class_num")
-    settings = {name: getattr(options, name) for name in names}
-    if options.recipe == "release":
-        settings["patch_size"] = list(options.patch_size)
-    else:
-        settings["scale"] = options.scale
+    settings = settings_of(options)
+    for name in RECIPES[options.recipe].not_used:
+        del settings[name]
     weights = options.backbone_weights
     settings["backbone_weights"] = sha256(weights) if Path(weights).is_file() else weights
     return settings
 
 
-def read_ground_truth(path: str, rows: list[tuple[str, str]]) -> dict[str, str]:
+def read_ground_truth(path: Path, rows: list[tuple[str, str]]) -> dict[str, str]:
     """{image path: ground-truth path} of --gt, which must name every image of the list."""
     truth = dict(read_list(path))
     for image, _ in rows:
@@ -864,47 +585,64 @@ def read_ground_truth(path: str, rows: list[tuple[str, str]]) -> dict[str, str]:
 
 
 def prepare(
-    options: argparse.Namespace,
-    rows: list[tuple[str, str]],
-    out: Path,
-    suffix: str,
-    truth: dict[str, str] | None,
+    options: Options, out: Outputs, labels: list[Path], rows: list, truth: dict[str, str] | None
 ) -> None:
-    """All checks that open files, the index and the settings."""
-    root = Path(options.root_path)
-    labels = [root / renamed_experiment(label, suffix) for _, label in rows]
-    for folder in {out, out / "scores", out / "report", *(path.parent for path in labels)}:
-        remove_leftovers(folder)
-    prepare_folder(out, settings_of(options), root, rows, labels, options.id_list_path)
+    """All checks that open files; leaves settings, inputs and index.npz. labels: the files that
+    will be written.
+    """
+    root, folder = options.root_path, out.folder
+    for place in {folder, folder / "scores", folder / "report", *(path.parent for path in labels)}:
+        remove_leftovers(place)
+    names = [name for row in rows for name in row]
+    check_files(root, names, options.id_list_path)
+    results = ("training.pth", "checkpoint.pth", "connectivities.csv")
+    begun = any((folder / name).is_file() for name in results)
+    begun |= any((folder / "scores").glob("*.npz"))
+    if not (folder / "settings.json").is_file():
+        begun |= holds_pictures(folder) or any(map(Path.exists, labels))
+    inputs = {name: root / name for name in names}
+    same = out.accept(settings_of_scores(options), inputs, begun)
+    index = make_index(folder, root, rows, options.class_num, options.id_list_path, same)
+    if not len(index):
+        raise UserError(
+            f"{options.id_list_path}: its label maps hold no label at all (only 255); check"
+            " --root-path and the list"
+        )
+    if not (index["area"] >= options.min_area).any():
+        raise UserError(
+            f"--min-area {options.min_area}: the largest connectivity has"
+            f" {index['area'].max()} pixels; give fewer"
+        )
     if truth is not None:
         pairs = [(label, truth[image]) for image, label in rows]
         check_pairs(root, pairs, options.gt, options.class_num, same_size=True)
 
 
-def main(argv=None) -> None:
+def main(argv: list[str] | None = None) -> None:
     options = parse_args(argv)
     classes = class_set(options.class_num, options.stuff, options.things)
-    root, rows = Path(options.root_path), read_list(options.id_list_path)
+    root, rows = options.root_path, read_list(options.id_list_path)
     truth = read_ground_truth(options.gt, rows) if options.gt else None
-    suffix = "scc" if options.recipe == "release" else "scc_paper"
-    out = output_folder(options, rows, suffix)
+    suffix = RECIPES[options.recipe].suffix
+    folder = output_folder(options, rows, suffix)
     list_path = renamed_list(options.id_list_path, rows[0][1], suffix)
     device = select_device(options.device)
     if options.amp == "none":
         exact_mode()
     check_writable(list_path.parent)
-    with folder_lock(out), process_group(torch.device("cpu")) as (rank, _):
+    with Outputs(folder) as out, process_group(torch.device("cpu")) as (rank, _):
         if rank == 0:
-            prepare(options, rows, out, suffix, truth)
+            labels = [root / renamed_experiment(label, suffix) for _, label in rows]
+            prepare(options, out, labels, rows, truth)
         wait_for_all()
-        data = Data(root, rows, read_index(out), classes.count, options)
+        data = Data(root, rows, read_index(folder, classes.count), classes.count, options)
         if rank == 0:
             small = len(data.index) - int(data.judged.sum())
             print(
                 f"{len(data.index)} connectivities in {len(rows)} images"
                 + (f", {small} of them under --min-area" if small else "")
             )
-        run_stages(Run(data, classes, suffix, out, list_path, truth), device)
+        correct(Correction(data, classes, suffix, folder, list_path, truth, device))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,8 +11,9 @@ import numpy as np
 import torch
 
 from util.connectivity import connectivities
-from util.labels import IGNORE, read_image, read_label
-from util.run import ahead
+from util.labels import IGNORE, check_pairs, read_image, read_label
+from util.outputs import atomic_path
+from util.run import ahead, progress
 
 POOL = 1024  # patches in memory, 0.4 GB at 256x512, from which training batches are drawn (ours)
 
@@ -45,6 +45,43 @@ def numbered(label: np.ndarray, class_num: int) -> np.ndarray:
     return numbers
 
 
+def make_index(
+    folder: Path, root: Path, rows: list, class_num: int, list_path: Path, same: bool
+) -> np.ndarray:
+    """The INDEX rows of all connectivities, from index.npz in `folder` if its inputs are the
+    `same`, else left in it. UserError if an input of the list is unreadable or unfit.
+    """
+    if same and (index := read_index(folder, class_num)) is not None:
+        return index
+    (folder / "index.npz").unlink(missing_ok=True)
+    check_pairs(root, rows, list_path, class_num)
+    with ThreadPoolExecutor() as pool:
+        jobs = pool.map(lambda i: index_image(root / rows[i][1], i, class_num), range(len(rows)))
+        index = np.concatenate(list(progress(jobs, "SCC index", len(rows))))
+    with atomic_path(folder / "index.npz") as temporary, open(temporary, "wb") as file:
+        np.savez_compressed(file, index=index, classes=class_num)
+    return index
+
+
+def read_index(folder: Path, class_num: int) -> np.ndarray | None:
+    """What `make_index` left, if it is of so many classes."""
+    if not (folder / "index.npz").is_file():
+        return None
+    with np.load(folder / "index.npz") as stored:
+        return stored["index"] if stored["classes"] == class_num else None
+
+
+def score_path(folder: Path, image: int) -> Path:
+    """Loss, score and prediction of the connectivities of image i of the list."""
+    return folder / "scores" / f"{image:06d}.npz"
+
+
+def remove_scores(folder: Path) -> None:
+    """Scores of a classifier that is no longer there."""
+    for path in (folder / "scores").glob("*.npz"):
+        path.unlink()
+
+
 class Data:
     """The images of a list with their connectivities.
 
@@ -59,7 +96,7 @@ class Data:
         rows: list[tuple[str, str]],
         index: np.ndarray,
         class_num: int,
-        options: argparse.Namespace,
+        options,
     ):
         self.root, self.rows, self.index = root, rows, index
         self.class_num, self.options = class_num, options
@@ -96,6 +133,19 @@ class Data:
         height, width = (max(16, round(side * self.options.scale)) for side in numbers.shape)
         return cv2.resize(picture, (width, height), interpolation=cv2.INTER_AREA), numbers
 
+    def scores(self, out: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(loss float64, score float64, predicted uint8) of all connectivities, in the index's
+        order, from the files of each image below `out`.
+        """
+        count = len(self.index)
+        loss, score, predicted = np.empty(count), np.empty(count), np.empty(count, np.uint8)
+        for image in range(len(self.rows)):
+            part = self.part(image)
+            with np.load(score_path(out, image)) as scores:
+                loss[part], score[part] = scores["loss"], scores["score"]
+                predicted[part] = scores["predicted"]
+        return loss, score, predicted
+
 
 def judged_images(data: Data) -> np.ndarray:
     """The images that have a judged connectivity."""
@@ -111,6 +161,53 @@ def batches_per_epoch(data: Data) -> int:
 
 
 # ------------------------------------------------------------------------------ release: of patches
+
+
+def patch_window(
+    box: tuple[int, int, int, int], height: int, width: int, patch: tuple[int, int]
+) -> tuple[int, int, int, int]:
+    """(y0, x0, y1, x1) of the image's part that shows a connectivity (released code, exactly).
+
+    box: (x, y, width, height); height, width: of the image; patch: (h, w); all in pixels. The
+    window is `patch` around the box's centre, grown at the same aspect ratio if the box is larger,
+    shifted into the image, and cut where the image is smaller.
+    """
+    x, y, box_width, box_height = (int(value) for value in box)
+    high, wide = patch
+    if box_width > wide or box_height > high:
+        grow = max(box_height / high, box_width / wide)
+        high, wide = int(grow * high), int(grow * wide)
+    y0, y1 = span(int(y + box_height / 2), high, height)
+    x0, x1 = span(int(x + box_width / 2), wide, width)
+    return y0, x0, y1, x1
+
+
+def span(centre: int, length: int, limit: int) -> tuple[int, int]:
+    """(start, end) of about `length` pixels around `centre`, shifted and cut to 0 .. limit."""
+    start, end = centre - length // 2, centre + length // 2
+    if start < 0:
+        start, end = 0, end - start
+    if end > limit:
+        start, end = start - (end - limit), limit
+    return max(start, 0), end
+
+
+def cut_patch(
+    image: np.ndarray, numbers: np.ndarray, row: np.ndarray, patch: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """(patch uint8 h x w x 3, mask uint8 h/2 x w/2 of 0 and 1) of an INDEX row.
+
+    image: uint8 H x W x 3; numbers: int32 H x W, what `numbered` gives. The patch is resized
+    bilinearly, the mask to the nearest pixel, first to h x w and then to the stem's h/2 x w/2
+    (released code; it does not round the resized patch to whole numbers).
+    """
+    y0, x0, y1, x1 = patch_window(
+        (row["x"], row["y"], row["width"], row["height"]), *numbers.shape, patch
+    )
+    picture = cv2.resize(image[y0:y1, x0:x1], patch[::-1], interpolation=cv2.INTER_LINEAR)
+    mask = (numbers[y0:y1, x0:x1] == row["number"]).astype(np.uint8)
+    mask = cv2.resize(mask, patch[::-1], interpolation=cv2.INTER_NEAREST)
+    return picture, np.ascontiguousarray(mask[::2, ::2])
 
 
 def release_order(data: Data, epoch: int) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -138,12 +235,12 @@ def release_order(data: Data, epoch: int) -> tuple[np.ndarray, list[np.ndarray]]
 
 
 def patch_batches(
-    data: Data, cut_patch: Callable, start: int, stop: int
+    data: Data, start: int, stop: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Training batches start .. stop - 1: (patches uint8 B x h x w x 3, masks uint8 B x 1 x h/2 x
     w/2 of 0 and 1, classes int64 B).
 
-    cut_patch: seco_scc's. A batch follows from the seed and its number alone, so a stopped training
+    A batch follows from the seed and its number alone, so a stopped training
     goes on exactly. An incomplete last batch of an epoch is left out. --workers images are read and
     cut ahead.
     """

@@ -1,12 +1,30 @@
-"""The two connectivity classifiers of SCC: one of patches (released code), one of pooled features
-(paper)."""
+"""SCC's two connectivity classifiers, of patches (released code) and of pooled features (paper),
+how they are trained, and the two rules that tell noisy labels by the losses: thresholds by rank
+(released code) and a mixture of two Gaussians (paper)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
 import torch
+from sklearn.mixture import GaussianMixture
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from model.resnet import resnet
+from util.images import normalised
+from util.labels import IGNORE
+
+# Released code.
+EPOCHS = 20  # T of the learning rate's decay
+DECAY, POWER = 10, 0.75  # learning rate x (1 + DECAY t / T) ^ -POWER
+BACKBONE_FACTOR = 0.1  # the backbone's learning rate over the classifier's
+MOMENTUM, WEIGHT_DECAY, LABEL_SMOOTHING = 0.9, 1e-3, 0.1
+# Ours, where paper and released code are silent.
+MIN_CONNECTIVITIES = 50  # fewer losses than this are no basis for a mixture
+MIN_SEPARATION = 1.0  # least distance of the mixture's means, in root mean square deviations
 
 
 class PatchClassifier(nn.Module):
@@ -62,3 +80,222 @@ def linear(inputs: int, class_num: int) -> nn.Linear:
     layer = nn.Linear(inputs, class_num)
     nn.init.xavier_normal_(layer.weight)
     return layer
+
+
+# ------------------------------------------------------------------------- how they are trained
+
+
+def make_classifier(options, class_num: int, device: torch.device) -> nn.Module:
+    """The classifier of a recipe on its device. options: those of seco_scc.py."""
+    kind = PatchClassifier if options.recipe == "release" else PooledClassifier
+    model = kind(int(options.backbone.removeprefix("resnet")), options.stem, class_num)
+    if options.amp == "bf16":
+        model = model.to(memory_format=torch.channels_last)
+    return model.to(device)
+
+
+def logits_of(model, images: torch.Tensor, masks, device: torch.device, amp: bool) -> torch.Tensor:
+    """The classifier on uint8 images or patches B x h x w x 3.
+
+    masks: of patches, uint8 B x 1 x h/2 x w/2; of whole images, a list of what `mask_shares` gives.
+    """
+    masks = masks.to(device) if torch.is_tensor(masks) else masks
+    with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+        return model(normalised(images.to(device)), masks).float()
+
+
+def decayed(lr: float, t: int, total: int) -> float:
+    """The learning rate of update t = 1, 2, … of `total` (released code)."""
+    return lr * (1 + DECAY * t / total) ** -POWER
+
+
+def make_optimizer(model, lr: float) -> torch.optim.SGD:
+    return torch.optim.SGD(
+        [
+            {"params": model.backbone.parameters(), "lr": lr * BACKBONE_FACTOR},
+            {"params": model.classifier.parameters(), "lr": lr},
+        ],
+        momentum=MOMENTUM,
+        nesterov=True,
+        weight_decay=WEIGHT_DECAY,
+    )
+
+
+def gradients(model, batch, device: torch.device, amp: bool, smoothing: float) -> float:
+    """The loss of a training batch, whose gradients are added to the model's.
+
+    batch: images, masks or shares, and classes (int64 N, IGNORE: not learned from).
+    """
+    images, masks, classes = batch
+    logits = logits_of(model, images, masks, device, amp)
+    classes = classes.to(device)
+    loss = F.cross_entropy(logits, classes, ignore_index=IGNORE, label_smoothing=smoothing)
+    loss.backward()
+    return loss.item()
+
+
+def within_memory(model, compute: Callable[[], float]) -> float:
+    """compute(). If the device's memory runs out, again with activations computed anew in
+    backward, from then on: the same result, for batch norm goes over the whole batch.
+    """
+    statistics = [buffer.clone() for buffer in model.buffers()]
+    try:
+        return compute()
+    except torch.OutOfMemoryError:
+        if model.backbone.recompute:
+            raise
+    print("the batch does not fit into memory: activations are computed twice (same result)")
+    model.backbone.recompute = True
+    for buffer, before in zip(model.buffers(), statistics):
+        buffer.copy_(before)
+    model.zero_grad()
+    torch.cuda.empty_cache()
+    return compute()
+
+
+# ---------------------------------------------------------------------- release: the thresholds
+
+
+def quantile_threshold(values: np.ndarray, quantile: float) -> float:
+    """sorted[min(int(n q), n - 1)] (released code)."""
+    return float(np.sort(values)[min(int(len(values) * quantile), len(values) - 1)])
+
+
+def filter_connectivities(
+    loss: np.ndarray, score: np.ndarray, predicted: np.ndarray, rule: str, quantile: float
+) -> tuple[np.ndarray, dict]:
+    """Which connectivities are kept (bool N), and the thresholds (released code).
+
+    loss, score: float64 N; predicted: int N. A predicted class's threshold is the quantile q of its
+    connectivities' losses, or 1 - q of their scores. The global threshold is the mean of these over
+    all connectivities. A connectivity is dropped by rule
+    - "both_loss": if its loss exceeds both thresholds;
+    - "loss" (the release's local_loss): if its loss exceeds its class's;
+    - "score" (local_score): if its score is below its class's.
+    Ours: one whose loss or score is not finite is dropped and has no part in the thresholds.
+    """
+    if rule == "score":
+        quantile = 1 - quantile
+    values, finite = score if rule == "score" else loss, np.isfinite(loss) & np.isfinite(score)
+    per_class = {
+        int(c): quantile_threshold(values[finite & (predicted == c)], quantile)
+        for c in np.unique(predicted[finite])
+    }
+    local = np.array([per_class.get(int(c), np.nan) for c in predicted])
+    overall = float(local[finite].mean()) if finite.any() else None
+    if overall is None:
+        return finite, {"per_class": {}, "global": None}
+    kept = {
+        "both_loss": (loss <= local) | (loss <= overall),
+        "loss": loss <= local,
+        "score": score >= local,
+    }[rule]
+    return kept & finite, {"per_class": per_class, "global": overall}
+
+
+# ---------------------------------------------------------------------- paper: the noise model
+
+
+@dataclass(frozen=True)
+class NoiseModel:
+    """eta: posterior of the noisy component for each connectivity, float64 N. means, deviations,
+    weights: of the two components (clean, noisy) in min-max-normalised losses; low, high: of the
+    normalisation. fallback: why there is no mixture, or None.
+    """
+
+    eta: np.ndarray
+    low: float = 0.0
+    high: float = 1.0
+    means: tuple[float, float] = (0.0, 0.0)
+    deviations: tuple[float, float] = (0.0, 0.0)
+    weights: tuple[float, float] = (0.0, 0.0)
+    fallback: str | None = None
+
+
+def noise_posterior(loss: np.ndarray, seed: int) -> NoiseModel:
+    """A mixture of two Gaussians fitted by EM to the losses (float64 N).
+
+    Paper, equation 4; the losses are min-max-normalised as DivideMix does. Ours: a loss that is not
+    finite has eta 1 and no part in the fit. Without a mixture that tells two groups apart eta is 0,
+    so the labels are kept, and `fallback` says why.
+    """
+    finite = np.isfinite(loss)
+    model = fit_mixture(loss[finite], seed)
+    eta = np.ones(len(loss))
+    eta[finite] = model.eta
+    fallback, lost = model.fallback, len(loss) - int(finite.sum())
+    if fallback and lost:
+        fallback = f"{lost} losses are not finite (called noisy); {fallback}"
+    return replace(model, eta=eta, fallback=fallback)
+
+
+def fit_mixture(loss: np.ndarray, seed: int) -> NoiseModel:
+    """`noise_posterior` of finite losses."""
+    none = np.zeros(len(loss))
+    if len(loss) < MIN_CONNECTIVITIES:
+        why = f"{len(loss)} connectivities are fewer than {MIN_CONNECTIVITIES}"
+        return NoiseModel(none, fallback=f"{why}: no mixture is fitted, the labels are kept")
+    low, high = float(loss.min()), float(loss.max())
+    if high - low < 1e-9:
+        why = "all losses are equal: no mixture is fitted, the labels are kept"
+        return NoiseModel(none, low, high, fallback=why)
+    x = ((loss - low) / (high - low))[:, None]
+    single, mixture = (
+        GaussianMixture(k, tol=1e-4, max_iter=200, reg_covar=5e-4, random_state=seed).fit(x)
+        for k in (1, 2)
+    )
+    order = mixture.means_[:, 0].argsort()
+    means = tuple(float(v) for v in mixture.means_[order, 0])
+    deviations = tuple(float(v) for v in np.sqrt(mixture.covariances_[order, 0, 0]))
+    weights = tuple(float(v) for v in mixture.weights_[order])
+    model = NoiseModel(none, low, high, means, deviations, weights)
+    floor = float(mixture.predict_proba(np.array([[means[0]]]))[0, order[1]])
+    why = not_separate(model, single.bic(x), mixture.bic(x), floor)
+    if why:
+        return replace(model, fallback=f"{why}: the labels are kept")
+    # Below the clean mean a wide noisy component would take over again.
+    eta = mixture.predict_proba(x)[:, order[1]]
+    return replace(model, eta=np.where(x[:, 0] < means[0], np.minimum(eta, floor), eta))
+
+
+def not_separate(model: NoiseModel, bic_one: float, bic_two: float, floor: float) -> str | None:
+    """Why the mixture's components are not two groups, or None.
+
+    bic_one, bic_two: Bayesian information criterion of one Gaussian and of two; floor: eta at the
+    clean component's mean.
+    """
+    if bic_one <= bic_two:
+        return (
+            "one Gaussian describes the losses as well as two (Bayesian information criterion"
+            f" {bic_one:.1f} and {bic_two:.1f}), the components do not separate"
+        )
+    deviation = np.sqrt(np.mean(np.square(model.deviations)))
+    separation = (model.means[1] - model.means[0]) / deviation
+    if separation < MIN_SEPARATION:
+        return (
+            f"the mixture's components do not separate (means {model.means[0]:.3f} and"
+            f" {model.means[1]:.3f}, distance {separation:.2f} deviations)"
+        )
+    if floor >= 0.5:
+        return (
+            "the mixture's components do not separate (at the clean one's mean"
+            f" {model.means[0]:.3f} the noisy one is as likely)"
+        )
+    return None
+
+
+def decide(
+    eta: np.ndarray,
+    score: np.ndarray,
+    predicted: np.ndarray,
+    class_id: np.ndarray,
+    tau_ns: float,
+    tau_cr: float,
+) -> tuple[np.ndarray, np.ndarray]:
+    """(decision, final class) by the paper's thresholds: clean (eta < tau_ns) keeps its label, a
+    noisy connectivity whose largest probability exceeds tau_cr gets that class, the others are
+    dropped (IGNORE).
+    """
+    clean, sure = eta < tau_ns, score > tau_cr
+    decision = np.where(clean, "kept", np.where(sure, "corrected", "dropped"))
+    return decision, np.where(clean, class_id, np.where(sure, predicted, IGNORE)).astype(np.uint8)

@@ -13,8 +13,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from dataset.scc import Data
-from seco_scc import patch_window
+from dataset.scc import Data, patch_window
 from util.connectivity import connectivities
 from util.labels import read_image, read_label
 

@@ -22,9 +22,9 @@ from torch.nn import functional as F
 import seco_scc as scc
 from dataset import scc as scc_data
 from dataset.toy import draw_scene
+from model import scc as scc_model
 from model.scc import PatchClassifier, PooledClassifier
 from tests.reference_scc import opened_patch, store_masks
-from util import scc_files
 from util.connectivity import connectivities
 from util.images import normalised
 from util.labels import CITYSCAPES_19, IGNORE, read_label, read_list, write_label, write_list
@@ -133,7 +133,7 @@ def data_of(root, recipe="release", **changes):
         setattr(options, name, value)
     rows = read_list(root / "splits/pix/all.txt")
     parts = [scc_data.index_image(root / row[1], i, 19) for i, row in enumerate(rows)]
-    return scc.Data(root, rows, np.concatenate(parts), 19, options)
+    return scc_data.Data(root, rows, np.concatenate(parts), 19, options)
 
 
 # -------------------------------------------------------------------------- connectivities, patches
@@ -167,7 +167,7 @@ def test_patch_window_shows_the_whole_connectivity_as_centrally_as_can_be(size):
     for _ in range(300):
         x, y = int(random.integers(width)), int(random.integers(height))
         w, h = int(random.integers(1, width - x + 1)), int(random.integers(1, height - y + 1))
-        y0, x0, y1, x1 = scc.patch_window((x, y, w, h), height, width, patch)
+        y0, x0, y1, x1 = scc_data.patch_window((x, y, w, h), height, width, patch)
         grow = max(1, h / 32, w / 64)
         for low, high, box_low, length, side, full in (
             (y0, y1, y, h, 32, height),
@@ -379,7 +379,7 @@ def test_a_wide_noisy_component_does_not_claim_the_lowest_losses():
 @pytest.mark.parametrize(
     "loss, words",
     [
-        (np.linspace(0, 5, scc.MIN_CONNECTIVITIES - 1), "fewer than"),
+        (np.linspace(0, 5, scc_model.MIN_CONNECTIVITIES - 1), "fewer than"),
         (np.full(200, 1.5), "equal"),
         (np.random.default_rng(8).normal(3, 1, 4000), "one Gaussian"),
         (np.random.default_rng(8).standard_t(2, 4000), "distance"),  # one mean, two widths
@@ -446,8 +446,8 @@ def test_release_batches_against_opening_the_image_for_each_connectivity(
     monkeypatch.setattr(
         data, "read", lambda image, read=data.read: reads.append(image) or read(image)
     )
-    per_epoch = scc.batches_per_epoch(data)
-    batches = list(scc_data.patch_batches(data, scc.cut_patch, 0, per_epoch + 1))
+    per_epoch = scc_data.batches_per_epoch(data)
+    batches = list(scc_data.patch_batches(data, 0, per_epoch + 1))
     assert len(batches) == per_epoch + 1 == len(data.index) // 8 + 1
     visits = scc_data.release_order(data, 0)[1]
     assert len(reads) <= 2 * len(visits) and reads.count(0) <= 2 * -(-len(data.of_image(0)) // 40)
@@ -473,7 +473,7 @@ def test_release_batches_against_opening_the_image_for_each_connectivity(
 
 
 def release_batches(data, start, stop):
-    return scc_data.patch_batches(data, scc.cut_patch, start, stop)
+    return scc_data.patch_batches(data, start, stop)
 
 
 @pytest.mark.parametrize(
@@ -628,7 +628,7 @@ def test_other_thresholds_run_only_the_correction(
 ):
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
 
-    for module, name in ((scc, "train"), (scc, "score_image"), (scc_files, "index_image")):
+    for module, name in ((scc, "train"), (scc, "score_image"), (scc_data, "index_image")):
         monkeypatch.setattr(module, name, refuse)
     scc.main(command(tmp_path, recipe, *thresholds))
     other = results(tmp_path, recipe)
@@ -660,7 +660,7 @@ def test_killed_in_every_stage_and_started_again(finished, root):
     """SIGKILL in training after three iterations, in scoring after two images, in correction after
     two labels.
     """
-    for name, calls in (("logits_of", 3), ("score_image", 2), ("corrected_label", 2)):
+    for name, calls in (("gradients", 3), ("score_image", 2), ("corrected_label", 2)):
         killed = subprocess.run(
             [sys.executable, "-c", KILLED, name, str(calls), *command(root, "release")],
             cwd=ROOT,
@@ -670,7 +670,7 @@ def test_killed_in_every_stage_and_started_again(finished, root):
         assert killed.returncode == -9, killed.stderr
         out = root / "pix_scc"
         state = {
-            "logits_of": (out / "training.pth").is_file(),
+            "gradients": (out / "training.pth").is_file(),
             "score_image": len(list((out / "scores").glob("*.npz"))) == 2,
             "corrected_label": not (root / "splits/pix_scc/all.txt").exists(),
         }
@@ -684,7 +684,7 @@ def test_memory_exhaustion_in_training_changes_nothing(root, monkeypatch, capsys
     """It runs out after the forward pass of the second iteration, whose statistics are then
     taken back; from there on activations are computed twice.
     """
-    real, seen = scc.logits_of, []
+    real, seen = scc_model.logits_of, []
 
     def scarce(model, *arguments):
         logits = real(model, *arguments)
@@ -695,7 +695,7 @@ def test_memory_exhaustion_in_training_changes_nothing(root, monkeypatch, capsys
 
     weights = []
     for logits_of in (real, scarce):
-        monkeypatch.setattr(scc, "logits_of", logits_of)
+        monkeypatch.setattr(scc_model, "logits_of", logits_of)
         shutil.rmtree(root / "pix_scc", ignore_errors=True)
         scc.main(command(root, "release", "--iterations", "4", "--stage", "train"))
         weights.append(torch.load(root / "pix_scc/checkpoint.pth", weights_only=True)["model"])
@@ -907,7 +907,7 @@ def test_other_settings_lists_or_files_in_the_same_folder(finished, tmp_path):
         (tmp_path / path).write_bytes(kept)
     rows = read_list(tmp_path / "splits/pix/all.txt")
     write_list(tmp_path / "splits/pix/all.txt", rows[::-1])
-    refused("was made from another list")
+    refused("in another order")
     write_list(tmp_path / "splits/pix/all.txt", rows)
     scc.main(command(tmp_path, "release"))
     assert results(tmp_path, "release") == before

@@ -18,7 +18,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 import seco_scc as scc
-from dataset.scc import index_image, numbered, patch_batches
+from dataset.scc import Data, index_image, numbered, patch_batches, patch_window
 from model.scc import PatchClassifier, PooledClassifier, linear
 from util.images import normalised
 from util.labels import IGNORE, read_label
@@ -55,7 +55,7 @@ def test_windows_masks_and_patches_are_the_releases(regions):
     rows, index, image, numbers = regions
     for row, mine in zip(rows, index):
         box = whole(mine, "x", "y", "width", "height")
-        window = scc.patch_window(box, *numbers.shape, PATCH)
+        window = patch_window(box, *numbers.shape, PATCH)
         assert window == whole(row, "y0", "x0", "y1", "x1")
         patch, mask = scc.cut_patch(image, numbers, mine, PATCH)
         assert (int(mask.sum()), zlib.crc32(mask.tobytes())) == whole(
@@ -118,7 +118,7 @@ def camvid(tmp_path):
         + ["--patch-size", "32", "64", "--batch-size=8", "--iterations=6", "--device=cpu"]
     )
     index = index_image(tmp_path / "pix/label.png", 0, 19)
-    return scc.Data(tmp_path, rows, index, 19, options)
+    return Data(tmp_path, rows, index, 19, options)
 
 
 def test_six_iterations_against_the_schedule_written_out(camvid, tmp_path):
@@ -128,9 +128,7 @@ def test_six_iterations_against_the_schedule_written_out(camvid, tmp_path):
     scc.seed_everything(0)
     model = scc.make_classifier(data.options, 19, torch.device("cpu")).train()
     momentum = {}
-    for t, (patches, masks, classes) in enumerate(
-        patch_batches(data, scc.cut_patch, 0, 6), start=1
-    ):
+    for t, (patches, masks, classes) in enumerate(patch_batches(data, 0, 6), start=1):
         logits = model(normalised(patches), masks)
         target = F.one_hot(classes, 19) * 0.9 + 0.1 / 19
         loss = -(target * logits.log_softmax(dim=1)).sum(dim=1).mean()

@@ -42,9 +42,10 @@ class Bounds:
 
     def check(self, name: str, value) -> None:
         """UserError unless the number, or each of several, lies within; None passes."""
-        for number in value if isinstance(value, (list, tuple)) else [value]:
-            if number is not None and not self.hold(number):
-                raise UserError(f"--{name.replace('_', '-')} {number}: give {self.words()}")
+        numbers = value if isinstance(value, (list, tuple)) else [value]
+        if not all(number is None or self.hold(number) for number in numbers):
+            given = " ".join(map(str, numbers))
+            raise UserError(f"--{name.replace('_', '-')} {given}: give {self.words()}")
 
     def hold(self, number: float) -> bool:
         return (

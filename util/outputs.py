@@ -77,6 +77,7 @@ class Outputs:
                 f"{self.folder}: is not empty, but has no settings.json that says what made its"
                 " content; move it away, or choose another name"
             )
+        settings = json.loads(json.dumps(settings))  # tuples become lists
         if begun:
             before = read_json(self.folder / "settings.json")
             for name in {**before, **settings}:

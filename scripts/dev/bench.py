@@ -44,7 +44,6 @@ from model.sam import SAM_TYPES, default_checkpoint, load_segmenter, output_name
 from model.sam_fast import FastSam
 from model.segmenter import ProposalSettings, Segmenter
 from seco_sam import aggregate
-from seco_scc import cut_patch
 from seco_scc import parse_args as scc_options
 from tests import oracle_psa, reference_data, reference_scc, reference_train
 from util import run
@@ -314,7 +313,7 @@ def scc(options: argparse.Namespace, device: torch.device) -> None:
             lambda m: reference_scc.opened_patch(root, data, m, data.options.patch_size), chosen
         )
         readings, start = [], time.process_time()
-        stream = patch_batches(data, cut_patch, 0, options.batches)
+        stream = patch_batches(data, 0, options.batches)
         for number, _ in enumerate(progress(stream, "patches", options.batches, "batch"), start=1):
             if number % max(1, options.batches // 10) == 0:
                 readings.append(f"{resident_mb():.0f}")

@@ -1,11 +1,12 @@
-"""The report of SCC: histogram of losses, decisions per class, panels, thumbnails, figures, one
-page that shows them.
+"""The results of SCC that people look at: connectivities.csv; a page with a histogram of losses,
+decisions per class, panels, thumbnails and figures.
 
 `data` and `verdicts` are those of seco_scc.py. Only a ground-truth list that is given is opened.
 """
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from sklearn.metrics import roc_auc_score
 
 from util.charts import CYCLE, bar_chart, histogram, save_chart
 from util.labels import IGNORE, ClassSet, read_label
+from util.outputs import atomic_path
 from util.page import write_page
 from util.pictures import colour_label, contact_sheet, hatch, heat, overlay, save_picture
 
@@ -56,6 +58,28 @@ def write_report(
     parts = [{"rows": rows}, {"figures": figures_shown}]
     write_page(folder / "index.html", f"SCC: {data.options.recipe} recipe", parts)
     return report
+
+
+def write_connectivities(path: Path, data, verdicts) -> None:
+    """connectivities.csv: one line each, numbers at full precision. verdicts: seco_scc's."""
+    columns = ("image", "id", "class", "area", "x", "y", "width", "height", "loss", "score")
+    with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow([*columns, "prediction", "eta", "decision", "final"])
+        for i, row in enumerate(data.index):
+            eta = float(verdicts.eta[i])
+            writer.writerow(
+                [
+                    data.rows[row["image"]][0],
+                    *(int(value) for value in list(row)[1:]),
+                    repr(float(verdicts.loss[i])),
+                    repr(float(verdicts.score[i])),
+                    int(verdicts.predicted[i]),
+                    "" if np.isnan(eta) else repr(eta),
+                    verdicts.decision[i],
+                    int(verdicts.final[i]),
+                ]
+            )
 
 
 def trust(verdicts) -> np.ndarray:
