@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -290,11 +289,11 @@ def test_probabilities_of_another_model_without_scc(rehearsed, tmp_path):
     every pixel of the left half road, and of the right half sky."""
     out, arrays = tmp_path / "run", tmp_path / "arrays"
     shutil.copytree(rehearsed, out, symlinks=True)
-    arrays.mkdir()
     for image, _ in read_list(out / "splits/train.txt"):
         scores = np.full((19, 720, 1280), 0.01, np.float16)
         scores[0, :, :640] = scores[10, :, 640:] = 0.82
-        np.save(arrays / Path(image).with_suffix(".npy").name, scores)
+        (arrays / image).parent.mkdir(parents=True, exist_ok=True)
+        np.save(arrays / f"{image}.npy", scores)
     settings = dict(REHEARSE=1, OUT=out, PROBABILITIES=arrays, USE_SCC=0, PYTHON=sys.executable)
     result = run("gta2bdd", timeout=480, **settings)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]

@@ -66,7 +66,7 @@ need_bdd() {
 need_inputs() {
     if [ -n "$PROBABILITIES" ]; then
         [ -d "$PROBABILITIES" ] || lacks "$PROBABILITIES: no such folder of probability arrays (PROBABILITIES)" \
-            "write one K x H x W .npy or .npz per training image there"
+            "write one K x H x W array per training image there, <image path>.npy"
     elif [ ! -f "$CHECKPOINT" ]; then
         lacks "$CHECKPOINT: the model that the starting labels come from" \
             "$CHECKPOINT_FROM; another file: CHECKPOINT=…; another model's probabilities: PROBABILITIES=<folder>"
