@@ -63,11 +63,8 @@ def state_dict_in(content, path: str | Path) -> dict[str, torch.Tensor]:
     for key in TABLES:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
-    if (
-        not isinstance(content, dict)
-        or not content
-        or not all(torch.is_tensor(v) for v in content.values())
-    ):
+    is_table = isinstance(content, dict) and all(torch.is_tensor(v) for v in content.values())
+    if not is_table or not content:
         raise UserError(f"{path}: holds no table of weights (a state_dict, alone or under 'model')")
     return without_prefixes(content)
 
@@ -78,14 +75,14 @@ def load_exactly(
     """Copy `state` into `module`. A missing, additional or differently shaped weight is an error
     that names it.
 
-    Batch norm's counter `num_batches_tracked` may be missing (older files lack it): no arithmetic
-    here uses it.
+    Batch norm's counter `num_batches_tracked` may be missing, as in older files, or additional, of
+    a batch norm that is frozen: no arithmetic here uses it.
     """
     own = module.state_dict()
-    missing = [
-        name for name in own if name not in state and not name.endswith("num_batches_tracked")
-    ]
-    unknown = [name for name in state if name not in own]
+    missing, unknown = (
+        [name for name in names if name not in others and not name.endswith("num_batches_tracked")]
+        for names, others in ((own, state), (state, own))
+    )
     differing = [name for name in own if name in state and own[name].shape != state[name].shape]
     if missing or unknown or differing:
         parts = [

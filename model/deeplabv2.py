@@ -1,59 +1,43 @@
-"""DeepLabV2 as DT-ST trains it, so that its checkpoints can be loaded and used for starting
-pseudo-labels.
+"""DeepLabV2 as DT-ST and as ProDA train it, so that their checkpoints can be used for starting
+pseudo-labels (model/network.py).
 
-A torchvision ResNet-101 (7x7 stem) at output stride 8: layer3 and layer4 trade their stride for
-dilation 2 and 4. Batch norm is frozen and has no epsilon. The classifier is the sum of four dilated
-3x3 convolutions on layer4.
-
-Checkpoint (DT-ST's released code): a dict with `feature_extractor` (`backbone.conv1.weight` …) and
-`classifier` (`conv2d_list.0.weight` …), each key possibly prefixed `module.`, and `iteration`.
+Both are a torchvision ResNet-101 (7x7 stem) at output stride 8, layer3 and layer4 trading their
+stride for dilation 2 and 4, and a classifier on layer4 whose branches are convolutions of different
+dilation. Weights are named as in the authors' checkpoints.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from pathlib import Path
+from functools import partial
 
 import torch
 from torch import nn
 from torchvision.models import resnet101
+from torchvision.ops import FrozenBatchNorm2d
 
-from model.checkpoint import load_exactly, without_prefixes
-from util.run import UserError
-
-# Of the classifier's convolutions (DeepLabV2's ASPP-L, DT-ST's released code).
-DILATIONS = (6, 12, 18, 24)
 FEATURE_CHANNELS = 2048  # of layer4
+# Of the classifiers' 3x3 convolutions (DeepLabV2's ASPP-L; both released codes).
+DILATIONS = (6, 12, 18, 24)
 
-# Size (width, height) that DT-ST feeds its network for testing and for pseudo-labels, by number of
-# classes. It resizes with Pillow's bicubic filter.
-TEST_SIZE = {19: (1536, 768), 16: (1280, 640)}
-
-
-class FrozenBatchNorm(nn.Module):
-    """y = (x - running_mean) * weight / sqrt(running_var) + bias, all four fixed; x: B x C x H x
-    W.
-    """
-
-    def __init__(self, channels: int):
-        super().__init__()
-        for name, value in (
-            ("weight", 1.0),
-            ("bias", 0.0),
-            ("running_mean", 0.0),
-            ("running_var", 1.0),
-        ):
-            self.register_buffer(name, torch.full((channels,), value))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        scale = (
-            self.weight * self.running_var.rsqrt()
-        )  # no epsilon: the trained weights belong to this formula
-        shift = self.bias - self.running_mean * scale
-        return x * scale[:, None, None] + shift[:, None, None]
+# What ProDA's classifier is made of (its released code).
+BRANCH_CHANNELS = 256  # of each branch
+GROUPS = 32  # of group norm
+SQUEEZE = 16  # the channels are squeezed to one in this many
 
 
-class Classifier(nn.Module):
+def backbone(norm_layer: type[nn.Module] | partial | None = None) -> OrderedDict[str, nn.Module]:
+    """The parts of a ResNet-101 at output stride 8 by name, in order."""
+    dilated = [False, True, True]
+    network = resnet101(weights=None, norm_layer=norm_layer, replace_stride_with_dilation=dilated)
+    names = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
+    return OrderedDict((name, getattr(network, name)) for name in names)
+
+
+# -------------------------------------------------------------------------------------------- DT-ST
+
+
+class SummedClassifier(nn.Module):
     """The sum of four dilated 3x3 convolutions, B x 2048 x h x w to B x K x h x w."""
 
     def __init__(self, class_num: int):
@@ -68,58 +52,91 @@ class Classifier(nn.Module):
 
 
 class DeepLabV2(nn.Module):
-    """Images (B x 3 x H x W, RGB in [0, 1] normalised by ImageNet's mean and deviation) to logits
-    at stride 8.
+    """DT-ST's: images (B x 3 x H x W, RGB in [0, 1] normalised by ImageNet's mean and deviation) to
+    logits at stride 8.
 
-    `forward` returns B x K x ceil(H/8) x ceil(W/8); upsample them with align_corners=True, as DT-ST
-    does.
+    Batch norm is frozen and has no epsilon: the trained weights belong to that formula. `forward`
+    returns B x K x ceil(H/8) x ceil(W/8); upsample them with align_corners=True, as DT-ST does.
     """
 
     def __init__(self, class_num: int):
         super().__init__()
-        network = resnet101(
-            weights=None,
-            norm_layer=FrozenBatchNorm,
-            replace_stride_with_dilation=[False, True, True],
-        )
-        layers = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
         self.feature_extractor = nn.Module()
-        self.feature_extractor.backbone = nn.Sequential(
-            OrderedDict((name, getattr(network, name)) for name in layers)
-        )
-        self.classifier = Classifier(class_num)
-
-    @property
-    def class_num(self) -> int:
-        return self.classifier.conv2d_list[0].out_channels
+        self.feature_extractor.backbone = nn.Sequential(backbone(partial(FrozenBatchNorm2d, eps=0)))
+        self.classifier = SummedClassifier(class_num)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.classifier(self.feature_extractor.backbone(images))
 
 
-def is_dtst_checkpoint(checkpoint) -> bool:
-    return isinstance(checkpoint, dict) and all(
-        isinstance(checkpoint.get(part), dict) for part in ("feature_extractor", "classifier")
-    )
+# -------------------------------------------------------------------------------------------- ProDA
 
 
-def load_dtst_checkpoint(checkpoint: dict, path: str | Path) -> DeepLabV2:
-    """The network of a DT-ST checkpoint (already read), in eval mode on the CPU; `path` is for
-    messages.
-    """
-    parts = {
-        name: without_prefixes(checkpoint[name]) for name in ("feature_extractor", "classifier")
-    }
-    weight = parts["classifier"].get("conv2d_list.0.weight")
-    if weight is None:
-        raise UserError(
-            f"{path}: its classifier has no conv2d_list.0.weight; this is not DT-ST's DeepLabV2"
+def convolution(inputs: int, dilation: int = 0) -> list[nn.Module]:
+    """A convolution to BRANCH_CHANNELS with group norm: 3x3, or 1x1 with dilation 0."""
+    kernel, spacing = (3, dilation) if dilation else (1, 1)
+    return [
+        nn.Conv2d(inputs, BRANCH_CHANNELS, kernel, padding=dilation, dilation=spacing),
+        nn.GroupNorm(GROUPS, BRANCH_CHANNELS),
+    ]
+
+
+class SqueezeExcitation(nn.Module):
+    """Channels times a weight in (0, 1) that depends on all channels' means: B x C x h x w."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.se = nn.Sequential(
+            nn.Linear(channels, channels // SQUEEZE),
+            nn.ReLU(inplace=True),
+            nn.Linear(channels // SQUEEZE, channels),
+            nn.Sigmoid(),
         )
-    model = DeepLabV2(weight.shape[0])
-    for name, state in parts.items():
-        # A file may carry batch norm's counter, which a frozen batch norm has no use for.
-        state = {
-            key: value for key, value in state.items() if not key.endswith("num_batches_tracked")
-        }
-        load_exactly(getattr(model, name), state, path, f"the {name} of DT-ST's DeepLabV2")
-    return model.eval()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.se(x.mean(dim=(2, 3)))[:, :, None, None]
+
+
+class JoinedClassifier(nn.Module):
+    """A 1x1 and four dilated 3x3 convolutions, joined, their channels weighed (squeeze and
+    excitation), and a convolution without bias: B x 2048 x h x w → B x K x h x w.
+    """
+
+    def __init__(self, class_num: int):
+        super().__init__()
+        self.conv2d_list = nn.ModuleList(
+            nn.Sequential(*convolution(FEATURE_CHANNELS, dilation), nn.ReLU(inplace=True))
+            for dilation in (0, *DILATIONS)
+        )
+        joined = BRANCH_CHANNELS * len(self.conv2d_list)
+        self.bottleneck = nn.Sequential(SqueezeExcitation(joined), *convolution(joined, 1))
+        last = nn.Conv2d(BRANCH_CHANNELS, class_num, 1, bias=False)
+        self.head = nn.Sequential(nn.Identity(), last)  # in the training it begins with dropout
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        joined = torch.cat([branch(features) for branch in self.conv2d_list], dim=1)
+        return self.head(self.bottleneck(joined))
+
+
+class ProDA(nn.Sequential):
+    """ProDA's: images (B x 3 x H x W, RGB in [0, 1], no mean and deviation) to logits at stride 8.
+
+    Its ResNet differs from torchvision's in three places: max-pooling rounds sizes up, layer2
+    strides in its first convolution, and every 3x3 convolution of layer3 and layer4 is dilated, the
+    first block's too. pretrained_norm: whether there is a batch norm between backbone and
+    classifier, `bn_pretrain`, as in the models of its stages 2 and 3. `forward` returns B x K x
+    (H/8 + 1) x (W/8 + 1); upsample them with align_corners=True, as ProDA does.
+    """
+
+    def __init__(self, class_num: int, pretrained_norm: bool):
+        parts = backbone()
+        parts["maxpool"].ceil_mode = True
+        first = parts["layer2"][0]
+        first.conv1.stride, first.conv2.stride = (2, 2), (1, 1)
+        for name, dilation in (("layer3", 2), ("layer4", 4)):
+            first = parts[name][0]
+            first.conv2.dilation = first.conv2.padding = (dilation, dilation)
+        if pretrained_norm:
+            parts["bn_pretrain"] = nn.BatchNorm2d(FEATURE_CHANNELS)
+        parts["layer5"] = JoinedClassifier(class_num)
+        super().__init__(parts)

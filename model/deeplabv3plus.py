@@ -7,15 +7,11 @@ both load.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch import nn
 from torch.nn.functional import interpolate
 
-from model.checkpoint import load_exactly, state_dict_in
 from model.resnet import resnet
-from util.run import UserError
 
 # Of ASPP at output stride 16 (DeepLabV3, table 5; UniMatch's configuration).
 DILATIONS = (6, 12, 18)
@@ -66,11 +62,8 @@ class ASPP(nn.Module):
         self.project = nn.Sequential(*conv_bn_relu(5 * outputs, outputs, 1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.project(
-            torch.cat(
-                [branch(x) for branch in (self.b0, self.b1, self.b2, self.b3, self.b4)], dim=1
-            )
-        )
+        branches = (self.b0, self.b1, self.b2, self.b3, self.b4)
+        return self.project(torch.cat([branch(x) for branch in branches], dim=1))
 
 
 class DeepLabV3Plus(nn.Module):
@@ -87,9 +80,8 @@ class DeepLabV3Plus(nn.Module):
         width = max(64, high // 8)
         self.head = ASPP(high, width, tuple(dilations))
         self.reduce = nn.Sequential(*conv_bn_relu(low, REDUCED_CHANNELS, 1))
-        self.fuse = nn.Sequential(
-            *conv_bn_relu(REDUCED_CHANNELS + width, width, 3), *conv_bn_relu(width, width, 3)
-        )
+        first = conv_bn_relu(REDUCED_CHANNELS + width, width, 3)
+        self.fuse = nn.Sequential(*first, *conv_bn_relu(width, width, 3))
         self.classifier = nn.Conv2d(width, class_num, 1)
         self.config = {
             "arch": "deeplabv3plus",
@@ -122,9 +114,8 @@ class DeepLabV3Plus(nn.Module):
         c1, _, _, c4 = self.backbone(images)
         if perturbation is None:
             return upsampled(self.classifier(self.decode(c1, c4)), size)
-        c1, c4 = (
-            torch.cat([c, c * factors.to(c.dtype)]) for c, factors in zip((c1, c4), perturbation)
-        )
+        both = zip((c1, c4), perturbation)
+        c1, c4 = (torch.cat([c, c * factors.to(c.dtype)]) for c, factors in both)
         features = self.decode(c1, c4)
         wanted = torch.cat([features[:count], features[count + fp_from :]])
         logits = upsampled(self.classifier(wanted), size)
@@ -141,58 +132,3 @@ def channel_dropout(generator: torch.Generator, count: int, channels: int) -> to
 
 def parameter_count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def config_of_weights(state: dict[str, torch.Tensor]) -> dict | None:
-    """The configuration that a DeepLabV3+ state dict belongs to, read off its names and shapes;
-    None for other networks.
-    """
-    if "classifier.weight" not in state or "head.project.0.weight" not in state:
-        return None
-    depth = (
-        101
-        if "backbone.layer3.22.conv1.weight" in state
-        else (
-            50
-            if "backbone.layer1.0.conv3.weight" in state
-            else 18
-            if "backbone.layer1.1.conv1.weight" in state
-            else 10
-        )
-    )
-    return {
-        "arch": "deeplabv3plus",
-        "backbone": f"resnet{depth}",
-        "class_num": int(state["classifier.weight"].shape[0]),
-        "stem": "deep" if "backbone.conv1.0.weight" in state else "torchvision",
-        "dilations": list(DILATIONS),
-    }
-
-
-def deeplabv3plus_of(content, path: str | Path) -> DeepLabV3Plus:
-    """The network of a checkpoint of ours or of UniMatch (already read), in eval mode on the CPU.
-
-    Ours carry `config`. Without it (UniMatch's files), depth, stem and number of classes are read
-    off the weights, and ASPP's dilations are taken to be 6, 12, 18.
-    """
-    state = state_dict_in(content, path)
-    config = content.get("config") or config_of_weights(state)
-    if not isinstance(config, dict) or config.get("arch") != "deeplabv3plus":
-        raise UserError(
-            f"{path}: not a network of train_unimatch.py, UniMatch, DT-ST, ProDA or SHADE "
-            f"(first weight: {next(iter(state))})"
-        )
-    model = DeepLabV3Plus(
-        int(config["backbone"].removeprefix("resnet")),
-        config["class_num"],
-        config["stem"],
-        tuple(config["dilations"]),
-    )
-    load_exactly(
-        model,
-        state,
-        path,
-        f"DeepLabV3+ with {config['backbone']} ({config['stem']} stem), "
-        f"{config['class_num']} classes",
-    )
-    return model.eval()

@@ -13,6 +13,7 @@ its authors save beside it.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,11 +23,16 @@ from PIL import Image
 from torch import nn
 from torch.nn.functional import interpolate
 
-from model import deeplabv2, proda, shade
-from model.checkpoint import read_checkpoint, state_dict_in
-from model.deeplabv3plus import deeplabv3plus_of
+from model.checkpoint import load_exactly, read_checkpoint, state_dict_in, without_prefixes
+from model.deeplabv2 import DeepLabV2, ProDA
+from model.deeplabv3plus import DILATIONS, DeepLabV3Plus
 from util.images import to_tensor
 from util.run import UserError
+
+# Width and height that the authors feed their networks for testing and for pseudo-labels; DT-ST's
+# by number of classes.
+DTST_SIZE = {19: (1536, 768), 16: (1280, 640)}
+PRODA_SIZE = (2048, 1024)
 
 
 @dataclass(frozen=True)
@@ -69,25 +75,126 @@ def load_network(path: str | Path, device, class_num: int) -> Network:
 
     class_num: how many classes it must predict.
     """
-    content = read_checkpoint(path)
-    if deeplabv2.is_dtst_checkpoint(content):
-        model = deeplabv2.load_dtst_checkpoint(content, path)
-        count = model.class_num
-        size = deeplabv2.TEST_SIZE.get(count)
-        network = Network(model, "DT-ST", count, size, Image.Resampling.BICUBIC)
-    elif proda.is_proda_state(state := state_dict_in(content, path)):
-        model = proda.load_proda_state(state, path)
-        count = model.layer5.head[1].out_channels
-        network = Network(model, "ProDA", count, proda.TEST_SIZE, scaled_only=True)
-    elif shade.is_shade_state(state):
-        model = shade.load_shade_state(state, path)
-        network = Network(model, "SHADE", model.config["class_num"])
-    else:
-        model = deeplabv3plus_of(content, path)
-        network = Network(model, "DeepLabV3+", model.config["class_num"])
+    network = network_in(read_checkpoint(path), path)
     if network.class_num != class_num:
         raise UserError(
             f"{path}: predicts {network.class_num} classes, but --class-num is {class_num}"
         )
-    model.to(device)
+    network.model.eval().to(device)
     return network
+
+
+def network_in(content, path: str | Path) -> Network:
+    """The network in a checkpoint's content, on the CPU; `path` is for messages."""
+    parts = content if isinstance(content, dict) else {}
+    if all(isinstance(parts.get(name), dict) for name in ("feature_extractor", "classifier")):
+        return dtst(content, path)
+    state = state_dict_in(content, path)
+    if "layer5.head.1.weight" in state:
+        return proda(state, path)
+    if {"bot_aspp.0.weight", "final2.0.weight"} <= state.keys():
+        return shade(state, path)
+    config = parts.get("config") or config_of(state)
+    if not isinstance(config, dict) or config.get("arch") != "deeplabv3plus":
+        raise UserError(
+            f"{path}: not a network of train_unimatch.py, UniMatch, DT-ST, ProDA or SHADE "
+            f"(first weight: {next(iter(state))})"
+        )
+    model = deeplabv3plus(config)
+    what = f"{config['backbone']} ({config['stem']} stem), {config['class_num']} classes"
+    load_exactly(model, state, path, f"DeepLabV3+ with {what}")
+    return Network(model, "DeepLabV3+", config["class_num"])
+
+
+# ------------------------------------------------------------------------------- DeepLabV3+, SHADE
+
+
+# A weight that ResNets of at least this depth have.
+DEPTHS = {"layer3.22.conv1.weight": 101, "layer1.0.conv3.weight": 50, "layer1.1.conv1.weight": 18}
+
+
+def config_of(state: dict[str, torch.Tensor]) -> dict | None:
+    """The configuration of a DeepLabV3+ whose file has none (UniMatch's), read off the names and
+    shapes of its weights; ASPP's dilations are taken to be 6, 12, 18. None for other networks.
+    """
+    if "classifier.weight" not in state or "head.project.0.weight" not in state:
+        return None
+    depths = [depth for name, depth in DEPTHS.items() if f"backbone.{name}" in state]
+    return {
+        "arch": "deeplabv3plus",
+        "backbone": f"resnet{max(depths, default=10)}",
+        "class_num": len(state["classifier.weight"]),
+        "stem": "deep" if "backbone.conv1.0.weight" in state else "torchvision",
+        "dilations": list(DILATIONS),
+    }
+
+
+def deeplabv3plus(config: dict) -> DeepLabV3Plus:
+    """The network of a `DeepLabV3Plus.config`."""
+    depth = int(config["backbone"].removeprefix("resnet"))
+    return DeepLabV3Plus(depth, config["class_num"], config["stem"], tuple(config["dilations"]))
+
+
+# Names of weights: SHADE's as a regular expression, and ours.
+SHADE_NAMES = (
+    (r"layer0\.0\.", r"backbone.conv1."),
+    (r"layer0\.1\.", r"backbone.bn1."),
+    (r"layer([1-4])\.", r"backbone.layer\1."),
+    (r"aspp\.features\.([0-3])\.([01])\.", r"head.b\1.\2."),
+    (r"aspp\.img_conv\.0\.", r"head.b4.gap.1."),
+    (r"aspp\.img_conv\.1\.", r"head.b4.gap.2."),
+    (r"bot_aspp\.([01])\.", r"head.project.\1."),
+    (r"bot_fine\.([01])\.", r"reduce.\1."),
+    (r"final1\.([0134])\.", r"fuse.\1."),
+    (r"final2\.0\.", r"classifier."),
+)
+# Style statistics and the auxiliary classifier, which only SHADE's training uses.
+SHADE_TRAINING = ("SHM.", "dsn.")
+POOLED_CHANNELS = 256  # of ASPP's image pooling, which SHADE joins first and ours last
+
+
+def shade(state: dict[str, torch.Tensor], path: str | Path) -> Network:
+    """Of SHADE's `{'state_dict', 'epoch', 'mean_iu', 'command'}`, ResNet-50 or -101 with
+    torchvision's stem: our DeepLabV3+ but for one dilation and the order in which ASPP's branches
+    are joined.
+    """
+    state = {name: value for name, value in state.items() if not name.startswith(SHADE_TRAINING)}
+    for theirs, ours in SHADE_NAMES:
+        state = {re.sub(f"^{theirs}", ours, name): value for name, value in state.items()}
+    project = state["head.project.0.weight"]
+    pooled, others = project[:, :POOLED_CHANNELS], project[:, POOLED_CHANNELS:]
+    state["head.project.0.weight"] = torch.cat([others, pooled], dim=1)
+    config = config_of(state)
+    model = deeplabv3plus(config)
+    first = model.backbone.layer4[0].conv2  # SHADE dilates it too
+    first.dilation = first.padding = (2, 2)
+    load_exactly(model, state, path, f"SHADE's DeepLabV3+ with {config['backbone']}")
+    return Network(model, "SHADE", config["class_num"])
+
+
+# ------------------------------------------------------------------------------------ DT-ST, ProDA
+
+
+def dtst(content: dict, path: str | Path) -> Network:
+    """Of DT-ST's `{'feature_extractor', 'classifier', 'iteration'}`, two tables of weights."""
+    state = {
+        f"{part}.{name}": value
+        for part in ("feature_extractor", "classifier")
+        for name, value in without_prefixes(content[part]).items()
+    }
+    weight = state.get("classifier.conv2d_list.0.weight")
+    if weight is None:
+        raise UserError(
+            f"{path}: its classifier has no conv2d_list.0.weight; this is not DT-ST's DeepLabV2"
+        )
+    model, size = DeepLabV2(len(weight)), DTST_SIZE.get(len(weight))
+    load_exactly(model, state, path, "DT-ST's DeepLabV2")
+    return Network(model, "DT-ST", len(weight), size, Image.Resampling.BICUBIC)
+
+
+def proda(state: dict[str, torch.Tensor], path: str | Path) -> Network:
+    """Of ProDA's `{'ResNet101': {'model_state', 'objective_vectors'}, 'iter', 'best_iou'}`."""
+    class_num = len(state["layer5.head.1.weight"])
+    model = ProDA(class_num, "bn_pretrain.weight" in state)
+    load_exactly(model, state, path, "ProDA's DeepLabV2")
+    return Network(model, "ProDA", class_num, PRODA_SIZE, scaled_only=True)

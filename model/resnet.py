@@ -10,12 +10,13 @@ the width, is for CPUs and small images. Weights are named as in torchvision and
 from __future__ import annotations
 
 import contextlib
-from collections import OrderedDict
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torchvision.models import get_weight
+from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from model.checkpoint import load_exactly, read_checkpoint, state_dict_in
 from util.run import UserError
@@ -23,55 +24,25 @@ from util.run import UserError
 STEMS = ("deep", "torchvision")
 
 
-def conv3x3(inputs: int, outputs: int, stride: int = 1, dilation: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(inputs, outputs, 3, stride, padding=dilation, dilation=dilation, bias=False)
+def conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
 
 
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and the identity (ResNet-18)."""
-
-    expansion = 1
-
-    def __init__(self, inputs: int, width: int, stride: int, dilation: int):
-        super().__init__()
-        self.conv1, self.bn1 = conv3x3(inputs, width, stride, dilation), nn.BatchNorm2d(width)
-        self.conv2, self.bn2 = conv3x3(width, width, 1, dilation), nn.BatchNorm2d(width)
-        self.relu = nn.ReLU(inplace=True)
-        self.downsample = _shortcut(inputs, width, stride)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out = self.relu(self.bn1(self.conv1(x)))
-        out = self.bn2(self.conv2(out))
-        return self.relu(out + (x if self.downsample is None else self.downsample(x)))
-
-
-class Bottleneck(nn.Module):
-    """1x1, 3x3 (which carries the stride), 1x1 to four times the width, and the identity (ResNet-50
-    and -101).
+def dilated_block(
+    kind: type[BasicBlock | Bottleneck], inputs: int, width: int, stride: int, dilation: int
+) -> nn.Module:
+    """torchvision's block with a dilation, which its BasicBlock does not offer: B x inputs x h x w
+    to B x (width * kind.expansion) x h/stride x w/stride.
     """
-
-    expansion = 4
-
-    def __init__(self, inputs: int, width: int, stride: int, dilation: int):
-        super().__init__()
-        outputs = width * self.expansion
-        self.conv1, self.bn1 = nn.Conv2d(inputs, width, 1, bias=False), nn.BatchNorm2d(width)
-        self.conv2, self.bn2 = conv3x3(width, width, stride, dilation), nn.BatchNorm2d(width)
-        self.conv3, self.bn3 = nn.Conv2d(width, outputs, 1, bias=False), nn.BatchNorm2d(outputs)
-        self.relu = nn.ReLU(inplace=True)
-        self.downsample = _shortcut(inputs, outputs, stride)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out = self.relu(self.bn1(self.conv1(x)))
-        out = self.relu(self.bn2(self.conv2(out)))
-        out = self.bn3(self.conv3(out))
-        return self.relu(out + (x if self.downsample is None else self.downsample(x)))
-
-
-def _shortcut(inputs: int, outputs: int, stride: int) -> nn.Sequential | None:
-    if stride == 1 and inputs == outputs:
-        return None
-    return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+    outputs, shortcut = width * kind.expansion, None
+    if stride > 1 or inputs != outputs:
+        convolution = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+        shortcut = nn.Sequential(convolution, nn.BatchNorm2d(outputs))
+    block = kind(inputs, width, stride, shortcut)
+    for module in block.modules():
+        if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
+            module.dilation = module.padding = (dilation, dilation)
+    return block
 
 
 # Depth: block, blocks in layer1 .. layer4, width of layer1's 3x3 convolutions, which doubles from
@@ -122,9 +93,8 @@ class ResNet(nn.Module):
             blocks = []
             for index in range(count):
                 stride = 1 if number == 1 or dilated or index > 0 else 2
-                blocks.append(
-                    block(inputs, width, stride, dilation=2 if dilated and index > 0 else 1)
-                )
+                dilation = 2 if dilated and index > 0 else 1
+                blocks.append(dilated_block(block, inputs, width, stride, dilation))
                 inputs = width * block.expansion
             setattr(self, f"layer{number}", nn.Sequential(*blocks))
         self.channels = tuple(width * block.expansion for width in widths)
@@ -171,9 +141,8 @@ def _statistics_left_alone(block: nn.Module):
 def resnet(depth: int, stem: str = "deep", dilate_last: bool = True) -> ResNet:
     """A randomly initialised ResNet; errors name the choices."""
     if depth not in BLOCKS:
-        raise UserError(
-            f"backbone resnet{depth}: choose one of {', '.join(f'resnet{d}' for d in BLOCKS)}"
-        )
+        names = ", ".join(f"resnet{depth}" for depth in BLOCKS)
+        raise UserError(f"backbone resnet{depth}: choose one of {names}")
     if stem not in STEMS:
         raise UserError(f"stem {stem}: choose one of {', '.join(STEMS)}")
     return ResNet(depth, stem, dilate_last)
@@ -194,18 +163,12 @@ def load_backbone(backbone: ResNet, weights: str | Path) -> None:
     else:
         path = weights
         state = state_dict_in(read_checkpoint(path), path)
-        if any(name.startswith("backbone.") for name in state):
-            state = {
-                name.removeprefix("backbone."): value
-                for name, value in state.items()
-                if name.startswith("backbone.")
-            }
-    state = OrderedDict(
-        (name, value) for name, value in state.items() if not name.startswith("fc.")
-    )
-    found = (
-        "torchvision" if "conv1.weight" in state else "deep" if "conv1.0.weight" in state else None
-    )
+        own = "backbone."
+        parts = {n.removeprefix(own): value for n, value in state.items() if n.startswith(own)}
+        state = parts or state
+    state = {name: value for name, value in state.items() if not name.startswith("fc.")}
+    first = {"conv1.weight": "torchvision", "conv1.0.weight": "deep"}
+    found = next((stem for name, stem in first.items() if name in state), None)
     if found and found != backbone.stem:
         raise UserError(
             f"{path}: made for the {found} stem, but the network has the {backbone.stem} one; "
@@ -228,12 +191,9 @@ def _imagenet_weights(backbone: ResNet) -> dict[str, torch.Tensor]:
             "--backbone-weights imagenet: torchvision has weights for its own stem only; use --stem"
             " torchvision, or give UniMatch's pretrained/resnet101.pth for the deep stem"
         )
-    from torchvision.models import get_weight
-
+    weights = get_weight(f"ResNet{backbone.depth}_Weights.IMAGENET1K_V1")
     try:
-        return get_weight(f"ResNet{backbone.depth}_Weights.IMAGENET1K_V1").get_state_dict(
-            progress=True
-        )
+        return weights.get_state_dict(progress=True)
     except (OSError, RuntimeError) as error:
         raise UserError(
             f"torchvision's ImageNet weights cannot be downloaded ({error}); download them"

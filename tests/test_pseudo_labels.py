@@ -16,8 +16,9 @@ from conftest import ROOT
 from PIL import Image
 
 import eval as evaluation
-from model.deeplabv2 import TEST_SIZE, DeepLabV2, FrozenBatchNorm, load_dtst_checkpoint
+from model.deeplabv2 import DeepLabV2
 from model.deeplabv3plus import DeepLabV3Plus
+from model.network import DTST_SIZE, network_in
 from scripts import make_pseudo_labels as stage0
 from util.labels import class_set, read_label
 from util.outputs import Outputs
@@ -575,14 +576,10 @@ def dtst_checkpoint(class_num, seed=0, prefix="module."):
 
 
 def test_frozen_batch_norm_has_no_epsilon():
-    norm = FrozenBatchNorm(1)
-    (
-        norm.weight.fill_(2),
-        norm.bias.fill_(3),
-        norm.running_mean.fill_(1),
-        norm.running_var.fill_(1e-8),
-    )
-    assert norm(torch.full((1, 1, 1, 1), 1.5)).item() == pytest.approx(0.5 * 2 / 1e-4 + 3)
+    norm, values = DeepLabV2(2).feature_extractor.backbone.bn1, (2, 3, 1, 1e-8)
+    for name, value in zip(("weight", "bias", "running_mean", "running_var"), values):
+        getattr(norm, name).fill_(value)
+    assert norm(torch.full((1, 64, 1, 1), 1.5))[0, 0].item() == pytest.approx(0.5 * 2 / 1e-4 + 3)
 
 
 def test_labels_and_evaluation_from_a_dtst_checkpoint(data, monkeypatch, capsys):
@@ -590,7 +587,7 @@ def test_labels_and_evaluation_from_a_dtst_checkpoint(data, monkeypatch, capsys)
     root, arrays = data
     checkpoint = dtst_checkpoint(16)
     torch.save(checkpoint, root / "model_iter020000.pth")
-    monkeypatch.setitem(TEST_SIZE, 16, (96, 64))
+    monkeypatch.setitem(DTST_SIZE, 16, (96, 64))
     options = command(root, source=("--checkpoint", "model_iter020000.pth"))
     options += ["--class-num", "16", "--top-p", "1"]
     stage0.main(options)
@@ -605,7 +602,7 @@ def test_labels_and_evaluation_from_a_dtst_checkpoint(data, monkeypatch, capsys)
         [0.229, 0.224, 0.225]
     )[:, None, None]
     with torch.no_grad():
-        logits = load_dtst_checkpoint(checkpoint, "x")(x)
+        logits = network_in(checkpoint, "x").model.eval()(x)
         up = torch.nn.functional.interpolate(logits, size=SIZE, mode="bilinear", align_corners=True)
     assert np.array_equal(read_label(root / name, 16), up[0].argmax(0).numpy())
 
@@ -623,11 +620,11 @@ def test_labels_and_evaluation_from_a_dtst_checkpoint(data, monkeypatch, capsys)
 
 def test_unfit_dtst_checkpoints():
     with pytest.raises(UserError, match="no conv2d_list.0.weight"):
-        load_dtst_checkpoint({"feature_extractor": {}, "classifier": {}}, "x.pth")
+        network_in({"feature_extractor": {}, "classifier": {}}, "x.pth")
     checkpoint = dtst_checkpoint(19)
     del checkpoint["feature_extractor"]["module.backbone.bn1.bias"]
     with pytest.raises(UserError, match="bn1.bias"):
-        load_dtst_checkpoint(checkpoint, "x.pth")
+        network_in(checkpoint, "x.pth")
 
 
 # ------------------------------------------------------------------------------ our own checkpoints
