@@ -4,8 +4,8 @@ labels are.
 Input:   --id-list-path, the list that seco_scc.py wrote (or any list `<image> <label>`);
          connectivities.csv in the labels' experiment folder, where there is one.
 Output:  in --out (default: the list's folder) labeled.txt (`<image> <label>`) and unlabeled.txt
-         (`<image>`), best first, and split.json: the rule, SHA-256 of the lists, images and pixels
-         of each class.
+         (`<image>`), best first, and split.json: what they were made from (of the same, they are
+         not made again), SHA-256 of the lists, images and pixels of each class.
 
     python -m scripts.make_split --id-list-path splits/cityscapes/HRDA_seco_vit_h_scc/all.txt \\
         --root-path data/cityscapes --class-num 19
@@ -22,10 +22,10 @@ Copied away, this file needs util/.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # for `python scripts/NAME.py`
@@ -43,59 +43,19 @@ from util.labels import (
     read_list,
     write_list,
 )
-from util.options import add_class_options, add_list_options, check_range
-from util.outputs import check_writable, write_json
+from util.options import (
+    ClassOptions,
+    Folder,
+    ListOptions,
+    Setting,
+    ShareAbove0,
+    parse_options,
+    settings_of,
+)
+from util.outputs import check_writable, made_before, made_from, read_json, write_json
 from util.run import UserError, progress, run_main, sha256
 
 LISTS = ("labeled.txt", "unlabeled.txt")
-
-
-def mean_trust(path: Path) -> dict[str, float]:
-    """{image path: area-weighted mean trust of its labeled connectivities} from a
-    connectivities.csv; {} without one.
-    """
-    if not path.is_file():
-        return {}
-    sums: dict[str, list[float]] = {}
-    with open(path, newline="", encoding="utf-8") as file:
-        for number, row in enumerate(csv.DictReader(file), start=2):
-            try:
-                area, kept = int(row["area"]), int(row["final"]) != IGNORE
-                trust = 1 - float(row["eta"]) if row["eta"] else float(row["score"])
-            except (KeyError, TypeError, ValueError):
-                raise UserError(
-                    f"{path}, line {number}: not a line of seco_scc.py's; run its correction again"
-                ) from None
-            if kept:
-                total = sums.setdefault(row["image"], [0.0, 0.0])
-                total[0] += area * trust
-                total[1] += area
-    return {image: weighted / area for image, (weighted, area) in sums.items()}
-
-
-def reliabilities(
-    root: Path, rows: list[tuple[str, str]], class_num: int, list_path: str
-) -> tuple[np.ndarray, np.ndarray, bool]:
-    """Reliability of each image (float N), its labeled pixels of each class (int N x K), and
-    whether SCC's trust is in it.
-    """
-    with ThreadPoolExecutor() as pool:
-        jobs = pool.map(lambda row: pixels_of_values(read_label(root / row[1], class_num)), rows)
-        values = np.array(list(progress(jobs, "reading labels", len(rows))))
-    check_classes(values.sum(axis=0), class_num, list_path)
-    pixels = values[:, :class_num]
-    coverage = pixels.sum(axis=1) / values.sum(axis=1)
-    if not coverage.any():
-        raise UserError(f"{list_path}: no label map of it has a labeled pixel; nothing to split by")
-    table = root / Path(rows[0][1]).parts[0] / "connectivities.csv"
-    trusts = mean_trust(table)
-    for row, covered in zip(rows, coverage):
-        if trusts and covered and row[0] not in trusts:
-            raise UserError(
-                f"{table}: has no labeled connectivity of {row[0]}; it belongs to another list: run"
-                " seco_scc.py's correction again"
-            )
-    return coverage * np.array([trusts.get(row[0], 1.0) for row in rows]), pixels, bool(trusts)
 
 
 def labeled_size(fraction: float, images: int) -> int:
@@ -138,80 +98,141 @@ def class_table(classes: ClassSet, pixels: np.ndarray, labeled: np.ndarray) -> d
     }
 
 
-def check_input(options, rows: list[tuple[str, str]], out: Path) -> None:
+# ------------------------------------------------------------------------------------- reliability
+
+
+def mean_trust(path: Path) -> dict[str, float]:
+    """{image path: area-weighted mean trust of its labeled connectivities} from a
+    connectivities.csv; {} without one.
+    """
+    if not path.is_file():
+        return {}
+    sums: dict[str, list[float]] = {}
+    with open(path, newline="", encoding="utf-8") as file:
+        for number, row in enumerate(csv.DictReader(file), start=2):
+            try:
+                area, kept = int(row["area"]), int(row["final"]) != IGNORE
+                trust = 1 - float(row["eta"]) if row["eta"] else float(row["score"])
+            except (KeyError, TypeError, ValueError):
+                raise UserError(
+                    f"{path}, line {number}: not a line of seco_scc.py's; run its correction again"
+                ) from None
+            if kept:
+                total = sums.setdefault(row["image"], [0.0, 0.0])
+                total[0] += area * trust
+                total[1] += area
+    return {image: weighted / area for image, (weighted, area) in sums.items()}
+
+
+def reliabilities(
+    root: Path, rows: list[tuple[str, str]], class_num: int, list_path: Path
+) -> tuple[np.ndarray, np.ndarray, bool]:
+    """Reliability of each image (float N), its labeled pixels of each class (int N x K), and
+    whether SCC's trust is in it.
+    """
+    with ThreadPoolExecutor() as pool:
+        jobs = pool.map(lambda row: pixels_of_values(read_label(root / row[1], class_num)), rows)
+        values = np.array(list(progress(jobs, "reading labels", len(rows))))
+    check_classes(values.sum(axis=0), class_num, list_path)
+    pixels = values[:, :class_num]
+    coverage = pixels.sum(axis=1) / values.sum(axis=1)
+    if not coverage.any():
+        raise UserError(f"{list_path}: no label map of it has a labeled pixel; nothing to split by")
+    table = trust_path(root, rows)
+    trusts = mean_trust(table)
+    for row, covered in zip(rows, coverage):
+        if trusts and covered and row[0] not in trusts:
+            raise UserError(
+                f"{table}: has no labeled connectivity of {row[0]}; it belongs to another list: run"
+                " seco_scc.py's correction again"
+            )
+    return coverage * np.array([trusts.get(row[0], 1.0) for row in rows]), pixels, bool(trusts)
+
+
+def trust_path(root: Path, rows: list[tuple[str, str]]) -> Path:
+    """SCC's table of the experiment that the labels belong to."""
+    return root / Path(rows[0][1]).parts[0] / "connectivities.csv"
+
+
+# --------------------------------------------------------------------------------------------- main
+
+
+@dataclass(kw_only=True)
+class Options(ListOptions, ClassOptions):
+    """split"""
+
+    labeled_fraction: Setting[ShareAbove0] = 0.5
+    "of the images, above 0 and below 1; the authors' logs imply about 3/8 (GTA), 1/2 (SYNTHIA),"
+    "1/4 (BDD100K)"
+    out: Folder | None = None
+    "folder of the two lists (default: the list's own)"
+
+
+def parse_args(argv: list[str] | None = None) -> Options:
+    return parse_options(Options, __doc__, argv)
+
+
+def check_input(options: Options, rows: list[tuple[str, str]], out: Path) -> None:
     """What can be told before the labels are read."""
-    source = Path(options.id_list_path)
+    source, fraction = options.id_list_path, options.labeled_fraction
     if len(rows) < 2:
         raise UserError(f"{source}: one image cannot be split; the list needs two or more")
-    if labeled_size(options.labeled_fraction, len(rows)) == len(rows):
-        raise UserError(
-            f"--labeled-fraction {options.labeled_fraction}: leaves no unlabeled image of"
-            f" {len(rows)}"
-        )
+    if labeled_size(fraction, len(rows)) == len(rows):
+        raise UserError(f"--labeled-fraction {fraction}: leaves no unlabeled image of {len(rows)}")
     check_files(options.root_path, [row[1] for row in rows], source)
     check_writable(out)
     if source.resolve() in [(out / name).resolve() for name in LISTS]:
         raise UserError(f"{source}: would be overwritten; choose another folder with --out")
 
 
-def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_list_options(parser, "corrected labels")
-    add_class_options(parser)
-    parser.add_argument(
-        "--labeled-fraction",
-        type=float,
-        default=0.5,
-        metavar="SHARE",
-        help=(
-            "of the images, above 0 and below 1; the authors' logs imply about 3/8 (GTA), 1/2"
-            " (SYNTHIA), 1/4 (BDD100K) (default: %(default)s)"
-        ),
-    )
-    parser.add_argument(
-        "--out", metavar="DIR", help="folder of the two lists (default: the list's own)"
-    )
-    options = parser.parse_args(argv)
-    check_range(options, "labeled_fraction", above=0, most=1)
-    return options
-
-
-def main(argv=None) -> None:
-    options = parse_args(argv)
-    classes = class_set(options.class_num, options.stuff, options.things)
-    root, rows = Path(options.root_path), read_list(options.id_list_path)
-    out = Path(options.out) if options.out else Path(options.id_list_path).parent
-    check_input(options, rows, out)
-    reliability, pixels, trusted = reliabilities(root, rows, classes.count, options.id_list_path)
+def make_split(options: Options, rows: list[tuple[str, str]], classes: ClassSet, out: Path) -> dict:
+    """Write the two lists; returns what split.json says of them."""
+    root, source = options.root_path, options.id_list_path
+    reliability, pixels, trusted = reliabilities(root, rows, classes.count, source)
     labeled = choose_labeled(reliability, pixels, options.labeled_fraction)
     ranking = np.argsort(-reliability, kind="stable")
     rest = ranking[~np.isin(ranking, labeled)]
-
     write_list(out / LISTS[0], [rows[i] for i in labeled])
     write_list(out / LISTS[1], [(rows[i][0],) for i in rest])
-    write_json(
-        out / "split.json",
-        {
-            "input": {"path": options.id_list_path, "sha256": sha256(options.id_list_path)},
-            "labeled_fraction": options.labeled_fraction,
-            "trust": "SCC" if trusted else "none, labels not seen by SCC",
-            "images": {"labeled": len(labeled), "unlabeled": len(rest)},
-            "sha256": {name: sha256(out / name) for name in LISTS},
-            "reliability": {
-                "labeled": float(reliability[labeled].mean()),
-                "unlabeled": float(reliability[rest].mean()),
-            },
-            "classes": class_table(classes, pixels, labeled),
+    without = int((~pixels.any(axis=1)).sum())
+    return {
+        "list": str(source),
+        "trust": "SCC" if trusted else "none, labels not seen by SCC",
+        "images": {"labeled": len(labeled), "unlabeled": len(rest), "without_labels": without},
+        "sha256": {name: sha256(out / name) for name in LISTS},
+        "reliability": {
+            "labeled": float(reliability[labeled].mean()),
+            "unlabeled": float(reliability[rest].mean()),
         },
-    )
-    if without := int((~pixels.any(axis=1)).sum()):
+        "classes": class_table(classes, pixels, labeled),
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = parse_args(argv)
+    classes = class_set(options.class_num, options.stuff, options.things)
+    root, rows = options.root_path, read_list(options.id_list_path)
+    out = options.out or options.id_list_path.parent
+    check_input(options, rows, out)
+    record, table = out / "split.json", trust_path(root, rows)
+    settings = {**settings_of(options), "classes": classes.names}
+    inputs = {"list": options.id_list_path, **{label: root / label for _, label in rows}}
+    inputs |= {table.name: table} if table.is_file() else {}
+    split = read_json(record) if made_before(record, settings, inputs) else {}
+    if not split or any(digest(out / name) != split["sha256"][name] for name in LISTS):
+        split = make_split(options, rows, classes, out)
+        write_json(record, {**split, "made_from": made_from(settings, inputs)})
+    images = split["images"]
+    if without := images["without_labels"]:
         print(f"note: {without} images without a labeled pixel are among the unlabeled ones")
     print(
-        f"{len(labeled)} labeled and {len(rest)} unlabeled images: {out / LISTS[0]},"
+        f"{images['labeled']} labeled and {images['unlabeled']} unlabeled images: {out / LISTS[0]},"
         f" {out / LISTS[1]}"
     )
+
+
+def digest(path: Path) -> str | None:
+    return sha256(path) if path.is_file() else None
 
 
 if __name__ == "__main__":

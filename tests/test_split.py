@@ -1,8 +1,6 @@
 """scripts/make_split.py: the ranking and the choice against a slow oracle, rare classes, files,
 wrong input."""
 
-import csv
-import hashlib
 import json
 import shutil
 
@@ -11,23 +9,22 @@ import pytest
 
 from scripts import make_split
 from util.labels import CITYSCAPES_19, IGNORE, read_label, read_list, write_label, write_list
-from util.run import UserError
+from util.run import UserError, sha256
 
-COUNT = 24
+COUNT, RARE = 24, (5, 11, 20)  # images; those that show a train
 
 
 @pytest.fixture
 def root(tmp_path):
-    """24 small label maps of different coverage; a train (16) in images 5, 11 and 20 only, which
-    have few labels.
+    """24 small label maps of different coverage; a train (16) in RARE only, which have few
+    labels.
     """
     random, rows = np.random.default_rng(0), []
     for i in range(COUNT):
         label = random.choice([0, 2, 8, 10, 13], (20, 30)).astype(np.uint8)
-        label[random.random(label.shape) < (0.9 if i in (5, 11, 20) else random.random() * 0.6)] = (
-            IGNORE
-        )
-        if i in (5, 11, 20):
+        empty = 0.9 if i in RARE else random.random() * 0.6
+        label[random.random(label.shape) < empty] = IGNORE
+        if i in RARE:
             label[3:6, 4:9] = 16
         rows.append((f"images/a/{i:02d}.png", f"pix_scc/a/{i:02d}.png"))
         write_label(tmp_path / rows[-1][1], label, CITYSCAPES_19.palette)
@@ -35,49 +32,35 @@ def root(tmp_path):
     return tmp_path
 
 
+def empty_labels(root, first):
+    """No label in the images from number `first` on."""
+    for i in range(first, COUNT):
+        label = np.full((20, 30), IGNORE, np.uint8)
+        write_label(root / f"pix_scc/a/{i:02d}.png", label, CITYSCAPES_19.palette)
+
+
 def write_csv(root, recipe):
     """A connectivities.csv with three connectivities an image, one of them dropped; returns {image:
     expected trust}.
     """
     random, expected = np.random.default_rng(1), {}
-    with open(root / "pix_scc/connectivities.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, ["image", "area", "score", "eta", "final"])
-        writer.writeheader()
-        for i in range(COUNT):
-            areas, values = random.integers(1, 90, 3), random.random(3)
-            for area, value, final in zip(areas, values, (8, 10, IGNORE)):
-                eta = value if recipe == "paper" else ""
-                writer.writerow(
-                    {
-                        "image": f"images/a/{i:02d}.png",
-                        "area": area,
-                        "score": value,
-                        "eta": eta,
-                        "final": final,
-                    }
-                )
-            trusts = 1 - values if recipe == "paper" else values
-            expected[f"images/a/{i:02d}.png"] = (areas[0] * trusts[0] + areas[1] * trusts[1]) / (
-                areas[0] + areas[1]
-            )
+    lines = ["image,area,score,eta,final"]
+    for i in range(COUNT):
+        image = f"images/a/{i:02d}.png"
+        areas, values = random.integers(1, 90, 3), random.random(3)
+        for area, value, final in zip(areas, values, (8, 10, IGNORE)):
+            lines.append(f"{image},{area},{value},{value if recipe == 'paper' else ''},{final}")
+        trusts = (1 - values if recipe == "paper" else values)[:2]
+        expected[image] = (areas[:2] * trusts).sum() / areas[:2].sum()
+    (root / "pix_scc/connectivities.csv").write_text("\n".join(lines) + "\n")
     return expected
 
 
-def split(root, *extra, out="out"):
-    make_split.main(
-        [
-            "--id-list-path",
-            str(root / "splits/pix_scc/train.txt"),
-            "--root-path",
-            str(root),
-            "--out",
-            str(root / out),
-            *extra,
-        ]
-    )
-    return tuple(
-        read_list(root / out / name, columns=(1, 2)) for name in ("labeled.txt", "unlabeled.txt")
-    )
+def split(root, *extra):
+    """The rows of both lists."""
+    words = ["--id-list-path", root / "splits/pix_scc/train.txt", "--root-path", root]
+    make_split.main([*map(str, [*words, "--out", root / "out"]), *extra])
+    return tuple(read_list(root / "out" / name, columns=(1, 2)) for name in make_split.LISTS)
 
 
 @pytest.mark.parametrize("recipe", ["release", "paper"])
@@ -85,9 +68,7 @@ def test_trust_of_the_labeled_connectivities_weighted_by_area(root, recipe):
     assert make_split.mean_trust(root / "pix_scc/connectivities.csv") == {}
     expected = write_csv(root, recipe)
     found = make_split.mean_trust(root / "pix_scc/connectivities.csv")
-    assert set(found) == set(expected) and all(
-        found[k] == pytest.approx(expected[k]) for k in expected
-    )
+    assert found == {image: pytest.approx(trust) for image, trust in expected.items()}
 
 
 def test_choice_against_an_oracle():
@@ -104,10 +85,8 @@ def test_choice_against_an_oracle():
         pixels[rare, 2] = 1
         first = sorted(rare, key=lambda i: (-reliability[i], i))[:2]  # round(0.3 x 5)
         rest = [i for i in best if i not in first][: 6 - len(first)]
-        expected = {*first, *rest}
-        assert make_split.choose_labeled(reliability, pixels, 0.3).tolist() == [
-            i for i in best if i in expected
-        ]
+        chosen = make_split.choose_labeled(reliability, pixels, 0.3).tolist()
+        assert chosen == [i for i in best if i in {*first, *rest}]
 
 
 def test_a_class_of_one_image_is_in_the_labeled_subset():
@@ -118,9 +97,7 @@ def test_a_class_of_one_image_is_in_the_labeled_subset():
 
 def test_images_without_a_labeled_pixel_are_unlabeled(root, capsys):
     """Of 24 images 20 are empty: half of the images would be 12, but 4 have labels."""
-    for i in range(4, COUNT):
-        name = root / f"pix_scc/a/{i:02d}.png"
-        write_label(name, np.full_like(read_label(name), IGNORE), CITYSCAPES_19.palette)
+    empty_labels(root, 4)
     labeled, unlabeled = split(root)
     assert sorted(row[0] for row in labeled) == [f"images/a/{i:02d}.png" for i in range(4)]
     assert len(unlabeled) == 20
@@ -128,9 +105,7 @@ def test_images_without_a_labeled_pixel_are_unlabeled(root, capsys):
 
 
 def test_labels_that_are_all_empty_are_refused(root):
-    for i in range(COUNT):
-        name = root / f"pix_scc/a/{i:02d}.png"
-        write_label(name, np.full_like(read_label(name), IGNORE), CITYSCAPES_19.palette)
+    empty_labels(root, 0)
     with pytest.raises(UserError, match=r"train\.txt: no label map of it has a labeled pixel"):
         split(root)
 
@@ -141,11 +116,7 @@ def test_files(root, recipe):
     rows = read_list(root / "splits/pix_scc/train.txt")
     labeled, unlabeled = split(root, "--labeled-fraction", "0.25")
     assert len(labeled) == 6 and len(unlabeled) == 18
-    assert {path.name for path in (root / "out").iterdir()} == {
-        "labeled.txt",
-        "unlabeled.txt",
-        "split.json",
-    }
+    assert {p.name for p in (root / "out").iterdir()} == {*make_split.LISTS, "split.json"}
     assert {row[0] for row in labeled} | {row[0] for row in unlabeled} == {row[0] for row in rows}
     assert all(row in rows for row in labeled) and all(len(row) == 1 for row in unlabeled)
     reliability = {}
@@ -154,31 +125,42 @@ def test_files(root, recipe):
     for part in (labeled, unlabeled):
         values = [reliability[row[0]] for row in part]
         assert values == sorted(values, reverse=True)
-    trains = {f"images/a/{i:02d}.png" for i in (5, 11, 20)}
-    best = max(
-        trains, key=reliability.get
-    )  # of the rare class's three images a quarter: its best one
+    trains = {f"images/a/{i:02d}.png" for i in RARE}
+    best = max(trains, key=reliability.get)  # of these three images a quarter: the best one
     others = sorted((image for image in reliability if image != best), key=reliability.get)
     assert {row[0] for row in labeled} == {best, *others[-5:]} and not trains & set(others[-5:])
 
     summary = json.loads((root / "out/split.json").read_text())
-    for name in ("labeled.txt", "unlabeled.txt"):
-        assert (
-            summary["sha256"][name]
-            == hashlib.sha256((root / "out" / name).read_bytes()).hexdigest()
-        )
-    assert summary["images"] == {"labeled": 6, "unlabeled": 18}
-    assert (
-        summary["classes"]["train"]["images"] == 3
-        and summary["classes"]["train"]["labeled_images"] == 1
-    )
-    assert summary["classes"]["rider"] == {
-        "images": 0,
-        "labeled_images": 0,
-        "pixels": 0,
-        "labeled_pixels": 0,
-    }
+    digests = {name: sha256(root / "out" / name) for name in make_split.LISTS}
+    assert summary["sha256"] == digests
+    assert summary["images"] == {"labeled": 6, "unlabeled": 18, "without_labels": 0}
+    train, rider = summary["classes"]["train"], summary["classes"]["rider"]
+    assert train["images"] == 3 and train["labeled_images"] == 1
+    assert set(rider.values()) == {0} and len(rider) == 4
     assert (summary["trust"] == "SCC") == (recipe is not None)
+
+
+def test_a_finished_split_is_not_made_again(root, monkeypatch, capsys):
+    """Of the same list, labels, table and options, while its lists are as they were written."""
+    write_csv(root, "paper")
+    empty_labels(root, 20)
+    first, said, calls = split(root), capsys.readouterr().out, []
+    real = make_split.make_split
+    monkeypatch.setattr(make_split, "make_split", lambda *a: calls.append(1) or real(*a))
+    assert split(root) == first and capsys.readouterr().out == said and not calls
+    changes = [
+        lambda: (root / "out/labeled.txt").unlink(),
+        lambda: (root / "out/unlabeled.txt").write_text("images/a/00.png\n"),
+        lambda: write_csv(root, "release"),
+        lambda: empty_labels(root, 19),
+        lambda: (root / "out/split.json").write_text("{"),
+    ]
+    for count, change in enumerate(changes, start=1):
+        change()
+        split(root)
+        assert len(calls) == count
+    split(root, "--labeled-fraction", "0.25")
+    assert len(calls) == 1 + len(changes)
 
 
 def test_same_input_same_files_and_the_default_folder(root):
@@ -186,16 +168,14 @@ def test_same_input_same_files_and_the_default_folder(root):
     first = split(root)
     files = {p.name: p.read_bytes() for p in (root / "out").iterdir()}
     shutil.rmtree(root / "out")
-    assert (
-        split(root) == first and {p.name: p.read_bytes() for p in (root / "out").iterdir()} == files
-    )
+    assert split(root) == first
+    assert {p.name: p.read_bytes() for p in (root / "out").iterdir()} == files
     # The list that is read may lie where the lists are written: it keeps its rows.
-    rows = read_list(root / "splits/pix_scc/train.txt")
-    make_split.main(
-        ["--id-list-path", str(root / "splits/pix_scc/train.txt"), "--root-path", str(root)]
-    )
-    assert read_list(root / "splits/pix_scc/train.txt") == rows
-    assert (root / "splits/pix_scc/labeled.txt").read_bytes() == files["labeled.txt"]
+    train = root / "splits/pix_scc/train.txt"
+    rows = read_list(train)
+    make_split.main(["--id-list-path", str(train), "--root-path", str(root)])
+    assert read_list(train) == rows
+    assert (train.parent / "labeled.txt").read_bytes() == files["labeled.txt"]
 
 
 def test_a_list_is_not_overwritten_and_not_counted_twice(root):
@@ -218,10 +198,8 @@ def test_wrong_input(root):
         split(root, "--labeled-fraction", "0.99")
     write_csv(root, "paper")
     shutil.copy(root / "pix_scc/a/00.png", root / "pix_scc/a/new.png")
-    write_list(
-        root / "splits/pix_scc/train.txt",
-        [*read_list(root / "splits/pix_scc/train.txt"), ("new.png", "pix_scc/a/new.png")],
-    )
+    train = root / "splits/pix_scc/train.txt"
+    write_list(train, [*read_list(train), ("new.png", "pix_scc/a/new.png")])
     with pytest.raises(UserError, match="no labeled connectivity of new.png"):
         split(root)
     with open(root / "pix_scc/connectivities.csv", "a") as file:
@@ -231,7 +209,7 @@ def test_wrong_input(root):
     (root / "pix_scc/a/03.png").unlink()
     with pytest.raises(UserError, match="03.png: no such file"):
         split(root)
-    write_list(root / "splits/pix_scc/train.txt", [("images/a/00.png", "pix_scc/a/00.png")])
+    write_list(train, [("images/a/00.png", "pix_scc/a/00.png")])
     with pytest.raises(UserError, match="two or more"):
         split(root)
     assert not (root / "out/labeled.txt").exists()
