@@ -10,8 +10,8 @@ Inputs   --labeled-id-path     rows `<image path> <label path>`: what acts as gr
          --supervised          instead of an unlabeled list: OHEM cross-entropy on the labeled one
                                (source model, upper bound)
 Outputs  in --save-path: latest.pth (resumes), best.pth (best evaluation), train.log (the shipped
-         logs' format), metrics.jsonl, TensorBoard events, pictures/, curves.png, summary.json;
-         settings.json and inputs.json (what the run depends on), manifest.json
+         logs' format), TensorBoard events, pictures/, curves.png, summary.json; settings.json and
+         inputs.json (what the run depends on), manifest.json
 
     python train_unimatch.py --labeled-id-path splits/cityscapes/DTST_gta_vit_h_scc/labeled.txt \\
         --unlabeled-id-path splits/cityscapes/DTST_gta_vit_h_scc/unlabeled.txt \\
@@ -43,7 +43,7 @@ import numpy as np
 import torch
 
 from dataset.augment import SCALES, cutmix
-from dataset.copy_paste import PARTNERS, RARE_CLASSES, RareClassPool
+from dataset.copy_paste import RARE_CLASSES, RareClassPool
 from dataset.samples import (
     AUTHORS_PROCESSES,
     Lists,
@@ -209,7 +209,7 @@ class Trainer:
                 logits, labels, self.args.ohem_threshold, self.args.min_kept
             )
 
-        return self.per_group(loss, pred_x, mask_x)
+        return losses.mean_over_groups(loss, self.group, pred_x, mask_x)
 
     def consistency(self, pred: torch.Tensor, target: dict) -> torch.Tensor:
         """The loss of `pred` with pseudo-labels, confidence and padding as targets."""
@@ -217,12 +217,8 @@ class Trainer:
         def loss(*chunk):
             return losses.pseudo_label_loss(*chunk, self.args.conf_thresh)
 
-        return self.per_group(loss, pred, *(target[n] for n in ("label", "confidence", "ignore")))
-
-    def per_group(self, loss, *tensors) -> torch.Tensor:
-        """The mean of loss(chunk of each tensor) over the loss groups."""
-        chunks = zip(*(tensor.split(self.group) for tensor in tensors))
-        return torch.stack([loss(*chunk) for chunk in chunks]).mean()
+        parts = (target[name] for name in ("label", "confidence", "ignore"))
+        return losses.mean_over_groups(loss, self.group, pred, *parts)
 
     def amp(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.amp == "bf16")
@@ -290,13 +286,17 @@ def cutmix_targets(w: dict, mix: dict, box: torch.Tensor) -> dict:
 
 
 class State:
-    """Where a run stands: the next iteration, best mIoU, sums of the running epoch's losses; and
-    the seconds that it has taken so far, all its starts together.
+    """Where a run stands: the next iteration, best mIoU, sums of the running epoch's losses; the
+    metrics of every evaluation and the mean loss, by epoch; seconds of the starts before this one.
     """
 
     def __init__(self):
         self.iteration, self.best, self.best_epoch, self.sums = 0, 0.0, -1, {}
-        self.seconds = 0.0  # of earlier starts
+        self.evaluations: dict[
+            int, dict[str, float]
+        ] = {}  # miou and, of 16 and 19 classes, miou_13
+        self.losses: dict[int, float] = {}
+        self.seconds = 0.0
 
     def saved(self) -> dict:
         return {**vars(self), "seconds": self.seconds + time.time() - STARTED}
@@ -360,7 +360,7 @@ def train(run: Adaptation) -> list[float]:
                 state.sums[name] = state.sums.get(name, 0.0) + value
             if logs:
                 lr = trainer.optimizer.param_groups[0]["lr"]
-                logs.train(epoch, within, state.iteration, {**values, "lr": lr})
+                logs.train(state.iteration, {**values, "lr": lr})
                 if within % every == 0:
                     logs.row(within, state.sums)
                 loss, best = values["loss_all"], state.best
@@ -378,8 +378,10 @@ def finish_epoch(run: Adaptation, epoch: int, shown: dict) -> None:
     """Evaluation, picture and checkpoints at the end of an epoch."""
     args, state, logs = run.args, run.state, run.logs
     last = epoch == args.epochs - 1
+    state.losses[epoch] = state.sums["loss_all"] / run.sampler.per_epoch
     if run.lists.validation and ((epoch + 1) % args.eval_every == 0 or last):
         metrics = figures(run.evaluate(run.lists.validation), run.classes)
+        state.evaluations[epoch] = metrics
         if logs:
             logs.evaluation(epoch, args.eval_mode, metrics)
         if metrics["miou"] > state.best:
@@ -616,9 +618,8 @@ def adapt(args: Options, classes: ClassSet, lists: Lists, model, device) -> None
 def training_samples(args: Options, lists: Lists) -> TrainingSamples:
     rare = None
     if args.copy_paste:
-        partners = PARTNERS.get(args.class_num, {})
-        wanted = tuple(args.copy_paste_classes)
-        rare = RareClassPool(lists.labeled, lists.pixels, args.root_path, wanted, partners)
+        where = (lists.labeled, lists.pixels, args.root_path)
+        rare = RareClassPool(*where, tuple(args.copy_paste_classes))
     what = (lists.labeled, lists.unlabeled, args.root_path, args.crop_size, args.seed)
     return TrainingSamples(*what, rare, args.image_cache, args.scales, args.photometric)
 
@@ -636,7 +637,7 @@ def train_with_records(run: Adaptation, sizes: dict[str, int] | None) -> None:
         write_manifest(run)
         seconds = train(run)
     write_manifest(run)
-    summarise(args, sampler.total, seconds, run.trainer.device)
+    summarise(args, run.state, sampler.total, seconds, run.trainer.device)
 
 
 def write_manifest(run: Adaptation) -> None:

@@ -44,9 +44,9 @@ class RareClassPool:
         pixel_counts: np.ndarray,
         root: Path,
         classes: tuple[int, ...],
-        partners: dict[int, tuple[int, ...]],
     ):
-        self.rows, self.root, self.partners = rows, root, partners
+        self.rows, self.root = rows, root
+        self.partners = PARTNERS.get(pixel_counts.shape[1], {})
         self.sources = {c: np.flatnonzero(pixel_counts[:, c] >= MIN_SOURCE_PIXELS) for c in classes}
         self.sources = {c: rows_of for c, rows_of in self.sources.items() if rows_of.size}
 

@@ -106,3 +106,9 @@ def loss_group(global_batch: int, groups: int, batch: int) -> int:
     """
     group = global_batch // groups
     return group if batch % group == 0 else math.gcd(group, batch)
+
+
+def mean_over_groups(loss, group: int, *tensors: torch.Tensor) -> torch.Tensor:
+    """The mean of loss(part of each tensor) over parts of `group` samples."""
+    parts = zip(*(tensor.split(group) for tensor in tensors))
+    return torch.stack([loss(*part) for part in parts]).mean()

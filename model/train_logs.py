@@ -1,9 +1,8 @@
-"""What a training run leaves beside its network: train.log in the shipped logs' format,
-metrics.jsonl, TensorBoard events, pictures, summary.json."""
+"""What a training run says, and leaves beside its network: train.log in the shipped logs' format,
+TensorBoard events, pictures, summary.json."""
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -14,6 +13,7 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -23,35 +23,38 @@ from util.labels import IGNORE
 from util.outputs import write_json
 from util.pictures import colour_label, contact_sheet, save_picture
 from util.run import peak_memory_mb, process_rank
-from util.training_log import TEXT_LOSSES, read_metrics_json_lines
-from util.training_log import summary as log_summary
+
+# Losses as UniMatch's text log names them, by their TensorBoard tags below train/.
+TEXT_LOSSES = {
+    "loss_all": "Total loss",
+    "loss_x": "Loss x",
+    "loss_s": "Loss s",
+    "loss_w_fp": "Loss w_fp",
+    "mask_ratio": "Mask ratio",
+}
 
 
 class Logs:
-    """train.log, metrics.jsonl and TensorBoard events of process 0.
+    """train.log and TensorBoard events of process 0.
 
     `sizes` goes into checkpoints. Resuming cuts the files back to the sizes at the checkpoint and
     removes event files begun after it, so that nothing is there twice.
     """
 
-    FILES = ("train.log", "metrics.jsonl")
-    EVENTS = "events.out.tfevents.*"
+    TEXT, EVENTS = "train.log", "events.out.tfevents.*"
 
     def __init__(self, folder: Path, sizes: dict[str, int] | None, iteration: int):
         from torch.utils.tensorboard import SummaryWriter
 
         self.folder = folder
-        for name in self.FILES:
-            path = folder / name
-            path.touch()
-            cut_back(path, (sizes or {}).get(name, 0))
+        (folder / self.TEXT).touch()
+        cut_back(folder / self.TEXT, sizes[self.TEXT] if sizes else 0)
         for path in folder.glob(self.EVENTS) if sizes else ():
             if path.name in sizes:
                 cut_back(path, sizes[path.name])
             else:
                 path.unlink()
-        self.json_lines = open(folder / "metrics.jsonl", "a", encoding="utf-8", buffering=1)
-        self.handler = logging.FileHandler(folder / "train.log", encoding="utf-8")
+        self.handler = logging.FileHandler(folder / self.TEXT, encoding="utf-8")
         self.handler.setFormatter(logging.Formatter("[%(asctime)s][%(levelname)8s] %(message)s"))
         self.text = logging.getLogger(f"train_unimatch.{folder}")
         self.text.handlers, self.text.propagate = [self.handler], False
@@ -60,22 +63,20 @@ class Logs:
 
     def sizes(self) -> dict[str, int]:
         self.events.flush()  # what comes before a checkpoint must outlive a kill after it
-        events = [path.name for path in self.folder.glob(self.EVENTS)]
-        return {name: (self.folder / name).stat().st_size for name in (*self.FILES, *events)}
+        files = [self.folder / self.TEXT, *self.folder.glob(self.EVENTS)]
+        return {path.name: path.stat().st_size for path in files}
 
     def epoch(self, epoch: int, lr: float, best: float) -> None:
         self.text.info(f"===========> Epoch: {epoch}, LR: {lr:.5f}, Previous best: {best:.2f}")
 
-    def train(self, epoch: int, within: int, iteration: int, values: dict[str, float]) -> None:
-        tags = {f"train/{name}": value for name, value in values.items()}
-        for tag, value in tags.items():
-            self.events.add_scalar(tag, value, iteration)
-        self.json_lines.write(json.dumps({"epoch": epoch, "iteration": within, **tags}) + "\n")
+    def train(self, iteration: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self.events.add_scalar(f"train/{name}", value, iteration)
 
     def row(self, within: int, sums: dict[str, float]) -> None:
         """The means since the start of the epoch, of their sums after iteration `within`."""
-        shown = {title: sums[name] for title, name in TEXT_LOSSES.items() if name in sums}
-        means = [f"{title}: {total / (within + 1):.3f}" for title, total in shown.items()]
+        shown = [(title, sums[name]) for name, title in TEXT_LOSSES.items() if name in sums]
+        means = [f"{title}: {total / (within + 1):.3f}" for title, total in shown]
         self.text.info(f"Iters: {within}, {', '.join(means)}")
 
     def evaluation(self, epoch: int, mode: str, metrics: dict) -> None:
@@ -83,16 +84,11 @@ class Logs:
         for number, (name, value) in enumerate(ious.items()):
             self.text.info(f"***** Evaluation ***** >>>> Class [{number} {name}] IoU: {value:.2f}")
         self.text.info(f"***** Evaluation {mode} ***** >>>> MeanIoU: {metrics['miou']:.2f}\n")
-        tags = {
-            "eval/mIoU": metrics["miou"],
-            **{f"eval/{name}_IoU": value for name, value in ious.items()},
-        }
-        for tag, value in tags.items():
-            self.events.add_scalar(tag, value, epoch)
-        self.json_lines.write(json.dumps({"epoch": epoch, "eval_mode": mode, **tags}) + "\n")
+        self.events.add_scalar("eval/mIoU", metrics["miou"], epoch)
+        for name, value in ious.items():
+            self.events.add_scalar(f"eval/{name}_IoU", value, epoch)
 
     def close(self) -> None:
-        self.json_lines.close()
         self.handler.close()
         self.events.close()
 
@@ -196,26 +192,41 @@ def epoch_picture(path: Path, shown: dict, classes, samples: int = 3) -> None:
     save_picture(path, contact_sheet(rows, titles, legend=classes, cell_width=192))
 
 
-def curves_picture(path: Path, log) -> None:
+def curves_picture(path: Path, miou: dict[int, float], losses: dict[int, float]) -> None:
     """mIoU after each epoch, or the mean loss of each where nothing was evaluated."""
-    if log.miou:
-        series, label = {"validation": log.curve}, "mIoU (%)"
-    else:
-        means = {
-            epoch: values["loss_all"] for epoch, _, values in log.losses
-        }  # the running mean at each epoch's end
-        series = {"loss_all": (list(means), list(means.values()))}
-        label = "mean loss of the epoch"
-    save_chart(path, line_chart(series, "", "epoch", label))
+    series = {"validation": miou} if miou else {"loss_all": losses}
+    label = "mIoU (%)" if miou else "mean loss of the epoch"
+    points = {name: (list(values), list(values.values())) for name, values in series.items()}
+    save_chart(path, line_chart(points, "", "epoch", label))
 
 
-def summarise(args, iterations: int, seconds: list[float], device) -> None:
-    """summary.json and curves.png from metrics.jsonl; the headline is the last epoch, not the
-    best. seconds: of each iteration of this start of the run.
+def best_and_last(miou: dict[int, float], last: int = 20) -> dict:
+    """Best mIoU and its epoch (the first one), last, mean of the last `last` evaluations. miou: by
+    epoch, in their order, one at least.
     """
-    log = read_metrics_json_lines(args.save_path / "metrics.jsonl")
-    curves_picture(args.save_path / "curves.png", log)
-    m = {**log_summary(log), "eval_mode": args.eval_mode} if log.miou else None
+    best, epochs = max(miou, key=miou.get), list(miou)
+    return {
+        "best": miou[best],
+        "best_epoch": best,
+        "last": miou[epochs[-1]],
+        "last_epoch": epochs[-1],
+        "last_mean": float(np.mean([miou[epoch] for epoch in epochs[-last:]])),
+        "evaluations": len(miou),
+    }
+
+
+def summarise(args, state, iterations: int, seconds: list[float], device) -> None:
+    """summary.json and curves.png; the headline is the last epoch, not the best. state: a
+    train_unimatch.State. seconds: of each iteration of this start of the run.
+    """
+    miou = {epoch: metrics["miou"] for epoch, metrics in state.evaluations.items()}
+    curves_picture(args.save_path / "curves.png", miou, state.losses)
+    m = None
+    if miou:
+        m = best_and_last(miou)
+        if args.class_num == 16:
+            m["best_13"] = state.evaluations[m["best_epoch"]]["miou_13"]
+        m["eval_mode"] = args.eval_mode
     record = {
         "epochs": args.epochs,
         "iterations": iterations,

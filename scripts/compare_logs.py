@@ -2,9 +2,8 @@
 """Set a run beside a reference log: same epochs side by side, a tolerance band, pass or fail per
 row and overall.
 
-Inputs   RUN and REFERENCE, each one of: a run's folder (metrics.jsonl or event files), a folder of
-         training_logs/, a text log of UniMatch. The run may still be going: rows it has not reached
-         are "not yet".
+Inputs   RUN and REFERENCE, each one of: a run's folder, a folder of training_logs/, a text log or
+         event file of UniMatch. The run may still be going: rows it has not reached are "not yet".
 Outputs  a table on the screen; --picture (default: <RUN>/compare_<reference>.png) with mIoU, the
          band and the losses; the command that lays both in TensorBoard. Exit code 0: all rows
          reached are in the band, 1: some are not, 2: nothing can be compared.
@@ -20,19 +19,19 @@ Copied away, this file needs util/.
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # for `python scripts/NAME.py`
 
 import numpy as np
 
 from util.charts import decorate, draw_lines, new_axes, save_chart
-from util.options import check_range
+from util.options import Argument, File, NotNegative, parse_options
 from util.outputs import check_writable
 from util.run import UserError, run_main
 from util.training_log import LOSS_NAMES, TrainingLog, read_training_log
@@ -111,29 +110,17 @@ def compared_epochs(run: TrainingLog, reference: TrainingLog) -> list[int]:
 def miou_rows(run: TrainingLog, reference: TrainingLog, tolerance: float) -> list[Row]:
     """Rows at fixed epochs, then last, best and mean of the last 20 up to the last common epoch."""
     common = common_epochs(run, reference)
-    rows = [
-        Row(
-            f"epoch {epoch}",
-            reference.miou[epoch],
-            run.miou.get(epoch),
-            band(reference, epoch, tolerance),
-        )
-        for epoch in compared_epochs(run, reference)
-    ]
-    if not common:
-        return rows
-    end = common[-1]
-    a, b = ([log.miou[epoch] for epoch in common] for log in (reference, run))
-    rows.append(Row(f"last (epoch {end})", a[-1], b[-1], band(reference, end, tolerance)))
-    rows.append(Row(f"best up to epoch {end}", max(a), max(b), tolerance))
-    rows.append(
-        Row(
-            f"mean of the last {min(LAST, len(a))}",
-            float(np.mean(a[-LAST:])),
-            float(np.mean(b[-LAST:])),
-            tolerance,
-        )
-    )
+    rows = []
+    for epoch in compared_epochs(run, reference):
+        values = (reference.miou[epoch], run.miou.get(epoch))
+        rows.append(Row(f"epoch {epoch}", *values, band(reference, epoch, tolerance)))
+    if common:
+        a, b = ([log.miou[epoch] for epoch in common] for log in (reference, run))
+        means = (float(np.mean(values[-LAST:])) for values in (a, b))
+        end, count = common[-1], min(LAST, len(a))
+        rows.append(Row(f"last (epoch {end})", a[-1], b[-1], band(reference, end, tolerance)))
+        rows.append(Row(f"best up to epoch {end}", max(a), max(b), tolerance))
+        rows.append(Row(f"mean of the last {count}", *means, tolerance))
     return rows
 
 
@@ -141,20 +128,15 @@ def class_rows(run: TrainingLog, reference: TrainingLog, tolerance: float) -> li
     """Per class: the mean IoU of the last 20 common epochs; the band widens by twice the class's
     own deviation there. [] if one of the logs has no IoU per class.
     """
-    common = [
-        epoch
-        for epoch in common_epochs(run, reference)
-        if epoch in run.class_iou and epoch in reference.class_iou
-    ][-LAST:]
+    both = run.class_iou.keys() & reference.class_iou.keys()
+    common = [epoch for epoch in common_epochs(run, reference) if epoch in both][-LAST:]
     rows = []
-    for index, name in enumerate(reference.class_names if common else ()):
-        column = run.class_names.index(name)
+    for name in reference.class_names if common else ():
+        columns = [(log, log.class_names.index(name)) for log in (reference, run)]
         # A class in no picture of the validation set has no IoU; the shipped logs count it 0.
-        a = np.nan_to_num([reference.class_iou[epoch][index] for epoch in common])
-        b = np.nan_to_num([run.class_iou[epoch][column] for epoch in common])
-        rows.append(
-            Row(name, float(np.mean(a)), float(np.mean(b)), tolerance + 2 * float(np.std(a)))
-        )
+        a, b = (np.nan_to_num([log.class_iou[e][i] for e in common]) for log, i in columns)
+        width = tolerance + 2 * float(np.std(a))
+        rows.append(Row(name, float(np.mean(a)), float(np.mean(b)), width))
     return rows
 
 
@@ -226,36 +208,28 @@ def print_rows(title: str, rows: list[Row]) -> None:
         )
 
 
-def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("run", type=Path, help="run folder, metrics.jsonl, event file or text log")
-    parser.add_argument("reference", type=Path, help="folder of training_logs/, or as RUN")
-    parser.add_argument(
-        "--tolerance",
-        type=float,
-        default=1.5,
-        metavar="POINTS",
-        help=(
-            "mIoU points that two runs may differ by; at single epochs the reference's own jitter, "
-            "twice, is added (default: 1.5; no spread over seeds was ever published)"
-        ),
-    )
-    parser.add_argument(
-        "--class-tolerance",
-        type=float,
-        default=5.0,
-        metavar="POINTS",
-        help="the same for the IoU of one class (default: 5)",
-    )
-    parser.add_argument("--picture", type=Path, help="where the PNG goes")
-    options = parser.parse_args(argv)
-    check_range(options, "tolerance", "class_tolerance", least=0)
-    return options
+@dataclass(kw_only=True)
+class Options:
+    """what is compared"""
+
+    run: Argument[Path]
+    "run folder, event file or text log"
+    reference: Argument[Path]
+    "folder of training_logs/, or as RUN"
+    tolerance: Annotated[NotNegative, "POINTS"] = 1.5
+    "mIoU points that two runs may differ by; at single epochs the reference's own jitter, twice,"
+    "is added (no spread over seeds was ever published)"
+    class_tolerance: Annotated[NotNegative, "POINTS"] = 5.0
+    "the same for the IoU of one class"
+    picture: File | None = None
+    "where the PNG goes (default: <RUN>/compare_<reference>.png)"
 
 
-def read_both(options) -> tuple[TrainingLog, TrainingLog]:
+def parse_args(argv=None) -> Options:
+    return parse_options(Options, __doc__, argv)
+
+
+def read_both(options: Options) -> tuple[TrainingLog, TrainingLog]:
     """(run, reference), which are of one set of classes, and evaluated at the same epochs at some
     time.
     """
@@ -321,7 +295,7 @@ def overall(rows: list[Row], classes: list[Row]) -> tuple[str, bool]:
 def tensorboard_line(run: Path, reference: Path) -> str:
     """The command that lays both in TensorBoard, or what has to be done before."""
     for path in (run, reference):
-        if path.is_file() and path.suffix != ".jsonl" and "tfevents" not in path.name:
+        if path.is_file() and "tfevents" not in path.name:
             return f"for TensorBoard, first: python -m scripts.dev.import_log {path} --out <folder>"
     folders = [path if path.is_dir() else path.parent for path in (run, reference)]
     return f"tensorboard --logdir_spec run:{folders[0]},reference:{folders[1]}"

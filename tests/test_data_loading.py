@@ -26,7 +26,7 @@ from dataset.augment import (
     padding_mask,
     strong_view,
 )
-from dataset.copy_paste import PARTNERS, RARE_CLASSES, RareClassPool, paste_component
+from dataset.copy_paste import RARE_CLASSES, RareClassPool, paste_component
 from dataset.samples import (
     Key,
     MicroBatches,
@@ -410,7 +410,7 @@ def test_copy_paste_pastes_a_rare_class_and_its_partners(tmp_path):
     Image.fromarray(image).save(tmp_path / "i.png")
     write_label(tmp_path / "l.png", label, CITYSCAPES_19.palette)
     counts = np.bincount(label.ravel(), minlength=256)[None, :19]
-    pool = RareClassPool([("i.png", "l.png")], counts, tmp_path, RARE_CLASSES[19], PARTNERS[19])
+    pool = RareClassPool([("i.png", "l.png")], counts, tmp_path, RARE_CLASSES[19])
     assert set(pool.sources) == {12, 18}
     target, target_label = np.full((80, 80, 3), 255, np.uint8), np.zeros((80, 80), np.uint8)
     for seed in range(5):
@@ -419,7 +419,7 @@ def test_copy_paste_pastes_a_rare_class_and_its_partners(tmp_path):
         assert np.array_equal(new[..., 0], np.where(new_label == 0, 255, new_label * 10))
         assert (new_label == 12).sum() >= 80
     assert (target_label == 0).all() and (target == 255).all()  # what was given is not changed
-    empty = RareClassPool([("i.png", "l.png")], counts, tmp_path, (4,), {})
+    empty = RareClassPool([("i.png", "l.png")], counts, tmp_path, (4,))
     assert empty.paste(np.random.default_rng(0), target, target_label)[1] is target_label
 
 

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+from contextlib import closing
 from datetime import datetime
 
 import numpy as np
@@ -14,19 +15,19 @@ from conftest import ROOT
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from model import train_logs
+from model.train_logs import Logs, best_and_last
 from scripts import compare_logs
 from scripts.dev import import_log
+from scripts.dev.import_log import iterations_range
+from util.labels import IDS_13_IN_16
 from util.run import UserError
 from util.training_log import (
     LOSS_NAMES,
     OFFICIAL_NAMES,
     TrainingLog,
-    iterations_range,
     read_events,
     read_text_log,
     read_training_log,
-    summary,
 )
 
 SHIPPED = ROOT / "training_logs"
@@ -39,6 +40,11 @@ COUNTS = {
 }
 
 
+def table(path):
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
 def plain_parse(path):
     """An independent reading of a text log, for what was logged: rows, evaluations, learning
     rates.
@@ -49,13 +55,8 @@ def plain_parse(path):
             epoch = int(line.split("Epoch: ")[1].split(",")[0])
             rates.append((epoch, line.split("LR: ")[1].split(",")[0]))
         if "Iters:" in line:
-            rows.append(
-                (
-                    epoch,
-                    int(re.search(r"Iters: (\d+)", line)[1]),
-                    re.findall(r": (\d\.\d{3})", line),
-                )
-            )
+            iteration = int(re.search(r"Iters: (\d+)", line)[1])
+            rows.append((epoch, iteration, re.findall(r": (\d\.\d{3})", line)))
         if "Class [" in line:
             name = re.search(r"Class \[\d+ (.*?)\]", line)[1]
             ious.append((OFFICIAL_NAMES.get(name, name), line.rsplit(" ", 1)[1]))
@@ -86,38 +87,35 @@ def test_every_figure_of_the_text_log_is_in_csv_and_events(name):
     assert epochs == ({0, 1, 235} if name == "seco_gta" else {0, 1})
     assert len(evaluations) == 2 and len(rows) == (21 if name == "seco_gta" else 18)
 
-    with open(SHIPPED / name / "losses.csv", newline="") as file:
-        table = [row for row in csv.DictReader(file) if int(row["epoch"]) in epochs]
+    found = [
+        (int(row["epoch"]), int(row["iteration"]), [row[n] for n in LOSS_NAMES])
+        for row in table(SHIPPED / name / "losses.csv")
+    ]
+    assert [row for row in found if row[0] in epochs] == rows
+    kept = [row for row in table(SHIPPED / name / "epochs.csv") if int(row["epoch"]) in epochs]
+    assert [(int(row["epoch"]), row["lr"]) for row in kept] == rates
+    names = [class_name for class_name, _ in evaluations[0][2]]
     assert [
-        (int(r["epoch"]), int(r["iteration"]), [r[n] for n in LOSS_NAMES]) for r in table
-    ] == rows
-    with open(SHIPPED / name / "epochs.csv", newline="") as file:
-        table = [row for row in csv.DictReader(file) if int(row["epoch"]) in epochs]
-    assert [(int(r["epoch"]), r["lr"]) for r in table] == rates
-    assert [
-        (int(r["epoch"]), r["mIoU"], [(n, r[n]) for n, _ in ious])
-        for r, (_, _, ious) in zip((r for r in table if r["mIoU"]), evaluations)
+        (int(row["epoch"]), row["mIoU"], [(n, row[n]) for n in names])
+        for row in kept
+        if row["mIoU"]
     ] == evaluations
 
-    events = {
-        tag: [(step, value) for _, step, value in found]
-        for tag, found in scalars(SHIPPED / name, epochs, length).items()
-    }
+    timed = scalars(SHIPPED / name, epochs, length)
+    events = {tag: [(step, value) for _, step, value in found] for tag, found in timed.items()}
 
     def single(text):
         return float(np.float32(text))
 
     for column, loss in enumerate(LOSS_NAMES):
-        assert events[f"train/{loss}"] == [
-            (epoch * length + i, single(values[column])) for epoch, i, values in rows
-        ]
+        expected = [(epoch * length + i, single(values[column])) for epoch, i, values in rows]
+        assert events[f"train/{loss}"] == expected
     assert events["eval/mIoU"] == [(epoch, single(value)) for epoch, value, _ in evaluations]
-    for index, (class_name, _) in enumerate(evaluations[0][2]):
-        assert events[f"eval/{class_name}_IoU"] == [
-            (epoch, single(ious[index][1])) for epoch, _, ious in evaluations
-        ]
+    for index, class_name in enumerate(names):
+        expected = [(epoch, single(ious[index][1])) for epoch, _, ious in evaluations]
+        assert events[f"eval/{class_name}_IoU"] == expected
     assert events["train/lr"] == [(epoch * length, single(value)) for epoch, value in rates]
-    times = [time for time, _, _ in scalars(SHIPPED / name, epochs, length)["eval/mIoU"]]
+    times = [time for time, _, _ in timed["eval/mIoU"]]
     assert times == sorted(times) and times[0] > 1.7e9
 
 
@@ -142,13 +140,14 @@ def test_importing_again_gives_the_shipped_rows(name, tmp_path):
     assert differing <= {"source_sha256", "last_row", "evaluations", "loss_rows"}
 
 
-def test_import_does_not_mix_runs(tmp_path):
-    import_log.main([str(EXCERPTS / "seco_gta.log"), "--out", str(tmp_path)])
+def test_import_does_not_mix_runs_nor_take_impossible_iterations(tmp_path):
+    gta, out = str(EXCERPTS / "seco_gta.log"), ["--out", str(tmp_path)]
+    import_log.main([gta, *out])
     with pytest.raises(UserError, match="is of another run; choose another folder with --out"):
-        import_log.main([str(EXCERPTS / "seco_bdd.log"), "--out", str(tmp_path)])
-    with pytest.raises(UserError, match="--iterations-per-epoch 0"):
-        gta = str(EXCERPTS / "seco_gta.log")
-        import_log.main([gta, "--out", str(tmp_path), "--iterations-per-epoch", "0"])
+        import_log.main([str(EXCERPTS / "seco_bdd.log"), *out])
+    for length, message in ((0, "--iterations-per-epoch 0"), (300, "allows 233 to 239")):
+        with pytest.raises(UserError, match=message):
+            import_log.main([gta, *out, "--iterations-per-epoch", str(length)])
 
 
 @pytest.mark.parametrize("name", COUNTS)
@@ -156,63 +155,37 @@ def test_shipped_folders_are_consistent(name):
     log = read_training_log(SHIPPED / name)
     config = json.loads((SHIPPED / name / "config.json").read_text())
     loss_rows, evaluated, _, length = COUNTS[name]
-    assert (len(log.losses), len(log.miou), log.iterations_per_epoch) == (
-        loss_rows,
-        evaluated,
-        length,
-    )
+    assert (len(log.losses), len(log.miou)) == (loss_rows, evaluated)
+    assert log.iterations_per_epoch == length
     assert iterations_range(log) == tuple(config["iterations_per_epoch_possible"])
     assert log.eval_mode == ("sliding_window" if name == "seco_gta" else "original")
     assert len(log.class_names) == config["options"]["nclass"]
     for epoch in log.miou:  # the mIoU printed is the mean of the classes, to rounding
         assert np.mean(log.class_iou[epoch]) == pytest.approx(log.miou[epoch], abs=0.0101)
-    for _, _, row in log.losses:  # UniMatch's weights, to three decimals
-        assert row["loss_all"] == pytest.approx(
-            (row["loss_x"] + (row["loss_s"] + row["loss_w_fp"]) / 2) / 2, abs=0.001
-        )
-    for (
-        epoch,
-        rate,
-    ) in log.lr.items():  # lr is set after the step, so an epoch starts with the last iteration's
-        total, step = 240 * length, max(0, epoch * length - 1)
-        assert rate == pytest.approx(0.005 * (1 - step / total) ** 0.9, abs=5.1e-6)
     from_events = read_events(SHIPPED / name)
     assert from_events.class_names == log.class_names and from_events.epochs == log.epochs
     assert [row[:2] for row in from_events.losses] == [row[:2] for row in log.losses]
-    text = (SHIPPED / name / "README.md").read_text()
-    figures = summary(log)
-    for key in ("best", "last", "last_mean"):
-        assert f"{figures[key]:.2f}" in text
-    assert (
-        f"**{length} was chosen**" in text.replace("\n", " ")
-        and f"@ epoch {figures['best_epoch']}" in text
-    )
+    assert from_events.lr == pytest.approx(log.lr)
+    text = (SHIPPED / name / "README.md").read_text().replace("\n", " ")
+    found = best_and_last(log.miou)
+    assert all(f"{found[key]:.2f}" in text for key in ("best", "last", "last_mean"))
+    assert f"**{length} was chosen**" in text and f"@ epoch {found['best_epoch']}" in text
 
 
-def text_log(
-    path, epochs, miou=lambda epoch: 40 + epoch, length=20, classes=("road", "sky"), tail=""
-):
+def text_log(path, epochs, miou=lambda e: 40 + e, length=20, classes=("road", "sky"), tail=""):
     """A small log in UniMatch's format."""
-    lines = [
-        "nohup: ignoring input",
-        "[2024-01-01 00:00:00,000][    INFO] {'epochs': 9,",
-        " 'nclass': 2}",
-        "",
-        "[0.125 0.125]",
-    ]
+    lines = ["nohup: ignoring input", "[2024-01-01 00:00:00,000][    INFO] {'epochs': 9,"]
+    lines += [" 'nclass': 2}", "", "[0.125 0.125]"]
+    row = "Loss x: 1.000, Loss s: nan, Loss w_fp: 0.500, Mask ratio: 1.000"
     for epoch in range(epochs):
         clock = f"[2024-01-01 {epoch:02d}:00:00,000][    INFO]"
+        evaluation = f"{clock} ***** Evaluation"
         lines.append(f"{clock} ===========> Epoch: {epoch}, LR: 0.00500, Previous best: 0.00")
-        lines += [
-            f"{clock} Iters: {i}, Total loss: 0.{epoch:03d}, Loss x: 1.000, Loss s: nan, Loss w_fp:"
-            " 0.500, Mask ratio: 1.000"
-            for i in range(0, length, length // 8)
-        ]
-        lines += [
-            f"{clock} ***** Evaluation ***** >>>> Class [{i} {name}] IoU: {miou(epoch):.2f}"
-            for i, name in enumerate(classes)
-        ]
-        lines += [f"{clock} ***** Evaluation original ***** >>>> MeanIoU: {miou(epoch):.2f}", ""]
+        for i in range(0, length, length // 8):
+            lines.append(f"{clock} Iters: {i}, Total loss: 0.{epoch:03d}, {row}")
+        for i, name in enumerate(classes):
+            lines.append(f"{evaluation} ***** >>>> Class [{i} {name}] IoU: {miou(epoch):.2f}")
+        lines += [f"{evaluation} original ***** >>>> MeanIoU: {miou(epoch):.2f}", ""]
     path.write_text("\n".join(lines) + tail)
     return path
 
@@ -220,20 +193,13 @@ def text_log(
 def test_small_log_is_read(tmp_path):
     log = read_text_log(text_log(tmp_path / "a.log", 3))
     assert log.miou == {0: 40, 1: 41, 2: 42} and log.config == {"epochs": 9, "nclass": 2}
-    assert (
-        log.class_names == ("road", "sky")
-        and log.class_iou[2] == (42, 42)
-        and len(log.losses) == 30
-    )
+    assert log.class_names == ("road", "sky") and log.class_iou[2] == (42, 42)
     assert math.isnan(log.losses[0][2]["loss_s"]) and log.losses[-1][:2] == (2, 18)
-    assert summary(log) == {
-        "best": 42,
-        "best_epoch": 2,
-        "last": 42,
-        "last_epoch": 2,
-        "last_mean": 41,
-        "evaluations": 3,
-    }
+    assert len(log.losses) == 30
+    summary = {"best": 42, "best_epoch": 2, "last": 42, "last_epoch": 2, "last_mean": 41}
+    assert best_and_last(log.miou) == {**summary, "evaluations": 3}
+    assert best_and_last({3: 7.0, 4: 9.0, 5: 9.0, 6: 1.0}, last=2)["best_epoch"] == 4
+    assert best_and_last({3: 7.0, 4: 9.0, 5: 9.0, 6: 1.0}, last=2)["last_mean"] == 5
 
 
 @pytest.mark.parametrize("length", [16, 17, 20, 186, 233, 239, 240, 1313])
@@ -246,17 +212,15 @@ def test_iterations_range_holds_the_truth(length, tmp_path):
 
 
 def test_cut_line_and_resumed_run(tmp_path):
-    stump = (
-        "[2024-01-01 05:00:00,000][    INFO] ===========> Epoch: 2, LR: 0.00500, Previous best:"
-        " 0.00\n[2024-01-01 05:00:01,000][    INFO] Iters: 0, Total loss: 0.9"
+    clock = "\n[2024-01-01 05:00:00,000][    INFO]"
+    stump = f"{clock} ===========> Epoch: 2, LR: 0.00500, Previous best: 0.00"
+    log = read_text_log(
+        text_log(tmp_path / "a.log", 3, tail=f"{stump}{clock} Iters: 0, Total loss: 0.9")
     )
-    log = read_text_log(text_log(tmp_path / "a.log", 3, tail="\n" + stump))
-    assert [epoch for epoch, _, _ in log.losses].count(
-        2
-    ) == 0  # epoch 2 started again; its old rows are replaced
-    assert len(log.losses) == 20
+    # epoch 2 started again; its old rows are replaced
+    assert {epoch for epoch, _, _ in log.losses} == {0, 1} and len(log.losses) == 20
+    (tmp_path / "b.log").write_text("hello\n")
     with pytest.raises(UserError, match="not a UniMatch-style text log"):
-        (tmp_path / "b.log").write_text("hello\n")
         read_text_log(tmp_path / "b.log")
 
 
@@ -267,9 +231,7 @@ def test_an_epoch_started_again_voids_all_later_ones(tmp_path, again):
     """
     first = text_log(tmp_path / "a.log", 20, lambda epoch: 60 + epoch / 10)
     first.write_text(first.read_text().replace("nan", "0.25"))
-    second = text_log(
-        tmp_path / "b.log", 3, lambda epoch: 20 + epoch, classes=("a", "b", "c"), length=40
-    )
+    second = text_log(tmp_path / "b.log", 3, lambda epoch: 20 + epoch, 40, ("a", "b", "c"))
     text = second.read_text().split("***** Evaluation ***** >>>> Class [0 a] IoU: 22")[0]
     for old, new in (("'epochs': 9", "'epochs': 8"), ("original", "center_crop"), ("nan", "0.25")):
         text = text.replace(old, new)
@@ -284,22 +246,8 @@ def test_an_epoch_started_again_voids_all_later_ones(tmp_path, again):
         before = {e: value for e, value in getattr(old, name).items() if e < again}
         assert getattr(log, name) == {**before, **getattr(alone, name)}
     assert log.losses == [row for row in old.losses if row[0] < again] + alone.losses
-    assert log.times.keys() == {("epoch", e) for e in range(again + 3)} | {
-        ("eval", e) for e in range(again + 2)
-    } | {row[:2] for row in log.losses}
-
-
-def test_import_refuses_impossible_iterations(tmp_path):
-    with pytest.raises(UserError, match="allows 19 to 20"):
-        import_log.main(
-            [
-                str(text_log(tmp_path / "a.log", 2)),
-                "--out",
-                str(tmp_path / "o"),
-                "--iterations-per-epoch",
-                "30",
-            ]
-        )
+    times = {("epoch", e) for e in range(again + 3)} | {("eval", e) for e in range(again + 2)}
+    assert log.times.keys() == times | {row[:2] for row in log.losses}
 
 
 # -------------------------------------------------------------------------- other versions' records
@@ -331,18 +279,12 @@ def test_log_of_2022_keeps_its_rows(tmp_path, capsys):
     log = read_text_log(path)
     assert log.epochs == list(range(12)) and log.miou[3] == reference.miou[3]
     assert len(log.losses) == 12 * 9 and log.lr[5] == 0.005
-    assert log.losses[10] == (
-        1,
-        29,
-        dict(zip(LOSS_NAMES, (1.029, 0.25, 0.5, 0.125, 0.75))),
-    )
+    assert log.losses[10] == (1, 29, dict(zip(LOSS_NAMES, (1.029, 0.25, 0.5, 0.125, 0.75))))
     assert log.eval_mode == "center_crop, then sliding_window" and not log.class_iou
     assert iterations_range(log) == iterations_range(reference)
 
-    arguments = [str(path), str(SHIPPED / "seco_gta"), "--picture", str(tmp_path / "x.png")]
-    assert compare_logs.main(arguments) == 0
-    printed = capsys.readouterr().out
-    assert "the run has no IoU per class; only mIoU is compared" in printed
+    code, printed = compared(path, SHIPPED / "seco_gta", capsys)
+    assert code == 0 and "the run has no IoU per class; only mIoU is compared" in printed
     assert "last (epoch 11)" in printed and "overall: pass (8 of 8 rows" in printed
     assert f"import_log {path} --out" in printed
 
@@ -365,37 +307,23 @@ def test_rows_of_other_wordings(tmp_path):
     assert log.miou == {0: 41.5} and log.eval_mode is None
     assert log.times["eval", 0] == log.times["epoch", 1] == 1672531200.25
     path.write_text(path.read_text().replace("INFO:root:Iters: 0", "INFO:root:Iters: 1"))
-    assert read_text_log(path).losses[0][2] == {
-        "loss_all": 0.5,
-        "loss_x": 1.25,
-        "loss_w_fp": 2,
-        "mask_ratio": 0.01,
-    }
+    known = {"loss_all": 0.5, "loss_x": 1.25, "loss_w_fp": 2, "mask_ratio": 0.01}
+    assert read_text_log(path).losses[0][2] == known
 
 
-def test_a_last_line_cut_anywhere(tmp_path):
+@pytest.mark.parametrize("kind", ["miou", "losses"])
+def test_a_last_line_cut_anywhere(tmp_path, kind):
     """Of a run still going: the last value is whole or not there."""
     path = tmp_path / "a.log"
-    whole = log_of_2022(path, 3, lambda epoch: 40.25 + epoch).read_text().rstrip("\n")
-    for text, read in (
-        (whole.replace("sliding_window", "center_crop"), lambda log: log.miou),
-        (whole[: whole.rindex("\n")], lambda log: log.losses),
-    ):
-        path.write_text(text)
-        full = read(read_text_log(path))
-        assert len(full) in (3, 27)  # the last line counts though it has no line end
-        for cut in range(1, 100):
-            path.write_text(text[:-cut])
-            if isinstance(full, dict):
-                assert read(read_text_log(path)) == {0: 40.25, 1: 41.25}
-            else:
-                assert read(read_text_log(path)) == full[:-1]
-
-
-def write_scalars(folder, rows):
-    """An event file of (wall time, step, tag, value), as tensorboardX writes it: tags cleaned."""
-    rows = [(t, s, re.sub(r"[^-/\w.]", "_", tag), value) for t, s, tag, value in rows]
-    import_log.write_events(folder / "events.out.tfevents.1668420000.host", rows)
+    text = log_of_2022(path, 3, lambda epoch: 40.25 + epoch).read_text().rstrip("\n")
+    text = text.replace("sliding_window", "center_crop")
+    text = text if kind == "miou" else text[: text.rindex("\n")]
+    path.write_text(text)
+    full = list(getattr(read_text_log(path), kind))
+    assert len(full) in (3, 27)  # the last line counts though it has no line end
+    for cut in range(1, 100):
+        path.write_text(text[:-cut])
+        assert list(getattr(read_text_log(path), kind)) == full[:-1]
 
 
 @pytest.mark.parametrize("every", [1, 5])
@@ -407,14 +335,12 @@ def test_events_with_tensorboardx_tags(tmp_path, capsys, every):
             step = epoch * length + i
             rows += [(1e9 + step, step, f"train/{name}", 0.5) for name in LOSS_NAMES]
         if epoch < 12 and epoch % every == every - 1:
-            clock = 1e9 + step + 0.5
+            clock, names = 1e9 + step + 0.5, reference.class_names
             rows.append((clock, epoch, "eval/mIOU", reference.miou[epoch]))
-            rows += [
-                (clock, epoch, f"eval/{name}_IoU", value)
-                for name, value in zip(reference.class_names, reference.class_iou[epoch])
-            ]
+            for name, value in zip(names, reference.class_iou[epoch]):
+                rows.append((clock, epoch, f"eval/{name.replace(' ', '_')}_IoU", value))
     (tmp_path / "run").mkdir()
-    write_scalars(tmp_path / "run", rows)
+    import_log.write_events(tmp_path / "run/events.out.tfevents.1668420000.host", rows)
     for path in (tmp_path / "run", *(tmp_path / "run").iterdir()):
         log = read_training_log(path)
         assert log.class_names == reference.class_names and log.iterations_per_epoch == length
@@ -451,9 +377,8 @@ def test_events_of_a_run_started_again(tmp_path, purge, start, end, epochs):
     new = {epoch: epoch >= start // 100 for epoch in range(5)}
     assert log.miou == {epoch: 60 - 40 * new[epoch] for epoch in epochs}
     assert log.class_iou == {epoch: (miou, miou) for epoch, miou in log.miou.items()}
-    assert log.losses == [
-        (step // 100, step % 100, {"loss_all": step >= start}) for step in range(end)
-    ]
+    rows = [(step // 100, step % 100, {"loss_all": step >= start}) for step in range(end)]
+    assert log.losses == rows
     assert log.lr == {epoch: 100 * epoch >= start for epoch in range((end - 1) // 100 + 1)}
 
 
@@ -467,58 +392,97 @@ def test_broken_records_are_told_in_one_line(tmp_path):
 # ---------------------------------------------------------------------------------------- comparing
 
 
+def compared(run, reference, capsys):
+    """(exit code, what is printed) of compare_logs."""
+    code = compare_logs.main([str(run), str(reference), "--picture", f"{run}.png"])
+    return code, capsys.readouterr().out
+
+
+def perturbed(folder, change):
+    """A copy of the shipped GTA log with its epochs.csv changed row by row."""
+    shutil.copytree(SHIPPED / "seco_gta", folder)
+    rows = table(folder / "epochs.csv")
+    with open(folder / "epochs.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(row for row in map(change, rows) if row)
+    return folder
+
+
+def shifted(column, by, epochs):
+    """Adds `by` to a column in these epochs, where something was evaluated."""
+
+    def change(row):
+        if not row["mIoU"] or int(row["epoch"]) not in epochs:
+            return row
+        return {**row, column: f"{float(row[column]) + by:.2f}"}
+
+    return change
+
+
+HIGH, FAILED = "best up to epoch 234", ("FAIL (low)", "FAIL (high)")
+
+
+def every_five(row):
+    return {**row, "mIoU": row["mIoU"] if int(row["epoch"]) % 5 == 4 else ""}
+
+
+@pytest.mark.parametrize(
+    "change, failing",
+    [
+        (lambda row: {**row, "mIoU": "50.00"} if row["epoch"] == "100" else row, {"epoch 100"}),
+        (
+            shifted("mIoU", -2.1, range(215, 240)),
+            {"epoch 225", "last (epoch 234)", "mean of the last 20"},
+        ),
+        (shifted("car", -6, range(240)), {"car"}),
+        (lambda row: {**row, "mIoU": "66.20"} if row["epoch"] == "179" else row, {HIGH}),
+        (lambda row: row if int(row["epoch"]) < 30 else None, set()),
+    ],
+    ids=["one epoch", "late epochs", "one class", "higher", "still going"],
+)
+def test_perturbed_copies_fail_at_the_right_rows(tmp_path, capsys, change, failing):
+    code, printed = compared(perturbed(tmp_path / "run", change), SHIPPED / "seco_gta", capsys)
+    rows = {line[:24].strip() for line in printed.splitlines() if line.endswith(FAILED)}
+    assert rows == failing and code == bool(failing)
+    assert ("FAIL (high)" in printed) == (failing == {HIGH})
+    if not failing:
+        assert "last (epoch 29)" in printed and "overall: pass" in printed
+        assert "10 not reached yet" in printed and re.search(r"epoch 30 .* not yet", printed)
+
+
 def test_runs_evaluated_now_and_then(tmp_path, capsys):
     """Every five epochs, at 4, 9, …: compared there, whichever of the two it is."""
-
-    def every_five(row):
-        return {**row, "mIoU": row["mIoU"] if int(row["epoch"]) % 5 == 4 else ""}
-
-    seldom, often = str(perturbed(tmp_path, every_five)), str(SHIPPED / "seco_gta")
+    seldom, often = perturbed(tmp_path / "seldom", every_five), perturbed(tmp_path / "often", dict)
     for pair in ((seldom, often), (often, seldom), (seldom, seldom)):
-        assert compare_logs.main([*pair, "--picture", str(tmp_path / "x.png")]) == 0
-        printed = capsys.readouterr().out
-        compared = [int(e) for e in re.findall(r"^epoch (\d+) ", printed, re.MULTILINE)]
-        assert compared == [4, 9, 19, 29, 39, 49, 74, 99, 124, 149, 174, 199, 224]
+        code, printed = compared(*pair, capsys)
+        found = [int(e) for e in re.findall(r"^epoch (\d+) ", printed, re.MULTILINE)]
+        assert found == [4, 9, 19, 29, 39, 49, 74, 99, 124, 149, 174, 199, 224] and code == 0
         assert "compared at the 47 epochs that both have" in printed
         assert "not yet" not in printed and "last (epoch 234)" in printed
         log = read_training_log(seldom)
         best, last = max(log.miou.values()), np.mean([log.miou[e] for e in log.epochs[-20:]])
         assert re.search(rf"best up to epoch 234 +{best:.2f} +{best:.2f} ", printed)
         assert re.search(rf"mean of the last 20 +{last:.2f} +{last:.2f} ", printed)
-
-
-def test_a_worse_run_evaluated_now_and_then_fails(tmp_path, capsys):
-    def worse(row):
-        low = f"{float(row['mIoU'] or 0) - 12:.2f}"
-        return {**row, "mIoU": low if int(row["epoch"]) % 5 == 4 else ""}
-
-    rows, printed = failing_rows(perturbed(tmp_path, worse), capsys)
-    assert {"epoch 99", "last (epoch 234)", "mean of the last 20"} <= rows
+    lower = shifted("mIoU", -12, range(240))
+    worse = perturbed(tmp_path / "worse", lambda row: every_five(lower(row)))
+    code, printed = compared(worse, often, capsys)
+    rows = {line[:24].strip() for line in printed.splitlines() if line.endswith(FAILED)}
+    assert {"epoch 99", "last (epoch 234)", "mean of the last 20"} <= rows and code == 1
 
 
 def test_a_log_with_itself_passes(tmp_path, capsys):
     for name in COUNTS:
-        picture = tmp_path / f"{name}.png"
-        assert (
-            compare_logs.main([str(SHIPPED / name), str(SHIPPED / name), "--picture", str(picture)])
-            == 0
-        )
+        log, picture = str(SHIPPED / name), tmp_path / f"{name}.png"
+        assert compare_logs.main([log, log, "--picture", str(picture)]) == 0
         assert Image.open(picture).size[0] == 860
-    printed = capsys.readouterr().out
-    assert "FAIL" not in printed and printed.count("overall: pass") == 3
-    assert (
-        f"tensorboard --logdir_spec run:{SHIPPED}/seco_bdd,reference:{SHIPPED}/seco_bdd" in printed
-    )
-
-
-def compared(run, reference, capsys):
-    code = compare_logs.main([str(run), str(reference), "--picture", str(run) + ".png"])
-    return code, capsys.readouterr().out
+        printed = capsys.readouterr().out
+        assert "FAIL" not in printed and "overall: pass" in printed
+        assert f"tensorboard --logdir_spec run:{log},reference:{log}" in printed
 
 
 def test_a_class_without_iou_counts_0_on_both_sides(tmp_path, capsys):
-    path = text_log(tmp_path / "a.log", 4)
-    zero = tmp_path / "zero.log"
+    path, zero = text_log(tmp_path / "a.log", 4), tmp_path / "zero.log"
     zero.write_text(re.sub(r"(1 sky\] IoU): .*", r"\1: 0.00", path.read_text()))
     path.write_text(re.sub(r"(1 sky\] IoU): .*", r"\1: nan", path.read_text()))
     for pair in ((path, path), (path, zero), (zero, path)):
@@ -528,15 +492,13 @@ def test_a_class_without_iou_counts_0_on_both_sides(tmp_path, capsys):
 
 
 def test_an_miou_that_is_no_number_is_named_and_left_out(tmp_path, capsys):
-    whole = text_log(tmp_path / "whole.log", 6)
-    path = tmp_path / "a.log"
+    whole, path = text_log(tmp_path / "whole.log", 6), tmp_path / "a.log"
     path.write_text(whole.read_text().replace("MeanIoU: 42.00", "MeanIoU: nan"))
     for pair, who in (((path, path), "run"), ((path, whole), "run"), ((whole, path), "reference")):
         code, printed = compared(*pair, capsys)
         assert code == 0 and "overall: pass" in printed and "nan" not in printed
         assert f"the {who}'s mIoU is not a number, left out: epoch 2\n" in printed
         assert "epoch 2 " not in printed and "best up to epoch 5" in printed
-    assert summary(read_text_log(path))["best"] == 45
 
 
 def evaluated_at(path, epochs, kept):
@@ -573,93 +535,9 @@ def test_evaluations_that_never_meet_are_told(tmp_path):
 def test_a_run_before_its_first_evaluation_is_waited_for(tmp_path, capsys):
     reference = evaluated_at(tmp_path / "reference.log", 15, (4, 9, 14))
     for epochs, kept in ((3, ()), (8, ()), (3, (0, 1, 2)), (6, (5,))):
-        code, printed = compared(
-            evaluated_at(tmp_path / "run.log", epochs, kept), reference, capsys
-        )
+        run = evaluated_at(tmp_path / "run.log", epochs, kept)
+        code, printed = compared(run, reference, capsys)
         assert code == 0 and "overall: nothing to compare yet" in printed
-
-
-def test_another_number_of_classes_is_told(our_run, tmp_path):
-    """By the options, where there are no IoUs."""
-    (our_run / "metrics.jsonl").write_text("")
-    (our_run / "manifest.json").write_text('{"options": {"class_num": 11}}')
-    with pytest.raises(UserError, match="run has 11 classes, .*seco_gta 19 "):
-        compare_logs.main([str(our_run), str(SHIPPED / "seco_gta")])
-    (our_run / "manifest.json").write_text('{"options": {"class_num": 19, "val_id_path": null}}')
-    with pytest.raises(UserError, match="no evaluation; train with --val-id-path"):
-        compare_logs.main([str(our_run), str(SHIPPED / "seco_gta")])
-
-
-def perturbed(tmp_path, change):
-    """A copy of the shipped GTA log with its epochs.csv changed row by row."""
-    folder = tmp_path / "copy"
-    shutil.copytree(SHIPPED / "seco_gta", folder)
-    with open(folder / "epochs.csv", newline="") as file:
-        table = list(csv.DictReader(file))
-    with open(folder / "epochs.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, table[0])
-        writer.writeheader()
-        writer.writerows(row for row in map(change, table) if row)
-    return folder
-
-
-def failing_rows(folder, capsys):
-    code = compare_logs.main(
-        [str(folder), str(SHIPPED / "seco_gta"), "--picture", str(folder / "x.png")]
-    )
-    printed = capsys.readouterr().out
-    rows = {
-        line[:24].strip()
-        for line in printed.splitlines()
-        if "FAIL (" in line and not line.startswith("overall")
-    }
-    assert code == (1 if rows else 0)
-    return rows, printed
-
-
-def test_perturbed_copies_fail_at_the_right_rows(tmp_path, capsys):
-    def one_epoch(row):
-        return {**row, "mIoU": "50.00"} if row["epoch"] == "100" else row
-
-    assert failing_rows(perturbed(tmp_path / "a", one_epoch), capsys)[0] == {"epoch 100"}
-
-    def late_epochs(row):
-        return (
-            {**row, "mIoU": f"{float(row['mIoU']) - 2.1:.2f}"}
-            if row["mIoU"] and int(row["epoch"]) >= 215
-            else row
-        )
-
-    assert failing_rows(perturbed(tmp_path / "b", late_epochs), capsys)[0] == {
-        "epoch 225",
-        "last (epoch 234)",
-        "mean of the last 20",
-    }
-
-    def one_class(row):
-        return {**row, "car": f"{float(row['car']) - 6:.2f}"} if row["mIoU"] else row
-
-    assert failing_rows(perturbed(tmp_path / "c", one_class), capsys)[0] == {"car"}
-
-    def higher(row):
-        return {**row, "mIoU": "66.20"} if row["epoch"] == "179" else row
-
-    rows, printed = failing_rows(perturbed(tmp_path / "d", higher), capsys)
-    assert rows == {"best up to epoch 234"} and "FAIL (high)" in printed
-
-
-def test_a_run_still_going(tmp_path, capsys):
-    def first_30(row):
-        return row if int(row["epoch"]) < 30 else None
-
-    rows, printed = failing_rows(perturbed(tmp_path, first_30), capsys)
-    assert (
-        not rows
-        and "last (epoch 29)" in printed
-        and "overall: pass" in printed
-        and "10 not reached yet" in printed
-    )
-    assert re.search(r"epoch 30 .* not yet", printed)
 
 
 @pytest.fixture
@@ -667,108 +545,86 @@ def our_run(tmp_path):
     """A run's folder as train_unimatch.py leaves it, cut in the middle of a line: two epochs of 3
     iterations, and a bit.
     """
-    from torch.utils.tensorboard import SummaryWriter
-
     names = read_training_log(SHIPPED / "seco_gta").class_names
-    lines, writer = [], SummaryWriter(str(tmp_path / "run"))
-    for epoch in range(3):
-        for i in range(3 if epoch < 2 else 1):
-            values = {
-                "train/lr": 0.005 - 0.001 * epoch,
-                **{f"train/{n}": epoch + i + 0.5 for n in LOSS_NAMES},
-            }
-            lines.append(json.dumps({"epoch": epoch, "iteration": i, **values}))
-            for tag, value in values.items():
-                writer.add_scalar(tag, value, 3 * epoch + i)
-        if epoch < 2:
-            values = {
-                "eval/mIoU": 34.14 + 10 * epoch,
-                **{f"eval/{n}_IoU": float(k) for k, n in enumerate(names)},
-            }
-            lines.append(json.dumps({"epoch": epoch, "eval_mode": "original", **values}))
-            for tag, value in values.items():
-                writer.add_scalar(tag, value, epoch)
-    writer.close()
-    (tmp_path / "run/metrics.jsonl").write_text("\n".join(lines) + '\n{"epoch": 2, "iter')
-    (tmp_path / "run/manifest.json").write_text(
-        json.dumps(
-            {"options": {"epochs": 240, "crop_size": 801, "lr": 0.005}, "iterations_per_epoch": 3}
-        )
-    )
+    (tmp_path / "run").mkdir()
+    with closing(Logs(tmp_path / "run", None, 0)) as logs:
+        for step in range(7):
+            epoch, i = divmod(step, 3)
+            values = dict.fromkeys(LOSS_NAMES, epoch + i + 0.5)
+            if i == 0:
+                sums = dict.fromkeys(LOSS_NAMES, 0.0)
+                logs.epoch(epoch, 0.005 - 0.001 * epoch, 0.0)
+            sums = {name: sums[name] + value for name, value in values.items()}
+            logs.train(step, {**values, "lr": 0.005 - 0.001 * epoch})
+            logs.row(i, sums)
+            if i == 2:
+                ious = {name: float(k) for k, name in enumerate(names)}
+                logs.evaluation(epoch, "original", {"miou": 34.14 + 10 * epoch, "iou": ious})
+    with open(tmp_path / "run/train.log", "a", encoding="utf-8") as file:
+        file.write("[2026-01-01 00:00:00,000][    INFO] Iters: 1, Total loss: 1.2")
+    options = {"epochs": 240, "crop_size": 801, "lr": 0.005}
+    manifest = {"options": options, "iterations_per_epoch": 3}
+    (tmp_path / "run/manifest.json").write_text(json.dumps(manifest))
     return tmp_path / "run"
 
 
-def test_our_run_is_read_alike_from_json_lines_and_events(our_run):
-    lines, events = read_training_log(our_run), read_events(our_run)
-    assert lines.epochs == events.epochs == [0, 1] and lines.class_names == events.class_names
-    assert list(lines.miou.values()) == pytest.approx(list(events.miou.values())) == [34.14, 44.14]
-    assert lines.class_iou[1] == events.class_iou[1] and lines.eval_mode == "original"
-    assert lines.lr == pytest.approx(events.lr) == {0: 0.005, 1: 0.004, 2: 0.003}
-    assert [row[:2] for row in lines.losses] == [row[:2] for row in events.losses]
-    assert lines.losses[-2] == (
-        1,
-        2,
-        {name: 2.5 for name in LOSS_NAMES},
-    )  # running mean of 1.5, 2.5, 3.5
-    assert lines.iterations_per_epoch == events.iterations_per_epoch == 3
-
-
-def test_curves_count_epochs_as_the_log_does(our_run, monkeypatch):
-    log, drawn = read_training_log(our_run), []
-    monkeypatch.setattr(train_logs, "save_chart", lambda path, chart: None)
-    monkeypatch.setattr(train_logs, "line_chart", lambda series, *rest: drawn.append(series))
-    train_logs.curves_picture(our_run / "curves.png", log)
-    assert drawn.pop() == {"validation": ([0, 1], [34.14, 44.14])}
-    log.miou.clear()
-    train_logs.curves_picture(our_run / "curves.png", log)
-    assert drawn.pop()["loss_all"][0] == [0, 1, 2]
+def test_our_run_is_read_alike_from_its_text_and_its_events(our_run):
+    text, events = read_training_log(our_run), read_events(our_run)
+    assert text.epochs == events.epochs == [0, 1] and text.class_names == events.class_names
+    assert list(text.miou.values()) == pytest.approx(list(events.miou.values())) == [34.14, 44.14]
+    assert text.class_iou[1] == events.class_iou[1] and text.eval_mode == "original"
+    assert text.lr == pytest.approx(events.lr) == {0: 0.005, 1: 0.004, 2: 0.003}
+    assert [row[:2] for row in text.losses] == [row[:2] for row in events.losses]
+    mean = (1.5 + 2.5 + 3.5) / 3
+    assert text.losses[-2] == (1, 2, dict.fromkeys(LOSS_NAMES, mean))  # running, of the epoch
+    assert events.losses[-2] == (1, 2, dict.fromkeys(LOSS_NAMES, 3.5))
+    assert text.iterations_per_epoch == events.iterations_per_epoch == 3 and text.name == "run"
 
 
 def test_our_run_beside_a_shipped_log(our_run, capsys):
-    assert (
-        compare_logs.main([str(our_run), str(SHIPPED / "seco_gta"), "--class-tolerance", "100"])
-        == 0
-    )
+    pair = [str(our_run), str(SHIPPED / "seco_gta")]
+    assert compare_logs.main([*pair, "--class-tolerance", "100"]) == 0
     printed = capsys.readouterr().out
-    assert (
-        "the numbers are not of one kind" in printed
-        and "crop_size: run 801, reference 769" in printed
-    )
-    assert (
-        our_run / "compare_seco_gta.png"
-    ).is_file() and "tensorboard --logdir_spec run:" in printed
+    assert "the numbers are not of one kind" in printed
+    assert "crop_size: run 801, reference 769" in printed
+    assert (our_run / "compare_seco_gta.png").is_file()
+    assert "tensorboard --logdir_spec run:" in printed
 
 
 def test_tolerance_is_the_stated_one():
     reference = TrainingLog("r", miou={e: 60 + (e % 2) for e in range(40)})
-    wobble = np.std(
-        [
-            reference.miou[e] - np.mean([reference.miou[f] for f in range(e - 5, e + 6)])
-            for e in range(10, 31)
-        ]
-    )
+
+    def residual(e):
+        return reference.miou[e] - np.mean([reference.miou[f] for f in range(e - 5, e + 6)])
+
+    wobble = np.std([residual(e) for e in range(10, 31)])
     assert compare_logs.jitter(reference.miou, 20) == pytest.approx(wobble)
     assert compare_logs.band(reference, 20, 1.5) == pytest.approx(1.5 + 2 * wobble)
-    for run, verdict in (
-        (61.4, "pass"),
-        (61.6, "FAIL (high)"),
-        (58.4, "FAIL (low)"),
-        (None, "not yet"),
-    ):
+    values = {61.4: "pass", 61.6: "FAIL (high)", 58.4: "FAIL (low)", None: "not yet"}
+    for run, verdict in values.items():
         assert compare_logs.Row("x", 60, run, 1.5).verdict == verdict
 
 
-def test_comparison_of_unlike_things_is_refused(tmp_path):
-    with pytest.raises(UserError, match="19 classes"):
-        compare_logs.main([str(SHIPPED / "seco_gta"), str(SHIPPED / "seco_synthia")])
-    with pytest.raises(UserError, match="no such run folder"):
-        compare_logs.main([str(tmp_path / "none"), str(SHIPPED / "seco_gta")])
-    with pytest.raises(UserError, match="holds no epochs.csv"):
-        compare_logs.main([str(tmp_path), str(SHIPPED / "seco_gta")])
-    with pytest.raises(UserError, match="--tolerance -1"):
-        compare_logs.main(
-            [str(SHIPPED / "seco_gta"), str(SHIPPED / "seco_gta"), "--tolerance", "-1"]
-        )
+def test_comparison_of_unlike_things_is_refused(our_run, tmp_path):
+    gta, lost = str(SHIPPED / "seco_gta"), str(tmp_path / "none")
+    for arguments, message in (
+        ([gta, str(SHIPPED / "seco_synthia")], "19 classes"),
+        ([lost, gta], "no such run folder"),
+        ([str(tmp_path), gta], "holds no epochs.csv"),
+        ([gta, gta, "--tolerance", "-1"], "--tolerance -1"),
+    ):
+        with pytest.raises(UserError, match=message):
+            compare_logs.main(arguments)
+    # by the options, where there are no IoUs
+    text = (our_run / "train.log").read_text()
+    (our_run / "train.log").write_text(text.split("*****")[0].rpartition("\n")[0] + "\n")
+    for options, message in (
+        ({"class_num": 11}, "run has 11 classes, .*seco_gta 19 "),
+        ({"class_num": 19, "val_id_path": None}, "no evaluation; train with --val-id-path"),
+    ):
+        (our_run / "manifest.json").write_text(json.dumps({"options": options}))
+        with pytest.raises(UserError, match=message):
+            compare_logs.main([str(our_run), gta])
 
 
 # ------------------------------------------------------------------------------------------- claims
@@ -793,10 +649,13 @@ def test_readme_claims_what_the_logs_say():
     assert header[5:] == ["last-20 mean", "13-class mean (best)", "ours"]
     derived = []
     for task, folder, before, after in REPORTED:
-        found = summary(read_training_log(SHIPPED / folder))
+        log = read_training_log(SHIPPED / folder)
+        found, mean_of_13 = best_and_last(log.miou), "–"
         best = f"{found['best']:.2f} @ {found['best_epoch']}"
         last = f"{found['last']:.2f} @ {found['last_epoch']}"
-        mean_of_13 = f"{found['best_13']:.2f}" if "best_13" in found else "–"
+        if len(log.class_names) == 16:
+            ious = log.class_iou[found["best_epoch"]]
+            mean_of_13 = f"{np.mean([ious[i] for i in IDS_13_IN_16]):.2f}"
         derived.append([task, before, after, best, last, f"{found['last_mean']:.2f}", mean_of_13])
         derived[-1].append("not run")
     assert rows == derived
@@ -808,8 +667,7 @@ def test_readme_claims_what_the_logs_say():
 )
 def test_hours_are_those_of_the_logs(name, script, digits):
     """On four GPUs; BDD100K's 56 epochs projected to 240."""
-    with open(SHIPPED / name / "epochs.csv", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["evaluated"]]
+    rows = [row for row in table(SHIPPED / name / "epochs.csv") if row["evaluated"]]
     last, first = (datetime.fromisoformat(t) for t in (rows[-1]["evaluated"], rows[0]["started"]))
     hours = (last - first).total_seconds() / 3600 * (240 / len(rows) if name == "seco_bdd" else 1)
     said = f" {hours:.{digits}f} h"

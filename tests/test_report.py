@@ -77,8 +77,9 @@ def test_number_of_pictures(tmp_path):
 def test_curve_counts_epochs_as_the_log_does(tmp_path, monkeypatch):
     folder = seed(tmp_path, "seed0", WHOLE)
     (folder / "adapt_seco").mkdir()
-    lines = [json.dumps({"epoch": epoch, "eval/mIoU": 40.0 + epoch}) for epoch in (4, 9)]
-    (folder / "adapt_seco/metrics.jsonl").write_text("\n".join(lines))
+    evaluation = "===> Epoch: {}\n***** Evaluation ***** >>>> MeanIoU: {:.2f}\n"
+    lines = [evaluation.format(epoch, 40 + epoch) for epoch in (4, 9)]
+    (folder / "adapt_seco/train.log").write_text("".join(lines))
     drawn, line_chart = [], report.line_chart
     monkeypatch.setattr(
         report,

@@ -1,5 +1,5 @@
 """One form for the record of an adaptation run, whatever it is read from: a UniMatch-style text
-log, the folder of a run (metrics.jsonl or event files), or a folder of training_logs/ (CSV).
+log, TensorBoard's event files, the folder of a run, or a folder of training_logs/ (CSV).
 
 IoU and mIoU are percent. Epochs and iterations count from 0. Losses are running means since the
 start of their epoch, as UniMatch prints them, where they come from a text log.
@@ -8,32 +8,29 @@ start of their epoch, as UniMatch prints them, where they come from a text log.
 from __future__ import annotations
 
 import ast
-import bisect
 import csv
 import datetime
-import json
 import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
-from util.labels import CITYSCAPES_19, IDS_13_IN_16, SYNTHIA_16
+from util.labels import CITYSCAPES_19, SYNTHIA_16
 from util.outputs import read_json
 from util.run import UserError
 
 # UniMatch's TensorBoard tags. Losses count iterations, evaluations epochs. Ours adds the learning
 # rate.
 LOSS_NAMES = ("loss_all", "loss_x", "loss_s", "loss_w_fp", "mask_ratio")
-TEXT_LOSSES = dict(zip(("Total loss", "Loss x", "Loss s", "Loss w_fp", "Mask ratio"), LOSS_NAMES))
 LR_TAG, MIOU_TAG = "train/lr", "eval/mIoU"
-# Names of losses in other versions of UniMatch (those of 2022 say `Mask`) and in code built on it;
-# lower case, without spaces and underscores.
+# Names of losses in text logs and tags: of UniMatch 2023 and of 2022 (`Mask`), and in code built on
+# it; lower case, without spaces and underscores.
 LOSS_WORDINGS = {
-    **{name.lower().replace(" ", "").replace("_", ""): tag for name, tag in TEXT_LOSSES.items()},
-    **{"loss": "loss_all", "lossall": "loss_all", "lossu": "loss_s", "lossus": "loss_s"},
-    **{"lossfp": "loss_w_fp", "lossuwfp": "loss_w_fp", "mask": "mask_ratio"},
+    **dict.fromkeys(("totalloss", "loss", "lossall"), "loss_all"),
+    "lossx": "loss_x",
+    **dict.fromkeys(("losss", "lossu", "lossus"), "loss_s"),
+    **dict.fromkeys(("losswfp", "lossfp", "lossuwfp"), "loss_w_fp"),
+    **dict.fromkeys(("maskratio", "mask"), "mask_ratio"),
 }
 # Names in the shipped SYNTHIA log that differ from Cityscapes' official ones.
 OFFICIAL_NAMES = {"light": "traffic light", "sign": "traffic sign", "motocycle": "motorcycle"}
@@ -93,57 +90,6 @@ class TrainingLog:
             for (a, b), time in self.times.items()
             if (b if a in ("epoch", "eval") else a) < epoch
         }
-
-
-# ------------------------------------------------------------------------------------ what it shows
-
-
-def summary(log: TrainingLog, last: int = 20) -> dict:
-    """Best mIoU and its epoch (the first one), last, mean of the last `last` evaluations; 13-class
-    means for 16 classes. A class without an IoU counts 0, as in the shipped logs.
-    """
-    epochs = log.epochs
-    if not epochs:
-        raise UserError(f"{log.name}: no evaluation in it yet (the first epoch must end first)")
-    best = max(epochs, key=lambda epoch: (log.miou[epoch], -epoch))
-    figures = {
-        "best": log.miou[best],
-        "best_epoch": best,
-        "last": log.miou[epochs[-1]],
-        "last_epoch": epochs[-1],
-        "last_mean": float(np.mean([log.miou[epoch] for epoch in epochs[-last:]])),
-        "evaluations": len(epochs),
-    }
-    if log.class_names == SYNTHIA_16.names and best in log.class_iou:
-        figures["best_13"] = float(
-            np.mean(np.nan_to_num([log.class_iou[best][i] for i in IDS_13_IN_16]))
-        )
-    return figures
-
-
-def iterations_range(log: TrainingLog) -> tuple[int, int]:
-    """Least and most iterations per epoch that the printed rows allow.
-
-    UniMatch prints iteration i if i % (L // 8) == 0. Rows s apart therefore mean 8 s <= L < 8 s +
-    8; the last row of a complete epoch is below L, and the row after it, if L reached that far,
-    would have been printed.
-    """
-    by_epoch: dict[int, list[int]] = {}
-    for epoch, iteration, _ in log.losses:
-        by_epoch.setdefault(epoch, []).append(iteration)
-    complete = [
-        rows
-        for epoch, rows in by_epoch.items()
-        if (epoch in log.miou or epoch < max(by_epoch)) and len(rows) > 1
-    ]
-    if not complete:
-        raise UserError(
-            f"{log.name}: no complete epoch, so its iterations per epoch are unknown; "
-            "give them with --iterations-per-epoch"
-        )
-    rows = complete[0]
-    spacing = rows[1] - rows[0]
-    return max(8 * spacing, rows[-1] + 1), min(8 * spacing + 7, rows[-1] + spacing)
 
 
 # ----------------------------------------------------------------------------------------- text log
@@ -259,13 +205,27 @@ def _text_config(lines: list[str]) -> dict:
     return {}
 
 
-# -------------------------------------------------------------------------------- CSV, JSON, events
+# -------------------------------------------------------------------------------------- CSV, events
 
 
 def read_training_logs_folder(folder: Path) -> TrainingLog:
     """A folder that scripts/dev/import_log.py wrote: epochs.csv, losses.csv, config.json."""
     try:
-        return _training_logs_folder(folder)
+        config = read_json(folder / "config.json")
+        names, length = tuple(config["class_names"]), config["iterations_per_epoch"]
+        log = TrainingLog(folder.name, config["options"], config["eval_mode"], names)
+        log.iterations_per_epoch = length
+        for row in _csv_rows(folder / "epochs.csv"):
+            epoch, ious = int(row["epoch"]), [row[name] for name in names]
+            if row["lr"]:
+                log.lr[epoch] = float(row["lr"])
+            if row["mIoU"]:
+                log.miou[epoch] = float(row["mIoU"])
+            if ious and all(ious):
+                log.class_iou[epoch] = tuple(map(float, ious))
+        for row in _csv_rows(folder / "losses.csv"):
+            losses = {name: float(row[name]) for name in LOSS_NAMES if row.get(name)}
+            log.losses.append((int(row["epoch"]), int(row["iteration"]), losses))
     except (KeyError, ValueError, TypeError) as error:
         raise UserError(
             f"{folder}: epochs.csv, losses.csv or config.json is not as import_log.py writes it"
@@ -273,213 +233,117 @@ def read_training_logs_folder(folder: Path) -> TrainingLog:
         ) from None
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from None
-
-
-def _training_logs_folder(folder: Path) -> TrainingLog:
-    config = read_json(folder / "config.json")
-    log = TrainingLog(
-        folder.name,
-        config["options"],
-        config["eval_mode"],
-        tuple(config["class_names"]),
-        iterations_per_epoch=config["iterations_per_epoch"],
-    )
-    with open(folder / "epochs.csv", newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            epoch = int(row["epoch"])
-            if row["lr"]:
-                log.lr[epoch] = float(row["lr"])
-            if row["mIoU"]:
-                log.miou[epoch] = float(row["mIoU"])
-            values = [row[name] for name in log.class_names]
-            if values and all(values):
-                log.class_iou[epoch] = tuple(float(value) for value in values)
-    with open(folder / "losses.csv", newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            losses = {name: float(row[name]) for name in LOSS_NAMES if row.get(name)}
-            log.losses.append((int(row["epoch"]), int(row["iteration"]), losses))
     return log
 
 
-def read_metrics_json_lines(path: Path) -> TrainingLog:
-    """metrics.jsonl of train_unimatch.py: a line per iteration (`train/…` tags) and per evaluation
-    (`eval/…` tags).
-
-    Losses become running means since the start of their epoch, as in text logs. A last line cut
-    short by a run still going is passed over.
-    """
-    log = TrainingLog(path.parent.name)
-    sums: dict[str, float] = {}
-    for number, line in enumerate(
-        path.read_text(encoding="utf-8").splitlines(keepends=True), start=1
-    ):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            if line.endswith("\n"):
-                raise UserError(f"{path}, line {number}: not JSON") from None
-            break
-        epoch = row["epoch"]
-        if MIOU_TAG in row:
-            ious = {
-                official_name(tag.removeprefix("eval/").removesuffix("_IoU")): value
-                for tag, value in row.items()
-                if tag.endswith("_IoU")
-            }
-            log.miou[epoch], log.eval_mode = row[MIOU_TAG], row.get("eval_mode")
-            log.class_names, log.class_iou[epoch] = tuple(ious), tuple(ious.values())
-        else:
-            iteration = row["iteration"]
-            log.lr.setdefault(epoch, row[LR_TAG])
-            losses = {name: row[f"train/{name}"] for name in LOSS_NAMES if f"train/{name}" in row}
-            sums = {
-                name: value + (sums[name] if iteration else 0.0) for name, value in losses.items()
-            }
-            log.losses.append(
-                (epoch, iteration, {name: value / (iteration + 1) for name, value in sums.items()})
-            )
-            log.iterations_per_epoch = max(log.iterations_per_epoch or 0, iteration + 1)
-    return log
-
-
-def _meaning(tag: str) -> tuple[str, str] | None:
-    """What a TensorBoard tag holds: ("loss", loss name), ("lr" | "mIoU", ""), ("class", name)."""
-    kind, _, rest = tag.strip("/").partition("/")
-    if kind == "train":
-        return (
-            ("lr", "") if rest == "lr" else ("loss", loss_name(rest)) if loss_name(rest) else None
-        )
-    if kind == "eval" and rest.lower() in ("miou", "meaniou"):
-        return "mIoU", ""
-    if kind == "eval" and rest.lower().endswith("_iou"):
-        return "class", official_name(rest[: -len("_iou")])
-    return None
+def _csv_rows(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def read_events(path: Path) -> TrainingLog:
     """A TensorBoard event file, or those in a folder, of any version of UniMatch (through
     torch.utils.tensorboard or tensorboardX), of train_unimatch.py or of training_logs/.
 
-    Where a step goes back, the run was resumed or started anew: it voids all later steps written
-    before, of losses and of evaluations.
+    Where a step goes back, the run was resumed or started anew: it voids what was written before of
+    this and of later steps, and the evaluations that came after these.
     """
-    written = _written(path)
-    found = {key: _standing(events) for key, events in written.items()}
-    losses = [("loss", name) for name in LOSS_NAMES]
-    clock, standing = (
-        sorted((time, step) for key in losses for time, step, _ in events.get(key, []))
-        for events in (written, found)
-    )
-    evaluations = _trained(found.get(("mIoU", ""), []), clock, standing)
-    log = TrainingLog(path.name, miou={epoch: value for _, epoch, value in evaluations})
-    per_class = {
-        key[1]: {e: value for _, e, value in _trained(events, clock, standing)}
-        for key, events in found.items()
-        if key and key[0] == "class"
-    }
+    steps: dict[int, dict[str, float]] = {}  # of losses, and of lr
+    evaluations: dict[int, dict[str, float]] = {}  # epoch: IoU by class, and MIOU_TAG
+    trained: dict[int, int] = {}  # epoch: the last step before its evaluation
+    step, epoch, length = -1, -1, None
+    for _, evaluation, number, name, value in _events_by_clock(path):
+        if evaluation:
+            if number < epoch or name in evaluations.get(number, ()):
+                evaluations = {e: ious for e, ious in evaluations.items() if e < number}
+            evaluations.setdefault(number, {})[name] = value
+            epoch, trained[number] = number, step
+            length = math.ceil((step + 1) / (epoch + 1))
+        else:
+            if number < step or name in steps.get(number, ()):
+                steps = {s: values for s, values in steps.items() if s < number}
+                evaluations = {e: i for e, i in evaluations.items() if trained[e] < number}
+            steps.setdefault(number, {})[name] = value
+            step = number
+    log = TrainingLog(path.name)
+    log.miou = {e: ious.pop(MIOU_TAG) for e, ious in evaluations.items() if MIOU_TAG in ious}
+    names = {name for ious in evaluations.values() for name in ious}
     log.class_names = next(
-        (s.names for s in (CITYSCAPES_19, SYNTHIA_16) if set(s.names) == set(per_class)),
-        tuple(sorted(per_class)),
+        (s.names for s in (CITYSCAPES_19, SYNTHIA_16) if set(s.names) == names),
+        tuple(sorted(names)),
     )
-    if per_class:
-        log.class_iou = {
-            epoch: tuple(per_class[name].get(epoch, math.nan) for name in log.class_names)
-            for epoch in log.miou
-        }
-    steps: dict[int, dict[str, float]] = {}
-    for key in losses:
-        for _, step, value in found.get(key, []):
-            steps.setdefault(step, {})[key[1]] = value
-    length = _iterations_in(path) or _iterations_by_clock(clock, written.get(("mIoU", ""), []))
-    log.iterations_per_epoch = length
-    log.losses = [(step // length, step % length, steps[step]) for step in sorted(steps)]
-    for _, step, value in found.get(("lr", ""), []) if length else []:
-        log.lr.setdefault(step // length, value)
+    if names:
+        for e in log.miou:
+            log.class_iou[e] = tuple(evaluations[e].get(n, math.nan) for n in log.class_names)
+    length = log.iterations_per_epoch = _iterations_in(path) or length or step + 1
+    for number, values in sorted(steps.items()):
+        if LR_TAG in values:
+            log.lr.setdefault(number // length, values.pop(LR_TAG))
+        if values:
+            log.losses.append((number // length, number % length, values))
     return log
 
 
-def _written(path: Path) -> dict:
-    """{what a tag holds: its (wall time, step, value) in the order of time}, void ones included."""
+def _events_by_clock(path: Path) -> list[tuple[float, bool, int, str, float]]:
+    """(wall time, whether of an evaluation, step or epoch, name of a loss, LR_TAG, MIOU_TAG or name
+    of a class, value) of all scalars with a tag that we know, void ones included.
+    """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    accumulator = EventAccumulator(
-        str(path), size_guidance={"scalars": 0}, purge_orphaned_data=False
-    )
+    every = {"scalars": 0}
+    accumulator = EventAccumulator(str(path), size_guidance=every, purge_orphaned_data=False)
     accumulator.Reload()
-    return {
-        _meaning(tag): sorted((e.wall_time, e.step, e.value) for e in accumulator.Scalars(tag))
-        for tag in accumulator.Tags()["scalars"]
-    }
-
-
-def _standing(events: list) -> list:
-    """The events of a tag without those that a later one of the same or a lower step voids."""
-    kept, lowest = [], math.inf
-    for event in reversed(events):
-        if event[1] < lowest:
-            kept.append(event)
-            lowest = event[1]
-    return kept[::-1]
-
-
-def _trained(evaluations: list, clock: list[tuple], standing: list[tuple]) -> list:
-    """Standing evaluations without the last ones whose training is void: the loss before them does
-    not stand, and the run has not evaluated since.
-
-    clock, standing: (wall time, step) of all losses and of those that stand, in order.
-    """
-    kept, stands = list(evaluations), set(standing)
-    while kept:
-        before = bisect.bisect_left(clock, kept[-1][:1])
-        if before == 0 or clock[before - 1] in stands:
-            break
-        kept.pop()
-    return kept
-
-
-def _iterations_by_clock(clock: list[tuple], evaluations: list) -> int | None:
-    """Iterations per epoch: those that were done when the last evaluated epoch was, an equal share
-    for each epoch. clock: (wall time, step) of all losses, in order.
-    """
-    if not clock:
-        return None
-    until, epoch, _ = evaluations[-1] if evaluations else (math.inf, 0, None)
-    done = [step for time, step in clock if time <= until]
-    return math.ceil(((done or [clock[-1][1]])[-1] + 1) / (epoch + 1))
+    found = []
+    for tag in accumulator.Tags()["scalars"]:
+        kind, _, rest = tag.strip("/").partition("/")
+        name = None
+        if kind == "train":
+            name = LR_TAG if rest == "lr" else loss_name(rest)
+        elif kind == "eval" and rest.lower() in ("miou", "meaniou"):
+            name = MIOU_TAG
+        elif kind == "eval" and rest.lower().endswith("_iou"):
+            name = official_name(rest[: -len("_iou")])
+        if name:
+            events = accumulator.Scalars(tag)
+            found += [(e.wall_time, kind == "eval", e.step, name, e.value) for e in events]
+    return sorted(found)
 
 
 def _iterations_in(path: Path) -> int | None:
     """Iterations per epoch as the records beside the event files tell it."""
     folder = path if path.is_dir() else path.parent
     for name in ("config.json", "manifest.json"):
-        if (folder / name).is_file():
-            value = read_json(folder / name).get("iterations_per_epoch")
-            if value:
-                return int(value)
+        if (folder / name).is_file() and (record := read_json(folder / name)):
+            return record.get("iterations_per_epoch")
     return None
 
 
+# --------------------------------------------------------------------------------- whatever it is
+
+
 def read_training_log(path: str | Path) -> TrainingLog:
-    """Whatever `path` is: a run's folder, a folder of training_logs/, a metrics.jsonl, an event
-    file or its folder, a text log.
+    """Whatever `path` is: a run's folder, a folder of training_logs/, an event file or a folder
+    with some, a text log.
+
+    Of a run of train_unimatch.py train.log is read, which has the evaluation mode and means of the
+    losses, as the shipped logs.
     """
     path = Path(path)
     if path.is_file():
-        if path.name.startswith("events.out.tfevents."):
-            return read_events(path)
-        return read_metrics_json_lines(path) if path.suffix == ".jsonl" else read_text_log(path)
+        return read_events(path) if "tfevents" in path.name else read_text_log(path)
     if not path.is_dir():
         raise UserError(f"{path}: no such run folder or log file")
     if (path / "epochs.csv").is_file():
         return read_training_logs_folder(path)
-    if (path / "metrics.jsonl").is_file():
-        log = read_metrics_json_lines(path / "metrics.jsonl")
+    if (path / "train.log").is_file():
+        log = read_text_log(path / "train.log")
+        log.name, log.iterations_per_epoch = path.name, _iterations_in(path)
         if (path / "manifest.json").is_file():
             log.config = read_json(path / "manifest.json")["options"]
         return log
     if any(path.glob("events.out.tfevents.*")):
         return read_events(path)
     raise UserError(
-        f"{path}: holds no epochs.csv, metrics.jsonl or events.out.tfevents.* file; give the folder"
+        f"{path}: holds no epochs.csv, train.log or events.out.tfevents.* file; give the folder"
         " that train_unimatch.py saved to, or a text log"
     )

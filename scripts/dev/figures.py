@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -106,11 +105,16 @@ def keep_records(run: Path) -> None:
                     records[name] = content
         if number == 0:
             write_json(folder / f"{seed.name}_manifests.json", records)
-        for path in sorted(seed.glob("adapt_*/metrics.jsonl")):
+        for path in sorted(seed.glob("adapt_*/train.log")):
             if "." in path.parent.name:
                 continue
-            entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-            evaluations[path.parent.name] = [e for e in entries if "eval/mIoU" in e]
+            log = read_training_log(path.parent)
+            tags = ["eval/mIoU", *(f"eval/{name}_IoU" for name in log.class_names)]
+            evaluations[path.parent.name] = [
+                {"epoch": epoch, "eval_mode": log.eval_mode}
+                | dict(zip(tags, (miou, *log.class_iou.get(epoch, ()))))
+                for epoch, miou in log.miou.items()
+            ]
         write_json(folder / f"{seed.name}_evaluations.json", evaluations)
 
 

@@ -21,7 +21,32 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 from util.outputs import atomic_path, write_json
 from util.run import UserError, run_main, sha256
-from util.training_log import LOSS_NAMES, LR_TAG, MIOU_TAG, iterations_range, read_text_log
+from util.training_log import LOSS_NAMES, LR_TAG, MIOU_TAG, TrainingLog, read_text_log
+
+
+def iterations_range(log: TrainingLog) -> tuple[int, int]:
+    """Least and most iterations per epoch that the printed rows allow.
+
+    UniMatch prints iteration i if i % (L // 8) == 0. Rows s apart therefore mean 8 s <= L < 8 s +
+    8; the last row of a complete epoch is below L, and the row after it, if L reached that far,
+    would have been printed.
+    """
+    by_epoch: dict[int, list[int]] = {}
+    for epoch, iteration, _ in log.losses:
+        by_epoch.setdefault(epoch, []).append(iteration)
+    complete = [
+        rows
+        for epoch, rows in by_epoch.items()
+        if (epoch in log.miou or epoch < max(by_epoch)) and len(rows) > 1
+    ]
+    if not complete:
+        raise UserError(
+            f"{log.name}: no complete epoch, so its iterations per epoch are unknown; "
+            "give them with --iterations-per-epoch"
+        )
+    rows = complete[0]
+    spacing = rows[1] - rows[0]
+    return max(8 * spacing, rows[-1] + 1), min(8 * spacing + 7, rows[-1] + spacing)
 
 
 def write_events(path: Path, rows: list[tuple[float, int, str, float]]) -> None:

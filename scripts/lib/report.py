@@ -234,7 +234,7 @@ def miou_curve(seed_folder: Path) -> None:
     logs = {
         title: read_training_log(seed_folder / f"adapt_{row}")
         for row, title in MODEL_ROWS.items()
-        if (seed_folder / f"adapt_{row}" / "metrics.jsonl").is_file()
+        if (seed_folder / f"adapt_{row}" / "train.log").is_file()
     }
     series = {title: log.curve for title, log in logs.items() if log.miou}
     if series:
