@@ -15,7 +15,7 @@ from util.labels import IGNORE, check_pairs, read_image, read_label
 from util.outputs import atomic_path
 from util.run import ahead, progress
 
-POOL = 1024  # patches in memory, 0.4 GB at 256x512, from which training batches are drawn (ours)
+BUFFER = 1024  # patches in the shuffle buffer, 0.4 GB at 256x512 (ours)
 
 # One row per connectivity: its image's place in the list, its number in the image, class and area,
 # and its box in pixels of the label map.
@@ -28,13 +28,9 @@ INDEX = np.dtype(
 def index_image(path: Path, image: int, class_num: int) -> np.ndarray:
     """The connectivities of one label map as INDEX rows. `numbered` makes their masks again."""
     label = read_label(path, class_num)
-    return np.array(
-        [
-            (image, number, c.class_id, c.area, *c.box)
-            for number, c in enumerate(connectivities(label, range(class_num)))
-        ],
-        dtype=INDEX,
-    )
+    found = enumerate(connectivities(label, range(class_num)))
+    rows = [(image, number, c.class_id, c.area, *c.box) for number, c in found]
+    return np.array(rows, dtype=INDEX)
 
 
 def numbered(label: np.ndarray, class_num: int) -> np.ndarray:
@@ -77,7 +73,7 @@ def score_path(folder: Path, image: int) -> Path:
 
 
 def remove_scores(folder: Path) -> None:
-    """Scores of a classifier that is no longer there."""
+    """Remove the scores of all images, whose classifier is gone."""
     for path in (folder / "scores").glob("*.npz"):
         path.unlink()
 
@@ -90,14 +86,7 @@ class Data:
     pixels or more, which are learned from and scored; options: those of seco_scc.py.
     """
 
-    def __init__(
-        self,
-        root: Path,
-        rows: list[tuple[str, str]],
-        index: np.ndarray,
-        class_num: int,
-        options,
-    ):
+    def __init__(self, root: Path, rows: list, index: np.ndarray, class_num: int, options):
         self.root, self.rows, self.index = root, rows, index
         self.class_num, self.options = class_num, options
         self.starts = np.searchsorted(index["image"], np.arange(len(rows) + 1))
@@ -201,82 +190,85 @@ def cut_patch(
     bilinearly, the mask to the nearest pixel, first to h x w and then to the stem's h/2 x w/2
     (released code; it does not round the resized patch to whole numbers).
     """
-    y0, x0, y1, x1 = patch_window(
-        (row["x"], row["y"], row["width"], row["height"]), *numbers.shape, patch
-    )
+    box = (row["x"], row["y"], row["width"], row["height"])
+    y0, x0, y1, x1 = patch_window(box, *numbers.shape, patch)
     picture = cv2.resize(image[y0:y1, x0:x1], patch[::-1], interpolation=cv2.INTER_LINEAR)
     mask = (numbers[y0:y1, x0:x1] == row["number"]).astype(np.uint8)
     mask = cv2.resize(mask, patch[::-1], interpolation=cv2.INTER_NEAREST)
     return picture, np.ascontiguousarray(mask[::2, ::2])
 
 
-def release_order(data: Data, epoch: int) -> tuple[np.ndarray, list[np.ndarray]]:
-    """(order of an epoch's judged connectivities, visits): what each image visited in turn adds to
-    the pool they are drawn from.
+def shuffle(data: Data, epoch: int) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The plan of an epoch's shuffle buffer: (order in which the judged connectivities leave it,
+    visits: what each image visited in turn adds to it), places in the index.
 
-    The images come in random order, one with more than POOL connectivities in several visits.
-    Whenever the pool holds more than POOL, connectivities are drawn from it at random; what is left
-    at the end is shuffled. So the order is random, each connectivity comes once, an image is
-    decoded once, and at most POOL and one visit are in memory.
+    The images come in random order, one with more than BUFFER connectivities in several visits.
+    Whenever the buffer holds more than BUFFER, connectivities are drawn from it at random; what is
+    left at the end is shuffled. So the order is random, each connectivity comes once, an image is
+    decoded once, and at most BUFFER and one visit are in memory.
     """
     random = np.random.default_rng([data.options.seed, epoch])
-    pool, order, visits = [], [], []
+    buffer, order, visits = [], [], []
     for image in random.permutation(len(data.rows)):
         members = data.starts[image] + np.flatnonzero(data.judged[data.part(image)])
-        for visit in np.split(members, range(POOL, len(members), POOL)):
+        for visit in np.split(members, range(BUFFER, len(members), BUFFER)):
             visits.append(visit)
-            pool.extend(visit.tolist())
-            while len(pool) > POOL:
-                place = int(random.integers(len(pool)))
-                pool[place], pool[-1] = pool[-1], pool[place]
-                order.append(pool.pop())
-    order = np.array(order + random.permutation(pool).tolist(), dtype=np.int64)
+            buffer.extend(visit.tolist())
+            while len(buffer) > BUFFER:
+                place = int(random.integers(len(buffer)))
+                buffer[place], buffer[-1] = buffer[-1], buffer[place]
+                order.append(buffer.pop())
+    order = np.array(order + random.permutation(buffer).tolist(), dtype=np.int64)
     return order, [visit for visit in visits if len(visit)]
 
 
 def patch_batches(
     data: Data, start: int, stop: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Training batches start .. stop - 1: (patches uint8 B x h x w x 3, masks uint8 B x 1 x h/2 x
-    w/2 of 0 and 1, classes int64 B).
+    """Training batches start .. stop - 1, drawn from a shuffle buffer: (patches uint8 B x h x w x
+    3, masks uint8 B x 1 x h/2 x w/2 of 0 and 1, classes int64 B).
 
-    A batch follows from the seed and its number alone, so a stopped training
-    goes on exactly. An incomplete last batch of an epoch is left out. --workers images are read and
-    cut ahead.
+    A batch follows from the seed and its number alone, so a stopped training goes on exactly. An
+    incomplete last batch of an epoch is left out.
     """
-    options, size, per_epoch = data.options, data.options.batch_size, batches_per_epoch(data)
+    per_epoch = batches_per_epoch(data)
+    for epoch in range(start // per_epoch, -(-stop // per_epoch)):
+        done = epoch * per_epoch
+        yield from patch_batches_of(data, epoch, max(start - done, 0), min(stop - done, per_epoch))
+
+
+def patch_batches_of(
+    data: Data, epoch: int, first: int, last: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """As `patch_batches`, the batches first .. last - 1 of an epoch. --workers visits of images are
+    read and cut ahead.
+    """
+    options, size = data.options, data.options.batch_size
+    order, visits = shuffle(data, epoch)
+    mirrored = np.random.default_rng([options.seed, epoch, 1]).random(len(order)) < 0.5
+    wanted = np.zeros(len(data.index), bool)
+    wanted[order[first * size : last * size]] = True
+    visits = [visit[wanted[visit]] for visit in visits if wanted[visit].any()]
 
     def cut(members: np.ndarray) -> dict[int, tuple[np.ndarray, np.ndarray]]:
         picture, numbers = data.read(int(data.index["image"][members[0]]))
-        return {
-            int(m): cut_patch(picture, numbers, data.index[m], options.patch_size) for m in members
-        }
+        size = options.patch_size
+        return {int(m): cut_patch(picture, numbers, data.index[m], size) for m in members}
 
     with ThreadPoolExecutor(options.workers) as readers:
-        for epoch in range(start // per_epoch, -(-stop // per_epoch)):
-            order, visits = release_order(data, epoch)
-            mirrored = np.random.default_rng([options.seed, epoch, 1]).random(len(order)) < 0.5
-            first = max(start - epoch * per_epoch, 0)
-            last = min(stop - epoch * per_epoch, per_epoch)
-            wanted = np.zeros(len(data.index), bool)
-            wanted[order[first * size : last * size]] = True
-            todo = [members[wanted[members]] for members in visits if wanted[members].any()]
-            coming = ahead(readers, cut, todo, options.workers)
-            pool: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-            for batch in range(first, last):
-                part = slice(batch * size, (batch + 1) * size)
-                members, flip = order[part].tolist(), mirrored[part]
-                for member in members:
-                    while member not in pool:
-                        pool.update(next(coming))
-                patches, masks = (np.stack(x) for x in zip(*(pool.pop(m) for m in members)))
-                patches[flip], masks[flip] = patches[flip][:, :, ::-1], masks[flip][:, :, ::-1]
-                classes = data.index["class_id"][order[part]].astype(np.int64)
-                yield (
-                    torch.from_numpy(patches),
-                    torch.from_numpy(masks)[:, None],
-                    torch.from_numpy(classes),
-                )
+        coming = ahead(readers, cut, visits, options.workers)
+        buffer: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        for batch in range(first, last):
+            part = slice(batch * size, (batch + 1) * size)
+            members, flip = order[part].tolist(), mirrored[part]
+            for member in members:
+                while member not in buffer:
+                    buffer.update(next(coming))
+            patches, masks = (np.stack(x) for x in zip(*(buffer.pop(m) for m in members)))
+            patches[flip], masks[flip] = patches[flip][:, :, ::-1], masks[flip][:, :, ::-1]
+            masks = torch.from_numpy(masks)[:, None]
+            classes = data.index["class_id"][order[part]].astype(np.int64)
+            yield torch.from_numpy(patches), masks, torch.from_numpy(classes)
 
 
 # --------------------------------------------------------------------------- paper: of whole images
@@ -286,14 +278,10 @@ def image_batches(
     data: Data, start: int, stop: int
 ) -> Iterator[tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]]:
     """Training batches start .. stop - 1: what `image_batch` gives, --workers of them ahead."""
-    images = judged_images(data)
-    with ThreadPoolExecutor(data.options.workers) as readers:
-        yield from ahead(
-            readers,
-            lambda iteration: image_batch(data, images, iteration),
-            range(start, stop),
-            data.options.workers,
-        )
+    images, workers = judged_images(data), data.options.workers
+    batch = lambda iteration: image_batch(data, images, iteration)
+    with ThreadPoolExecutor(workers) as readers:
+        yield from ahead(readers, batch, range(start, stop), workers)
 
 
 def image_batch(
@@ -318,11 +306,8 @@ def image_batch(
         pictures.append(picture[:, ::-1] if mirror else picture)
         judged = data.judged[data.part(image)]
         classes.append(np.where(judged, data.of_image(image)["class_id"], IGNORE))
-    return (
-        torch.from_numpy(np.stack(pictures)),
-        shares,
-        torch.from_numpy(np.concatenate(classes).astype(np.int64)),
-    )
+    classes = np.concatenate(classes).astype(np.int64)
+    return torch.from_numpy(np.stack(pictures)), shares, torch.from_numpy(classes)
 
 
 def mask_shares(

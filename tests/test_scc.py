@@ -417,30 +417,28 @@ def test_corrected_label_against_a_loop():
 # ------------------------------------------------------------------------------------ training data
 
 
-def test_an_epoch_has_every_connectivity_once_and_the_pool_is_bounded(made, monkeypatch):
-    monkeypatch.setattr(scc_data, "POOL", 20)
+def test_an_epoch_has_every_connectivity_once_and_the_buffer_is_bounded(made, monkeypatch):
+    monkeypatch.setattr(scc_data, "BUFFER", 20)
     data = data_of(made)
-    order, visits = scc_data.release_order(data, 0)
+    order, visits = scc_data.shuffle(data, 0)
     assert sorted(order) == list(range(len(data.index))) and max(map(len, visits)) <= 20
     assert len(visits) == sum(-(-len(data.of_image(i)) // 20) for i in range(5))
-    assert (
-        order.tolist() != sorted(order)
-        and order.tolist() != scc_data.release_order(data, 1)[0].tolist()
-    )
-    assert order.tolist() == scc_data.release_order(data, 0)[0].tolist()
-    # Taking visits only when they are needed never has more than the pool and one visit in memory.
-    pool, coming = set(), iter(visits)
+    other = scc_data.shuffle(data, 1)[0]
+    assert order.tolist() not in (sorted(order), other.tolist())
+    assert order.tolist() == scc_data.shuffle(data, 0)[0].tolist()
+    # Visits taken only when they are needed: at most the buffer and one visit are in memory.
+    buffer, coming = set(), iter(visits)
     for member in order:
-        while member not in pool:
-            pool |= set(next(coming).tolist())
-            assert len(pool) <= 20 + 20
-        pool.remove(member)
+        while member not in buffer:
+            buffer |= set(next(coming).tolist())
+            assert len(buffer) <= 20 + 20
+        buffer.remove(member)
 
 
 def test_release_batches_against_opening_the_image_for_each_connectivity(
     made, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(scc_data, "POOL", 40)
+    monkeypatch.setattr(scc_data, "BUFFER", 40)
     data = data_of(made, workers=3)
     reads = []
     monkeypatch.setattr(
@@ -449,12 +447,9 @@ def test_release_batches_against_opening_the_image_for_each_connectivity(
     per_epoch = scc_data.batches_per_epoch(data)
     batches = list(scc_data.patch_batches(data, 0, per_epoch + 1))
     assert len(batches) == per_epoch + 1 == len(data.index) // 8 + 1
-    visits = scc_data.release_order(data, 0)[1]
+    (first, visits), (second, _) = (scc_data.shuffle(data, epoch) for epoch in (0, 1))
     assert len(reads) <= 2 * len(visits) and reads.count(0) <= 2 * -(-len(data.of_image(0)) // 40)
-    seen = (
-        scc_data.release_order(data, 0)[0][: per_epoch * 8].tolist()
-        + scc_data.release_order(data, 1)[0][:8].tolist()
-    )
+    seen = [*first[: per_epoch * 8].tolist(), *second[:8].tolist()]
     store_masks(tmp_path, data, seen)
     mirrored = 0
     for place, member in enumerate(seen):
@@ -472,13 +467,9 @@ def test_release_batches_against_opening_the_image_for_each_connectivity(
     assert 0.3 < mirrored / len(seen) < 0.7
 
 
-def release_batches(data, start, stop):
-    return scc_data.patch_batches(data, start, stop)
-
-
 @pytest.mark.parametrize(
     "recipe, batches_of",
-    [("release", release_batches), ("paper", scc_data.image_batches)],
+    [("release", scc_data.patch_batches), ("paper", scc_data.image_batches)],
 )
 def test_batches_follow_from_their_number_alone(made, recipe, batches_of):
     """Starting in the middle of an epoch, or with other workers, gives the same batches."""

@@ -38,7 +38,7 @@ from segment_anything.utils.amg import calculate_stability_score
 import train_unimatch
 from dataset.augment import cropped_image, cropped_label, draw_crop
 from dataset.samples import LABELED, Key, TrainingSamples
-from dataset.scc import POOL, Data, index_image, patch_batches
+from dataset.scc import BUFFER, Data, index_image, patch_batches
 from dataset.toy import draw_scene
 from model.sam import SAM_TYPES, default_checkpoint, load_segmenter, output_name, sam_builder
 from model.sam_fast import FastSam
@@ -318,7 +318,7 @@ def scc(options: argparse.Namespace, device: torch.device) -> None:
             if number % max(1, options.batches // 10) == 0:
                 readings.append(f"{resident_mb():.0f}")
         # The pool is filled before the first batch: its patches are work done as well.
-        drawn = options.batches * data.options.batch_size + POOL
+        drawn = options.batches * data.options.batch_size + BUFFER
         fast = (time.process_time() - start) / drawn
     print(
         f"cutting patches: {1 / fast:.0f} connectivities/s, opening the image for each:"
