@@ -782,7 +782,7 @@ def test_bad_input_is_told_in_one_line(data, whole_run, tmp_path, capsys):
         assert message in error_of(changed(fresh, **options), capsys), options
     for more, message in (
         ("--scales 2 1", "--scales 2 1"),
-        ("--scales 0 1", "--scales 0.0: give a number above 0"),
+        ("--scales 0 1", "--scales 0.0 1.0: give a number above 0"),
         ("--photometric", "--photometric: only with --supervised"),
         ("--supervised", "--unlabeled-id-path and --supervised: give one of them"),
     ):
