@@ -1,10 +1,8 @@
 """The tiny SAM: same numbers as the package's decoder, weights that work and are those told of,
 reproducible training, clear errors."""
 
-import argparse
-import json
 import re
-from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +12,7 @@ from PIL import Image
 from scipy import ndimage
 from segment_anything import SamAutomaticMaskGenerator, SamPredictor, sam_model_registry
 from segment_anything.modeling import MaskDecoder
+from torch import nn
 from torch.nn import functional as F
 
 from model.sam import OFFICIAL_CHECKPOINTS, build_sam, default_checkpoint
@@ -21,9 +20,8 @@ from model.sam_fast import mask_logits, tokens_to_pixels, two_way_transformer
 from model.sam_tiny import TINY_CHECKPOINT, build_sam_tiny, occupied_extent
 from scripts.dev import sam_tiny
 from util.labels import class_set, read_list
+from util.outputs import read_json, write_json
 from util.run import UserError, sha256
-
-PHASE = sam_tiny.Phase
 
 
 @pytest.fixture(scope="module")
@@ -252,7 +250,7 @@ def test_nothing_is_asked_of_pixels_without_a_label(photos):
     unknown = known[0] == 0
     assert unknown.any() and not gradient[..., unknown].any() and gradient[..., ~unknown].all()
     output = torch.randn(1, 36, 48, 36, requires_grad=True)
-    loss = sam_tiny.auxiliary_loss(lambda x: x.split((16, 4, 16), dim=-1), output, dense, anchors)
+    loss = sam_tiny.auxiliary_loss(nn.Identity(), output.permute(0, 3, 1, 2), dense, anchors)
     (gradient,) = torch.autograd.grad(loss, output)
     dark = dense[2][0] == sam_tiny.VOID
     assert dark.any() and not gradient[0][dark][:, 16:].any()
@@ -292,13 +290,14 @@ def small(tmp_path, monkeypatch, photos):
     """Both recipes with two phases, eight scenes and a checkpoint after every step."""
     monkeypatch.setattr(sam_tiny, "POOL_SCENES", 8)
     monkeypatch.setattr(sam_tiny, "SAVE_EVERY", 1)
-    phases = (PHASE(1, "random", 2, 2e-3, bf16=False), PHASE(2, "mixed", 2, 1e-3, 4, 3, False))
+    keys = ("from_step", "style", "images", "lr", "steps", "decay_steps", "bf16")
     for name, first in (("drawings", 0), ("photographs", 2)):
-        recipe = sam_tiny.RECIPES[name]
-        recipe = replace(recipe, weights=tmp_path / f"{name}.pth", first=first, threads=1)
-        recipe = replace(recipe, warmup=1, iou_scenes=1, scenes=1)
-        recipe = replace(recipe, phases=tuple(replace(p, until=p.until + first) for p in phases))
-        monkeypatch.setitem(sam_tiny.RECIPES, name, recipe)
+        slow, fast = ("random", 2, 2e-3, 100, 80, False), ("mixed", 2, 1e-3, 4, 3, False)
+        phases = (first, *slow), (first + 1, *fast)
+        recipe = {"warmup": 1, "threads": 1, "iou_scenes": 1, "scenes": 1, "end": first + 2}
+        recipe["phases"] = [dict(zip(keys, values)) for values in phases]
+        write_json(tmp_path / f"{name}.json", {"recipe": recipe, "training": {"step": 4}})
+        monkeypatch.setitem(sam_tiny.WEIGHTS, name, tmp_path / f"{name}.pth")
     return tmp_path
 
 
@@ -321,28 +320,25 @@ def test_training_is_deterministic_and_resumes_exactly(small, monkeypatch):
                 raise KeyboardInterrupt
             step(parts, of, number, rows)
 
-        monkeypatch.setattr(sam_tiny, "train_step", killed)
-        with pytest.raises(KeyboardInterrupt):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(sam_tiny, "train_step", killed)
             trained(small, recipe, "again")
-        monkeypatch.setattr(sam_tiny, "train_step", step)
         resumed = trained(small, recipe, "again")
         assert all(torch.equal(undisturbed[name], resumed[name]) for name in undisturbed)
         before = torch.load(small / f"work/{recipe}/trained.pth", weights_only=True)
         moved = {name for name in before if not torch.equal(before[name], resumed[name])}
         assert moved and all("iou_prediction_head" in name for name in moved)
-        record = json.loads((small / f"{recipe}.json").read_text())["training"]
-        assert record["step"] == first + 2 and len(record["phases"]) == 2
+        record = read_json(small / f"{recipe}.json")
+        assert record["training"]["step"] == first + 2 and len(record["recipe"]["phases"]) == 2
     start, end = (torch.load(small / f"{name}.pth") for name in ("drawings", "photographs"))
     assert not torch.equal(start["image_encoder.stem.0.weight"], end["image_encoder.stem.0.weight"])
     build_sam("tiny", small / "photographs.pth")
 
 
 def test_learning_rate():
-    recipe = replace(sam_tiny.RECIPES["drawings"], first=40, warmup=10)
-    rates = [
-        sam_tiny.learning_rate(step, recipe, PHASE(200, "random", 8, 1.0, 200, 20))
-        for step in (40, 44, 49, 150, 180, 190, 199)
-    ]
+    recipe, phase = {"warmup": 10, "phases": [{"from_step": 40}]}, {"lr": 1.0, "decay_steps": 20}
+    steps = (40, 44, 49, 150, 180, 190, 199)
+    rates = [sam_tiny.learning_rate(step, recipe, phase | {"steps": 200}) for step in steps]
     assert rates == [0.1, 0.5, 1, 1, 1, 0.5, 0.05]
 
 
@@ -371,18 +367,11 @@ def test_shipped_weights_are_those_told_of(name):
     assert sum(p.numel() for p in sam.parameters()) <= 4_000_000 and path.stat().st_size <= 8e6
     told = (ROOT / "model/README.md").read_text()
     assert sha256(path).startswith(re.search(rf"`{name}.pth` .*`([0-9a-f]{{12}})` \|", told)[1])
-    record = json.loads(path.with_suffix(".json").read_text())
-    (recipe,) = (recipe for recipe in sam_tiny.RECIPES.values() if recipe.weights == path)
-    phases = [p for p in record["training"]["phases"] if p["from_step"] >= recipe.first]
-    ends = [phase["from_step"] for phase in phases[1:]] + [record["training"]["step"]]
-    for step in range(recipe.first, ends[-1]):
-        told = phases[next(i for i, end in enumerate(ends) if step < end)]
-        mine = next(phase for phase in recipe.phases if step < phase.until)
-        assert (mine.rate, mine.images) == (told["lr"], told["images"])
-        assert mine.style == told["style"] or step < 150  # abstract shapes
-        fall = min(1, (told["steps"] - step) / told["decay_steps"])
-        assert fall == min(1, (mine.end - step) / mine.decay)
-    assert recipe.photos == ("photos" in phases[-1])
+    record = read_json(path.with_suffix(".json"))
+    phases = record["recipe"]["phases"]
+    starts = [phase["from_step"] for phase in phases]
+    assert starts == sorted(starts) and starts[-1] < record["recipe"]["end"] <= phases[-1]["steps"]
+    assert record["recipe"]["end"] == record["training"]["step"]
     for name in record["results"].keys() & {"sam_holdout", "dusk_gt"}:
         for found in record["results"][name]["prompts"].values():
             assert found["every size"]["iou"] > found["every size"]["fill"]
@@ -422,7 +411,7 @@ def test_measures_against_loops(small, monkeypatch):
     known = picture.segment != sam_tiny.VOID
     wall = picture.segment == picture.table[1, 0]
     masks = [{"segmentation": mask} for mask in (wall | ~known, ~known)]
-    generator = argparse.Namespace(generate=lambda image: masks)
+    generator = SimpleNamespace(generate=lambda image: masks)
     found = sam_tiny.propose_scene(generator, picture)
     assert (found["number"], found["iou"]) == (1, [1.0])
     stuff = known & ~np.isin(picture.segment, picture.table[picture.table[:, 6] == 1, 0])
@@ -436,11 +425,9 @@ def test_measures_against_loops(small, monkeypatch):
     monkeypatch.setattr(sam_tiny, "prompt_scene", lambda *_: prompted)
     monkeypatch.setattr(sam_tiny, "SamAutomaticMaskGenerator", lambda sam: generator)
     monkeypatch.setattr(sam_tiny, "STYLES", ())
-    recipe = sam_tiny.RECIPES["photographs"]
-    recipe.weights.write_bytes(TINY_CHECKPOINT.read_bytes())
-    recipe.weights.with_suffix(".json").write_text('{"training": {"step": 4}}')
+    (small / "photographs.pth").write_bytes(TINY_CHECKPOINT.read_bytes())
     sam_tiny.main(["eval", "photographs", "--root-path", str(small)])
-    record = json.loads(recipe.weights.with_suffix(".json").read_text())
+    record = read_json(small / "photographs.json")
     assert record["training"] == {"step": 4} and [*record["results"]] == ["sam_holdout", "dusk_gt"]
     bins = record["results"]["dusk_gt"]["prompts"]
     assert [v["n"] for v in bins["all"].values()] == [2, 2, 0, 0, 2, 6]
@@ -455,25 +442,23 @@ def test_measures_against_loops(small, monkeypatch):
 # ------------------------------------------------------------------------------------------- errors
 
 
-def small_official(monkeypatch):
-    """Replace the official builders by a model of one layer, so that the tests need no
-    gigabytes.
-    """
+@pytest.fixture
+def official(monkeypatch):
+    """Weights of vit_b as a model of one layer, so that the tests need no gigabytes."""
 
-    class Small(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.image_encoder = torch.nn.Module()
-            self.image_encoder.pos_embed = torch.nn.Parameter(torch.zeros(1, 2, 2, 768))
+    def small():
+        model = nn.Module()
+        model.image_encoder = nn.Module()
+        model.image_encoder.pos_embed = nn.Parameter(torch.zeros(1, 2, 2, 768))
+        return model
 
-    monkeypatch.setitem(sam_model_registry, "vit_b", Small)
-    return Small().state_dict()
+    monkeypatch.setitem(sam_model_registry, "vit_b", small)
+    return small().state_dict()
 
 
-def test_official_checkpoint_loads(tmp_path, monkeypatch):
-    state = small_official(monkeypatch)
-    state["image_encoder.pos_embed"] += 3
-    torch.save(state, tmp_path / "mine.pth")
+def test_official_checkpoint_loads(tmp_path, official):
+    official["image_encoder.pos_embed"] += 3
+    torch.save(official, tmp_path / "mine.pth")
     sam = build_sam("vit_b", tmp_path / "mine.pth")
     assert not sam.training and sam.image_encoder.pos_embed.mean() == 3
 
@@ -489,17 +474,20 @@ def test_missing_official_checkpoint_names_file_and_address(sam_type, tmp_path, 
     assert "\n" not in str(error.value)
 
 
-def test_bad_checkpoints(tmp_path, monkeypatch):
-    state = small_official(monkeypatch)
-    torch.save(state, tmp_path / OFFICIAL_CHECKPOINTS["vit_b"])
-    torch.save(state, tmp_path / "b.pth")
-    torch.save({"weights": 1}, tmp_path / "other.pth")
-    torch.save({"x": torch.zeros(1)}, tmp_path / "unknown.pth")
-    torch.save({**state, "image_encoder.more": torch.zeros(1)}, tmp_path / "more.pth")
+def test_bad_checkpoints(tmp_path, official):
+    contents = {
+        OFFICIAL_CHECKPOINTS["vit_b"]: official,
+        "b.pth": official,
+        "other.pth": {"weights": 1},
+        "unknown.pth": {"x": torch.zeros(1)},
+        "more.pth": {**official, "image_encoder.more": torch.zeros(1)},
+        "object.pth": SimpleNamespace(a=1),
+    }
+    for name, content in contents.items():
+        torch.save(content, tmp_path / name)
     (tmp_path / "text.pth").write_text("not a weight file\n")
     (tmp_path / "cut.pth").write_bytes(TINY_CHECKPOINT.read_bytes()[:100_000])
     (tmp_path / "tiny.pth").write_bytes(TINY_CHECKPOINT.read_bytes())
-    torch.save(argparse.Namespace(a=1), tmp_path / "object.pth")
     for sam_type, name, message in (
         ("vit_b", OFFICIAL_CHECKPOINTS["vit_b"], "MD5"),
         ("tiny", "b.pth", "weights of vit_b, not of --sam-type tiny"),

@@ -11,24 +11,24 @@ components of their labels are the segments, and what has no label is neither pr
 penalised. At the end the IoU head alone is fitted: in the training it learns the IoU with the one
 object that a prompt stands for, but a proposal is good if it is any object.
 
-RECIPES has the phases that model/sam_tiny*.json record. The shipped files came of earlier states of
-this code: the first 150 steps showed abstract shapes, and up to step 4790 fewer points lay on
-stuff. A step takes about a second on 2 CPU cores with avx512_bf16. A stopped training goes on when
-its command is given again. Same threads and versions: same weights.
+What a training does is read from "recipe" in the record beside its weights. The shipped files came
+of earlier states of this code: the first 150 steps showed abstract shapes, here drawings, and up to
+step 4790 fewer points lay on stuff. A step takes about a second on 2 CPU cores with avx512_bf16. A
+stopped training goes on when its command is given again. Same threads and versions: same weights.
 
 Needs when copied away: model/, dataset/toy/, util/.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # for `python scripts/dev/NAME.py`
 
@@ -49,81 +49,16 @@ from model.sam_fast import mask_logits, two_way_transformer
 from model.sam_tiny import TINY_CHECKPOINT, TINY_PE_FREQUENCIES, build_sam_tiny
 from util.connectivity import connectivities
 from util.labels import CITYSCAPES_19, check_pairs, class_set, read_label, read_list, read_picture
-from util.options import add_root_option
-from util.outputs import atomic_path, folder_lock, read_json, write_json
+from util.options import Argument, Folder, parse_options
+from util.outputs import Outputs, atomic_path, read_json, write_json
 from util.run import UserError, manifest, progress, run_main, tune_cpu
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@dataclass(frozen=True)
-class Phase:
-    """Steps of one kind, up to step `until`. The learning rate decays to zero over `decay` steps up
-    to step `end`. style: of the drawings; images: a step.
-    """
-
-    until: int
-    style: str
-    images: int
-    rate: float
-    end: int = 100_000
-    decay: int = 800
-    bf16: bool = True
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How `weights` are made. photos: three of four images of a step are photographs, and it starts
-    from the weights of "drawings". iou_scenes: of each kind, that the IoU head is fitted to;
-    scenes: measured, of each style or list.
-    """
-
-    weights: Path
-    photos: bool
-    first: int  # step
-    warmup: int  # steps
-    threads: int
-    iou_scenes: int
-    scenes: int
-    phases: tuple[Phase, ...]
-
-
-RECIPES = {
-    "drawings": Recipe(
-        TINY_CHECKPOINT,
-        photos=False,
-        first=0,
-        warmup=100,
-        threads=2,
-        iou_scenes=120,
-        scenes=10,
-        phases=(
-            Phase(200, "random", 8, 2e-3),
-            Phase(750, "random", 4, 2e-3),
-            Phase(800, "random", 4, 3e-3),
-            Phase(1250, "random", 4, 2e-3),
-            Phase(2400, "random", 8, 2e-3),
-            Phase(3000, "random", 8, 2e-3, 3000, 600),
-            Phase(3700, "mixed", 8, 2e-3),
-            Phase(4050, "mixed", 8, 2e-3, 4050, 380),
-            Phase(4500, "mixed", 8, 1.2e-3, 5050, 700, bf16=False),
-            Phase(4790, "mixed", 8, 1.2e-3, 4790, 290, bf16=False),
-            Phase(5050, "mixed", 8, 1.2e-3, 5050, 150, bf16=False),
-        ),
-    ),
-    "photographs": Recipe(
-        TINY_CHECKPOINT.with_name("sam_tiny_photo.pth"),
-        photos=True,
-        first=5050,
-        warmup=50,
-        threads=1,
-        iou_scenes=40,
-        scenes=20,
-        phases=(
-            Phase(5800, "random", 4, 1e-3, 6550, 900),
-            Phase(6100, "random", 4, 1e-3, 6100, 300),
-        ),
-    ),
+WEIGHTS = {
+    "drawings": TINY_CHECKPOINT,
+    "photographs": TINY_CHECKPOINT.with_name("sam_tiny_photo.pth"),
 }
 CAMVID, CAMVID_CLASSES = ROOT / "splits/camvid", class_set(11, (0, 1, 3, 4, 5, 7), (2, 6, 8, 9, 10))
 
@@ -148,6 +83,24 @@ SIZE_BINS = {  # pixels of the object
 }
 
 
+@dataclass(kw_only=True)
+class Options:
+    """the tiny SAM"""
+
+    command: Argument[Literal["train", "eval"]]
+    "make weights, or measure them"
+    pictures: Argument[Literal["drawings", "photographs"]]
+    "what they see"
+    work: Folder = ROOT / "data/sam_tiny"
+    "checkpoints"
+    root_path: Folder = Path("data")
+    "folder that the lists' paths start from"
+
+    @property
+    def photos(self) -> bool:
+        return self.pictures == "photographs"
+
+
 # ------------------------------------------------------------------------------------------- scenes
 
 
@@ -162,6 +115,22 @@ class Scene:
     segment: np.ndarray
     component: np.ndarray
     table: np.ndarray
+
+    @property
+    def large(self) -> np.ndarray:
+        """The table's rows of segments of at least MIN_AREA pixels."""
+        return self.table[self.table[:, 1] >= MIN_AREA]
+
+    def objects(self, table: np.ndarray) -> list[np.ndarray]:
+        """Masks [H, W] of a table's segments, then of all whole stuff components."""
+        wholes = np.unique(self.component[self.component != VOID])
+        masks = [self.segment == index for index in table[:, 0]]
+        return masks + [self.component == number for number in wholes]
+
+    def mirrored(self) -> Scene:
+        maps, table = (self.image, self.segment, self.component), self.table.copy()
+        table[:, 4:6] = self.segment.shape[1] - table[:, [5, 4]]
+        return Scene(*(values[:, ::-1] for values in maps), table)
 
 
 def components(label: np.ndarray, class_ids, least: int = 1) -> np.ndarray:
@@ -313,7 +282,7 @@ def sample_prompts(rng: np.random.Generator, scene: Scene) -> list[tuple]:
     component (the segment again where there is none).
     """
     segment, component = scene.segment, scene.component
-    table = scene.table[scene.table[:, 1] >= MIN_AREA]
+    table = scene.large
     things, stuff = table[table[:, 6] == 1], table[table[:, 6] == 0]
     groups = []
     for n, count in enumerate(BOX_PROMPTS, start=1):
@@ -386,10 +355,7 @@ def make_batch(kind: str, rows: tuple, step: int, images: int) -> tuple:
     chosen, prompts, anchors = [], [], []
     for index in rng.choice(POOL_SCENES, images, replace=False):
         scene = training_scene(kind, int(index), rows)
-        if rng.random() < 0.5:
-            maps = (scene.image, scene.segment, scene.component)
-            scene = Scene(*(values[:, ::-1] for values in maps), scene.table.copy())
-            scene.table[:, 4:6] = scene.segment.shape[1] - scene.table[:, [5, 4]]
+        scene = scene.mirrored() if rng.random() < 0.5 else scene
         chosen.append(scene)
         prompts.append(sample_prompts(rng, scene))
         anchors.append(torch.from_numpy(rng.choice(scene.segment.size // 64, 48, replace=False)))
@@ -409,19 +375,11 @@ def make_batch(kind: str, rows: tuple, step: int, images: int) -> tuple:
 # --------------------------------------------------------------------------------- forward and loss
 
 
-class AuxiliaryHead(nn.Module):
-    """Dense predictions from the image embedding that only the training uses: edges, box sides, a
-    grouping vector.
+def auxiliary_head(channels: int) -> nn.Module:
+    """Dense predictions that only the training uses, from the image embedding at each token: 16
+    edges, 4 box sides, a grouping vector of 16.
     """
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.out = nn.Sequential(
-            nn.Linear(channels, channels), nn.ReLU(), nn.Linear(channels, 16 + 4 + 16)
-        )
-
-    def forward(self, embedding: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return self.out(embedding.permute(0, 2, 3, 1)).float().split((16, 4, 16), dim=-1)
+    return nn.Sequential(nn.Linear(channels, channels), nn.ReLU(), nn.Linear(channels, 36))
 
 
 def initialise(sam) -> None:
@@ -546,7 +504,7 @@ def mask_loss(sam, embedding: Tensor, prompts: list, known: Tensor, balance: flo
 
 def auxiliary_loss(head: nn.Module, embedding: Tensor, dense: list, anchors: Tensor) -> Tensor:
     """Loss of the dense predictions. VOID takes no part."""
-    edge, sides, group = head(embedding)
+    edge, sides, group = head(embedding.permute(0, 2, 3, 1)).float().split((16, 4, 16), dim=-1)
     edges, edges_known, centre = dense[0].float(), dense[1].float(), dense[2].flatten(1).long()
     weight = (1 + 4 * edges) * edges_known
     edge_loss = F.binary_cross_entropy_with_logits(
@@ -574,11 +532,8 @@ def judged_masks(sam, scene: Scene, points: np.ndarray) -> tuple[Tensor, Tensor]
     points [P, 2] (x, y): a mask's best IoU, at half resolution, with any segment of at least
     MIN_AREA pixels or whole stuff component.
     """
-    ids, wholes = scene.table[scene.table[:, 1] >= MIN_AREA, 0], np.unique(scene.component)
-    truths = [scene.segment == index for index in ids]
-    truths += [scene.component == number for number in wholes if number != VOID]
-    truths, known = low_resolution(np.stack(truths)), low_resolution(scene.segment != VOID)
-    areas = truths.sum(dim=1)
+    truths = low_resolution(np.stack(scene.objects(scene.large)))
+    known, areas = low_resolution(scene.segment != VOID), truths.sum(dim=1)
     picture = torch.from_numpy(np.array(scene.image)).permute(2, 0, 1)[None].float()
     read, best = [], []
     hook = sam.mask_decoder.iou_prediction_head.register_forward_pre_hook(
@@ -614,11 +569,13 @@ def fit_iou_head(head: nn.Module, read: Tensor, target: Tensor) -> None:
             optimizer.step()
 
 
-def refit(sam, recipe: Recipe, rows: tuple) -> None:
-    """Fit the IoU head to the masks of random points, the rest as it is."""
+def refit(sam, scenes: int, kinds: tuple[str, ...], rows: tuple) -> None:
+    """Fit the IoU head to the masks of random points in so many scenes of each kind, the rest as it
+    is.
+    """
     rng, judged = np.random.default_rng(SEED), []
-    for index in progress(range(recipe.iou_scenes), "IoU head", unit="scene"):
-        for kind in ("mixed", "photographs")[: 1 + recipe.photos]:
+    for index in progress(range(scenes), "IoU head", unit="scene"):
+        for kind in kinds:
             scene = training_scene(kind, index, rows)
             ys, xs = np.nonzero(scene.segment != VOID)
             chosen = rng.integers(len(ys), size=224)
@@ -629,10 +586,11 @@ def refit(sam, recipe: Recipe, rows: tuple) -> None:
 # ----------------------------------------------------------------------------------------- training
 
 
-def learning_rate(step: int, recipe: Recipe, phase: Phase) -> float:
+def learning_rate(step: int, recipe: dict, phase: dict) -> float:
     """Linear warm-up from the recipe's first step, constant, linear decay to the phase's end."""
-    warmup, decay = (step - recipe.first + 1) / recipe.warmup, (phase.end - step) / phase.decay
-    return phase.rate * min(1.0, warmup, max(0.0, decay))
+    warmup = (step - recipe["phases"][0]["from_step"] + 1) / recipe["warmup"]
+    decay = (phase["steps"] - step) / phase["decay_steps"]
+    return phase["lr"] * min(1.0, warmup, max(0.0, decay))
 
 
 def gains(name: str) -> bool:
@@ -649,11 +607,14 @@ def export(model: nn.Module, path: Path) -> None:
     """
     state = {}
     for name, value in model.state_dict().items():
-        if gains(name):
-            value = value * LOGIT_GAIN
+        value = value * LOGIT_GAIN if gains(name) else value
         state[name] = value.clone() if "gaussian_matrix" in name else value.half()
+    save(path, state)
+
+
+def save(path: Path, content: dict) -> None:
     with atomic_path(path) as temporary:
-        torch.save(state, temporary)
+        torch.save(content, temporary)
 
 
 def load_exported(model: nn.Module, path: Path) -> None:
@@ -663,52 +624,46 @@ def load_exported(model: nn.Module, path: Path) -> None:
     load_exactly(model, state, path, "the tiny SAM")
 
 
-def begin(recipe: Recipe, checkpoint: Path) -> tuple[dict, int, float]:
-    """Networks and optimizer by name, step and minutes: of the training that was stopped, or of a
-    new one. "ema" is the average of the weights, which is exported.
+def begin(start: Path | None) -> dict:
+    """Networks and optimizer of a new training, by name. "ema" is the average of the weights, which
+    is exported. start: weights to begin with.
     """
     torch.manual_seed(SEED)
     sam = build_sam_tiny()
     initialise(sam)
-    if recipe.photos:
-        load_exported(sam, RECIPES["drawings"].weights)
-    head = AuxiliaryHead(sam.mask_decoder.transformer_dim)
+    if start:
+        load_exported(sam, start)
+    head = auxiliary_head(sam.mask_decoder.transformer_dim)
     parameters = [*sam.train().parameters(), *head.parameters()]
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.02},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
-    parts = {"sam": sam, "head": head, "ema": copy.deepcopy(sam).eval(), "optimizer": optimizer}
-    if not checkpoint.is_file():
-        return parts, recipe.first, 0.0
-    state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    for name, part in parts.items():
-        part.load_state_dict(state[name])
-    return parts, state["step"], state["minutes"]
+    return {"sam": sam, "head": head, "ema": copy.deepcopy(sam).eval(), "optimizer": optimizer}
 
 
-def train_step(parts: dict, recipe: Recipe, step: int, rows: tuple) -> None:
-    """One step of the optimizer and of the average."""
+def train_step(parts: dict, recipe: dict, step: int, rows: tuple) -> None:
+    """One step of the optimizer and of the average. rows: of photographs; with them three of four
+    images are photographs.
+    """
     sam, head, optimizer = parts["sam"], parts["head"], parts["optimizer"]
-    phase = next(phase for phase in recipe.phases if step < phase.until)
-    counts = {phase.style: phase.images}
-    if recipe.photos:
-        drawings = max(1, round(phase.images / 4))
-        counts = {phase.style: drawings, "photographs": phase.images - drawings}
+    phase = [phase for phase in recipe["phases"] if phase["from_step"] <= step][-1]
+    drawings = max(1, round(phase["images"] / 4)) if rows else phase["images"]
+    counts = {phase["style"]: drawings, "photographs": phase["images"] - drawings}
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, recipe, phase)
     optimizer.zero_grad(set_to_none=True)
-    for kind, count in counts.items():
+    for kind, count in counts.items() if rows else [(phase["style"], drawings)]:
         images, prompts, known, dense, anchors = make_batch(kind, rows, step, count)
         balance = max(0.0, 1 - step / 2500)  # from balanced cross-entropy to plain
-        with torch.autocast("cpu", torch.bfloat16, enabled=phase.bf16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=phase["bf16"]):
             embedding = sam.image_encoder.tokens((images - sam.pixel_mean) / sam.pixel_std)
             loss = mask_loss(sam, embedding, prompts, known, balance)
             loss = loss + auxiliary_loss(head, embedding, dense, anchors)
         if not torch.isfinite(loss):
             raise UserError(f"loss is {loss.item()} at step {step}; remove --work and start anew")
-        (loss * count / phase.images).backward()
+        (loss * count / phase["images"]).backward()
     nn.utils.clip_grad_norm_([*sam.parameters(), *head.parameters()], 1.0)
     optimizer.step()
     highest = 0.998 if step < 4790 else 0.99
@@ -718,34 +673,41 @@ def train_step(parts: dict, recipe: Recipe, step: int, rows: tuple) -> None:
         torch._foreach_lerp_(averages, weights, 1 - decay)
 
 
-def train(args: argparse.Namespace, recipe: Recipe, weights: Path) -> None:
+def train(options: Options, weights: Path, record: dict) -> None:
     """All phases, then the IoU head; a checkpoint every 100 steps. Writes `weights`, for inference,
     and the record beside it.
+
+    Of record["recipe"]: warmup, steps; iou_scenes, of each kind, that the IoU head is fitted to;
+    phases: from_step, the first; style of the drawings; images a step; lr, which decays to zero
+    over `decay_steps` steps up to step `steps`; bf16. The last phase ends at step `end`.
     """
-    torch.set_num_threads(recipe.threads)
+    recipe, photos, work = record["recipe"], options.photos, options.work / options.pictures
+    torch.set_num_threads(recipe["threads"])
     tune_cpu()
-    work, end = args.work / args.recipe, recipe.phases[-1].until
-    with folder_lock(work):
-        parts, first, minutes = begin(recipe, work / "checkpoint.pth")
-        rows = photo_rows("sam_train", Path(args.root_path)) if recipe.photos else ()
-        started = time.time() - 60 * minutes
-        for done in progress(range(first, end), args.recipe, unit="step"):
-            train_step(parts, recipe, done, rows)
-            if (done + 1) % SAVE_EVERY == 0 or done + 1 == end:
+    rows = photo_rows("sam_train", options.root_path) if photos else ()
+    with Outputs(work):
+        parts, started = begin(WEIGHTS["drawings"] if photos else None), time.time()
+        done, end = recipe["phases"][0]["from_step"], recipe["end"]
+        if (checkpoint := work / "checkpoint.pth").is_file():
+            state = read_checkpoint(checkpoint)
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+            done, started = state["step"], started - 60 * state["minutes"]
+        for step in progress(range(done, end), options.pictures, unit="step"):
+            train_step(parts, recipe, step, rows)
+            if (step + 1) % SAVE_EVERY == 0 or step + 1 == end:
                 state = {name: part.state_dict() for name, part in parts.items()}
-                state |= {"step": done + 1, "minutes": (time.time() - started) / 60}
-                with atomic_path(work / "checkpoint.pth") as temporary:
-                    torch.save(state, temporary)
+                minutes = (time.time() - started) / 60
+                save(checkpoint, state | {"step": step + 1, "minutes": minutes})
         export(parts["ema"], work / "trained.pth")
         sam = build_sam_tiny()
         load_exported(sam, work / "trained.pth")
-        refit(sam, recipe, rows)
+        refit(sam, recipe["iou_scenes"], ("mixed", "photographs")[: 1 + photos], rows)
         export(sam, weights)
-    record = manifest(vars(args) | {"seed": SEED, "threads": recipe.threads})
-    record |= {"step": end, "phases": [asdict(phase) for phase in recipe.phases]}
-    record["minutes"] = round((time.time() - started) / 60, 1)
-    write_json(weights.with_suffix(".json"), {"training": record})
-    print(f"{weights}: step {end}, {record['minutes']} minutes")
+    training = manifest(vars(options) | {"seed": SEED, "threads": recipe["threads"]})
+    training |= {"step": end, "minutes": round((time.time() - started) / 60, 1)}
+    write_json(weights.with_suffix(".json"), {"recipe": recipe, "training": training})
+    print(f"{weights}: step {end}, {training['minutes']} minutes")
 
 
 # -------------------------------------------------------------------------------------- measurement
@@ -762,7 +724,7 @@ def prompt_scene(predictor: SamPredictor, scene: Scene, rng: np.random.Generator
     """
     predictor.set_image(scene.image)
     rows, known = [], scene.segment != VOID
-    for row in scene.table[scene.table[:, 1] >= MIN_AREA]:
+    for row in scene.large:
         is_thing = bool(row[6])
         box, points, fragment = imperfect_box(rng, scene.segment, row, int(rng.integers(1, 3)))
         truth = box_target(scene.segment == row[0], box, fragment, is_thing)
@@ -779,10 +741,8 @@ def propose_scene(generator: SamAutomaticMaskGenerator, scene: Scene) -> dict:
     """Proposals of one scene: their best IoU with any segment or whole stuff component, and the
     share of the pixels and of the stuff pixels that they cover.
     """
-    known, numbers = scene.segment != VOID, scene.component
+    known, truths = scene.segment != VOID, scene.objects(scene.table)
     stuff = np.isin(scene.segment, scene.table[scene.table[:, 6] == 0, 0])
-    truths = [scene.segment == index for index in scene.table[:, 0]]
-    truths += [numbers == number for number in np.unique(numbers[numbers != VOID])]
     masks = [proposal["segmentation"] & known for proposal in generator.generate(scene.image)]
     masks = [mask for mask in masks if mask.any()]  # not those where nothing is measured
     covered = np.any([np.zeros_like(known), *masks], axis=0)
@@ -794,8 +754,9 @@ def propose_scene(generator: SamAutomaticMaskGenerator, scene: Scene) -> dict:
     }
 
 
-def mean(values) -> float | None:
-    return round(float(np.mean(values)), 3) if len(values) else None
+def means(rows: list[dict], *keys: str) -> dict[str, float | None]:
+    """The mean of each key over the rows; None without rows."""
+    return {k: round(float(np.mean([row[k] for row in rows])), 3) if rows else None for k in keys}
 
 
 def measure(sam, name: str, scenes: list[Scene]) -> dict:
@@ -803,60 +764,45 @@ def measure(sam, name: str, scenes: list[Scene]) -> dict:
     the proposals, which take seconds, of three scenes spread evenly.
     """
     predictor, generator = SamPredictor(sam), SamAutomaticMaskGenerator(sam)
-    few = min(3, len(scenes))
-    chosen = {number * len(scenes) // few for number in range(few)}
-    rows, proposals, prompts = [], [], {"things": {}, "all": {}}
+    rows, prompts, few = [], {}, min(3, len(scenes))
     for number, scene in enumerate(progress(scenes, name)):
         rows += prompt_scene(predictor, scene, np.random.default_rng((SEED, number)))
-        if number in chosen:
-            proposals.append(propose_scene(generator, scene))
-    for kind, bins in prompts.items():
+    for kind, of_kind in {"things": [row for row in rows if row["thing"]], "all": rows}.items():
+        prompts[kind] = {}
         for size, (low, high) in SIZE_BINS.items():
-            inside = [row for row in rows if low <= row["area"] < high]
-            inside = [row for row in inside if kind == "all" or row["thing"]]
-            means = {key: mean([row[key] for row in inside]) for key in ("iou", "fill")}
-            bins[size] = {"n": len(inside), **means}
-    keys = ("number", "covered", "stuff_covered")
-    means = {key: mean([found[key] for found in proposals]) for key in keys}
-    means["iou"] = mean([iou for found in proposals for iou in found["iou"]])
+            inside = [row for row in of_kind if low <= row["area"] < high]
+            prompts[kind][size] = {"n": len(inside), **means(inside, "iou", "fill")}
+    found = [propose_scene(generator, scenes[i * len(scenes) // few]) for i in range(few)]
+    proposals = means(found, "number", "covered", "stuff_covered")
+    proposals |= means([{"iou": iou} for scene in found for iou in scene["iou"]], "iou")
     about = {"scenes": len(scenes), "proposal_scenes": few}
-    return about | {"prompts": prompts, "proposals": means}
+    return about | {"prompts": prompts, "proposals": proposals}
 
 
-def evaluate(args: argparse.Namespace, recipe: Recipe, weights: Path) -> None:
+def evaluate(options: Options, weights: Path, record: dict) -> None:
     """Held-out drawings; of photographs the day drives' held-out ones and, as a diagnostic, dusk,
-    all whole. The results join the record beside `weights`.
+    all whole; record["recipe"]["scenes"] of each. The results join the record beside `weights`.
     """
-    sam, sets = build_sam("tiny", weights), {}
+    sam, sets, wanted = build_sam("tiny", weights), {}, record["recipe"]["scenes"]
     for number, style in enumerate(STYLES):
         first = FIRST_EVAL_SEED + 100_000 * number
-        sets[style] = [drawing(first + i, style) for i in range(recipe.scenes)]
-    for name in ("sam_holdout", "dusk_gt") if recipe.photos else ():
-        rows = photo_rows(name, Path(args.root_path))
-        count = min(recipe.scenes, len(rows))
+        sets[style] = [drawing(first + i, style) for i in range(wanted)]
+    for name in ("sam_holdout", "dusk_gt") if options.photos else ():
+        rows = photo_rows(name, options.root_path)
+        count = min(wanted, len(rows))
         chosen = [rows[i * len(rows) // count] for i in range(count)]
         sets[name] = [photo_window(row, 1, np.array([0.5, 0.5])) for row in chosen]
-    path = weights.with_suffix(".json")
-    record = read_json(path) if path.is_file() else {}
     record |= {"seed": SEED, "first_scene_seed": FIRST_EVAL_SEED}
     record["results"] = {name: measure(sam, name, scenes) for name, scenes in sets.items()}
-    write_json(path, record)
-    print(f"{path}: measured on {', '.join(sets)}")
+    write_json(weights.with_suffix(".json"), record)
+    print(f"{weights.with_suffix('.json')}: measured on {', '.join(sets)}")
 
 
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("command", choices=("train", "eval"))
-    parser.add_argument("recipe", choices=RECIPES)
-    parser.add_argument("--weights", type=Path, help="(default: the file that ships)")
-    parser.add_argument("--work", type=Path, default=ROOT / "data/sam_tiny", help="checkpoints")
-    add_root_option(parser)
-    args = parser.parse_args(argv)
-    recipe = RECIPES[args.recipe]
-    command = train if args.command == "train" else evaluate
-    command(args, recipe, args.weights or recipe.weights)
+    options = parse_options(Options, __doc__, argv)
+    weights = WEIGHTS[options.pictures]
+    command = train if options.command == "train" else evaluate
+    command(options, weights, read_json(weights.with_suffix(".json")))
 
 
 if __name__ == "__main__":
