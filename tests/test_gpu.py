@@ -13,17 +13,19 @@ import torch
 from conftest import ROOT
 
 import seco_scc
-import train_unimatch
+from dataset.scc import mask_shares
 from dataset.toy import draw_scene
 from eval import evaluate_checkpoint
+from model import scc
 from model.deeplabv3plus import DeepLabV3Plus
 from model.sam import load_segmenter
+from model.training import perturbation_factors
 from scripts.dev import bench, gpu
 from seco_sam import aggregate
 from tests.reference_train import random_batch
 from util.labels import CITYSCAPES_19, write_label
 from util.pictures import save_picture
-from util.run import exact_mode, seed_everything
+from util.run import UserError, exact_mode, seed_everything
 
 DEVICES = ("cpu", "cuda")
 
@@ -47,10 +49,9 @@ def test_psa_gives_the_cpu_s_labels(recipe):
 
 @pytest.mark.gpu
 def test_a_unimatch_step_has_the_cpu_s_losses():
-    how = ["--backbone", "resnet10", "--crop-size", "65", "--min-kept", "300", "--device", "cpu"]
-    options = bench.parse_args(["train", *how])
+    options = bench.TrainOptions(backbone="resnet10", crop_size=65, min_kept=300)
     batch, losses = random_batch(2, 65, 19, 0), []
-    factors = train_unimatch.perturbation_factors(0, 0, 2, (32, 256))
+    factors = perturbation_factors(0, 0, 2, (32, 256))
     for name in DEVICES:
         trainer = bench.trainer_for("fp32", options, torch.device(name))
         loss, _, _ = trainer.unimatch_losses(dict(batch), [f.flatten(0, 1) for f in factors])
@@ -67,15 +68,15 @@ def test_scc_has_the_cpu_s_logits(recipe):
     how = ["--id-list-path", "-", "--backbone", "resnet10", "--recipe", recipe, "--device", "cpu"]
     options = seco_scc.parse_args(how)
     seed_everything(0)
-    model = seco_scc.make_classifier(options, 19, torch.device("cpu")).eval()
+    model = scc.make_classifier(options, 19, torch.device("cpu")).eval()
     images = torch.randint(0, 256, (2, 64, 128, 3), dtype=torch.uint8)
     second = torch.randint(0, 2, (2, 1, 32, 64), dtype=torch.uint8)
     if recipe == "paper":
         numbers = np.arange(64 * 128).reshape(64, 128) // 2048
-        second = [seco_scc.mask_shares(numbers, 4, (64, 128)) for _ in range(2)]
+        second = [mask_shares(numbers, 4, (64, 128)) for _ in range(2)]
     with torch.inference_mode():
         here, there = (
-            seco_scc.logits_of(model.to(name), images, second, torch.device(name), False).cpu()
+            scc.logits_of(model.to(name), images, second, torch.device(name), False).cpu()
             for name in DEVICES
         )
     assert torch.allclose(here, there, rtol=1e-3, atol=1e-3 * float(here.abs().max()))
@@ -104,7 +105,8 @@ def test_evaluation_has_the_cpu_s_confusion(mode, tmp_path):
 def test_a_part_that_hangs_leaves_the_others_and_what_is_done_is_not_run_again(
     tmp_path, monkeypatch, capsys
 ):
-    """The time limit of one part is far too short."""
+    """The time limit of one part is far too short. Figures of another card are not mixed in."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setitem(gpu.PARTS, "scc", replace(gpu.PARTS["scc"], seconds=0.1))
     how = ["--device", "cpu", "--out", str(tmp_path), "--parts", "scc", "eval"]
     assert gpu.main(how) == 1
@@ -120,6 +122,10 @@ def test_a_part_that_hangs_leaves_the_others_and_what_is_done_is_not_run_again(
     assert "scc: scc\neval: done before\n" in capsys.readouterr().out
     assert (tmp_path / "gpu.md").read_text() == text
 
+    monkeypatch.setattr(gpu, "identity", lambda *_: {"card": "another", "miniature": True})
+    with pytest.raises(UserError, match="holds results of card = .*, now it is another"):
+        gpu.main(how)
+
 
 def test_a_case_that_fails_leaves_the_others_and_alone_runs_again(tmp_path, monkeypatch):
     begun = []
@@ -132,21 +138,14 @@ def test_a_case_that_fails_leaves_the_others_and_alone_runs_again(tmp_path, monk
 
     monkeypatch.setattr(torch, "compile", torch.compile)  # is set for a CPU
     monkeypatch.setitem(gpu.PARTS, "scc", replace(gpu.PARTS["scc"], run=measured))
-    options = gpu.parse_args(["--device", "cpu", "--out", str(tmp_path), "--part", "scc"])
-    assert gpu.work(options) == 1 and begun == ["fp32", "TF32", "bf16"]
+    cpu = torch.device("cpu")
+    results = gpu.Results(tmp_path, gpu.identity(cpu, miniature=True))
+    assert gpu.work("scc", results, cpu) == 1 and begun == ["fp32", "TF32", "bf16"]
     text = (tmp_path / "gpu.md").read_text()
     assert "| bf16 | 2 iterations/s | 1.0 |" in text
     assert "| TF32 | error RuntimeError: CUDA error: |" in text
-    assert gpu.work(options) == 0 and begun[3:] == ["TF32"]
+    assert gpu.work("scc", results, cpu) == 0 and begun[3:] == ["TF32"]
     assert "error" not in (tmp_path / "gpu.md").read_text()
-
-
-def test_figures_of_another_card_are_not_shown(tmp_path):
-    options = gpu.parse_args(["--device", "cpu", "--out", str(tmp_path)])
-    results = gpu.Results(options)
-    results.add("scc", "fp32", {"iterations/s": 1.0})
-    results.identity = {**results.identity, "card": "another"}
-    assert results.lacking("scc") == ["fp32", "TF32", "bf16"]
 
 
 def run(out, *arguments) -> subprocess.CompletedProcess:

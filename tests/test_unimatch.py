@@ -838,10 +838,9 @@ def test_a_damaged_image_is_told_in_one_line(data, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_benchmarks_run_and_print_ratios(capsys):
-    cpu, how = torch.device("cpu"), ["--device", "cpu", "--batch", "2", "--steps", "1"]
-    how += ["--backbone", "resnet18", "--crop-size", "64"]
-    variants = bench.train(bench.parse_args(["train", *how]), cpu)
-    seconds = bench.data(bench.parse_args(["data", "--samples", "6"]), cpu)
+    how = {"backbone": "resnet18", "crop_size": 64, "batch": 2, "steps": 1, "device": "cpu"}
+    variants = bench.train(bench.TrainOptions(**how))
+    seconds = bench.data(bench.DataOptions(samples=6))
     out = capsys.readouterr().out
     assert (
         "| plain fp32 |" in out

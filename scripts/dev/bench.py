@@ -13,19 +13,19 @@ in one run. scripts/README.md has the figures.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import copy
 import inspect
-import resource
 import statistics
 import sys
 import tempfile
 import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Annotated, Literal
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # for `python scripts/dev/NAME.py`
 
@@ -36,19 +36,19 @@ from scipy import ndimage
 from segment_anything.utils.amg import calculate_stability_score
 
 import train_unimatch
-from dataset.augment import cropped_image, cropped_label, draw_crop
-from dataset.samples import LABELED, Key, TrainingSamples
+from dataset.samples import Key, TrainingSamples
 from dataset.scc import BUFFER, Data, index_image, patch_batches
 from dataset.toy import draw_scene
 from model.sam import SAM_TYPES, default_checkpoint, load_segmenter, output_name, sam_builder
 from model.sam_fast import FastSam
 from model.segmenter import ProposalSettings, Segmenter
+from model.training import build_model, perturbation_factors, set_precision, to_device
 from seco_sam import aggregate
 from seco_scc import parse_args as scc_options
 from tests import oracle_psa, reference_data, reference_scc, reference_train
 from util import run
-from util.labels import CITYSCAPES_19, IGNORE, read_label, read_picture, write_list
-from util.options import add_run_options, check_range, check_run_options
+from util.labels import CITYSCAPES_19, IGNORE, read_picture, write_list
+from util.options import Bounds, Count, DeviceOptions, Pixels, parse_options
 from util.run import progress
 
 CROP = 769  # of `data`
@@ -63,8 +63,6 @@ VARIANTS = {  # of `train`
     "bf16 channels-last compile": ["--amp", "bf16", "--compile"],
 }
 NOT_ON_A_CPU = "tf32", "bf16 channels-last compile"
-# Of the shipped GTA run (233 to 239 iterations an epoch).
-EPOCHS, ITERATIONS, GLOBAL_BATCH = 240, 235, 8
 
 
 def clock(device: torch.device) -> float:
@@ -94,7 +92,15 @@ def count_memory_anew(device: torch.device) -> None:
 # --------------------------------------------------------------------------------------------- data
 
 
-def data(options: argparse.Namespace, device: torch.device) -> dict[str, float]:
+@dataclass(kw_only=True)
+class DataOptions:
+    """data"""
+
+    samples: Count = 20
+    "per measurement"
+
+
+def data(options: DataOptions) -> dict[str, float]:
     """Data loading of UniMatch at 2048 x 1024, beside resizing whole images and cutting afterwards.
 
     Both sides make the same samples (one labeled crop; one unlabeled image as weak view, two strong
@@ -111,51 +117,54 @@ def data(options: argparse.Namespace, device: torch.device) -> dict[str, float]:
     for what, value in seconds.items():
         plain = f"{what.removesuffix(', plain')}, plain"
         ratio = seconds.get(plain, seconds["whole sample, plain"]) / value
-        images = 1 if what.startswith("resize") else 3
-        print(f"| {what} | {1000 * value:.1f} | {images / value:.1f} | {ratio:.1f}x |")
+        print(f"| {what} | {1000 * value:.1f} | {3 / value:.1f} | {ratio:.1f}x |")
     return seconds
 
 
 def sample_seconds(root: Path, count: int) -> dict[str, float]:
     """{what: CPU seconds of one of `count` samples}."""
-    rows = reference_data.made_files(root, 4)
+    rows, plain = reference_data.made_files(root, 4), reference_data.plain_sample
     fast, memory, cached = (
         TrainingSamples(rows, [image for image, _ in rows], root, CROP, 0, image_cache=cache)
         for cache in (None, None, root / "cache")
     )
     pictures = {root / image: read_picture(root / image) for image, _ in rows}
     memory.images = SimpleNamespace(read=pictures.get)
-    image, label = pictures[root / rows[0][0]], read_label(root / rows[0][1])
-
-    plain_sample, whole = reference_data.plain_sample, reference_data.resized_then_cropped
-    whole_label = reference_data.label_resized_then_cropped
     keys = [Key(0, number, number % len(rows)) for number in range(max(count, len(rows)))]
-    crops = [draw_crop(fast.generator(LABELED, key), *label.shape, CROP) for key in keys]
     for key in keys[: len(rows)]:  # fills the cache; warms the others up
-        cached[key], fast[key], plain_sample(fast, key)
-
-    def cpu(work: Callable, items: list = keys) -> float:
-        return cpu_seconds(work, items[:count])
-
-    return {
-        "whole sample, plain": cpu(lambda key: plain_sample(fast, key)),
-        "whole sample": cpu(lambda key: fast[key]),
-        "whole sample, --image-cache": cpu(lambda key: cached[key]),
-        "whole sample but decoding, plain": cpu(lambda key: plain_sample(fast, key, pictures.get)),
-        "whole sample but decoding": cpu(lambda key: memory[key]),
-        "resize and crop alone, plain": cpu(
-            lambda crop: (whole(image, crop), whole_label(label, crop, IGNORE)), crops
-        ),
-        "resize and crop alone": cpu(
-            lambda crop: (cropped_image(image, crop), cropped_label(label, crop, IGNORE)), crops
-        ),
+        cached[key], fast[key], plain(fast, key)
+    ways = {
+        "whole sample, plain": lambda key: plain(fast, key),
+        "whole sample": lambda key: fast[key],
+        "whole sample, --image-cache": lambda key: cached[key],
+        "whole sample but decoding, plain": lambda key: plain(fast, key, pictures.get),
+        "whole sample but decoding": lambda key: memory[key],
     }
+    return {what: cpu_seconds(way, keys[:count]) for what, way in ways.items()}
 
 
 # ---------------------------------------------------------------------------------------------- psa
 
 
-def psa(options: argparse.Namespace, device: torch.device) -> None:
+@dataclass(kw_only=True)
+class PsaOptions(DeviceOptions):
+    """psa"""
+
+    sam_type: str = "tiny"
+    "as of seco_sam.py"
+    size: tuple[Annotated[int, Bounds(least=1), "H W"], int] = (192, 384)
+    "of the scenes, pixels"
+    images: Count = 2
+    "scenes"
+    points: Count = 32
+    "a side of the grid that prompts SAM"
+    amp: Literal["none", "bf16"] = "none"
+    "not of the oracle"
+    no_oracle: bool = False
+    "time PSA alone"
+
+
+def psa(options: PsaOptions) -> None:
     """PSA stage by stage on scenes of the embedded benchmark, for SAMs beside tests/oracle_psa.py.
 
     On a GPU the device is waited for around each stage. Agreement is the share of pixels on which
@@ -163,16 +172,17 @@ def psa(options: argparse.Namespace, device: torch.device) -> None:
     thresholds that on the first image a third of the proposals pass (predicted IoU) and 150 of them
     (stability), about as with trained weights, and no box NMS (random masks fill the image).
     """
+    device, (height, width) = run.select_device(options.device), options.size
     run.exact_mode()
     run.tune_cpu()  # for both: the ratio is that of the algorithms
     run.seed_everything(0)
-    figures, (height, width) = measure_psa(options, device), options.size
+    figures = measure_psa(options, device)
     print(
         f"{output_name(options.sam_type)}, {width}x{height}, {options.images} images, {device},"
         f" {torch.get_num_threads()} threads, {options.amp}: {figures['proposals']:.0f} proposals"
         f" and {figures['prompts']:.0f} prompts an image"
     )
-    for name in ("psa", "oracle")[: 1 + ("oracle" in figures)]:
+    for name in [name for name in ("psa", "oracle") if name in figures]:
         total, stages = figures[name]["seconds"], figures[name]["stages"]
         print(f"{name:10s} {total:9.2f} s/image  {1 / total:7.2f} images/s")
         for stage, seconds in {**stages, "rest": total - sum(stages.values())}.items():
@@ -180,11 +190,12 @@ def psa(options: argparse.Namespace, device: torch.device) -> None:
         memory = figures[name]["memory"].items()
         print("    peak memory " + ", ".join(f"{k} {v:.0f}" for k, v in memory))
     if "oracle" in figures:
-        ratio, agreement = total / figures["psa"]["seconds"], figures["agreement"]
+        ratio = figures["oracle"]["seconds"] / figures["psa"]["seconds"]
+        agreement = figures["agreement"]
         print(f"ratio {ratio:.1f}, agreement {agreement:.4f} % of the pixels (worst image)")
 
 
-def measure_psa(options: argparse.Namespace, device: torch.device) -> dict:
+def measure_psa(options: PsaOptions, device: torch.device) -> dict:
     """Figures an image of PSA and, where there is one, of the oracle: {"psa", "oracle": {"seconds",
     "stages", "memory"}, "proposals", "prompts", "agreement": percent of pixels, worst image}.
     """
@@ -203,10 +214,6 @@ def measure_psa(options: argparse.Namespace, device: torch.device) -> dict:
         memory = run.peak_memory_mb(device)
         return results, {"seconds": seconds, "stages": stages, "memory": memory}
 
-    def ours(image: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, int, int]:
-        found = aggregate(image, label, sam, CITYSCAPES_19)
-        return found.label, len(found.aligned), len(found.prompts)
-
     def plain(image: np.ndarray, label: np.ndarray) -> np.ndarray:
         kinds, settings = (CITYSCAPES_19.stuff, CITYSCAPES_19.things), sam.settings
         official = dict(
@@ -217,12 +224,13 @@ def measure_psa(options: argparse.Namespace, device: torch.device) -> dict:
         )
         return oracle_psa.oracle_psa(image, label, sam.sam, *kinds, "release", official, sam.watch)
 
-    results, seconds = measured(ours)
-    labels, proposals, prompts = zip(*results)
-    figures = {"psa": seconds, "proposals": np.mean(proposals), "prompts": np.mean(prompts)}
+    found, seconds = measured(lambda image, label: aggregate(image, label, sam, CITYSCAPES_19))
+    figures = {"psa": seconds, "proposals": np.mean([len(result.aligned) for result in found])}
+    figures["prompts"] = np.mean([len(result.prompts) for result in found])
     if isinstance(sam, FastSam) and not options.no_oracle:
         expected, figures["oracle"] = measured(plain)
-        figures["agreement"] = 100 * min((a == b).mean() for a, b in zip(labels, expected))
+        equal = [(result.label == label).mean() for result, label in zip(found, expected)]
+        figures["agreement"] = 100 * min(equal)
     return figures
 
 
@@ -233,7 +241,7 @@ def pixel_labels(label: np.ndarray, seed: int) -> np.ndarray:
 
 
 def prepared_segmenter(
-    options: argparse.Namespace, device: torch.device, image: np.ndarray, label: np.ndarray
+    options: PsaOptions, device: torch.device, image: np.ndarray, label: np.ndarray
 ) -> Segmenter:
     """The segmenter of the options; on a GPU it has gone through PSA once, so that nothing is
     loaded or tuned while it is timed.
@@ -290,40 +298,47 @@ class DeviceStopwatch(run.Stopwatch):
 # ---------------------------------------------------------------------------------------------- scc
 
 
-def scc(options: argparse.Namespace, device: torch.device) -> None:
+@dataclass(kw_only=True)
+class SccOptions:
+    """scc"""
+
+    images: Count = 3000
+    "in the list, in multiples of 8"
+    batches: Count = 60
+    "of 64 patches, over which the ten readings of memory are spread"
+
+
+def scc(options: SccOptions) -> None:
     """SCC's patches of training a second, beside opening the image for each connectivity
     (tests/reference_scc.py), and the memory over a list of images of 2048 x 1024.
 
     No network; CPU seconds of one process. The list names a few files again and again, so that
-    3,000 images need no 10 GB of disk. Memory is resident memory: what the index of the list adds,
-    and while patches are streamed at each tenth of the batches.
+    3,000 images need no 10 GB of disk. Memory is the process's peak, read at each tenth of the
+    batches: it grows no more once the buffer of patches is full.
     """
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        files, before = reference_data.made_files(root, FILES), resident_mb()
-        data = repeated(root, files, -(-options.images // FILES))
+        data = repeated(root, reference_data.made_files(root, FILES), -(-options.images // FILES))
         print(
             f"{len(data.index)} connectivities in {len(data.rows)} images of 2048 x 1024;"
-            f" index: {data.index.nbytes / 1e6:.1f} MB, resident memory grew by"
-            f" {resident_mb() - before:.0f} MB"
+            f" index: {data.index.nbytes / 1e6:.1f} MB"
         )
         chosen = np.random.default_rng(1).permutation(data.starts[FILES])[:CUTS].tolist()
         reference_scc.store_masks(root, data, chosen)
         slow = cpu_seconds(
             lambda m: reference_scc.opened_patch(root, data, m, data.options.patch_size), chosen
         )
-        readings, start = [], time.process_time()
+        peaks, start = [], time.process_time()
         stream = patch_batches(data, 0, options.batches)
-        for number, _ in enumerate(progress(stream, "patches", options.batches, "batch"), start=1):
-            if number % max(1, options.batches // 10) == 0:
-                readings.append(f"{resident_mb():.0f}")
-        # The pool is filled before the first batch: its patches are work done as well.
+        for _ in progress(stream, "patches", options.batches, "batch"):
+            peaks.append(run.peak_memory_mb()["host_mb"])
+        # The buffer is filled before the first batch: its patches are work done as well.
         drawn = options.batches * data.options.batch_size + BUFFER
         fast = (time.process_time() - start) / drawn
+    readings = ", ".join(f"{peak:.0f}" for peak in peaks[:: max(1, len(peaks) // 10)])
     print(
         f"cutting patches: {1 / fast:.0f} connectivities/s, opening the image for each:"
-        f" {1 / slow:.1f}/s, {slow / fast:.1f}x\n"
-        f"resident memory while streaming, MB: {', '.join(readings)}"
+        f" {1 / slow:.1f}/s, {slow / fast:.1f}x\npeak memory while streaming, MB: {readings}"
     )
 
 
@@ -337,24 +352,33 @@ def repeated(root: Path, rows: list[tuple[str, str]], times: int) -> Data:
     return Data(root, rows * times, index, 19, scc_options(how))
 
 
-def resident_mb() -> float:
-    """Resident memory now, in MB; peak where the system does not tell."""
-    status = Path("/proc/self/statm")
-    if status.is_file():
-        return int(status.read_text(encoding="utf-8").split()[1]) * resource.getpagesize() / 1e6
-    return run.peak_memory_mb()["host_mb"]
-
-
 # -------------------------------------------------------------------------------------------- train
 
 
-def train(options: argparse.Namespace, device: torch.device) -> dict[str, dict]:
+@dataclass(kw_only=True)
+class TrainOptions(DeviceOptions):
+    """train"""
+
+    backbone: str = "resnet101"
+    "of train_unimatch.py"
+    crop_size: Pixels = 769
+    "a side"
+    batch: Count = 2
+    "labeled samples; as many unlabeled"
+    min_kept: Pixels = 200_000
+    "of OHEM"
+    steps: Count = 10
+    "timed steps of each variant"
+
+
+def train(options: TrainOptions) -> dict[str, dict]:
     """Seconds and peak memory of a UniMatch training step in every precision, beside the released
     step written out (tests/reference_train.py, whose losses and gradients are the same).
 
     Random images and labels, so data loading is left out; medians. On a CPU without tf32 and
     compile. Gives what `measure_train` gives.
     """
+    device = run.select_device(options.device)
     cuda = device.type == "cuda"
     results = measure_train([v for v in VARIANTS if cuda or v not in NOT_ON_A_CPU], options, device)
     threads = f"CPU, {torch.get_num_threads()} threads"
@@ -362,24 +386,20 @@ def train(options: argparse.Namespace, device: torch.device) -> dict[str, dict]:
         f"{options.backbone}, crop {options.crop_size}, batch {options.batch} + {options.batch},"
         f" 19 classes, {torch.cuda.get_device_name(device) if cuda else threads},"
         f" torch {torch.__version__}; medians of {options.steps} steps\n"
-        "| variant | s / iteration (least .. greatest) | against plain | peak GPU memory, GB | GTA"
-        " run on this one device, h |\n|---|---|---|---|---|"
+        "| variant | s / iteration (least .. greatest) | against plain | peak GPU memory, GB |\n"
+        "|---|---|---|---|"
     )
-    # of other settings than the authors' the hours of their run cannot be told
-    authors = (options.backbone, options.crop_size) == ("resnet101", 769)
-    steps = GLOBAL_BATCH / options.batch * ITERATIONS * EPOCHS
     for variant, found in results.items():
         seconds, ratio = found["seconds"], results["plain fp32"]["seconds"] / found["seconds"]
         memory = f"{found['device_mb'] / 1000:.1f}" if cuda else "-"
-        hours = f"{seconds * steps / 3600:.1f}" if authors else "-"
-        print(
-            f"| {variant} | {seconds:.3f} ({found['least']:.3f} .. {found['greatest']:.3f})"
-            f" | {ratio:.2f}x | {memory} | {hours} |"
-        )
+        extremes = f"{found['least']:.3f} .. {found['greatest']:.3f}"
+        print(f"| {variant} | {seconds:.3f} ({extremes}) | {ratio:.2f}x | {memory} |")
     return results
 
 
-def measure_train(variants: list[str], options, device: torch.device) -> dict[str, dict]:
+def measure_train(
+    variants: list[str], options: TrainOptions, device: torch.device
+) -> dict[str, dict]:
     """{variant: median, least and greatest seconds, peak memory in MB}. On a CPU the variants take
     turns step by step, so that other load on the machine hits all alike; on a GPU, whose memory
     they would share, they follow one another.
@@ -399,25 +419,25 @@ def measure_train(variants: list[str], options, device: torch.device) -> dict[st
     return results
 
 
-def trainer_for(variant: str, options, device: torch.device) -> train_unimatch.Trainer:
-    """A Trainer set up for a variant."""
+def trainer_for(variant: str, options: TrainOptions, device: torch.device):
+    """A train_unimatch.Trainer set up for a variant."""
     how = ["--labeled-id-path", "-", "--unlabeled-id-path", "-", "--save-path", "-"]
     how += ["--backbone", options.backbone, "--crop-size", str(options.crop_size)]
     how += ["--global-batch", str(options.batch), "--loss-groups", "1"]
     how += ["--min-kept", str(options.min_kept), *VARIANTS[variant]]
     args = train_unimatch.parse_args(how)
-    train_unimatch.set_precision(args)
-    model = train_unimatch.build_model(args, 19)
-    model = train_unimatch.to_device(model, device, args.channels_last)
+    set_precision(args)
+    model = build_model(args, 19)
+    model = to_device(model, device, args.channels_last)
     return train_unimatch.Trainer(model, args, device, group=options.batch, total=1000)
 
 
 def one_step(variant: str, trainer: train_unimatch.Trainer, batch: dict, number: int) -> float:
     """Seconds of one training step. Sets the variant's precision, which is global."""
     args, model = trainer.args, trainer.model
-    train_unimatch.set_precision(args)
+    set_precision(args)
     c1, _, _, c4 = model.backbone.channels
-    factors = train_unimatch.perturbation_factors(0, number, trainer.group, (c1, c4))
+    factors = perturbation_factors(0, number, trainer.group, (c1, c4))
     factors = tuple(f.flatten(0, 1) for f in factors)
     start = clock(trainer.device)
     trainer.optimizer.zero_grad()
@@ -432,50 +452,22 @@ def one_step(variant: str, trainer: train_unimatch.Trainer, batch: dict, number:
 
 # ------------------------------------------------------------------------------------------ options
 
+PARTS = {data: DataOptions, psa: PsaOptions, scc: SccOptions, train: TrainOptions}
 
-def parse_args(argv=None) -> argparse.Namespace:
-    """The options of a part; `part` is its function."""
-    form = dict(formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser = argparse.ArgumentParser(description=__doc__, **form)
-    parser.set_defaults(device="cpu")  # of the parts that have no --device
-    commands, parsers = parser.add_subparsers(required=True, metavar="PART"), {}
-    for part in (data, psa, scc, train):
-        said = inspect.getdoc(part)
-        parsers[part] = commands.add_parser(part.__name__, description=said, **form)
-        parsers[part].set_defaults(part=part, counts=[])
 
-    def count(part: Callable, name: str, default: int, what: str) -> None:
-        what += " (default: %(default)s)"
-        parsers[part].add_argument(name, type=int, default=default, metavar="N", help=what)
-        parsers[part].get_default("counts").append(name[2:].replace("-", "_"))
-
-    count(data, "--samples", 20, "per measurement")
-    add = parsers[psa].add_argument
-    add("--sam-type", default="tiny", metavar="TYPE", help="as of seco_sam.py (default: tiny)")
-    add("--size", type=int, nargs=2, default=(192, 384), help="H W, pixels (default: 192 384)")
-    count(psa, "--images", 2, "scenes")
-    count(psa, "--points", 32, "a side of the grid that prompts SAM")
-    add("--amp", default="none", choices=("none", "bf16"), help="not of the oracle (default: none)")
-    add("--no-oracle", action="store_true", help="time PSA alone")
-    count(scc, "--images", 3000, "in the list, in multiples of 8")
-    count(scc, "--batches", 60, "of 64 patches, over which the ten readings of memory are spread")
-    add = parsers[train].add_argument
-    add("--backbone", default="resnet101", help="of train_unimatch.py (default: resnet101)")
-    count(train, "--crop-size", 769, "pixels")
-    count(train, "--batch", 2, "labeled samples; as many unlabeled")
-    count(train, "--min-kept", 200_000, "of OHEM, pixels")
-    count(train, "--steps", 10, "timed steps of each variant")
-    for part in (psa, train):
-        add_run_options(parsers[part], seed=False)
-    options = parser.parse_args(argv)
-    check_run_options(options)
-    check_range(options, *options.counts, least=1)
-    return options
+def parse_args(argv=None) -> tuple[Callable, object]:
+    """(function of a part, its options)."""
+    argv = sys.argv[1:] if argv is None else argv
+    parts = {part.__name__: part for part in PARTS}
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=parts)
+    part = parts[parser.parse_args(argv[:1]).part]
+    return part, parse_options(PARTS[part], inspect.getdoc(part), argv[1:])
 
 
 def main(argv=None) -> None:
-    options = parse_args(argv)
-    options.part(options, run.select_device(options.device))
+    part, options = parse_args(argv)
+    part(options)
 
 
 if __name__ == "__main__":

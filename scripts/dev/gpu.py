@@ -4,20 +4,20 @@
     bash scripts/dev/gpu.sh --miniature                     the same code on tiny sizes
     bash scripts/dev/gpu.sh --device cpu --out runs/cpu     in miniature, two minutes on 2 cores
 
-Outputs  in --out: gpu.md and gpu.json, written anew after every figure; of each part <part>.json,
-         its figures, and <part>.log, what it printed
+Outputs  in --out: gpu.md and gpu.json, written anew after every figure; of each part <part>.log,
+         what it printed
 
 A part is a process of its own with a time limit: one that fails or hangs leaves the others, and
-what it has measured until then. The same command goes on where it was stopped. Figures of another
-card, commit, torch or size are measured again.
+what it has measured until then. The same command goes on where it was stopped. Another card,
+commit, torch or size needs another folder.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import functools
 import gc
+import multiprocessing
 import os
 import re
 import signal
@@ -25,7 +25,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -36,18 +35,19 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # for `python scri
 
 import numpy as np
 import torch
-from torch.nn.functional import cross_entropy
 
 import seco_scc
 from dataset.toy import draw_scene
 from eval import evaluate_checkpoint
 from model.deeplabv3plus import DeepLabV3Plus
 from model.sam import load_segmenter
+from model.scc import LABEL_SMOOTHING, gradients, make_classifier, make_optimizer
 from scripts.dev import bench
 from seco_sam import aggregate
 from util import run
 from util.labels import CITYSCAPES_19, write_label
-from util.options import add_run_options, check_range, check_run_options
+from util.options import DeviceOptions, Folder, Positive, parse_options
+from util.outputs import Outputs, atomic_path, read_json, write_json
 from util.pictures import save_picture
 
 SIZES = {  # on a card of 80 GB, in miniature
@@ -93,11 +93,10 @@ def psa_equal(case: str, size: dict, device: torch.device) -> dict:
 
 
 def psa_speed(case: str, size: dict, device: torch.device) -> dict:
-    how = ["psa", "--sam-type", size["sam"], "--size", *map(str, size["image"]), "--images", "1"]
-    how += ["--points", str(size["points"]), "--amp", "bf16" if case == "bf16" else "none"]
-    how += ["--device", str(device), *["--no-oracle"] * (case != ORACLE)]
-    found = bench.measure_psa(bench.parse_args(how), device)
-    if case != ORACLE:
+    amp, plainly = "bf16" if case == "bf16" else "none", case == ORACLE
+    how = {"sam_type": size["sam"], "size": size["image"], "images": 1, "points": size["points"]}
+    found = bench.measure_psa(bench.PsaOptions(**how, amp=amp, no_oracle=not plainly), device)
+    if not plainly:
         return {"s an image": found["psa"]["seconds"], **in_gb(found["psa"]["memory"])}
     # the oracle makes its prompts pixel by pixel, which is no call of segment_anything
     plain, ours = (
@@ -113,23 +112,19 @@ def scc_training(case: str, size: dict, device: torch.device) -> dict:
     """Of random patches in memory: the network's part of seco_scc.train."""
     amp = "bf16" if case.startswith("bf16") else "none"
     how = ["--id-list-path", "-", "--backbone", size["backbone"], "--amp", amp]
-    options = seco_scc.parse_args(how)
     torch.backends.cudnn.deterministic = case == "fp32"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = case == "TF32"
-    model = seco_scc.make_classifier(options, 19, device).train()
-    optimizer = seco_scc.make_optimizer(model, options.lr)
+    model = make_classifier(seco_scc.parse_args(how), 19, device).train()
+    optimizer = make_optimizer(model, 0.01)
     network = torch.compile(model) if case == COMPILED else model
     count, (height, width) = size["patches"], size["patch"]
     patches = torch.randint(0, 256, (count, height, width, 3), dtype=torch.uint8)
     masks = torch.randint(0, 2, (count, 1, height // 2, width // 2), dtype=torch.uint8)
-    classes, seconds = torch.randint(0, 19, (count,)), []
+    batch, seconds = (patches, masks, torch.randint(0, 19, (count,))), []
     for _ in range(size["steps"] + 2):  # two to warm up
         start = bench.clock(device)
-        logits = seco_scc.logits_of(network, patches, masks, device, amp == "bf16")
-        smoothing = seco_scc.LABEL_SMOOTHING
-        loss = cross_entropy(logits, classes.to(device), label_smoothing=smoothing)
         optimizer.zero_grad()
-        loss.backward()
+        gradients(network, batch, device, amp == "bf16", LABEL_SMOOTHING)
         optimizer.step()
         seconds.append(bench.clock(device) - start)
     rate = 1 / statistics.median(seconds[2:])
@@ -137,11 +132,9 @@ def scc_training(case: str, size: dict, device: torch.device) -> dict:
 
 
 def unimatch(case: str, size: dict, device: torch.device) -> dict:
-    how = ["train", "--backbone", size["backbone"], "--crop-size", str(size["crop"])]
-    how += ["--batch", "2", "--steps", str(size["steps"]), "--device", str(device)]
-    options = bench.parse_args(how)
-    found = bench.measure_train([VARIANTS[case]], options, device)[VARIANTS[case]]
-    return {"iterations/s": 1 / found["seconds"], **in_gb(found)}
+    how = {"backbone": size["backbone"], "crop_size": size["crop"], "steps": size["steps"]}
+    found = bench.measure_train([VARIANTS[case]], bench.TrainOptions(**how), device)
+    return {"iterations/s": 1 / found[VARIANTS[case]]["seconds"], **in_gb(found[VARIANTS[case]])}
 
 
 def evaluation(case: str, size: dict, device: torch.device) -> dict:
@@ -164,7 +157,7 @@ def torchrun(case: str, size: dict, device: torch.device) -> dict:
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1"]
     where, data = ["--device", str(device)], size["out"] / "data"
     if case == COLLECTIVE:
-        said = python(*launch, "-m", "scripts.dev.gpu", "--part", "collective", *where)
+        said = python(*launch, "-m", "scripts.dev.gpu", *where)
         return {"": re.findall(r"sums and averages over \w+", said)[-1]}
     python("-m", "dataset.toy", "--root-path", str(data), "--scenes", "4", "4", "2")
     lists, start = data / "toy/s0/lists", time.perf_counter()
@@ -199,20 +192,13 @@ def gpu_tests(case: str, size: dict, device: torch.device) -> dict:
 
 
 def python(*arguments: str) -> str:
-    """What a Python command prints; RuntimeError with its last error if it fails."""
-    how = dict(capture_output=True, encoding="utf-8", errors="replace")
+    """What a Python command prints, which the log has too; RuntimeError if it fails."""
+    how = dict(stdout=subprocess.PIPE, encoding="utf-8", errors="replace")
     done = subprocess.run([sys.executable, *arguments], **how)
-    print(done.stdout + done.stderr, flush=True)
+    print(done.stdout, flush=True)
     if done.returncode:
-        raise RuntimeError(last_error(done.stdout + done.stderr))
+        raise RuntimeError(f"{' '.join(arguments[:5])} …: exit code {done.returncode}, see the log")
     return done.stdout
-
-
-def last_error(text: str) -> str:
-    """The last line of an output that tells an error, else its last line."""
-    told = r"^(?:\[\w+\]: |E +)?(error: .+|[\w.]*(?:Error|Exception): .+)"
-    lines = re.findall(told, text, re.M) or text.strip().splitlines() or ["no output"]
-    return lines[-1].strip()[:200]
 
 
 def in_gb(memory: dict) -> dict:
@@ -254,16 +240,6 @@ PARTS = {
 }
 
 
-def identity(options: argparse.Namespace) -> dict:
-    """What figures belong to: those of another one are not shown beside them."""
-    made = run.manifest({})
-    on_gpu, cpu = options.device.type == "cuda", made["hardware"]["cpu"]
-    card = torch.cuda.get_device_name(options.device) if on_gpu else cpu
-    commit = f"{made['git']['commit']}{' with changes' * bool(made['git']['changed'])}"
-    found = {"card": card, "torch": str(torch.__version__), "commit": commit}
-    return {**found, "miniature": options.miniature}
-
-
 def table(figures: dict[str, dict], size: dict) -> str:
     """Markdown of all cells. figures: of each part {case: figures, or {"error": its line}}."""
     lines = ["| what | case | figure | peak memory, GB |", "|---|---|---|---|"]
@@ -281,134 +257,133 @@ def table(figures: dict[str, dict], size: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def identity(device: torch.device, miniature: bool) -> dict:
+    """What figures belong to."""
+    made = run.manifest({})
+    card = made["hardware"]["cpu"]
+    if device.type == "cuda":
+        card = torch.cuda.get_device_name(device)
+    found = {"card": card, "torch": str(torch.__version__), "commit": made["git"]["commit"]}
+    return {**found, "uncommitted": made["git"]["changed"], "miniature": miniature}
+
+
 class Results:
-    """The files of --out."""
+    """The files of `out`; size: of what is measured."""
 
-    def __init__(self, options: argparse.Namespace):
-        self.out, self.identity = options.out, identity(options)
-        self.size = {**(MINIATURE if options.miniature else FULL), "out": options.out}
+    def __init__(self, out: Path, identity: dict):
+        self.out, self.identity = out, identity
+        self.size = {**(MINIATURE if identity["miniature"] else FULL), "out": out}
 
-    def of(self, part: str) -> dict:
-        """{case: figures} of a part that belong to this card and code."""
-        path = self.out / f"{part}.json"
-        record = run.read_json(path) if path.is_file() else {}
-        return record["figures"] if record.get("identity") == self.identity else {}
+    def figures(self) -> dict[str, dict]:
+        """{part: {case: its figures, or {"error": its line}}}."""
+        path = self.out / "gpu.json"
+        return read_json(path)["parts"] if path.is_file() else {}
 
     def lacking(self, part: str) -> list[str]:
-        found = self.of(part)
-        return [c for c in PARTS[part].cases if c not in found or "error" in found[c]]
+        """The cases that are not there, or failed."""
+        found = self.figures().get(part, {})
+        return [case for case in PARTS[part].cases if case not in found or "error" in found[case]]
 
-    def add(self, part: str, case: str, figures: dict) -> None:
-        found = {**self.of(part), case: figures}
-        run.write_json(self.out / f"{part}.json", {"identity": self.identity, "figures": found})
-        self.write_tables()
-
-    def write_tables(self) -> None:
-        figures = {part: self.of(part) for part in PARTS}
-        run.write_json(self.out / "gpu.json", {**self.identity, "parts": figures})
+    def write(self, figures: dict[str, dict]) -> None:
+        write_json(self.out / "gpu.json", {**self.identity, "parts": figures})
         head = ", ".join(f"{name}: {value}" for name, value in self.identity.items())
-        with run.atomic_path(self.out / "gpu.md") as temporary:
+        with atomic_path(self.out / "gpu.md") as temporary:
             temporary.write_text(f"{head}\n\n{table(figures, self.size)}", encoding="utf-8")
 
+    def add(self, part: str, case: str, found: dict) -> None:
+        figures = self.figures()
+        self.write({**figures, part: {**figures.get(part, {}), case: found}})
 
-def work(options: argparse.Namespace) -> int:
-    """The cases of --part that are not there yet, in this process; 1 if one failed."""
-    results, part, failed = Results(options), PARTS[options.part], 0
+
+def work(part: str, results: Results, device: torch.device) -> int:
+    """The cases of a part that are not there yet, in this process; 1 if one failed."""
     run.tune_cpu()
-    if options.device.type == "cpu":  # whose code takes minutes to generate and says nothing here
+    if device.type == "cpu":  # whose code takes minutes to generate and says nothing here
         torch.compile = functools.partial(torch.compile, backend="aot_eager")
-    for case in results.lacking(options.part):
+    for case in results.lacking(part):
         gc.collect()
         run.exact_mode()
         run.seed_everything(0)
-        bench.count_memory_anew(options.device)
+        bench.count_memory_anew(device)
         try:
-            figures = part.run(case, results.size, options.device)
+            figures = PARTS[part].run(case, results.size, device)
         except Exception as error:
             traceback.print_exc()
-            figures, failed = {"error": last_error(f"{type(error).__name__}: {error}")}, 1
-        results.add(options.part, case, figures)
-    return failed
+            figures = {"error": f"{type(error).__name__}: {error}".partition("\n")[0]}
+        results.add(part, case, figures)
+    return int(any(results.lacking(part)))
 
 
-def end_with_the_parent() -> None:
-    """Ends this process and what it has started when the one that runs the parts was killed: the
-    pipe between them closes.
-    """
-    sys.stdin.read()
-    os.killpg(0, signal.SIGKILL)
+def process(part: str, results: Results, device: torch.device) -> None:
+    """`work` as a process, the first of its group, which prints into its log."""
+    os.setsid()
+    with open(results.out / f"{part}.log", "w", encoding="utf-8") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    sys.exit(work(part, results, device))
 
 
-def run_part(name: str, options: argparse.Namespace, results: Results, limit: float) -> str:
-    """Run a part as a process of its own; what to say of it."""
-    command = [sys.executable, "-m", "scripts.dev.gpu", "--part", name, "--out", str(options.out)]
-    command += ["--device", str(options.device), *["--miniature"] * options.miniature]
-    log, start, environment = options.out / f"{name}.log", time.monotonic(), dict(os.environ)
-    if options.device.type == "cpu":  # so small that threads would only wait for each other
-        environment["OMP_NUM_THREADS"] = "1"
-    how = dict(stdin=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
-    with open(log, "w", encoding="utf-8") as file:
-        process = subprocess.Popen(command, stdout=file, env=environment, **how)
-        trouble = ""
-        try:
-            if process.wait(limit):
-                trouble = f"exit code {process.returncode}"
-        except subprocess.TimeoutExpired:
-            trouble = f"stopped after {limit:.0f} s"
-        finally:  # with what it has started itself
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    missing = [case for case in PARTS[name].cases if case not in results.of(name)]
+def run_part(part: str, results: Results, device: torch.device, limit: float) -> str:
+    """Run a part as a process of its own, at most `limit` seconds; what to say of it."""
+    context, start = multiprocessing.get_context("spawn"), time.monotonic()
+    child = context.Process(target=process, args=(part, results, device))
+    child.start()
+    try:
+        child.join(limit)
+        code = child.exitcode
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)  # with what it has started itself
+        child.kill()
+        child.join()
+    trouble = f"stopped after {limit:.0f} s" if code is None else f"exit code {code}" * bool(code)
+    missing = [c for c in PARTS[part].cases if c not in results.figures().get(part, {})]
     if trouble and missing:
-        words = last_error(log.read_text(encoding="utf-8", errors="replace"))
-        results.add(name, missing[0], {"error": f"{trouble}; {words}"})
+        results.add(part, missing[0], {"error": f"{trouble}, see {part}.log"})
     return f"{trouble or 'done'} in {time.monotonic() - start:.0f} s"
 
 
-def parse_args(argv=None) -> argparse.Namespace:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
-    add, parts = parser.add_argument, list(PARTS)
-    add("--out", type=Path, default=Path("runs/gpu"), help="folder of the results (%(default)s)")
-    add("--miniature", action="store_true", help="tiny sizes; always on a CPU")
-    add("--minutes", type=float, default=9, help="a part that does not fit is not run (default: 9)")
-    add("--parts", nargs="+", choices=parts, default=parts, help="these alone")
-    add("--part", choices=[*parts, "collective"], help=argparse.SUPPRESS)
-    add_run_options(parser, seed=False)
-    options = parser.parse_args(argv)
-    check_run_options(options)
-    check_range(options, "minutes", above=0)
-    options.device = run.select_device(options.device)
-    options.miniature |= options.device.type != "cuda"
-    return options
+@dataclass(kw_only=True)
+class Options(DeviceOptions):
+    """measurements"""
+
+    out: Folder = Path("runs/gpu")
+    "folder of the results"
+    miniature: bool = False
+    "tiny sizes; always on a CPU"
+    minutes: Positive = 9
+    "a part that does not fit is not run"
+    parts: list[str] | None = None
+    "these alone"
 
 
 def main(argv=None) -> int | None:
-    options = parse_args(argv)
-    if options.part == "collective":
-        return collective(options.device)
-    if options.part:
-        threading.Thread(target=end_with_the_parent, daemon=True).start()
-        return work(options)
+    options = parse_options(Options, __doc__, argv)
+    device, parts = run.select_device(options.device), options.parts or list(PARTS)
+    if "RANK" in os.environ:  # torchrun has started this: see `torchrun`
+        return collective(device)
+    if unknown := set(parts) - PARTS.keys():
+        raise run.UserError(f"--parts {' '.join(unknown)}: choose among {', '.join(PARTS)}")
+    if device.type == "cpu":  # so small that threads would only wait for each other
+        os.environ["OMP_NUM_THREADS"] = "1"
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the part that is running too
-    run.check_writable(options.out)
     end = time.monotonic() + 60 * options.minutes
-    with run.folder_lock(options.out):
-        results = Results(options)
-        results.write_tables()
-        for name in (part for part in PARTS if part in options.parts):
-            left, needed = end - time.monotonic(), PARTS[name].seconds
-            if not results.lacking(name):
+    with Outputs(options.out, "choose another folder") as outputs:
+        results = Results(options.out, identity(device, options.miniature or device.type == "cpu"))
+        outputs.accept(results.identity, begun=bool(results.figures()))
+        results.write(results.figures())
+        for part in (part for part in PARTS if part in parts):
+            left, needed = end - time.monotonic(), PARTS[part].seconds
+            if not results.lacking(part):
                 said = "done before"
             elif needed > left:
                 said = f"not run: {needed} s do not fit into the {left:.0f} s that are left"
             else:
-                print(f"{name}: {', '.join(results.lacking(name))}", flush=True)
-                said = run_part(name, options, results, min(2 * needed, left))
-            print(f"{name}: {said}", flush=True)
+                print(f"{part}: {', '.join(results.lacking(part))}", flush=True)
+                said = run_part(part, results, device, min(2 * needed, left))
+            print(f"{part}: {said}", flush=True)
     print(f"{(options.out / 'gpu.md').read_text(encoding='utf-8')}\n{options.out / 'gpu.md'}")
-    return int(any(results.lacking(name) for name in options.parts))
+    return int(any(results.lacking(part) for part in parts))
 
 
 if __name__ == "__main__":
