@@ -21,8 +21,8 @@ kept):
 
 from __future__ import annotations
 
-import argparse
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # for `python tests/plant_noise.py`
@@ -31,9 +31,25 @@ import numpy as np
 
 from util.connectivity import connectivities
 from util.labels import check_files, class_set, read_label, read_list, write_label, write_list
-from util.options import add_class_options, add_list_options, check_range
+from util.options import ClassOptions, CountFrom0, List, ListOptions, Pixels, Share, parse_options
 from util.outputs import check_writable
 from util.run import UserError, progress, run_main
+
+
+@dataclass(kw_only=True)
+class Options(ClassOptions, ListOptions):
+    """noise"""
+
+    out_list: List
+    "list to write"
+    exp: str = "planted"
+    "the written labels' first folder"
+    share: Share = 0.2
+    "of the connectivities that get a wrong class"
+    min_area: Pixels = 20
+    "smaller connectivities keep their class"
+    seed: CountFrom0 = 0
+    "of the random numbers"
 
 
 def planted(
@@ -55,7 +71,7 @@ def planted(
     return noisy, large, wrong
 
 
-def targets_of(rows: list[tuple[str, str]], exp: str, list_path: str) -> list[str]:
+def targets_of(rows: list[tuple[str, str]], exp: str, list_path: Path) -> list[str]:
     """Where the labels go: their paths with the first folder named `exp`; never an input's path."""
     if not exp or Path(exp).name != exp:
         raise UserError(f"--exp {exp}: give the name of a folder, without a path")
@@ -71,57 +87,20 @@ def targets_of(rows: list[tuple[str, str]], exp: str, list_path: str) -> list[st
     return targets
 
 
-def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_list_options(parser, "true labels")
-    parser.add_argument(
-        "--out-list", type=Path, required=True, metavar="LIST", help="list to write"
-    )
-    parser.add_argument(
-        "--exp", default="planted", help="the written labels' first folder (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--share",
-        type=float,
-        default=0.2,
-        help="of the connectivities that get a wrong class, 0 to 1 (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--min-area",
-        type=int,
-        default=20,
-        metavar="PIXELS",
-        help="smaller connectivities keep their class (default: %(default)s)",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
-    add_class_options(parser)
-    options = parser.parse_args(argv)
-    check_range(options, "share", least=0, most=1)
-    check_range(options, "min_area", least=1)
-    check_range(options, "seed", least=0)
-    return options
-
-
 def main(argv=None) -> None:
-    options = parse_args(argv)
+    options = parse_options(Options, __doc__, argv)
     classes = class_set(options.class_num, options.stuff, options.things)
     if classes.count < 2:
         raise UserError(f"--class-num {classes.count}: a wrong class needs two classes or more")
-    root, rows = Path(options.root_path), read_list(options.id_list_path)
+    root, rows = options.root_path, read_list(options.id_list_path)
     targets = targets_of(rows, options.exp, options.id_list_path)
     check_files(root, [row[1] for row in rows], options.id_list_path)
     check_writable(root / options.exp)
     random, large, wrong = np.random.default_rng(options.seed), 0, 0
     for (_, label), target in zip(progress(rows, "planting"), targets):
-        noisy, of_image, wrong_here = planted(
-            read_label(root / label, classes.count),
-            classes.count,
-            options.share,
-            options.min_area,
-            random,
-        )
+        clean = read_label(root / label, classes.count)
+        how = (classes.count, options.share, options.min_area, random)
+        noisy, of_image, wrong_here = planted(clean, *how)
         write_label(root / target, noisy, classes.palette)
         large, wrong = large + of_image, wrong + wrong_here
     write_list(options.out_list, [(image, to) for (image, _), to in zip(rows, targets)])

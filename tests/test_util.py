@@ -28,7 +28,7 @@ from util.labels import (
     read_list,
     root_relative,
 )
-from util.options import add_run_options, check_range, check_run_options
+from util.options import RunOptions, check_range, parse_options
 from util.outputs import atomic_path, check_settings, digests, folder_lock, read_json
 from util.run import (
     PACKAGES,
@@ -235,39 +235,23 @@ def test_check_pairs(tmp_path):
 
 
 def options(*argv):
-    parser = argparse.ArgumentParser()
-    add_run_options(parser)
-    return parser.parse_args(argv)
+    return parse_options(RunOptions, "", argv)
 
 
 @pytest.mark.parametrize("device", ["banana", "gpu", "0", "cuda:x", "cpu:", "cuda:99", "mps"])
 def test_unknown_devices_are_refused(device):
     with pytest.raises(UserError, match=f"--device {device}: "):
-        check_run_options(options("--device", device))
-
-
-def test_every_script_with_these_options_has_them_checked():
-    """By the one function, in its own file or in that of its options."""
-    having = [
-        path
-        for path in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py"), *ROOT.glob("scripts/*/*.py")]
-        if path.parts[-2:] != ("util", "options.py")
-        and "add_run_options(" in path.read_text(encoding="utf-8")
-        and "test" not in path.name
-    ]
-    assert {"seco_sam.py", "bench.py"} <= {path.name for path in having}
-    for path in having:
-        assert re.search(r"^    check_run_options\(", path.read_text(encoding="utf-8"), re.M), path
+        options("--device", device)
 
 
 @pytest.mark.parametrize("seed", ["-1", "4294967296"])
 def test_seeds_outside_the_range_are_refused(seed):
     with pytest.raises(UserError, match=f"--seed {seed}: give 0 or more and at most 4294967295"):
-        check_run_options(options("--seed", seed))
+        options("--seed", seed)
 
 
 def test_fitting_run_options_pass():
-    check_run_options(options("--device", "cpu", "--seed", str(2**32 - 1)))
+    options("--device", "cpu", "--seed", str(2**32 - 1))
 
 
 @pytest.mark.parametrize(

@@ -242,17 +242,6 @@ def add_class_options(parser: ArgumentParser) -> None:
         )
 
 
-def add_run_options(parser: ArgumentParser, seed: bool = True) -> None:
-    """--device and --seed."""
-    parser.add_argument(
-        "--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)"
-    )
-    if seed:
-        parser.add_argument(
-            "--seed", type=int, default=0, help="seed of all random numbers (default: 0)"
-        )
-
-
 def check_range(
     options: Namespace,
     *names: str,
@@ -288,10 +277,3 @@ def check_range(
             )
             if not fits:
                 raise UserError(f"--{name.replace('_', '-')} {number}: give {' and '.join(wanted)}")
-
-
-def check_run_options(options: Namespace) -> None:
-    """--seed and --device, for every script that has them: call it right after parsing."""
-    if hasattr(options, "seed"):
-        check_range(options, "seed", least=0, most=2**32 - 1)
-    select_device(options.device)
