@@ -12,12 +12,13 @@
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source scripts/lib/variables.sh
+source scripts/lib/common.sh
 case "${1:-}" in
-    toy) variables "$0" SEEDS OUT -- "${@:2}" ;;
-    camvid) variables "$0" SEEDS OUT CAMVID_ROOT SAM_TYPE -- "${@:2}" ;;
-    -h | --help) variables "$0" SEEDS OUT CAMVID_ROOT SAM_TYPE -- --help ;;
+    toy | camvid) ;;
+    -h | --help) arguments "$1" ;;
     *) die "bash scripts/ablation.sh toy|camvid" ;;
 esac
-export SEEDS="${SEEDS:-0 1 2}" RECIPE=both CONTROLS=1 OUT="${OUT:-runs/ablation_$1}"
-exec bash "scripts/$1.sh"
+SEEDS="${SEEDS:-0 1 2}"
+OUT="${OUT:-runs/ablation_$1}"
+export SEEDS OUT RECIPE=both CONTROLS=1
+exec bash "scripts/$1.sh" "${@:2}"

@@ -15,16 +15,21 @@
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source scripts/lib/variables.sh
-variables "$0" SEEDS RECIPE CONTROLS OUT CAMVID_ROOT SAM_TYPE -- "$@"
+source scripts/lib/common.sh
+CAMVID_ROOT="${CAMVID_ROOT:-data/camvid}"   # folder of CamVid
+SEEDS="${SEEDS:-0}"                         # of training: one or several
+RECIPE="${RECIPE:-release}"                 # release, paper or both
+CONTROLS="${CONTROLS:-0}"                   # 1: the paper's ablation and the upper bound too
+SAM_TYPE="${SAM_TYPE:-tiny}"                # tiny, vit_h, vit_l, vit_b, vit_t, or a model of the Hub
+OUT="${OUT:-runs/camvid_$RECIPE}"           # folder of the run
+arguments "$@"
 numbers SEEDS 0 4294967295
 one_of RECIPE release paper both
 one_of CONTROLS 0 1
 sam_type
-SEEDS="${SEEDS:-0}" RECIPE="${RECIPE:-release}" CONTROLS="${CONTROLS:-0}" SAM_TYPE="${SAM_TYPE:-tiny}"
-OUT="${OUT:-runs/camvid_$RECIPE}" CAMVID_ROOT="${CAMVID_ROOT:-data/camvid}"
+show CAMVID_ROOT SEEDS RECIPE CONTROLS SAM_TYPE OUT
 source scripts/lib/setup.sh
-source scripts/lib/pipeline.sh
+source scripts/lib/rows.sh
 for folder in train trainannot val valannot; do
     [ -d "$CAMVID_ROOT/$folder" ] ||
         die "$CAMVID_ROOT/$folder: no such folder; set CAMVID_ROOT, or fetch CamVid: bash scripts/download.sh camvid"
@@ -37,19 +42,14 @@ if [ ! "$CAMVID_ROOT" -ef data/camvid ]; then
         if [ -d "$CAMVID_ROOT/$folder" ]; then ln -sfn "$(cd "$CAMVID_ROOT/$folder" && pwd)" "data/camvid/$folder"; fi
     done
 fi
-"$PYTHON" -m scripts.prepare_data camvid --root-path data/camvid --out "$OUT/lists"
+run "$PYTHON" -m scripts.prepare_data camvid --root-path data/camvid --out "$OUT/lists"
+DATA=data/camvid SOURCE_LIST=splits/camvid/day.txt
 if [ -d data/camvid/test ]; then
-    (cd data && for image in camvid/test/0001TP*.png; do echo "$image ${image/test/testlabels}"; done) > "$OUT/lists/dusk_test.txt"
-    target_list() { echo splits/camvid/dusk.txt; }
-    target_gt() { echo splits/camvid/dusk_gt.txt; }
-    val_list() { echo "$OUT/lists/dusk_test.txt"; }
+    VAL_LIST="$OUT/lists/dusk_test.txt" TARGET_LIST=splits/camvid/dusk.txt TARGET_GT=splits/camvid/dusk_gt.txt
+    (cd data && for image in camvid/test/0001TP*.png; do echo "$image ${image/test/testlabels}"; done) > "$VAL_LIST"
 else
-    target_list() { echo splits/camvid/dusk_adapt.txt; }
-    target_gt() { echo splits/camvid/dusk_adapt_gt.txt; }
-    val_list() { echo splits/camvid/dusk_holdout.txt; }
+    VAL_LIST=splits/camvid/dusk_holdout.txt TARGET_LIST=splits/camvid/dusk_adapt.txt TARGET_GT=splits/camvid/dusk_adapt_gt.txt
 fi
-source_list() { echo splits/camvid/day.txt; }
-DATA_LINK=data/camvid
 
 AMP=(--amp none)
 if grep -qs avx512_bf16 /proc/cpuinfo; then AMP=(--amp bf16); fi # half the time; without it bf16 is slower
@@ -69,5 +69,10 @@ SPLIT=(--labeled-fraction 0.5)
 ADAPT=("${NETWORK[@]}" --epochs 30 --global-batch 4 --optimizer adamw --lr 0.001 --eval-every 5)
 EVAL=(--mode original)
 
-for SEED in $SEEDS; do run_seed; done
+for SEED in $SEEDS; do
+    seed_folder
+    source_model
+    pixel_labels
+    rows
+done
 report

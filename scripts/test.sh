@@ -7,9 +7,8 @@
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source scripts/lib/variables.sh
-case "${1:-}" in -h | --help) variables "$0" -- --help ;; esac
-variables "$0" --
+source scripts/lib/common.sh
+case "${1:-}" in -h | --help) arguments "$1" ;; esac
 versions=test
 if [ "${1:-}" = --lowest ]; then versions=lowest && shift; fi
 source scripts/lib/setup.sh "$versions"

@@ -4,24 +4,27 @@
 #   bash scripts/toy.sh                                one seed
 #   SEEDS="0 1 2" CONTROLS=1 bash scripts/toy.sh       three seeds with the paper's ablation and the upper bound
 #   RECIPE=paper bash scripts/toy.sh                   the paper's recipe (default: release), to runs/toy_paper
-#   SMALLEST=1 OUT=runs/smallest bash scripts/toy.sh   every stage in miniature: a test that all of it runs
+#   SMALLEST=1 OUT=runs/smallest bash scripts/toy.sh   everything in miniature: a test that all of it runs
 #
 # data → source model → pixel-level pseudo-labels → PSA → SCC → split → UniMatch → evaluation, by the same four scripts as
-# the real tasks. Stopped at any moment, the same command goes on. RECIPE=both runs both recipes. OUT is the folder of the run
-# (default: runs/toy_<RECIPE>). Results: $OUT/index.html (for a browser), results.md, results.json, pictures/.
+# the real tasks. Stopped at any moment, the same command goes on. Results: $OUT/index.html (for a browser), results.md, results.json, pictures/.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source scripts/lib/variables.sh
-variables "$0" SEEDS RECIPE CONTROLS SMALLEST OUT -- "$@"
+source scripts/lib/common.sh
+SEEDS="${SEEDS:-0}"              # of data, training and evaluation: one or several
+RECIPE="${RECIPE:-release}"      # release, paper or both
+CONTROLS="${CONTROLS:-0}"        # 1: the paper's ablation and the upper bound too
+SMALLEST="${SMALLEST:-0}"        # 1: everything in miniature
+OUT="${OUT:-runs/toy_$RECIPE}"   # folder of the run
+arguments "$@"
 numbers SEEDS 0 99
 one_of RECIPE release paper both
 one_of CONTROLS 0 1
 one_of SMALLEST 0 1
-SEEDS="${SEEDS:-0}" RECIPE="${RECIPE:-release}" CONTROLS="${CONTROLS:-0}" SMALLEST="${SMALLEST:-0}"
-OUT="${OUT:-runs/toy_$RECIPE}"
+show SEEDS RECIPE CONTROLS SMALLEST OUT
 source scripts/lib/setup.sh
-source scripts/lib/pipeline.sh
+source scripts/lib/rows.sh
 
 # The recipes' constants stay as they are. Smaller than in the real tasks, for images of 384 x 192 and a CPU:
 CLASSES=(--class-num 19)
@@ -40,17 +43,19 @@ EVAL=(--mode original)
 SCENES_ROOT=data SCENES=()
 if [ "$SMALLEST" = 1 ]; then
     SCENES_ROOT="$OUT/data" SCENES=(--scenes 8 6 2)
-    SOURCE+=(--epochs 1) ADAPT+=(--epochs 1 --global-batch 2) SCC_RELEASE+=(--iterations 2) SCC_PAPER+=(--iterations 2)    # of an option the last value counts
+    SOURCE+=(--epochs 1) ADAPT+=(--epochs 1 --global-batch 2) # of an option the last value counts
+    SCC_RELEASE+=(--iterations 2) SCC_PAPER+=(--iterations 2)
 fi
 
-DATA_LINK="$SCENES_ROOT/toy"
-source_list() { echo "$DATA_LINK/s$SEED/lists/source_train.txt"; }
-target_list() { echo "$DATA_LINK/s$SEED/lists/target_train.txt"; }
-target_gt() { echo "$DATA_LINK/s$SEED/lists/target_train_gt.txt"; }
-val_list() { echo "$DATA_LINK/s$SEED/lists/target_val.txt"; }
 
 for SEED in $SEEDS; do
-    "$PYTHON" -m dataset.toy --seed "$SEED" --root-path "$SCENES_ROOT" ${SCENES[@]+"${SCENES[@]}"}
-    run_seed
+    DATA="$SCENES_ROOT/toy"
+    SOURCE_LIST="$DATA/s$SEED/lists/source_train.txt" TARGET_LIST="$DATA/s$SEED/lists/target_train.txt"
+    TARGET_GT="$DATA/s$SEED/lists/target_train_gt.txt" VAL_LIST="$DATA/s$SEED/lists/target_val.txt"
+    run "$PYTHON" -m dataset.toy --seed "$SEED" --root-path "$SCENES_ROOT" ${SCENES[@]+"${SCENES[@]}"}
+    seed_folder
+    source_model
+    pixel_labels
+    rows
 done
 report

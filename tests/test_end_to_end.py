@@ -1,9 +1,8 @@
 """scripts/toy.sh at its smallest size: the whole line runs, a second call has nothing to do, a
-killed run ends the same."""
+killed run ends the same, nothing of changed inputs stays in the tables."""
 
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -11,17 +10,28 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from conftest import ROOT
+from PIL import Image
 from test_page import check_page
 
-ROOT = Path(__file__).resolve().parents[1]
-STAGES = ("source", "pixel", "psa", "scc", "split_seco", "adapt_seco")
+from scripts.lib.run_folder import manifest_of, stage_folders
+
+# Of every stage, what is there a moment after it has begun.
+BEGUN = {
+    "source": "source/.lock",
+    "pixel": "pix/.lock",
+    "psa": "pix_tiny/.lock",
+    "scc": "pix_tiny_scc/.lock",
+    "split_seco": "splits/split_seco",
+    "adapt_seco": "adapt_seco/.lock",
+}
 
 
 def environment(out: Path) -> dict[str, str]:
     """For toy.sh with this interpreter's packages."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return {**os.environ, "PATH": path, "SMALLEST": "1", "OUT": str(out)}
+    return {**os.environ, "PYTHON": sys.executable, "SMALLEST": "1", "OUT": str(out)}
 
 
 def toy(out: Path, kit: Path = ROOT) -> subprocess.CompletedProcess:
@@ -29,14 +39,12 @@ def toy(out: Path, kit: Path = ROOT) -> subprocess.CompletedProcess:
         ["bash", str(kit / "scripts/toy.sh")],
         env=environment(out),
         capture_output=True,
-        text=True,
+        encoding="utf-8",
     )
 
 
 def results(out: Path) -> dict[str, bytes]:
-    """What must not depend on how the run went: labels, lists, weights' file sizes aside,
-    figures.
-    """
+    """What must not depend on how the run went: labels, lists, figures."""
     seed = out / "seed0"
     files = [
         *sorted(seed.glob("pix*/**/*.png")),
@@ -44,11 +52,19 @@ def results(out: Path) -> dict[str, bytes]:
         *sorted(seed.glob("*/connectivities.csv")),
     ]
     files = [f for f in files if "report" not in f.parts and "vis" not in f.parts]
-    files = [f for f in files if "." not in f.relative_to(seed).parts[0]]  # set aside
-    figures = json.loads((out / "results.json").read_text())
+    figures = json.loads((out / "results.json").read_text(encoding="utf-8"))
     return {str(f.relative_to(seed)): f.read_bytes() for f in files} | {
         "figures": json.dumps([figures["labels"], figures["models"]]).encode()
     }
+
+
+def times(out: Path) -> dict[str, int]:
+    """When what takes long was made."""
+    patterns = ("seed0/**/*.pth", "seed0/pix*/s0/**/*.png")
+    files = [path for pattern in patterns for path in out.glob(pattern)]
+    files += [out / "pictures/side_by_side.png", *out.glob("seed0/splits/split_seco/*")]
+    files = [path for path in files if "_scc" not in str(path)]
+    return {str(path.relative_to(out)): path.stat().st_mtime_ns for path in files}
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +75,14 @@ def finished(tmp_path_factory):
     return out
 
 
+@pytest.fixture
+def copied(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "moved", symlinks=True)
+    return tmp_path / "moved"
+
+
 def test_tables_and_pictures(finished):
-    text = (finished / "results.md").read_text()
+    text = (finished / "results.md").read_text(encoding="utf-8")
     for row in (
         "pixel-level (no SAM)",
         "| PSA |",
@@ -71,71 +93,84 @@ def test_tables_and_pictures(finished):
     ):
         assert row in text
     pictures = {p.name for p in (finished / "pictures").iterdir()}
-    assert {"side_by_side.png", "miou_curve.png"} <= pictures and any(
-        p.startswith("scc_") for p in pictures
-    )
+    assert {"side_by_side.png", "miou_curve.png"} <= pictures
+    assert any(name.startswith("scc_") for name in pictures)
     check_page(finished / "index.html", "PSA + SCC", "SCC's page: seed0/scc", "manifest", "psa")
-    costs = json.loads((finished / "results.json").read_text())["stages"]
-    assert set(STAGES) <= set(costs) and all(
-        cost["peak_memory_mb"] < 6000 for cost in costs.values()
-    )
+    costs = json.loads((finished / "results.json").read_text(encoding="utf-8"))["stages"]
+    assert BEGUN.keys() <= costs.keys()
+    assert all(0 < cost["peak_memory_mb"] < 6000 for cost in costs.values())
 
 
-def test_a_second_call_does_nothing_again(finished):
-    before = results(finished)
+def test_a_second_call_makes_nothing_again(finished):
+    before, when = results(finished), times(finished)
     run = toy(finished)
-    assert run.returncode == 0 and run.stdout.count("done before") >= len(STAGES)
-    assert results(finished) == before
+    assert run.returncode == 0 and results(finished) == before
+    assert times(finished) == when and len(when) > 20
 
 
 def test_no_stage_but_evaluation_names_ground_truth_of_the_target(finished):
-    for name in STAGES[1:]:
-        command = json.loads((finished / f"seed0/stages/{name}.json").read_text())["command"]
-        without_validation = [
-            word for i, word in enumerate(command) if command[i - 1] != "--val-id-path"
-        ]
-        assert not any(
-            "target_train_gt" in word or "target_val" in word for word in without_validation
-        )
+    folders = stage_folders(finished / "seed0")
+    for stage in set(BEGUN) - {"source"}:
+        options = manifest_of(folders[stage])["options"]
+        paths = [str(value) for name, value in options.items() if name != "val_id_path"]
+        assert not [path for path in paths if "target_train_gt" in path or "target_val" in path]
+
+
+def test_a_label_that_was_changed_by_hand_is_refused(copied):
+    label = next((copied / "seed0/pix").glob("s0/**/*.png"))
+    image = Image.open(label)
+    pixels = np.array(image)
+    pixels[:9] = 255
+    changed = Image.fromarray(pixels, "P")
+    changed.putpalette(image.getpalette())
+    changed.save(label)
+    before = results(copied)
+    run = toy(copied)
+    assert run.returncode == 2 and results(copied) == before
+    error = run.stderr.splitlines()[-1]
+    assert error.startswith("error: ") and "has changed since" in error and str(label) in error
 
 
 @pytest.mark.slow
-def test_a_changed_option_reaches_the_table(finished, tmp_path):
-    """Fewer starting labels in a copy of the finished run, after the folder that the stage itself
-    would refuse was removed: all later stages run again, and nothing old is in the tables.
+def test_a_changed_option_reaches_the_table(finished, copied, tmp_path):
+    """Fewer starting labels in a copy of the finished run: each stage refuses until the folder that
+    it names is removed, and then nothing old is in the tables.
     """
-    kit, out = tmp_path / "kit", tmp_path / "moved"
+    kit = tmp_path / "kit"
     (kit / "scripts").mkdir(parents=True)
     for path in [*ROOT.iterdir(), *(ROOT / "scripts").iterdir()]:
         target = kit / path.relative_to(ROOT)
         if not target.exists() and not path.name.startswith(".") and path.name != "toy.sh":
             target.symlink_to(path)
-    script = (ROOT / "scripts/toy.sh").read_text()
+    script = (ROOT / "scripts/toy.sh").read_text(encoding="utf-8")
     assert script.count("PIXEL=(--top-p 0.5)") == 1
     script = script.replace("PIXEL=(--top-p 0.5)", "PIXEL=(--top-p 0.1)")
-    (kit / "scripts/toy.sh").write_text(script)
-    shutil.copytree(finished, out, symlinks=True)
-    shutil.rmtree(out / "seed0/pix")
-    run = toy(out, kit)
-    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
-    assert re.findall("== (.*): done before", run.stdout) == ["source", "eval_before"]
-    old, new = (json.loads((folder / "results.json").read_text()) for folder in (finished, out))
+    (kit / "scripts/toy.sh").write_text(script, encoding="utf-8")
+    removed = []
+    while (run := toy(copied, kit)).returncode:
+        error = run.stderr.splitlines()[-1]
+        assert run.returncode == 2 and error.startswith("error: "), run.stderr[-3000:]
+        found = [
+            name for name in ("adapt_seco", "pix_tiny_scc", "pix_tiny", "pix") if name in error
+        ]
+        removed.append(found[0])
+        shutil.rmtree(copied / "seed0" / found[0])
+    assert removed == ["pix", "pix_tiny", "pix_tiny_scc", "adapt_seco"]
+    old, new = (json.loads((run / "results.json").read_text()) for run in (finished, copied))
     assert new["models"]["before"] == old["models"]["before"]
     assert abs(new["labels"]["pixel"]["coverage"][0] - 10) < 1
     for row in ("pixel", "psa", "scc"):
         assert new["labels"][row] != old["labels"][row]
     fresh = tmp_path / "fresh"
     assert toy(fresh, kit).returncode == 0
-    assert results(fresh) == results(out)
+    assert results(fresh) == results(copied)
 
 
 @pytest.mark.slow
 def test_killed_in_every_stage_it_ends_the_same(finished, tmp_path):
-    """SIGKILL to everything the command has started, two or three seconds after each stage has
-    begun.
-    """
+    """SIGKILL to everything the command has started, a moment after each stage has begun."""
     out = tmp_path / "run"
-    for stage in STAGES:
+    for begun in BEGUN.values():
         process = subprocess.Popen(
             ["bash", str(ROOT / "scripts/toy.sh")],
             env=environment(out),
@@ -143,8 +178,8 @@ def test_killed_in_every_stage_it_ends_the_same(finished, tmp_path):
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-        record, deadline = out / f"seed0/stages/{stage}.json", time.time() + 600
-        while not record.is_file() and process.poll() is None:
+        deadline = time.time() + 600
+        while not (out / "seed0" / begun).exists() and process.poll() is None:
             assert time.time() < deadline
             time.sleep(0.1)
         time.sleep(0.5)

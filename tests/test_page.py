@@ -47,10 +47,10 @@ def check_page(path: Path, *words: str) -> Reader:
     return reader
 
 
-def record(path: Path, command: list[str], made: list[str]) -> None:
+def manifest(path: Path, command: str, **options: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"command": command, "done": True, "seconds": 2.0, "peak_memory_mb": 50}
-    path.write_text(json.dumps(content | {"made": dict.fromkeys(made, "digest")}))
+    content = {"command": command, "options": options, "cost": {"seconds": 2.0, "host_mb": 50.2}}
+    path.write_text(json.dumps(content), encoding="utf-8")
 
 
 def test_page_of_a_run(tmp_path):
@@ -59,46 +59,47 @@ def test_page_of_a_run(tmp_path):
     for file in (
         run / "pictures/sweep.png",
         run / "pictures/side_by_side.png",
-        data / "exp/vis/aachen/0.png",
+        data / "exp_tiny/vis/aachen/0.png",
     ):
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (4, 4)).save(file)
-    for file in (data / "exp_scc/report/index.html", run / "adapt/train.log"):
+    for file in (data / "exp_tiny_scc/report/index.html", run / "adapt/train.log"):
         file.parent.mkdir(parents=True)
-        file.write_text("")
-    (run / "adapt/manifest.json").write_text('{"versions": {"torch": "<2>"}}')
+        file.touch()
     (run / "results.md").write_text("Seeds: 0.\n\n### A & B\n\n| a | b |\n|---|---|\n| x < 1 | |\n")
-    record(
-        run / "stages/psa.json", ["python", "seco_sam.py", "<x>"], [f"{data}/exp/vis/aachen/0.png"]
-    )
-    record(run / "stages/scc.json", ["seco_scc.py"], [f"{data}/exp_scc/report/index.html"])
-    record(run / "stages/adapt.json", ["train"], ["@/adapt/manifest.json", "@/adapt/train.log"])
+    lists = {"id_list_path": "splits/exp/train.txt"}
+    manifest(data / "exp/run.json", "make_pseudo_labels.py", id_list_path="splits/train.txt")
+    manifest(data / "exp_tiny/run.json", "seco_sam.py <x>", **lists)
+    manifest(data / "exp_tiny_scc/run.json", "seco_scc.py", id_list_path="l/exp_tiny/train.txt")
+    training = {"labeled_id_path": "splits/exp_tiny_scc/labeled.txt", "root_path": str(data)}
+    manifest(run / "adapt/manifest.json", "train", **training, versions="<2>")
     page.main([str(run)])
-    read = check_page(
-        run / "index.html", "a <run> & 100 %", "x < 1", "A & B", "seco_sam.py <x>", '"torch": "<2>"'
-    )
-    assert "PSA: exp, 0" in "".join(read.text)
+    words = ("a <run> & 100 %", "x < 1", "A & B", "seco_sam.py <x>", '"versions": "<2>"', "pixel")
+    read = check_page(run / "index.html", *words)
+    assert "PSA: exp_tiny, 0" in "".join(read.text)
     pictures = [unquote(t) for t in read.targets if t.endswith(".png")]
     assert pictures[::2] == [
         "pictures/side_by_side.png",
         "pictures/sweep.png",
-        "../data/exp/vis/aachen/0.png",
+        "../data/exp_tiny/vis/aachen/0.png",
     ]
-    assert "../data/exp_scc/report/index.html" in read.targets
+    assert "../data/exp_tiny_scc/report/index.html" in read.targets
     assert read.text.count("x < 1") == 1 and "sweep.md" not in "".join(read.text)
 
 
 def test_a_task_gets_its_tables(tmp_path):
     for name, value in (("before", 10.0), ("after", None)):
-        (tmp_path / f"eval_{name}").mkdir()
+        manifest(tmp_path / f"eval_{name}/run.json", "eval.py")
         metrics = {"miou": 33.333, "iou": {"road": value, "sky": 50.0}}
         (tmp_path / f"eval_{name}/metrics.json").write_text(json.dumps(metrics))
-    record(tmp_path / "stages/scc.json", ["seco_scc.py"], ["@/train.log"])
-    (tmp_path / "train.log").touch()
+    (tmp_path / "adapt").mkdir()
+    (tmp_path / "adapt/train.log").touch()
     (tmp_path / "compare.txt").write_text("overall: pass <1>\n")
     page.main([str(tmp_path)])
-    assert "| road | 10.00 | – |" in (tmp_path / "results.md").read_text()
-    check_page(tmp_path / "index.html", "33.33", "overall: pass <1>", "training log: scc")
+    text = (tmp_path / "results.md").read_text(encoding="utf-8")
+    assert "| road | 10.00 | – |" in text and "| after | 2 | 50 |" in text
+    assert "| adapt | – | – |" in text  # its manifest has no cost
+    check_page(tmp_path / "index.html", "33.33", "overall: pass <1>", "training log: adapt")
 
 
 def test_an_unfinished_run_has_no_page(tmp_path):

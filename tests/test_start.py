@@ -48,9 +48,7 @@ print(json.dumps(codes))
 def test_every_script_starts_as_a_file(tmp_path):
     """`python <file> --help` from another folder, in an ASCII locale."""
     assert len(FILES) >= 16
-    commands = [[str(path), "--help"] for path in FILES if path.name != "stage.py"]
-    stage = [str(ROOT / "scripts/lib/stage.py"), "run", "run/stages", "nothing", "out"]
-    commands.append([*stage, "--", "true"])  # (it has no --help)
+    commands = [[str(path), "--help"] for path in FILES]
     clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     result = subprocess.run(
         [sys.executable, "-c", STARTER, json.dumps(commands)],
@@ -99,7 +97,7 @@ def test_sh_hands_a_script_on_to_bash(script):
     elif of_python:
         assert result.returncode == 0 and b"--miniature" in result.stdout
     else:
-        assert result.returncode == 0 and b"Environment variables: PYTHON" in result.stdout
+        assert result.returncode == 0 and b"Environment variables" in result.stdout
 
 
 def test_a_reader_that_has_seen_enough_is_no_error():

@@ -42,20 +42,13 @@ def test_sweep_equals_writing_and_measuring_the_labels(tmp_path):
                 }
             )
     for name, entries in (("psa", psa), ("gt", truth), ("scc", scc)):
-        write_list(folder / f"{name}.txt", entries)
+        write_list(folder / f"splits/{name}/all.txt", entries)
     for row, name in (("psa_paper", "psa"), ("scc_paper", "scc")):
-        write_json(
-            folder / f"stages/quality_{row}.json",
-            {
-                "command": [
-                    "eval.py",
-                    "--labels",
-                    str(folder / f"{name}.txt"),
-                    "--id-list-path",
-                    str(folder / "gt.txt"),
-                ]
-            },
-        )
+        lists = {
+            "labels": str(folder / f"splits/{name}/all.txt"),
+            "id_list_path": str(folder / "splits/gt/all.txt"),
+        }
+        write_json(folder / f"eval/quality_{row}/run.json", {"options": lists})
     with open(folder / "scc/connectivities.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()

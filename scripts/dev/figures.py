@@ -33,7 +33,7 @@ from scripts.lib.report import (
     mean_and_deviation,
     model_table,
 )
-from scripts.lib.stage import seeds_in
+from scripts.lib.run_folder import seeds_in
 from util.charts import line_chart, save_chart
 from util.labels import CITYSCAPES_19, IGNORE, read_image, read_label, read_list
 from util.outputs import atomic_path, read_json, write_json
@@ -100,7 +100,6 @@ def keep_records(run: Path) -> None:
         for pattern in ("*/manifest.json", "*/summary.json", "*/report/report.json"):
             for path in sorted(seed.glob(pattern)):
                 name, content = path.parent.relative_to(seed).as_posix(), read_json(path)
-                # (a dot: set aside by scripts/lib/stage.py)
                 if "." not in name and (path.name == "manifest.json" or "manifest" in content):
                     records[name] = content
         if number == 0:

@@ -22,14 +22,14 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # for `python scri
 import numpy as np
 
 from dataset.scc import numbered
-from scripts.lib.report import LABEL_FIGURES, label_lists, label_table
-from scripts.lib.stage import seeds_in
+from scripts.lib.report import LABEL_FIGURES, label_table
+from scripts.lib.run_folder import label_lists, seeds_in, truth_list
 from seco_scc import decide
 from util.charts import line_chart, save_chart
 from util.labels import IGNORE, class_set, read_label, read_list
 from util.metrics import summary
 from util.options import add_class_options
-from util.outputs import read_json, write_json
+from util.outputs import write_json
 from util.run import UserError, run_main
 
 TAU_NS, TAU_CR = 0.60, 0.95  # paper, section 3
@@ -48,8 +48,7 @@ def connectivity_table(
     """
     lists = label_lists(seed_folder)
     labels = dict(read_list(lists["psa_paper"]))
-    command = read_json(seed_folder / "stages/quality_scc_paper.json")["command"]
-    truth = dict(read_list(command[command.index("--id-list-path") + 1]))
+    truth = dict(read_list(truth_list(seed_folder, "scc_paper")))
     corrected = Path(next(iter(dict(read_list(lists["scc_paper"])).values())))
     with open(
         seed_folder / corrected.parts[0] / "connectivities.csv", newline="", encoding="utf-8"

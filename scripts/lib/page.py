@@ -2,26 +2,27 @@
 
     python -m scripts.lib.page runs/toy_release
 
-Reads what the stages left: results.md and sweep.md (scripts/lib/report.py, sweep_thresholds.py),
-compare.txt (scripts/compare_logs.py), pictures/, stages/*.json or seed<n>/stages/*.json, and the
-manifests of the trainings. A task's run (scripts/lib/task.sh) has no results.md yet: it is written
-here. Files elsewhere, as a data set's label folders, are linked from where they are.
+Reads what the commands left: results.md and sweep.md (scripts/lib/report.py, sweep_thresholds.py),
+compare.txt (scripts/compare_logs.py), pictures/ and the manifests of all stages. A task's run has
+no results.md yet: it is written here. Files elsewhere, as a data set's label folders, are linked
+from where they are.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # for `python scripts/lib/NAME.py`
 
-from scripts.lib.report import cost_table, markdown_table, stage_costs
-from scripts.lib.stage import seeds_in
+from scripts.lib.report import cost_table, markdown_table
+from scripts.lib.run_folder import manifest_of, seeds_in, stage_costs, stage_folders
+from util.options import Argument, Folder, parse_options
 from util.outputs import atomic_path, read_json
 from util.page import write_page
 from util.run import UserError, run_main
@@ -37,8 +38,14 @@ CAPTIONS = {  # of the pictures, in the order in which they are shown
     "scc_panels": "SCC: labels before and after",
     "scc_thumbnails": "SCC: most and least trusted connectivities of each class",
 }
-LINKED = {"index.html": "SCC's page", "train.log": "training log"}
+LINKED = {"report/index.html": "SCC's page", "train.log": "training log"}
 PSA_PANELS = 4  # shown of each folder that PSA made
+
+
+@dataclass(kw_only=True)
+class Options:
+    run: Argument[Folder]
+    "folder of the run"
 
 
 def parts_of(markdown: str) -> list[dict]:
@@ -61,21 +68,14 @@ def parts_of(markdown: str) -> list[dict]:
     return parts
 
 
-def stage_records(run: Path) -> dict[str, dict]:
-    """{"psa" or "seed0/psa": record} of the finished stages, in the order of their ends."""
-    files = [path for home in (run, *seeds_in(run)) for path in home.glob("stages/*.json")]
-    files.sort(key=lambda file: file.stat().st_mtime)
-    records = {
-        (file.parents[1].relative_to(run) / file.stem).as_posix(): read_json(file) for file in files
+def folders_of(run: Path) -> dict[str, Path]:
+    """{"psa" or "seed0/psa": folder} of all stages, of a task or of all seeds."""
+    seeds = seeds_in(run)
+    if not seeds:
+        return stage_folders(run)
+    return {
+        f"{s.name}/{stage}": folder for s in seeds for stage, folder in stage_folders(s).items()
     }
-    return {name: record for name, record in records.items() if record.get("done")}
-
-
-def made_files(run: Path, record: dict) -> list[Path]:
-    """The files that a stage has made; records name those in the run's folder `@/…`."""
-    return [
-        run / path[2:] if path.startswith("@/") else Path(path) for path in record.get("made", {})
-    ]
 
 
 def address(path: Path, run: Path) -> str:
@@ -83,17 +83,17 @@ def address(path: Path, run: Path) -> str:
     return quote(Path(os.path.relpath(path, run)).as_posix())
 
 
-def pictures(run: Path, records: dict[str, dict]) -> list[tuple[str, str]]:
+def pictures(run: Path, folders: dict[str, Path]) -> list[tuple[str, str]]:
     """The run's pictures, and a few of PSA's panels of the first seed: (address, caption) each."""
     found = {path.stem: path for path in sorted((run / "pictures").glob("*.png"))}
-    order = [name for name in CAPTIONS if name in found] + [*(found.keys() - CAPTIONS)]
+    order = [name for name in CAPTIONS if name in found] + sorted(found.keys() - CAPTIONS)
     shown = [(address(found[name], run), CAPTIONS.get(name, name)) for name in order]
-    for name, record in records.items():
-        if name in ("psa", "psa_paper", "seed0/psa", "seed0/psa_paper"):
-            panels = [path for path in made_files(run, record) if "vis" in path.parts]
-            for path in panels[:PSA_PANELS]:
-                folder = path.parts[path.parts.index("vis") - 1]
-                shown.append((address(path, run), f"PSA: {folder}, {path.stem}"))
+    first = f"{seeds[0].name}/" if (seeds := seeds_in(run)) else ""
+    for name in (f"{first}psa", f"{first}psa_paper"):
+        if name in folders:
+            panels = sorted((folders[name] / "vis").rglob("*.png"))[:PSA_PANELS]
+            caption = f"PSA: {folders[name].name}, "
+            shown += [(address(path, run), caption + path.stem) for path in panels]
     return shown
 
 
@@ -128,8 +128,9 @@ def page_of(run: Path) -> Path:
     if not (run / "results.md").is_file() or (run / "eval_after").is_dir():
         with atomic_path(run / "results.md") as temporary:
             temporary.write_text(task_results(run), encoding="utf-8")
-    records = stage_records(run)
-    made = [(name, path) for name in records for path in made_files(run, records[name])]
+    folders = folders_of(run)
+    manifests = {name: manifest_of(folder) for name, folder in folders.items()}
+    manifests = {name: manifest for name, manifest in manifests.items() if manifest}
     parts = []
     for name in ("results.md", "sweep.md"):
         if (run / name).is_file():
@@ -138,18 +139,15 @@ def page_of(run: Path) -> Path:
         text = (run / "compare.txt").read_text(encoding="utf-8").strip()
         parts.append({"heading": "Beside the authors' log", "verbatim": text})
     links = [
-        (address(path, run), f"{LINKED[path.name]}: {name}")
-        for name, path in made
-        if path.name in LINKED
+        (address(folder / file, run), f"{title}: {name}")
+        for name, folder in folders.items()
+        for file, title in LINKED.items()
+        if (folder / file).is_file()
     ]
-    commands = [(name, " ".join(record["command"])) for name, record in records.items()]
-    manifests = [
-        (name, json.dumps(read_json(path), indent=1))
-        for name, path in made
-        if path.name == "manifest.json" and path.is_file()
-    ]
+    commands = [(name, manifest["command"]) for name, manifest in manifests.items()]
+    manifests = [(name, json.dumps(manifest, indent=1)) for name, manifest in manifests.items()]
     for heading, kind, content in (
-        ("Pictures", "figures", pictures(run, records)),
+        ("Pictures", "figures", pictures(run, folders)),
         ("More", "links", links),
         ("Commands", "details", commands),
         ("Manifests", "details", manifests),
@@ -162,11 +160,7 @@ def page_of(run: Path) -> Path:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("run", type=Path, help="folder of the run")
-    print(f"page: {page_of(parser.parse_args(argv).run)}")
+    print(f"page: {page_of(parse_options(Options, __doc__, argv).run)}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-# Finds or makes a Python environment that satisfies requirements.txt, and sets PYTHON to its interpreter. Defines `stage`.
+# Finds or makes a Python environment that satisfies requirements.txt, and sets PYTHON to its interpreter.
 #
 #   source scripts/lib/setup.sh          what the scripts need
 #   source scripts/lib/setup.sh test     what the tests need too (requirements-test.txt)
@@ -9,6 +9,7 @@
 # Newer versions than those that made the tables may be installed; requirements-lock.txt has those, and says how to get them.
 
 setup_repo="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
+source "$setup_repo/scripts/lib/common.sh"
 setup_files=("$setup_repo/requirements.txt")
 [ -z "${1:-}" ] || setup_files+=("$setup_repo/requirements-test.txt")
 
@@ -45,35 +46,21 @@ setup_find() {
     return 1
 }
 
-setup_install() { # setup_install FOLDER INTERPRETERS PIP-OPTION…: sets PYTHON to the one of the environment in FOLDER
-    local folder="$1" candidate base="" need=() bar=off
-    for candidate in $2; do
-        if command -v "$candidate" >/dev/null 2>&1 &&
-            "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
-            base="$candidate"
-            break
-        fi
-    done
-    if [ -z "$base" ]; then
-        echo "error: no Python 3.10 or newer found (looked for $2); install one and run this command again" >&2
-        return 2
-    fi
-    shift 2
+setup_install() { # setup_install FOLDER PIP-OPTION…: sets PYTHON to the one of the environment in FOLDER
+    local folder="$1" base name need=() bar=off
+    shift
+    base="$(first_python $setup_bases)"
     if [ ! -x "$folder/bin/python" ]; then
         echo "setup: making $folder with $("$base" --version)"
-        if ! "$base" -m venv "$folder"; then
-            echo "error: '$base -m venv' failed; on Debian and Ubuntu install python3-venv, then run this command again" >&2
-            return 2
-        fi
+        "$base" -m venv "$folder" ||
+            die "'$base -m venv' failed; on Debian and Ubuntu install python3-venv, then run this command again"
     fi
-    for candidate in "${setup_files[@]}"; do need+=(-r "$candidate"); done
+    for name in "${setup_files[@]}"; do need+=(-r "$name"); done
     echo "setup: installing packages into $folder (once; about 6 GB, some minutes)"
     [ ! -t 1 ] || bar=on
-    if ! "$folder/bin/python" -m pip install --disable-pip-version-check --progress-bar "$bar" "${need[@]}" "$@"; then
-        echo "error: pip could not install the packages above; check the network and the free disk space (6 GB)," \
-            "then run this command again: it goes on where it stopped" >&2
-        return 2
-    fi
+    "$folder/bin/python" -m pip install --disable-pip-version-check --progress-bar "$bar" "${need[@]}" "$@" ||
+        die "pip could not install the packages above; check the network and the free disk space (6 GB)," \
+            "then run this command again: it goes on where it stopped"
     PYTHON="$folder/bin/python"
 }
 
@@ -84,20 +71,17 @@ setup_lowest() { # the versions are those of requirements.txt, `>=` read as `==`
     [ "$versions" != "$(cat "$folder/versions.txt" 2>/dev/null)" ] || return 0
     mkdir -p "$folder"
     echo "$versions" > "$folder/constraints.txt"
-    setup_install "$folder" "python3.11 python3.10" -c "$folder/constraints.txt" || return $?
+    setup_install "$folder" -c "$folder/constraints.txt"
     mv "$folder/constraints.txt" "$folder/versions.txt"
 }
 
+setup_bases="python3 python python3.13 python3.12 python3.11 python3.10"
 if [ "${1:-}" = lowest ]; then
-    setup_lowest || exit $?
+    setup_bases="python3.11 python3.10"
+    setup_lowest
 elif ! setup_find; then
-    setup_install "$setup_repo/.venv" "python3 python python3.13 python3.12 python3.11 python3.10" || exit $?
-    if ! setup_satisfied "$PYTHON" "${setup_files[@]}"; then
-        echo "error: $PYTHON still lacks something of requirements.txt; delete .venv and run this command again" >&2
-        exit 2
-    fi
+    setup_install "$setup_repo/.venv"
+    setup_satisfied "$PYTHON" "${setup_files[@]}" ||
+        die "$PYTHON still lacks something of requirements.txt; delete .venv and run this command again"
 fi
 export PYTHON
-
-# stage NAME OUTPUT… [from INPUT…] -- COMMAND…: run a command unless it is done (scripts/lib/stage.py). Records: $STAGES in $OUT.
-stage() { "$PYTHON" -m scripts.lib.stage "$OUT" "$STAGES" "$@"; }

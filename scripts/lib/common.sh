@@ -1,0 +1,84 @@
+# What the scripts share. Sourced in the repository's root. bash 3.2 and sed will do, since nothing is set up yet.
+
+die() {
+    echo "error: $*" >&2
+    exit 2
+}
+
+arguments() { # arguments "$@": --help prints the script's head and the values that may be set; other arguments are an error
+    local script="scripts/${0##*/}" caller="${BASH_SOURCE[1]}"
+    case "${1:-}" in
+        "") ;;
+        -h | --help)
+            sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$script"
+            if [ "$caller" -ef "$script" ]; then caller=""; fi
+            printf '\nEnvironment variables: PYTHON, an interpreter that has the packages, and, with their defaults:\n'
+            sed -n 's/^\([A-Z_]*\)="${\1:-\([^}]*\)}" */  \1=\2  /p' "$script" ${caller:+"$caller"}
+            exit 0
+            ;;
+        *) die "$1: $script takes no such argument; bash $script --help" ;;
+    esac
+}
+
+one_of() { # one_of NAME VALUE…: the variable has one of these values
+    local name="$1" value
+    shift
+    for value in "$@"; do [ "${!name}" != "$value" ] || return 0; done
+    value="$*"
+    die "$name=${!name}: give one of ${value// /, }"
+}
+
+numbers() { # numbers NAME LEAST MOST: the variable has whole numbers in this range
+    local value
+    for value in ${!1}; do
+        case "$value" in *[!0-9]*) value=x ;; esac
+        if [ "$value" = x ] || [ "${#value}" -gt 10 ] || [ "$value" -lt "$2" ] || [ "$value" -gt "$3" ]; then
+            die "$1=${!1}: give whole numbers from $2 to $3"
+        fi
+    done
+}
+
+sam_type() { # SAM_TYPE is a type that model/README.md lists: a short name, a name of the Hub or a folder
+    case "$SAM_TYPE" in */*) ;; *) one_of SAM_TYPE tiny vit_t vit_b vit_l vit_h ;; esac
+}
+
+sam_name() { # sam_name TYPE: what it is called in the names of outputs, as model/sam.py's output_name
+    local name="${1%/}"
+    name="${name##*/}"
+    echo "${name//[^A-Za-z0-9_.+-]/_}"
+}
+
+sam_file() { # sam_file TYPE: where its weights are, if no other place is named: as the official files are called
+    case "$1" in
+        tiny) echo model/sam_tiny.pth ;;
+        vit_h) echo pretrained/sam_vit_h_4b8939.pth ;;
+        vit_l) echo pretrained/sam_vit_l_0b3195.pth ;;
+        vit_b) echo pretrained/sam_vit_b_01ec64.pth ;;
+        vit_t) echo pretrained/mobile_sam.pt ;;
+    esac
+}
+
+first_python() { # first_python NAME…: the first of these interpreters that will do
+    local name
+    for name in "$@"; do
+        if command -v "$name" >/dev/null 2>&1 &&
+            "$name" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+            echo "$name"
+            return
+        fi
+    done
+    die "Python 3.10 or newer is missing (looked for $*); python.org or your system's packages have it"
+}
+
+show() { # show NAME…: the variables' values
+    local name
+    for name in "$@"; do printf '%s=%q ' "$name" "${!name}"; done
+    echo
+}
+
+run() { # run COMMAND…: print it as it can be copied to a terminal, then run it; each finds its own finished work
+    printf '\n$'
+    printf ' %q' "$@"
+    echo
+    "$@"
+}
