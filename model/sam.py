@@ -1,6 +1,6 @@
 """Segmenters of every kind behind one door: `load_segmenter(sam_type, checkpoint, device)`.
 
-A type is one of SAM_TYPES or a model of the `transformers` package.
+A type is one of WEIGHTS or a model of the `transformers` package.
 
 `vit_h`, `vit_l`, `vit_b`: segment_anything's models with the official weights. `vit_t`: MobileSAM,
 for which the package mobilesam-mirror must be installed. `tiny`: the small SAM that comes with this
@@ -31,19 +31,18 @@ from model.sam_tiny import TINY_CHECKPOINT, build_sam_tiny
 from model.segmenter import Segmenter
 from util.run import UserError, sha256
 
-SAM_TYPES = ("vit_h", "vit_l", "vit_b", "vit_t", "tiny")
-
-# Addresses of the published weights (README of segment-anything and of MobileSAM). Six hexadecimal
-# digits at the end of a name are the start of the file's MD5.
+# {type: where its weights are looked for without --sam-checkpoint}. Six hexadecimal digits at the
+# end of an official name are the start of the file's MD5.
+WEIGHTS = {
+    "vit_h": Path("pretrained/sam_vit_h_4b8939.pth"),
+    "vit_l": Path("pretrained/sam_vit_l_0b3195.pth"),
+    "vit_b": Path("pretrained/sam_vit_b_01ec64.pth"),
+    "vit_t": Path("pretrained/mobile_sam.pt"),
+    "tiny": TINY_CHECKPOINT,
+}
+# Where the published weights are (README of segment-anything and of MobileSAM).
 OFFICIAL_URL = "https://dl.fbaipublicfiles.com/segment_anything/"
 MOBILE_URL = "https://raw.githubusercontent.com/ChaoningZhang/MobileSAM/master/weights/"
-OFFICIAL_CHECKPOINTS = {
-    "vit_h": "sam_vit_h_4b8939.pth",
-    "vit_l": "sam_vit_l_0b3195.pth",
-    "vit_b": "sam_vit_b_01ec64.pth",
-    "vit_t": "mobile_sam.pt",
-}
-PRETRAINED_FOLDER = Path("pretrained")
 
 
 def output_name(sam_type: str) -> str:
@@ -53,21 +52,6 @@ def output_name(sam_type: str) -> str:
     could not hold.
     """
     return re.sub(r"[^\w.+-]", "_", Path(sam_type).name or Path(sam_type).resolve().name)
-
-
-def address(sam_type: str) -> str:
-    """Where the published weights of `vit_h`, `vit_l`, `vit_b` or `vit_t` are."""
-    return (MOBILE_URL if sam_type == "vit_t" else OFFICIAL_URL) + OFFICIAL_CHECKPOINTS[sam_type]
-
-
-def default_checkpoint(sam_type: str) -> Path | None:
-    """Where the weights are looked for without --sam-checkpoint; None for a model of
-    transformers, whose type says it.
-    """
-    if sam_type == "tiny":
-        return TINY_CHECKPOINT
-    name = OFFICIAL_CHECKPOINTS.get(sam_type)
-    return PRETRAINED_FOLDER / name if name else None
 
 
 def checkpoint_type(state: dict) -> str | None:
@@ -87,7 +71,7 @@ def checkpoint_type(state: dict) -> str | None:
 
 def check_whole(path: Path) -> None:
     """UserError where a file with an official name has another MD5 than that name says."""
-    digest, wanted = hashlib.md5(), path.stem.rsplit("_", 1)[1]
+    digest, wanted = hashlib.md5(), path.stem.rpartition("_")[2]
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
@@ -104,46 +88,38 @@ def read_checkpoint(path: Path, sam_type: str) -> dict:
     otherwise.
     """
     if not path.is_file():
+        place = WEIGHTS[sam_type]
+        address = (MOBILE_URL if sam_type == "vit_t" else OFFICIAL_URL) + place.name
+        remedy = f"download them from {address} to {place}, or name another file of them"
         if sam_type == "tiny":
-            raise UserError(
-                f"{path}: no such file; the weights of --sam-type tiny come with the repository"
-                f" (model/{TINY_CHECKPOINT.name}): restore them, or train with"
-                " scripts/dev/sam_tiny.py"
-            )
-        raise UserError(
-            f"{path}: no such file; download the official weights of --sam-type {sam_type} from"
-            f" {address(sam_type)} to {default_checkpoint(sam_type)}, or name another file of them"
-        )
-    if path.name in OFFICIAL_CHECKPOINTS.values() and path.name != OFFICIAL_CHECKPOINTS["vit_t"]:
+            remedy = f"restore model/{place.name}, or train with scripts/dev/sam_tiny.py"
+        raise UserError(f"{path}: no such file of the weights of --sam-type {sam_type}; {remedy}")
+    if path.name in [WEIGHTS[name].name for name in ("vit_h", "vit_l", "vit_b")]:
         check_whole(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        reason = (
-            str(error).strip().splitlines()[0][:100] if str(error).strip() else type(error).__name__
-        )
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:100]
         raise UserError(
             f"{path}: cut short or no PyTorch weight file ({reason}); fetch or export it again"
         ) from None
-    if not isinstance(state, dict) or not all(
-        isinstance(value, Tensor) for value in state.values()
-    ):
+    if not isinstance(state, dict) or not all(torch.is_tensor(value) for value in state.values()):
         raise UserError(
             f"{path}: holds no plain state dict of weights; "
             f"give a SAM weight file of --sam-type {sam_type}"
         )
     found = checkpoint_type(state)
     if found != sam_type:
-        mend = f"give --sam-type {found}" if found else "give a SAM weight file"
+        remedy = f"give --sam-type {found}" if found else "give a SAM weight file"
         raise UserError(
             f"{path}: weights of {found or 'an unknown model'}, not of --sam-type {sam_type};"
-            f" {mend}"
+            f" {remedy}"
         )
     return state
 
 
 def sam_builder(sam_type: str) -> Callable[[], Sam]:
-    """What makes a `Sam` of one of SAM_TYPES with random weights. UserError where its package is
+    """What makes a `Sam` of one of WEIGHTS with random weights. UserError where its package is
     absent.
     """
     if sam_type == "tiny":
@@ -165,14 +141,14 @@ def sam_builder(sam_type: str) -> Callable[[], Sam]:
 def build_sam(
     sam_type: str, checkpoint: str | Path | None = None, device: str | torch.device = "cpu"
 ) -> Sam:
-    """A SAM in eval mode on `device` with the weights of `checkpoint` (None: `default_checkpoint`).
+    """A SAM in eval mode on `device` with the weights of `checkpoint` (None: those of WEIGHTS).
 
-    sam_type: one of SAM_TYPES. Raises UserError, in one line that tells the mend, for an unknown
+    sam_type: one of WEIGHTS. Raises UserError, in one line that tells the remedy, for an unknown
     type, an absent package, and a checkpoint that is missing, damaged or another type's.
     """
-    if sam_type not in SAM_TYPES:
-        raise UserError(f"--sam-type {sam_type}: choose one of {', '.join(SAM_TYPES)}")
-    path = Path(checkpoint or default_checkpoint(sam_type))
+    if sam_type not in WEIGHTS:
+        raise UserError(f"--sam-type {sam_type}: choose one of {', '.join(WEIGHTS)}")
+    path = Path(checkpoint or WEIGHTS[sam_type])
     builder = sam_builder(sam_type)
     state = read_checkpoint(path, sam_type)
     sam = builder()
@@ -195,24 +171,23 @@ def load_segmenter(
 ) -> Segmenter:
     """The segmenter of a type, in eval mode on `device`, with the settings of its own generator.
 
-    sam_type: one of SAM_TYPES, or a model of transformers: its name on the Hub or a local folder.
+    sam_type: one of WEIGHTS, or a model of transformers: its name on the Hub or a local folder.
     checkpoint: weight file, or for a model of transformers its local folder; None: the default
     place. Its attribute `files` lists what it was made from. UserError as in `build_sam`.
     """
-    if sam_type in SAM_TYPES:
-        path = Path(checkpoint or default_checkpoint(sam_type))
-        sam = FastSam(build_sam(sam_type, path, device), prompt_batch=prompt_batch, amp=amp)
+    options = {"prompt_batch": prompt_batch, "amp": amp}
+    if sam_type in WEIGHTS:
+        path = Path(checkpoint or WEIGHTS[sam_type])
+        sam = FastSam(build_sam(sam_type, path, device), **options)
         sam.files = [path]
         return sam
     from model.sam_transformers import load_transformers  # optional package, seconds to import
 
-    options = {"prompt_batch": prompt_batch, "amp": amp}
     return load_transformers(sam_type, checkpoint, torch.device(device), **options)
 
 
 def files_digest(files: list[Path]) -> str:
     """One SHA-256 for the files of a segmenter: the file's, or that of the digests of several."""
     digests = [sha256(path) for path in files]
-    return (
-        digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
-    )
+    several = hashlib.sha256("".join(digests).encode()).hexdigest()
+    return several if len(digests) > 1 else digests[0]

@@ -60,8 +60,7 @@ class FastSam(Segmenter):
         resized = torch.as_tensor(self.transform.apply_image(image), device=self.device)
         self.input_size = tuple(resized.shape[:2])
         padded = self.sam.preprocess(resized.permute(2, 0, 1)[None].contiguous())
-        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp)
-        with self.watch("encode"), autocast:
+        with self.watch("encode"), self.autocast():
             embedding = self.sam.image_encoder(padded).float()
         # The tiny SAM knows which tokens are padding and takes no notice of them.
         self.tokens = occupied_extent(embedding) if self.is_tiny else embedding.shape[-2:]

@@ -80,7 +80,7 @@ class TransformersSam(Segmenter):
         reshaped = inputs.get("reshaped_input_sizes")
         self.padded = reshaped is not None
         self.input_size = tuple(reshaped[0].tolist()) if self.padded else self.square
-        with self.watch("encode"), self._precision():
+        with self.watch("encode"), self.autocast():
             embeddings = self.model.get_image_embeddings(pixels)
         self.embeddings = {"image_embeddings": embeddings}
         if isinstance(embeddings, tuple):  # SAM-HQ
@@ -98,7 +98,7 @@ class TransformersSam(Segmenter):
         labels = torch.ones(points.shape[:2], dtype=torch.int, device=self.device)
 
         def decoded(start: int, stop: int) -> Decoded:
-            with self._precision():
+            with self.autocast():
                 result = self.model(
                     input_points=points[None, start:stop].float(),
                     input_labels=labels[None, start:stop],
@@ -114,9 +114,6 @@ class TransformersSam(Segmenter):
         """See `Segmenter.enlargement`; as the processors' `post_process_masks` do."""
         first = [(self.square, self.input_size)] if self.padded else []
         return [*first, (self.size, self.size)]
-
-    def _precision(self):
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp)
 
 
 def model_folder(sam_type: str, checkpoint: str | Path | None) -> Path:
@@ -138,12 +135,12 @@ def model_folder(sam_type: str, checkpoint: str | Path | None) -> Path:
     try:
         return Path(snapshot_download(sam_type, allow_patterns=list(PATTERNS)))
     except GatedRepoError:
-        mend = f"accept its licence at {HUB}{sam_type} and log in (hf auth login)"
+        remedy = f"accept its licence at {HUB}{sam_type} and log in (hf auth login)"
     except Exception as error:  # of the network, the Hub or the disk: all mean that it is not here
-        mend = f"the Hub gave none ({str(error).strip().splitlines()[0][:100]})"
+        remedy = f"the Hub gave none ({str(error).strip().splitlines()[0][:100]})"
     raise UserError(
-        f"--sam-type {sam_type}: no weights here: {mend}; or download {HUB}{sam_type} elsewhere and"
-        " give the folder as --sam-checkpoint"
+        f"--sam-type {sam_type}: no weights here: {remedy}; or download {HUB}{sam_type} elsewhere"
+        " and give the folder as --sam-checkpoint"
     )
 
 
@@ -173,9 +170,8 @@ def load_transformers(
             model, report = transformers.AutoModelForMaskGeneration.from_pretrained(
                 folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
             )
-            processor = transformers.AutoImageProcessor.from_pretrained(
-                folder, local_files_only=True
-            )
+            image_processor = transformers.AutoImageProcessor
+            processor = image_processor.from_pretrained(folder, local_files_only=True)
         except Exception as error:  # a folder can be wrong in more ways than errors have names
             raise UserError(
                 f"{folder}: {str(error).strip().splitlines()[0][:200]}; give the folder of a model"

@@ -113,9 +113,8 @@ class Segmenter:
         self.threads, self._map = 1, map
         if device.type == "cpu" and torch.get_num_threads() > 1:
             self.threads = torch.get_num_threads()
-            self._map = ThreadPoolExecutor(
-                self.threads, initializer=torch.set_num_threads, initargs=(1,)
-            ).map
+            one_core = {"initializer": torch.set_num_threads, "initargs": (1,)}
+            self._map = ThreadPoolExecutor(self.threads, **one_core).map
 
     # ------------------------------------------------------------------------- what a backend gives
 
@@ -184,6 +183,10 @@ class Segmenter:
         return result
 
     # ------------------------------------------------------------------------- shared by all models
+
+    def autocast(self) -> torch.autocast:
+        """In bf16 with `amp`."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp)
 
     @torch.inference_mode()
     def find_proposals(self) -> Proposals:
@@ -307,9 +310,8 @@ def save_proposals(path: Path, masks: list[ProposalMask]) -> None:
     2048x1024.
     """
     boxes = np.array([box for _, box in masks], dtype=np.int32).reshape(-1, 4)
-    bits = np.packbits(
-        np.concatenate([m.cpu().numpy().ravel() for m, _ in masks] or [np.zeros(0, bool)])
-    )
+    flat = [mask.cpu().numpy().ravel() for mask, _ in masks]
+    bits = np.packbits(np.concatenate(flat or [np.zeros(0, bool)]))
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         np.savez_compressed(file, boxes=boxes, bits=bits)
 

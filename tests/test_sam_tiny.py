@@ -15,7 +15,7 @@ from segment_anything.modeling import MaskDecoder
 from torch import nn
 from torch.nn import functional as F
 
-from model.sam import OFFICIAL_CHECKPOINTS, build_sam, default_checkpoint
+from model.sam import WEIGHTS, build_sam
 from model.sam_fast import mask_logits, tokens_to_pixels, two_way_transformer
 from model.sam_tiny import TINY_CHECKPOINT, build_sam_tiny, occupied_extent
 from scripts.dev import sam_tiny
@@ -468,7 +468,7 @@ def test_missing_official_checkpoint_names_file_and_address(sam_type, tmp_path, 
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as error:
         build_sam(sam_type)
-    name = OFFICIAL_CHECKPOINTS[sam_type]
+    name = WEIGHTS[sam_type].name
     assert f"pretrained/{name}" in str(error.value)
     assert f"https://dl.fbaipublicfiles.com/segment_anything/{name}" in str(error.value)
     assert "\n" not in str(error.value)
@@ -476,7 +476,7 @@ def test_missing_official_checkpoint_names_file_and_address(sam_type, tmp_path, 
 
 def test_bad_checkpoints(tmp_path, official):
     contents = {
-        OFFICIAL_CHECKPOINTS["vit_b"]: official,
+        WEIGHTS["vit_b"].name: official,
         "b.pth": official,
         "other.pth": {"weights": 1},
         "unknown.pth": {"x": torch.zeros(1)},
@@ -489,7 +489,7 @@ def test_bad_checkpoints(tmp_path, official):
     (tmp_path / "cut.pth").write_bytes(TINY_CHECKPOINT.read_bytes()[:100_000])
     (tmp_path / "tiny.pth").write_bytes(TINY_CHECKPOINT.read_bytes())
     for sam_type, name, message in (
-        ("vit_b", OFFICIAL_CHECKPOINTS["vit_b"], "MD5"),
+        ("vit_b", WEIGHTS["vit_b"].name, "MD5"),
         ("tiny", "b.pth", "weights of vit_b, not of --sam-type tiny"),
         ("vit_h", "b.pth", "give --sam-type vit_b"),
         ("vit_h", "tiny.pth", "not of --sam-type vit_h; give --sam-type tiny"),
@@ -506,4 +506,3 @@ def test_bad_checkpoints(tmp_path, official):
             build_sam(sam_type, tmp_path / name)
         said = str(error.value)
         assert message in said and "\n" not in said, (name, said)
-    assert default_checkpoint("tiny") == TINY_CHECKPOINT

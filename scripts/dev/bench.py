@@ -39,7 +39,7 @@ import train_unimatch
 from dataset.samples import Key, TrainingSamples
 from dataset.scc import BUFFER, Data, index_image, patch_batches
 from dataset.toy import draw_scene
-from model.sam import SAM_TYPES, default_checkpoint, load_segmenter, output_name, sam_builder
+from model.sam import WEIGHTS, load_segmenter, output_name, sam_builder
 from model.sam_fast import FastSam
 from model.segmenter import ProposalSettings, Segmenter
 from model.training import build_model, perturbation_factors, set_precision, to_device
@@ -247,7 +247,7 @@ def prepared_segmenter(
     loaded or tuned while it is timed.
     """
     sam_type = options.sam_type
-    random = sam_type in SAM_TYPES and not default_checkpoint(sam_type).is_file()
+    random = sam_type in WEIGHTS and not WEIGHTS[sam_type].is_file()
     if random:
         sam = FastSam(sam_builder(sam_type)().eval().to(device))
     else:
