@@ -14,7 +14,7 @@ import posixpath
 import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -94,40 +94,16 @@ SYNTHIA_16 = ClassSet(
 # mIoU* of the SYNTHIA papers: the 16 without wall, fence and pole.
 IDS_13_IN_16 = (0, 1, 2, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)
 
-# CamVid's 11 classes in the order of its common label images. Stuff: what fills areas without
-# countable objects.
+# CamVid's 11 classes in the order of its common label images, in colours of Cityscapes' classes.
+# Stuff: what fills areas without countable objects.
+_CAMVID = "sky building pole road pavement tree sign fence car pedestrian bicyclist"
+_CAMVID_COLOURS = (10, 2, 5, 0, 1, 8, 7, 4, 13, 11, 18)
 CAMVID_11 = ClassSet(
-    names=(
-        "sky",
-        "building",
-        "pole",
-        "road",
-        "pavement",
-        "tree",
-        "sign",
-        "fence",
-        "car",
-        "pedestrian",
-        "bicyclist",
-    ),
-    palette=(
-        (70, 130, 180),
-        (70, 70, 70),
-        (153, 153, 153),
-        (128, 64, 128),
-        (244, 35, 232),
-        (107, 142, 35),
-        (220, 220, 0),
-        (190, 153, 153),
-        (0, 0, 142),
-        (220, 20, 60),
-        (119, 11, 32),
-    ),
+    names=tuple(_CAMVID.split()),
+    palette=tuple(CITYSCAPES_19.palette[i] for i in _CAMVID_COLOURS),
     stuff=(0, 1, 3, 4, 5, 7),
     things=(2, 6, 8, 9, 10),
 )
-
-KNOWN_CLASS_SETS = {19: CITYSCAPES_19, 16: SYNTHIA_16}
 
 
 def class_set(
@@ -141,7 +117,7 @@ def class_set(
     """
     if class_num < 1 or class_num > 255:
         raise UserError(f"--class-num {class_num}: give a number of classes from 1 to 255")
-    known = KNOWN_CLASS_SETS.get(class_num)
+    known = {19: CITYSCAPES_19, 16: SYNTHIA_16}.get(class_num)
     if stuff is None and things is None:
         if known is None:
             raise UserError(
@@ -166,16 +142,11 @@ def class_set(
             f"class {min(both)} is in --stuff and in --things; a class is one of the two"
         )
     stuff, things = tuple(sorted(set(stuff))), tuple(sorted(set(things)))
-    for candidate in (known, CAMVID_11):
-        if (
-            candidate
-            and candidate.count == class_num
-            and (candidate is known or (stuff, things) == (candidate.stuff, candidate.things))
-        ):
-            return ClassSet(candidate.names, candidate.palette, stuff, things)
-    return ClassSet(
-        tuple(f"class {i}" for i in range(class_num)), generated_palette(class_num), stuff, things
-    )
+    camvid = class_num == 11 and (stuff, things) == (CAMVID_11.stuff, CAMVID_11.things)
+    if known := CAMVID_11 if camvid else known:
+        return replace(known, stuff=stuff, things=things)
+    names = tuple(f"class {i}" for i in range(class_num))
+    return ClassSet(names, generated_palette(class_num), stuff, things)
 
 
 def generated_palette(count: int) -> tuple[tuple[int, int, int], ...]:

@@ -389,12 +389,8 @@ def tune_cpu() -> None:
     torch.set_flush_denormal(True)
     with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
-        for parameter, value in (
-            (-1, -1),
-            (-2, 2**28),
-            (-4, 0),
-            (-8, 1),
-        ):  # never trim; pad, no mmap, one arena
+        # Never trim; pad, no mmap, one arena.
+        for parameter, value in ((-1, -1), (-2, 2**28), (-4, 0), (-8, 1)):
             mallopt(parameter, value)
 
 

@@ -20,7 +20,7 @@ integer coordinates at twice the size; noise is random bytes enlarged by Pillow'
 resampling; what follows is float32 arithmetic of single operations (+, -, x, comparisons), whose
 results IEEE 754 fixes, and rounding. No sine, no matrix product.
 
-Needs when copied away: dataset/toy/, util/{labels,outputs,pictures,run}.py.
+Needs when copied away: dataset/toy/, util/{labels,options,outputs,pictures,run}.py.
 """
 
 from dataset.toy.data_set import FIRST_FREE_SEED, SPLITS, make_toy, scene_seed

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 from PIL import Image
 
 from dataset.toy.objects import HEIGHT, STYLES, WIDTH
 from dataset.toy.street import draw_scene
 from util.labels import CITYSCAPES_19, write_label, write_list
+from util.options import Bounds, Folder, parse_options
 from util.outputs import atomic_path, check_writable, read_json, write_json
 from util.run import UserError, progress
 
@@ -87,9 +89,8 @@ def make_toy(
         progress(desc="drawing", total=sum(sizes.values())) as bar,
     ):
         for (domain, split), count in sizes.items():
-            for _ in pool.map(
-                partial(_write_scene, folder, domain, split, seed), range(count), chunksize=8
-            ):
+            write = partial(_write_scene, folder, domain, split, seed)
+            for _ in pool.map(write, range(count), chunksize=8):
                 bar.update()
     write_json(marker, made)
     return folder
@@ -101,54 +102,34 @@ def preview(path: Path, rows: int = 4) -> None:
 
     sheet = []
     for index in range(rows):
-        scenes = [draw_scene(scene_seed(0, "train", index), style) for style in STYLES]
-        sheet.append(
-            [
-                tile
-                for scene in scenes
-                for tile in (scene.image, colour_label(scene.label, CITYSCAPES_19.palette))
-            ]
-        )
+        sheet.append([])
+        for style in STYLES:
+            scene = draw_scene(scene_seed(0, "train", index), style)
+            sheet[-1] += [scene.image, colour_label(scene.label, CITYSCAPES_19.palette)]
     titles = [title for style in STYLES for title in (f"{style} style", "labels")]
     save_picture(path, contact_sheet(sheet, titles, legend=CITYSCAPES_19))
 
 
-def options() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Makes the embedded benchmark.")
-    parser.add_argument("--seed", type=int, default=0, help="data seed, 0 to 99 (default: 0)")
-    parser.add_argument(
-        "--root-path",
-        type=Path,
-        default=Path("data"),
-        help="folder for toy/s<seed>/ (default: data)",
-    )
-    parser.add_argument(
-        "--scenes",
-        type=int,
-        nargs=3,
-        metavar=("SOURCE", "TARGET", "VAL"),
-        default=[SPLITS[key] for key in SPLITS],
-        help=(
-            "number of source training, target training and target validation scenes, 1 to 10000 "
-            f"(default: {' '.join(map(str, SPLITS.values()))})"
-        ),
-    )
-    parser.add_argument(
-        "--preview",
-        type=Path,
-        metavar="PNG",
-        help="only draw a picture of some scenes to this file",
-    )
-    return parser
+SceneCount = Annotated[int, Bounds(least=1, most=10_000), "SOURCE TARGET VAL"]
+
+
+@dataclass(kw_only=True)
+class Options:
+    """scenes"""
+
+    seed: int = 0
+    "data seed, 0 to 99"
+    root_path: Folder = Path("data")
+    "folder for toy/s<seed>/"
+    scenes: tuple[SceneCount, SceneCount, SceneCount] = tuple(SPLITS.values())
+    "number of source training, target training and target validation scenes, 1 to 10000 each"
+    preview: Annotated[Path, "PNG"] | None = None
+    "only draw a picture of some scenes to this file"
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = options().parse_args(argv)
-    if args.preview:
-        preview(args.preview)
+    options = parse_options(Options, "Makes the embedded benchmark.", argv)
+    if options.preview:
+        preview(options.preview)
     else:
-        if not all(1 <= count <= 10_000 for count in args.scenes):
-            raise UserError(
-                f"--scenes {' '.join(map(str, args.scenes))}: give three numbers from 1 to 10000"
-            )
-        make_toy(args.root_path, args.seed, dict(zip(SPLITS, args.scenes)))
+        make_toy(options.root_path, options.seed, dict(zip(SPLITS, options.scenes)))

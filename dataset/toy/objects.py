@@ -7,27 +7,8 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image, ImageDraw
 
-(
-    ROAD,
-    SIDEWALK,
-    BUILDING,
-    WALL,
-    FENCE,
-    POLE,
-    LIGHT,
-    SIGN,
-    VEGETATION,
-    TERRAIN,
-    SKY,
-    PERSON,
-    RIDER,
-    CAR,
-    TRUCK,
-    BUS,
-    TRAIN,
-    MOTORCYCLE,
-    BICYCLE,
-) = range(19)
+ROAD, SIDEWALK, BUILDING, WALL, FENCE, POLE, LIGHT, SIGN, VEGETATION, TERRAIN = range(10)
+SKY, PERSON, RIDER, CAR, TRUCK, BUS, TRAIN, MOTORCYCLE, BICYCLE = range(10, 19)
 STYLES = ("source", "target", "random")
 SUPERSAMPLING = 2
 HEIGHT, WIDTH = 192, 384  # of the benchmark's images
@@ -109,9 +90,8 @@ class Painter:
         )
         self.layers = [ImageDraw.Draw(layer) for layer in (self.image, self.label, self.segment)]
         self.class_id, self.number = 0, 0
-        self.unit = height / (
-            HEIGHT * SUPERSAMPLING
-        )  # one canvas pixel of the benchmark's own size
+        # One canvas pixel of the benchmark's own size.
+        self.unit = height / (HEIGHT * SUPERSAMPLING)
 
     def begin(self, class_id: int) -> None:
         """What follows is a new object of this class."""
@@ -140,17 +120,18 @@ class Painter:
     def polygon(self, points, colour) -> None:
         self._draw("polygon", [(int(round(x)), int(round(y))) for x, y in points], colour)
 
+    def trapezium(self, x, y0, half0, y1, half1, colour) -> None:
+        """Centred on x, with half a width at each of two heights."""
+        self.polygon([(x - half0, y0), (x + half0, y0), (x + half1, y1), (x - half1, y1)], colour)
+
     def box(self, x0, y0, x1, y1, colour) -> None:
         x0, y0, x1, y1 = (int(round(v)) for v in (x0, y0, x1, y1))
         if x1 > x0 and y1 > y0:
             self._draw("rectangle", (x0, y0, x1 - 1, y1 - 1), colour)
 
     def disc(self, x, y, radius_x, radius_y, colour) -> None:
-        self._draw(
-            "ellipse",
-            tuple(int(round(v)) for v in (x - radius_x, y - radius_y, x + radius_x, y + radius_y)),
-            colour,
-        )
+        around = (x - radius_x, y - radius_y, x + radius_x, y + radius_y)
+        self._draw("ellipse", tuple(int(round(v)) for v in around), colour)
 
     def line(self, points, width, colour) -> None:
         points = [(int(round(x)), int(round(y))) for x, y in points]
@@ -166,14 +147,8 @@ def building(p: Painter, x0, x1, top, base) -> None:
     rng, colour = p.rng, p.start(BUILDING)
     p.box(x0, top, x1, base, colour)
     if rng.random() < 0.4:
-        p.polygon(
-            [
-                (x0 - 3 * p.unit, top),
-                (x1 + 3 * p.unit, top),
-                ((x0 + x1) / 2, top - (x1 - x0) * 0.25),
-            ],
-            shade(colour, 0.7),
-        )
+        eaves, ridge = 3 * p.unit, ((x0 + x1) / 2, top - (x1 - x0) * 0.25)
+        p.polygon([(x0 - eaves, top), (x1 + eaves, top), ridge], shade(colour, 0.7))
     else:
         p.box(x0, top, x1, top + 4 * p.unit, shade(colour, 0.75))
     step = max(9 * p.unit, int(p.height * rng.uniform(0.035, 0.06)))
@@ -190,22 +165,13 @@ def building(p: Painter, x0, x1, top, base) -> None:
 
 def tree(p: Painter, x, base, height) -> None:
     rng, colour = p.rng, p.start(VEGETATION)
-    p.box(
-        x - height * 0.035,
-        base - height * 0.5,
-        x + height * 0.035,
-        base,
-        shade((92, 70, 52), rng.uniform(0.8, 1.2)),
-    )
+    bark = shade((92, 70, 52), rng.uniform(0.8, 1.2))
+    p.box(x - height * 0.035, base - height * 0.5, x + height * 0.035, base, bark)
     for _ in range(9):
         radius = height * rng.uniform(0.13, 0.22)
-        p.disc(
-            x + height * rng.uniform(-0.2, 0.2),
-            base - height * rng.uniform(0.45, 0.85),
-            radius,
-            radius * rng.uniform(0.8, 1.1),
-            shade(colour, rng.uniform(0.82, 1.18)),
-        )
+        left, up = height * rng.uniform(-0.2, 0.2), height * rng.uniform(0.45, 0.85)
+        tall, leaves = radius * rng.uniform(0.8, 1.1), shade(colour, rng.uniform(0.82, 1.18))
+        p.disc(x + left, base - up, radius, tall, leaves)
 
 
 def bush(p: Painter, x0, x1, base, height) -> None:
@@ -214,13 +180,8 @@ def bush(p: Painter, x0, x1, base, height) -> None:
     for index in range(count):
         x = x0 + (x1 - x0) * (index + 0.5) / count
         radius = height * rng.uniform(0.5, 0.75)
-        p.disc(
-            x,
-            base - height * 0.45,
-            radius,
-            radius * rng.uniform(0.8, 1.2),
-            shade(colour, rng.uniform(0.82, 1.15)),
-        )
+        tall, leaves = radius * rng.uniform(0.8, 1.2), shade(colour, rng.uniform(0.82, 1.15))
+        p.disc(x, base - height * 0.45, radius, tall, leaves)
 
 
 def pole(p: Painter, x, base, height, kind: str) -> None:
@@ -237,13 +198,8 @@ def pole(p: Painter, x, base, height, kind: str) -> None:
         tall = half * 2.6
         p.box(x - half, top - tall * 0.3, x + half, top + tall * 0.9, housing)
         for index, lamp in enumerate([(220, 50, 40), (230, 180, 50), (60, 200, 90)]):
-            p.disc(
-                x,
-                top - tall * 0.3 + tall * 1.2 * (index + 0.5) / 3,
-                half * 0.6,
-                half * 0.6,
-                lamp if rng.random() < 0.5 else shade(lamp, 0.4),
-            )
+            y, lit = top - tall * 0.3 + tall * 1.2 * (index + 0.5) / 3, rng.random() < 0.5
+            p.disc(x, y, half * 0.6, half * 0.6, lamp if lit else shade(lamp, 0.4))
     if kind == "sign":
         colour = p.start(SIGN)
         half = max(6 * p.unit, height * rng.uniform(0.09, 0.13))
@@ -255,10 +211,8 @@ def pole(p: Painter, x, base, height, kind: str) -> None:
             p.box(x - half, y - half, x + half, y + half, colour)
             p.box(x - half * 0.55, y - half * 0.3, x + half * 0.55, y + half * 0.3, (235, 235, 235))
         else:
-            p.polygon(
-                [(x - half * 1.1, y + half * 0.9), (x + half * 1.1, y + half * 0.9), (x, y - half)],
-                colour,
-            )
+            wide, low = half * 1.1, y + half * 0.9
+            p.polygon([(x - wide, low), (x + wide, low), (x, y - half)], colour)
 
 
 def person(p: Painter, x, base, height) -> None:
@@ -267,24 +221,10 @@ def person(p: Painter, x, base, height) -> None:
     skin = (206, 160, 130) if rng.random() < 0.6 else (120, 84, 62)
     w, step = height * 0.17, height * rng.uniform(0.03, 0.1)
     hip = base - height * 0.5
-    p.polygon(
-        [(x - w * 0.8, hip), (x + w * 0.1, hip), (x - step, base), (x - step - w * 0.7, base)],
-        trousers,
-    )
-    p.polygon(
-        [(x - w * 0.1, hip), (x + w * 0.8, hip), (x + step + w * 0.7, base), (x + step, base)],
-        trousers,
-    )
-    shoulder, waist = base - height * 0.82, base - height * 0.42
-    p.polygon(
-        [
-            (x - w * 1.1, shoulder),
-            (x + w * 1.1, shoulder),
-            (x + w * 0.9, waist),
-            (x - w * 0.9, waist),
-        ],
-        colour,
-    )
+    left, right = x - step - w * 0.7, x + step + w * 0.7
+    p.polygon([(x - w * 0.8, hip), (x + w * 0.1, hip), (x - step, base), (left, base)], trousers)
+    p.polygon([(x - w * 0.1, hip), (x + w * 0.8, hip), (right, base), (x + step, base)], trousers)
+    p.trapezium(x, base - height * 0.82, w * 1.1, base - height * 0.42, w * 0.9, colour)
     p.disc(x, base - height * 0.9, height * 0.085, height * 0.1, skin)
 
 
@@ -292,46 +232,22 @@ def two_wheeler(p: Painter, x, base, size, motor: bool, ridden: bool) -> None:
     rng = p.rng
     colour = p.start(MOTORCYCLE if motor else BICYCLE)
     radius, reach = size * (0.24 if motor else 0.27), size * 0.36
-    front = 1 if rng.random() < 0.5 else -1
+    front, axle, tube = 1 if rng.random() < 0.5 else -1, base - radius, max(2 * p.unit, size * 0.05)
     for side in (-1, 1):
-        p.disc(x + side * reach, base - radius, radius, radius, (34, 34, 36))
-        if motor:
-            p.disc(x + side * reach, base - radius, radius * 0.45, radius * 0.45, (130, 130, 134))
-        else:
-            p.disc(
-                x + side * reach, base - radius, radius * 0.72, radius * 0.72, shade(colour, 1.1)
-            )
+        hub = radius * (0.45 if motor else 0.72)
+        p.disc(x + side * reach, axle, radius, radius, (34, 34, 36))
+        p.disc(x + side * reach, axle, hub, hub, (130, 130, 134) if motor else shade(colour, 1.1))
     if motor:
-        p.polygon(
-            [
-                (x - reach, base - radius * 1.5),
-                (x + front * reach * 0.9, base - radius * 2.3),
-                (x + reach * 0.9, base - radius),
-                (x - reach * 0.8, base - radius * 0.7),
-            ],
-            colour,
-        )
+        upper = [(x - reach, base - radius * 1.5), (x + front * reach * 0.9, base - radius * 2.3)]
+        lower = [(x + reach * 0.9, axle), (x - reach * 0.8, base - radius * 0.7)]
+        p.polygon(upper + lower, colour)
     else:
-        tube, seat = max(2 * p.unit, size * 0.05), base - radius * 2.1
-        p.line(
-            [
-                (x - reach, base - radius),
-                (x - reach * 0.2, seat),
-                (x + reach * 0.7, seat),
-                (x + reach, base - radius),
-            ],
-            tube,
-            colour,
-        )
-        p.line([(x - reach * 0.2, seat), (x, base - radius), (x + reach * 0.7, seat)], tube, colour)
-    p.line(
-        [
-            (x + front * reach * 0.6, base - radius * 1.9),
-            (x + front * reach * 0.75, base - radius * 2.9),
-        ],
-        max(2 * p.unit, size * 0.05),
-        shade(colour, 0.7),
-    )
+        left, right = (x - reach * 0.2, base - radius * 2.1), (x + reach * 0.7, base - radius * 2.1)
+        p.line([(x - reach, axle), left, right, (x + reach, axle)], tube, colour)
+        p.line([left, (x, axle), right], tube, colour)
+    low, high = base - radius * 1.9, base - radius * 2.9
+    handlebar = [(x + front * reach * 0.6, low), (x + front * reach * 0.75, high)]
+    p.line(handlebar, tube, shade(colour, 0.7))
     if ridden:
         rider(p, x, base, size, radius, front, motor)
 
@@ -340,31 +256,13 @@ def rider(p: Painter, x, base, size, radius, front: int, motor: bool) -> None:
     """On a two-wheeler whose wheels have this radius; front: 1 to the right, -1 to the left."""
     colour = p.start(RIDER)
     height, seat, lean = size * 1.15, base - radius * 1.7, front * size
-    p.polygon(
-        [
-            (x - size * 0.1, seat),
-            (x + lean * 0.12, seat - height * 0.1),
-            (x + lean * 0.14, base - radius * 0.5),
-            (x, base - radius * 0.5),
-        ],
-        shade(colour, 0.55),
-    )
-    p.polygon(
-        [
-            (x - size * 0.13, seat),
-            (x + size * 0.13, seat),
-            (x + lean * 0.2 + size * 0.1, seat - height * 0.5),
-            (x + lean * 0.2 - size * 0.12, seat - height * 0.5),
-        ],
-        colour,
-    )
-    p.disc(
-        x + lean * 0.24,
-        seat - height * 0.6,
-        size * 0.1,
-        size * 0.11,
-        shade(colour, 1.3) if motor else (206, 160, 130),
-    )
+    foot, shoulder, chest = base - radius * 0.5, seat - height * 0.5, x + lean * 0.2
+    thigh = [(x - size * 0.1, seat), (x + lean * 0.12, seat - height * 0.1)]
+    p.polygon([*thigh, (x + lean * 0.14, foot), (x, foot)], shade(colour, 0.55))
+    hips = [(x - size * 0.13, seat), (x + size * 0.13, seat)]
+    p.polygon([*hips, (chest + size * 0.1, shoulder), (chest - size * 0.12, shoulder)], colour)
+    head = shade(colour, 1.3) if motor else (206, 160, 130)
+    p.disc(x + lean * 0.24, seat - height * 0.6, size * 0.1, size * 0.11, head)
 
 
 def wheels(p: Painter, xs, base, radius) -> None:
@@ -378,76 +276,26 @@ def car_end_on(p: Painter, x, base, w) -> None:
     p.box(x - w * 0.42, base - h * 0.16, x - w * 0.26, base, TYRE)
     p.box(x + w * 0.26, base - h * 0.16, x + w * 0.42, base, TYRE)
     p.box(x - w * 0.5, base - h * 0.58, x + w * 0.5, base - h * 0.1, colour)
-    p.polygon(
-        [
-            (x - w * 0.46, base - h * 0.55),
-            (x + w * 0.46, base - h * 0.55),
-            (x + w * 0.34, base - h),
-            (x - w * 0.34, base - h),
-        ],
-        shade(colour, 0.85),
-    )
-    p.polygon(
-        [
-            (x - w * 0.38, base - h * 0.58),
-            (x + w * 0.38, base - h * 0.58),
-            (x + w * 0.29, base - h * 0.92),
-            (x - w * 0.29, base - h * 0.92),
-        ],
-        GLASS,
-    )
+    p.trapezium(x, base - h * 0.55, w * 0.46, base - h, w * 0.34, shade(colour, 0.85))
+    p.trapezium(x, base - h * 0.58, w * 0.38, base - h * 0.92, w * 0.29, GLASS)
     lamp = (190, 30, 30) if rng.random() < 0.6 else (240, 236, 200)
     for side in (-1, 1):
-        p.box(
-            x + side * w * 0.4 - w * 0.07,
-            base - h * 0.46,
-            x + side * w * 0.4 + w * 0.07,
-            base - h * 0.34,
-            lamp,
-        )
+        middle = x + side * w * 0.4
+        p.box(middle - w * 0.07, base - h * 0.46, middle + w * 0.07, base - h * 0.34, lamp)
 
 
 def car_from_the_side(p: Painter, x, base, w) -> None:
     rng, colour, h = p.rng, p.start(CAR), w * 0.36
     front = 1 if rng.random() < 0.5 else -1
-    p.polygon(
-        [
-            (x - w * 0.5, base - h * 0.2),
-            (x - w * 0.5, base - h * 0.52),
-            (x - front * w * 0.02 - w * 0.3, base - h * 0.62),
-            (x + w * 0.3, base - h * 0.6),
-            (x + w * 0.5, base - h * 0.48),
-            (x + w * 0.5, base - h * 0.2),
-        ],
-        colour,
-    )
-    p.polygon(
-        [
-            (x - w * 0.36, base - h * 0.58),
-            (x - w * 0.22, base - h),
-            (x + w * 0.16, base - h),
-            (x + w * 0.34, base - h * 0.58),
-        ],
-        shade(colour, 0.9),
-    )
-    p.polygon(
-        [
-            (x - w * 0.29, base - h * 0.6),
-            (x - w * 0.19, base - h * 0.92),
-            (x - w * 0.04, base - h * 0.92),
-            (x - w * 0.04, base - h * 0.6),
-        ],
-        GLASS,
-    )
-    p.polygon(
-        [
-            (x + w * 0.01, base - h * 0.6),
-            (x + w * 0.01, base - h * 0.92),
-            (x + w * 0.14, base - h * 0.92),
-            (x + w * 0.27, base - h * 0.6),
-        ],
-        GLASS,
-    )
+    sill, glass, roof = base - h * 0.2, base - h * 0.6, base - h * 0.92
+    rear = [(x - w * 0.5, sill), (x - w * 0.5, base - h * 0.52)]
+    hood = [(x - front * w * 0.02 - w * 0.3, base - h * 0.62), (x + w * 0.3, glass)]
+    p.polygon([*rear, *hood, (x + w * 0.5, base - h * 0.48), (x + w * 0.5, sill)], colour)
+    left, right = (x - w * 0.36, base - h * 0.58), (x + w * 0.34, base - h * 0.58)
+    p.polygon([left, (x - w * 0.22, base - h), (x + w * 0.16, base - h), right], shade(colour, 0.9))
+    for a, b, c, d in ((-0.29, -0.19, -0.04, -0.04), (0.01, 0.01, 0.14, 0.27)):
+        pane = [(x + w * a, glass), (x + w * b, roof), (x + w * c, roof), (x + w * d, glass)]
+        p.polygon(pane, GLASS)
     wheels(p, (x - w * 0.29, x + w * 0.29), base, h * 0.24)
 
 

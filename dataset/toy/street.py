@@ -195,15 +195,8 @@ def paint_road(s: Street) -> None:
     p.polygon([*top, (s.road_right(1), s.H), (s.road_left(1), s.H)], asphalt)
     for index in range(9):
         t0, t1 = (index / 9) ** 1.8 + 0.02, ((index + 0.45) / 9) ** 1.8 + 0.02
-        p.polygon(
-            [
-                (vanishing - 5 * t0 * p.unit, ground(t0)),
-                (vanishing + 5 * t0 * p.unit, ground(t0)),
-                (vanishing + 6 * t1 * p.unit, ground(t1)),
-                (vanishing - 6 * t1 * p.unit, ground(t1)),
-            ],
-            shade(asphalt, 1.7),
-        )
+        half0, half1 = 5 * t0 * p.unit, 6 * t1 * p.unit
+        p.trapezium(vanishing, ground(t0), half0, ground(t1), half1, shade(asphalt, 1.7))
 
 
 def choose_objects(s: Street) -> list[tuple]:
@@ -293,9 +286,8 @@ def noise(rng: np.random.Generator, height: int, width: int, cell: int) -> np.nd
     """Smooth noise in -1..1 in steps of 1/128, float32 H x W; `cell` is the distance of its random
     values in pixels.
     """
-    coarse = rng.integers(
-        0, 256, (max(2, -(-height // cell)), max(2, -(-width // cell))), dtype=np.uint8
-    )
+    shape = (max(2, -(-height // cell)), max(2, -(-width // cell)))
+    coarse = rng.integers(0, 256, shape, dtype=np.uint8)
     fine = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
     return (np.asarray(fine).astype(np.float32) - 128) / 128
 
@@ -314,21 +306,16 @@ def _rendered(p: Painter, horizon: float) -> Scene:
 
     strength = {"source": 0.7, "target": 1.0, "random": uniform(0.2, 2.2)}[style]
     cell = max(1, h // 96)
-    texture = (
-        0.6 * noise(rng, h, w, cell)
-        + 0.5 * noise(rng, h, w, 3 * cell)
-        + 0.5 * noise(rng, h, w, 10 * cell)
-    )
+    texture = 0.6 * noise(rng, h, w, cell)
+    texture = texture + 0.5 * noise(rng, h, w, 3 * cell) + 0.5 * noise(rng, h, w, 10 * cell)
     picture *= (1 + strength * ROUGHNESS[label] * texture)[..., None]
     if style == "source":
         gain, cast = uniform(0.8, 1.15), tuple(uniform(0.96, 1.04, 3))
         saturation, haze, grain = uniform(0.8, 1.2), uniform(0, 0.12), uniform(1, 4)
         blur, shadow, contrast = 0.0, uniform(0, 0.12), uniform(0.9, 1.1)
     elif style == "target":
-        gain, cast = (
-            uniform(0.75, 0.98),
-            (uniform(1, 1.07), uniform(0.98, 1.04), uniform(0.90, 0.99)),
-        )
+        gain = uniform(0.75, 0.98)
+        cast = (uniform(1, 1.07), uniform(0.98, 1.04), uniform(0.90, 0.99))
         saturation, haze, grain = uniform(0.45, 0.75), uniform(0.10, 0.30), uniform(2, 6)
         blur, shadow, contrast = uniform(0, 0.6), uniform(0.08, 0.26), uniform(0.82, 1.0)
     else:
@@ -337,9 +324,8 @@ def _rendered(p: Painter, horizon: float) -> Scene:
         blur = uniform(0, 1.0) if rng.random() < 0.6 else 0.0
         shadow, contrast = uniform(0, 0.35), uniform(0.7, 1.2)
     if shadow:
-        picture *= (1 - shadow * ((noise(rng, h, w, max(8, h // 4)) > 0.1) & (label != SKY)))[
-            ..., None
-        ]
+        shaded = (noise(rng, h, w, max(8, h // 4)) > 0.1) & (label != SKY)
+        picture *= (1 - shadow * shaded)[..., None]
     grey = picture.mean(axis=2, keepdims=True)
     picture = grey + (picture - grey) * np.float32(saturation)
     picture = (picture - 118) * np.float32(contrast) + 118
@@ -352,8 +338,5 @@ def _rendered(p: Painter, horizon: float) -> Scene:
     if blur:
         image = image.filter(ImageFilter.GaussianBlur(blur * h / 192))
     speckle = rng.integers(-128, 128, (h, w, 3), dtype=np.int16) * int(round(grain * 1.7)) // 128
-    return Scene(
-        np.clip(np.asarray(image).astype(np.int16) + speckle, 0, 255).astype(np.uint8),
-        label,
-        segment,
-    )
+    speckled = np.asarray(image).astype(np.int16) + speckle
+    return Scene(np.clip(speckled, 0, 255).astype(np.uint8), label, segment)

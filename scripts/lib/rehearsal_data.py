@@ -19,9 +19,10 @@ model/, util/, scripts/prepare_data.py and scripts/lib/layouts.py.
 
 from __future__ import annotations
 
-import argparse
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # for `python scripts/lib/NAME.py`
 
@@ -31,15 +32,21 @@ from PIL import Image
 
 from dataset.toy import draw_scene
 from model.deeplabv2 import DeepLabV2
+from scripts.lib.layouts import OFFICIAL
 from scripts.prepare_data import LABEL_IDS_OF_19
 from util.images import to_tensor
 from util.labels import IDS_16_IN_19, IGNORE
+from util.options import Folder, parse_options
 from util.outputs import atomic_path
 from util.run import run_main, seed_everything
 
 CITIES = {"train": ("aachen", "bochum"), "val": ("frankfurt",)}
+FIRST_SEEDS = {"train": 0, "val": 1000, "fit": 2000}
 FIT_SCENES, FIT_SIZE = 6, (128, 256)  # scenes, height and width that the classifier is fitted on
 RIDGE = 1e-3  # relative to the mean square of a feature
+# Keeps the activations of 33 residual blocks with random weights in bounds.
+LAST_NORM_WEIGHT = 0.1
+LOGIT_SCALE = 10  # scores of 0 to 1 become logits
 
 
 def label_ids(train_ids: np.ndarray) -> np.ndarray:
@@ -49,39 +56,33 @@ def label_ids(train_ids: np.ndarray) -> np.ndarray:
     return table[train_ids]
 
 
+def write_data(root: Path, layout: str, counts: dict[str, int]) -> None:
+    """Images and official labels in the first layout of the data set, sizes and names as its own
+    are: Cityscapes' dealt out over cities, with label IDs; BDD's JPEG, with train IDs.
+
+    counts: split → images.
+    """
+    files = OFFICIAL[layout].layouts[0]
+    for split, count in counts.items():
+        for i in range(count):
+            seed, city = FIRST_SEEDS[split] + i, CITIES[split][i % len(CITIES[split])]
+            name, size = f"{city}/{city}_{i:06d}_000019", (1024, 2048)
+            if layout == "bdd":
+                name, size = f"{seed:08x}-{i:08x}", (720, 1280)
+            image, label = (
+                root / folder.format(split) / f"{name}{ending}"
+                for folder, ending in (files.images, files.labels)
+            )
+            if image.exists() and label.exists():
+                continue
+            scene = draw_scene(seed, "target", *size)
+            save(image, scene.image)
+            save(label, scene.label if layout == "bdd" else label_ids(scene.label))
+
+
 def save(path: Path, array: np.ndarray) -> None:
-    if not path.exists():
-        with atomic_path(path) as temporary:
-            Image.fromarray(array).save(temporary)
-
-
-def write_cityscapes(root: Path, counts: dict[str, int]) -> None:
-    """Images and labelIds, the images dealt out over the split's cities."""
-    for split, count in counts.items():
-        for i in range(count):
-            city = CITIES[split][i % len(CITIES[split])]
-            stem = f"{split}/{city}/{city}_{i:06d}_000019"
-            if (root / f"gtFine/{stem}_gtFine_labelIds.png").exists():
-                continue
-            scene = draw_scene(seed_of(split, i), "target", 1024, 2048)
-            save(root / f"leftImg8bit/{stem}_leftImg8bit.png", scene.image)
-            save(root / f"gtFine/{stem}_gtFine_labelIds.png", label_ids(scene.label))
-
-
-def write_bdd(root: Path, counts: dict[str, int]) -> None:
-    """JPEG images and train-ID labels, in the layout of the current BDD100K download."""
-    for split, count in counts.items():
-        for i in range(count):
-            name = f"{seed_of(split, i):08x}-{i:08x}"
-            if (root / f"labels/sem_seg/masks/{split}/{name}.png").exists():
-                continue
-            scene = draw_scene(seed_of(split, i), "target", 720, 1280)
-            save(root / f"images/10k/{split}/{name}.jpg", scene.image)
-            save(root / f"labels/sem_seg/masks/{split}/{name}.png", scene.label)
-
-
-def seed_of(split: str, index: int) -> int:
-    return index + {"train": 0, "val": 1000, "fit": 2000}[split]
+    with atomic_path(path) as temporary:
+        Image.fromarray(array).save(temporary)
 
 
 def fitted_checkpoint(class_num: int) -> dict:
@@ -92,74 +93,57 @@ def fitted_checkpoint(class_num: int) -> dict:
     model = DeepLabV2(class_num).eval()
     for name, buffer in model.feature_extractor.named_buffers():
         if name.endswith("bn3.weight"):
-            buffer.fill_(
-                0.1
-            )  # keeps the activations of 33 residual blocks with random weights in bounds
+            buffer.fill_(LAST_NORM_WEIGHT)
     to_class = np.full(256, IGNORE, dtype=np.int64)
     to_class[list(range(19) if class_num == 19 else IDS_16_IN_19)] = np.arange(class_num)
     features, targets = [], []
     for i in range(FIT_SCENES):
-        scene = draw_scene(seed_of("fit", i), "target", *FIT_SIZE)
+        scene = draw_scene(FIRST_SEEDS["fit"] + i, "target", *FIT_SIZE)
         with torch.no_grad():
             x = model.feature_extractor.backbone(to_tensor(scene.image)[None])[0]
-        label = to_class[
-            scene.label[4::8, 4::8]
-        ].ravel()  # the pixel at the middle of each stride-8 cell
+        middle = scene.label[4::8, 4::8]  # of each stride-8 cell
+        label = to_class[middle].ravel()
         features.append(x.flatten(1).T[torch.from_numpy(label != IGNORE)])
         targets.append(torch.from_numpy(label[label != IGNORE]))
     x = torch.cat(features).double()
     x = torch.cat([x, torch.ones(len(x), 1, dtype=torch.float64)], dim=1)
     y = torch.nn.functional.one_hot(torch.cat(targets), class_num).double()
-    weight_of = (
-        1 / y.sum(dim=0).clamp(min=1).sqrt()
-    )  # rare classes count more, else they are never predicted
-    row = (y * weight_of).sum(dim=1, keepdim=True)
+    # Rare classes count more, else they are never predicted.
+    row = (y / y.sum(dim=0).clamp(min=1).sqrt()).sum(dim=1, keepdim=True)
     gram = x.T @ (row * x)
-    solution = torch.linalg.solve(
-        gram + RIDGE * gram.diagonal().mean() * torch.eye(len(gram)), x.T @ (row * y)
-    )
+    ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(gram))
+    solution = torch.linalg.solve(gram + ridge, x.T @ (row * y))
     with torch.no_grad():
         for convolution in model.classifier.conv2d_list:
             convolution.weight.zero_()
             convolution.bias.zero_()
         first = model.classifier.conv2d_list[0]
-        first.weight[:, :, 1, 1] = (
-            10 * solution[:-1].T.float()
-        )  # 10: scores of 0 to 1 become logits
-        first.bias.copy_(10 * solution[-1].float())
-    return {
-        "iteration": 20000,
-        **{
-            part: {
-                f"module.{key}": value for key, value in getattr(model, part).state_dict().items()
-            }
-            for part in ("feature_extractor", "classifier")
-        },
-    }
+        first.weight[:, :, 1, 1] = LOGIT_SCALE * solution[:-1].T.float()
+        first.bias.copy_(LOGIT_SCALE * solution[-1].float())
+    checkpoint = {"iteration": 20000}
+    for part in ("feature_extractor", "classifier"):
+        state = getattr(model, part).state_dict()
+        checkpoint[part] = {f"module.{key}": value for key, value in state.items()}
+    return checkpoint
 
 
-def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--layout", choices=("cityscapes", "bdd"), required=True)
-    parser.add_argument(
-        "--class-num",
-        type=int,
-        choices=(19, 16),
-        default=19,
-        help="of the checkpoint (default: 19)",
-    )
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument(
-        "--images",
-        type=int,
-        nargs=2,
-        default=(2, 1),
-        metavar=("TRAIN", "VAL"),
-        help="images to make (default: 2 1)",
-    )
-    options = parser.parse_args(argv)
-    write = write_cityscapes if options.layout == "cityscapes" else write_bdd
-    write(options.out / "data", dict(zip(("train", "val"), options.images)))
+@dataclass(kw_only=True)
+class Options:
+    """inputs"""
+
+    layout: Literal["cityscapes", "bdd"]
+    "the data set whose layout is made"
+    class_num: Literal[19, 16] = 19
+    "classes of the checkpoint"
+    out: Folder
+    "folder for both"
+    images: tuple[Annotated[int, "TRAIN VAL"], int] = (2, 1)
+    "images to make"
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = parse_options(Options, __doc__.split("\n\n")[0], argv)
+    write_data(options.out / "data", options.layout, dict(zip(("train", "val"), options.images)))
     path = options.out / "model_iter020000.pth"
     if not path.exists():
         checkpoint = fitted_checkpoint(options.class_num)
