@@ -38,7 +38,7 @@ from util.labels import (
     write_label,
     write_list,
 )
-from util.outputs import folder_lock
+from util.outputs import Outputs
 from util.pictures import save_picture
 from util.run import run_main
 
@@ -598,7 +598,7 @@ def test_settings_of_a_run_that_made_nothing_do_not_block(tmp_path, monkeypatch)
 
 
 def test_one_run_at_a_time(finished):
-    with folder_lock(finished / "pix_tiny"):
+    with Outputs(finished / "pix_tiny"):
         result = run(finished)
     assert result.code == 2 and "another run is writing there" in result.error
 

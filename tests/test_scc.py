@@ -28,7 +28,7 @@ from tests.reference_scc import opened_patch, store_masks
 from util.connectivity import connectivities
 from util.images import normalised
 from util.labels import CITYSCAPES_19, IGNORE, read_label, read_list, write_label, write_list
-from util.outputs import folder_lock
+from util.outputs import Outputs
 from util.run import UserError
 
 RECIPES = ("release", "paper")
@@ -932,7 +932,7 @@ def test_labels_of_another_program_are_not_overwritten_nor_joined(root, name):
 
 
 def test_two_runs_in_one_folder(root):
-    with folder_lock(root / "pix_scc"):
+    with Outputs(root / "pix_scc"):
         with pytest.raises(UserError, match="another run is writing there now"):
             scc.main(command(root, "release"))
     scc.main(command(root, "release", "--stage", "train"))

@@ -3,13 +3,10 @@
 import argparse
 import contextlib
 import errno
-import multiprocessing
-import os
 import re
 import struct
 import subprocess
 import sys
-import time
 import zlib
 
 import numpy as np
@@ -29,7 +26,7 @@ from util.labels import (
     root_relative,
 )
 from util.options import RunOptions, check_range, parse_options
-from util.outputs import atomic_path, check_settings, digests, folder_lock, read_json
+from util.outputs import atomic_path
 from util.run import (
     PACKAGES,
     RENDEZVOUS_SECONDS,
@@ -38,7 +35,6 @@ from util.run import (
     _output,
     manifest,
     run_main,
-    sha256,
 )
 
 # --- lists and paths
@@ -244,16 +240,6 @@ def test_unknown_devices_are_refused(device):
         options("--device", device)
 
 
-@pytest.mark.parametrize("seed", ["-1", "4294967296"])
-def test_seeds_outside_the_range_are_refused(seed):
-    with pytest.raises(UserError, match=f"--seed {seed}: give 0 or more and at most 4294967295"):
-        options("--seed", seed)
-
-
-def test_fitting_run_options_pass():
-    options("--device", "cpu", "--seed", str(2**32 - 1))
-
-
 @pytest.mark.parametrize(
     "value, fits", [(0.5, True), (0, False), (-1, False), (2, True), (3, False), (None, True)]
 )
@@ -273,46 +259,6 @@ def test_not_a_number_and_each_of_several_values_are_checked():
 
 
 # --- runs
-
-
-def hold(folder, ready):
-    with folder_lock(folder):
-        if os.fork() == 0:
-            time.sleep(2)  # outlives its parent
-            os._exit(0)
-        ready.set()
-        time.sleep(30)
-
-
-def test_a_second_run_in_a_folder_stops_and_a_killed_one_leaves_no_lock(tmp_path):
-    """Nor do the processes that it has forked, as those that load data."""
-    context = multiprocessing.get_context("fork")
-    ready = context.Event()
-    first = context.Process(target=hold, args=(tmp_path, ready))
-    first.start()
-    assert ready.wait(30)
-    with pytest.raises(UserError, match="another run is writing there"), folder_lock(tmp_path):
-        pass
-    first.kill()
-    first.join()
-    with folder_lock(tmp_path):
-        pass
-
-
-def test_settings_of_a_run_that_made_nothing_do_not_bind(tmp_path):
-    path = tmp_path / "settings.json"
-    with pytest.raises(UserError, match="has no settings.json that says what made its content"):
-        check_settings(path, {"seed": 1})
-    check_settings(path, {"seed": 1}, begun=False)
-    check_settings(path, {"seed": 2}, begun=False)
-    assert read_json(path) == {"seed": 2}
-    with pytest.raises(UserError, match="seed = 2, now it is 3"):
-        check_settings(path, {"seed": 3})
-
-
-def test_digests(tmp_path):
-    path = write(tmp_path / "a", "x")
-    assert digests([path, path]) == {str(path): sha256(path)}
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
 import sys
@@ -210,37 +209,6 @@ def digests(paths: Iterable[str | Path]) -> dict[str, str]:
 # -------------------------------------------- of scripts that do not use `Outputs` yet
 
 
-def check_settings(
-    path: str | Path,
-    settings: dict,
-    what: str = "results of",
-    mend: str = "remove the folder or rename the experiment",
-    begun: bool = True,
-) -> None:
-    """Note the settings of a new output folder in `path`; in one that has some they must be equal.
-
-    So results of different settings, or of unknown ones, are never mixed. begun: whether the folder
-    holds any result yet; if not, settings that a failed run left there are replaced. Call this
-    after every other check. what, mend: words of the error.
-    """
-    path = Path(path)
-    if begun and not path.exists():
-        raise UserError(
-            f"{path.parent}: is not empty, but has no {path.name} that says what made its content;"
-            " move it away, or choose another name"
-        )
-    if not begun:
-        write_json(path, settings)
-        return
-    before = read_json(path)
-    for name in {**before, **settings}:
-        if before.get(name) != settings.get(name):
-            raise UserError(
-                f"{path.parent}: holds {what} {name} = {before.get(name)}, now it is"
-                f" {settings.get(name)}; {mend}"
-            )
-
-
 @contextlib.contextmanager
 def folder_lock(folder: str | Path):
     """Hold `folder` (which is created) for one run; a second one gets a UserError.
@@ -264,14 +232,3 @@ def folder_lock(folder: str | Path):
             pass
         os.register_at_fork(after_in_child=file.close)
         yield
-
-
-def digest_of_all(paths: Iterable[str | Path]) -> str:
-    """One SHA-256 of the contents of files, in their order."""
-    paths, whole = list(paths), hashlib.sha256()
-    if process_rank()[0] == 0:
-        print(f"checksums of {len(paths)} files", file=sys.stderr)
-    found = digests(paths)
-    for path in paths:
-        whole.update(found[str(path)].encode())
-    return whole.hexdigest()
