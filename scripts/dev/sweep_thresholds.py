@@ -11,10 +11,10 @@ trained or written again: a threshold changes only which connectivities keep the
 
 from __future__ import annotations
 
-import argparse
 import csv
 import statistics
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # for `python scripts/dev/NAME.py`
@@ -22,127 +22,95 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # for `python scri
 import numpy as np
 
 from dataset.scc import numbered
+from model.scc import decide
 from scripts.lib.report import LABEL_FIGURES, label_table
 from scripts.lib.run_folder import label_lists, seeds_in, truth_list
-from seco_scc import decide
+from seco_scc import corrected_label
 from util.charts import line_chart, save_chart
-from util.labels import IGNORE, class_set, read_label, read_list
-from util.metrics import summary
-from util.options import add_class_options
+from util.labels import class_set, read_label, read_list
+from util.metrics import confusion_matrix, summary
+from util.options import Argument, ClassOptions, Folder, parse_options
 from util.outputs import write_json
 from util.run import UserError, run_main
 
-TAU_NS, TAU_CR = 0.60, 0.95  # paper, section 3
-SWEEPS = {
-    "tau_ns": (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8),  # paper, Figure 6: stable in 0.2 to 0.8
+PAPER = {"tau_ns": 0.60, "tau_cr": 0.95}  # section 3
+SWEEPS = {  # Figure 6: stable in 0.2 to 0.8 and in 0.85 to 0.99
+    "tau_ns": (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8),
     "tau_cr": (0.85, 0.90, 0.95, 0.99),
-}  # 0.85 to 0.99
+}
 
 
-def connectivity_table(
-    seed_folder: Path, class_num: int
-) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
-    """Columns of connectivities.csv (class, eta, score, prediction), the pixels of every
-    connectivity by true class [N, class_num] int64, and the pixels by true class without a label
-    [class_num] int64.
+@dataclass(kw_only=True)
+class Options(ClassOptions):
+    """the run"""
+
+    run: Argument[Folder]
+    "folder of the run, with seed<n> in it"
+
+
+def sweep_seed(seed: Path, class_num: int) -> dict[tuple[str, float], dict]:
+    """{(threshold, value): `util.metrics.summary` of SCC's labels}; the other threshold has the
+    paper's value.
     """
-    lists = label_lists(seed_folder)
-    labels = dict(read_list(lists["psa_paper"]))
-    truth = dict(read_list(truth_list(seed_folder, "scc_paper")))
-    corrected = Path(next(iter(dict(read_list(lists["scc_paper"])).values())))
-    with open(
-        seed_folder / corrected.parts[0] / "connectivities.csv", newline="", encoding="utf-8"
-    ) as file:
+    lists = label_lists(seed)
+    labels, truth = (
+        dict(read_list(lists["psa_paper"])),
+        dict(read_list(truth_list(seed, "scc_paper"))),
+    )
+    corrected = Path(read_list(lists["scc_paper"])[0][1]).parts[0]
+    with open(seed / corrected / "connectivities.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    columns = {
-        "class": np.array([int(row["class"]) for row in rows], np.uint8),
-        "eta": np.array([float(row["eta"] or "nan") for row in rows]),
-        "score": np.array([float(row["score"]) for row in rows]),
-        "prediction": np.array([int(row["prediction"]) for row in rows], np.uint8),
+    eta, score = (np.array([float(r[name] or "nan") for r in rows]) for name in ("eta", "score"))
+    classes = (np.array([int(r[name]) for r in rows], np.uint8) for name in ("prediction", "class"))
+    predicted, own = classes
+    finals = {
+        (name, value): decide(eta, score, predicted, own, **{**PAPER, name: value})[1]
+        for name, values in SWEEPS.items()
+        for value in values
     }
-    pixels, unlabeled, start = (
-        np.zeros((len(rows), class_num), np.int64),
-        np.zeros(class_num, np.int64),
-        0,
-    )
+    confusions, start = dict.fromkeys(finals, 0), 0
     for image in dict.fromkeys(row["image"] for row in rows):
-        gt = read_label(seed_folder / truth[image], class_num)
-        numbers = numbered(read_label(seed_folder / labels[image], class_num), class_num)
-        counted = gt != IGNORE
-        inside = counted & (numbers >= 0)
-        np.add.at(pixels, (start + numbers[inside], gt[inside]), 1)
-        unlabeled += np.bincount(gt[counted & (numbers < 0)], minlength=class_num)
-        start += numbers.max() + 1
-    return columns, pixels, unlabeled
+        gt = read_label(seed / truth[image], class_num)
+        numbers = numbered(read_label(seed / labels[image], class_num), class_num)
+        part = slice(start, start + numbers.max() + 1)
+        for key, final in finals.items():
+            label = corrected_label(numbers, final[part])
+            confusions[key] = confusions[key] + confusion_matrix(gt, label, class_num)
+        start = part.stop
+    return {key: summary(confusion) for key, confusion in confusions.items()}
 
 
-def quality(final: np.ndarray, pixels: np.ndarray, unlabeled: np.ndarray) -> dict:
-    """`util.metrics.summary` of the labels in which connectivity i has class `final[i]` (IGNORE:
-    dropped).
-    """
-    class_num = pixels.shape[1]
-    confusion = np.zeros((class_num, class_num + 1), np.int64)
-    np.add.at(confusion.T, np.minimum(final, class_num), pixels)
-    confusion[:, class_num] += unlabeled
-    return summary(confusion)
-
-
-def sweep(seed_folders: list[Path], class_num: int) -> dict:
-    """{threshold: {value: {figure: [per seed]}}}; the other threshold has the paper's value."""
-    tables = [connectivity_table(folder, class_num) for folder in seed_folders]
-    results = {}
-    for name, values in SWEEPS.items():
-        results[name] = {}
-        for value in values:
-            taus = {"tau_ns": TAU_NS, "tau_cr": TAU_CR, name: value}
-            found = [
-                quality(
-                    decide(c["eta"], c["score"], c["prediction"], c["class"], **taus)[1],
-                    pixels,
-                    unlabeled,
-                )
-                for c, pixels, unlabeled in tables
-            ]
-            results[name][str(value)] = {
-                figure: [f[figure] for f in found] for figure in LABEL_FIGURES
-            }
-    return results
-
-
-def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("run", type=Path, help="folder of the run, with seed<n> in it")
-    add_class_options(parser)
-    return parser.parse_args(argv)
+def sweep(seeds: list[Path], class_num: int) -> dict:
+    """{threshold: {value: {figure: [per seed]}}}."""
+    found = [sweep_seed(seed, class_num) for seed in seeds]
+    return {
+        name: {
+            str(value): {f: [of_seed[name, value][f] for of_seed in found] for f in LABEL_FIGURES}
+            for value in values
+        }
+        for name, values in SWEEPS.items()
+    }
 
 
 def main(argv=None) -> None:
-    args = parse_args(argv)
-    classes = class_set(args.class_num, args.stuff, args.things)
-    seeds = [folder for folder in seeds_in(args.run) if "scc_paper" in label_lists(folder)]
+    options = parse_options(Options, __doc__, argv)
+    classes = class_set(options.class_num, options.stuff, options.things)
+    seeds = [folder for folder in seeds_in(options.run) if "scc_paper" in label_lists(folder)]
     if not seeds:
         raise UserError(
-            f"{args.run}: no seed<n> folder with SCC of the paper's recipe; run"
+            f"{options.run}: no seed<n> folder with SCC of the paper's recipe; run"
             " scripts/ablation.sh, or RECIPE=paper bash scripts/toy.sh"
         )
-    results = sweep(seeds, classes.count)
+    results, series = sweep(seeds, classes.count), {}
+    for name, rows in results.items():
+        for figure in LABEL_FIGURES:
+            means = [statistics.mean(found[figure]) for found in rows.values()]
+            series[f"{figure}, {name}"] = ([float(value) for value in rows], means)
+    chart = line_chart(series, "", "threshold", "labels after SCC (%)", y_range=(0, 100))
+    save_chart(options.run / "pictures/sweep.png", chart)
+    write_json(options.run / "sweep.json", {"seeds": [seed.name for seed in seeds], **results})
     text = "".join(label_table(rows, name) + "\n" for name, rows in results.items())
-    series = {
-        f"{figure}, {name}": (
-            [float(value) for value in rows],
-            [statistics.mean(found[figure]) for found in rows.values()],
-        )
-        for name, rows in results.items()
-        for figure in LABEL_FIGURES
-    }
-    write_json(args.run / "sweep.json", {"seeds": [folder.name for folder in seeds], **results})
-    (args.run / "sweep.md").write_text(text, encoding="utf-8")
-    save_chart(
-        args.run / "pictures/sweep.png",
-        line_chart(series, "", "threshold", "labels after SCC (%)", y_range=(0, 100)),
-    )
+    (options.run / "sweep.md").write_text(text, encoding="utf-8")
     print(text)
 
 
