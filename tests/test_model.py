@@ -4,6 +4,7 @@ perturbation."""
 import os
 import zipfile
 import zlib
+from functools import partial
 
 import numpy as np
 import pytest
@@ -25,16 +26,17 @@ from model.network import load_network
 from model.resnet import load_backbone, resnet
 from util.run import UserError
 
+# What every original code does with logits.
+enlarged = partial(torch.nn.functional.interpolate, mode="bilinear", align_corners=True)
+
 
 @pytest.mark.parametrize("class_num, parameters", [(19, 59_467_571), (16, 59_466_800)])
 def test_parameter_count_is_that_of_the_shipped_logs(class_num, parameters):
     with torch.device("meta"):
         model = DeepLabV3Plus(101, class_num)
-    assert parameter_count(model) == parameters
-    assert parameter_count(model.backbone) == 42_623_936
-    assert parameter_count(model.head) == 15_535_104
-    assert parameter_count(model.reduce) == 12_384
-    assert parameter_count(model.fuse) == 1_291_264
+    parts = (model, model.backbone, model.head, model.reduce, model.fuse)
+    expected = [parameters, 42_623_936, 15_535_104, 12_384, 1_291_264]
+    assert [parameter_count(part) for part in parts] == expected
 
 
 def test_shapes_at_the_authors_crop():
@@ -42,15 +44,10 @@ def test_shapes_at_the_authors_crop():
         model = DeepLabV3Plus(101, 19)
         images = torch.empty(4, 3, 769, 769)
         features = model.backbone(images)
-        logits, perturbed = model(
-            images, (torch.empty(4, 256, 1, 1), torch.empty(4, 2048, 1, 1)), fp_from=2
-        )
-    assert [tuple(f.shape[1:]) for f in features] == [
-        (256, 193, 193),
-        (512, 97, 97),
-        (1024, 49, 49),
-        (2048, 49, 49),
-    ]
+        factors = torch.empty(4, 256, 1, 1), torch.empty(4, 2048, 1, 1)
+        logits, perturbed = model(images, factors, fp_from=2)
+    sizes = (256, 193), (512, 97), (1024, 49), (2048, 49)
+    assert [tuple(f.shape[1:]) for f in features] == [(c, side, side) for c, side in sizes]
     assert logits.shape == (4, 19, 769, 769) and perturbed.shape == (2, 19, 769, 769)
 
 
@@ -61,9 +58,12 @@ def test_every_backbone_gives_logits_at_the_images_size(depth, width, stem):
         model = DeepLabV3Plus(depth, 5, stem)
         assert model(torch.empty(2, 3, 70, 101)).shape == (2, 5, 70, 101)
         c1, _, c3, c4 = model.backbone(torch.empty(2, 3, 96, 160))
-        plain = resnet(depth, stem, dilate_last=False)(torch.empty(2, 3, 96, 160))
+        backbone = resnet(depth, stem, dilate_last=False)
+        activations = backbone.forward_stem(torch.empty(2, 3, 96, 160))
+        plain = backbone.forward_from_stem(activations)
     assert model.classifier.in_channels == width
     assert c1.shape[-2:] == (24, 40) and c3.shape[-2:] == c4.shape[-2:] == (6, 10)
+    assert activations.shape == (2, backbone.stem_channels, 48, 80)
     assert plain[3].shape[-2:] == (3, 5)
     assert tuple(f.shape[1] for f in plain) == model.backbone.channels
 
@@ -81,15 +81,6 @@ def test_torchvision_stem_computes_what_torchvision_does(tmp_path):
     for name in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"):
         expected = getattr(reference, name)(expected)
     torch.testing.assert_close(ours(x)[3], expected)
-
-
-def test_stem_and_rest_are_the_whole():
-    model = resnet(18).eval()
-    x = torch.randn(1, 3, 64, 64)
-    stem = model.forward_stem(x)
-    assert stem.shape == (1, 128, 32, 32)
-    for one, other in zip(model.forward_from_stem(stem), model(x)):
-        assert torch.equal(one, other)
 
 
 def test_dilated_layer4_of_resnet18():
@@ -112,9 +103,8 @@ def test_the_fixtures_formula():
         ("layer5.head.1.weight", (19, 256, 1, 1), (-0.14119178, -0.08146630)),
     ):
         value = formula_tensor(key, shape)
-        assert value.shape == shape and value.flatten()[: len(start)].tolist() == pytest.approx(
-            start, abs=5e-9
-        )
+        found = value.flatten()[: len(start)].tolist()
+        assert value.shape == shape and found == pytest.approx(start, abs=5e-9)
     assert hashed("image", 3).tolist() == [113825699, 2033281112, 3082829439]
     for size, crc in (((64, 96), 3510499283), ((1024, 2048), 1413914461)):
         assert zlib.crc32(formula_image(*size).tobytes()) == crc
@@ -139,23 +129,24 @@ def original_checkpoint(name):
     return {"ResNet101": part, "iter": 1, "best_iou": np.float64(0.5)}, class_num
 
 
-NAMES = ("dtst_19", "dtst_16", "proda_stage3", "proda_warmup", "shade_r50", "shade_r101")
+# {name: format, its input size, whether the input is RGB / 255 alone}
+ORIGINALS = {
+    "dtst_19": ("DT-ST", (1536, 768), False),
+    "dtst_16": ("DT-ST", (1280, 640), False),
+    "proda_stage3": ("ProDA", (2048, 1024), True),
+    "proda_warmup": ("ProDA", (2048, 1024), True),
+    "shade_r50": ("SHADE", None, False),
+    "shade_r101": ("SHADE", None, False),
+}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ORIGINALS)
 def test_outputs_equal_the_original_codes(name, monkeypatch):
     """tests/data/logits_*: the authors' own networks with the same weights and image."""
     content, class_num = original_checkpoint(name)
     monkeypatch.setattr(network, "read_checkpoint", lambda path: content)
     found = load_network("x.pth", torch.device("cpu"), class_num)
-    assert (found.format, found.test_size, found.scaled_only) == {
-        "dtst_19": ("DT-ST", (1536, 768), False),
-        "dtst_16": ("DT-ST", (1280, 640), False),
-        "proda_stage3": ("ProDA", (2048, 1024), True),
-        "proda_warmup": ("ProDA", (2048, 1024), True),
-        "shade_r50": ("SHADE", None, False),
-        "shade_r101": ("SHADE", None, False),
-    }[name]
+    assert (found.format, found.test_size, found.scaled_only) == ORIGINALS[name]
     assert not any(module.training for module in found.model.modules())
 
     expected, image, raw = read_arrays(f"logits_{name}"), formula_image(64, 96), []
@@ -174,14 +165,10 @@ def test_outputs_equal_the_original_codes(name, monkeypatch):
             same(raw[0], "logits")
         if name.startswith("proda"):
             same(logits[:, ::8, ::8], "upsampled_every_8th")
-            mirrored = found.model(
-                torch.from_numpy(image[:, ::-1].copy()).permute(2, 0, 1)[None] / 255
-            )
-            both = torch.stack([raw[0], mirrored[0].flip(-1)]).softmax(dim=1)
+            mirrored = torch.from_numpy(image[:, ::-1].copy()).permute(2, 0, 1)[None] / 255
+            both = torch.stack([raw[0], found.model(mirrored)[0].flip(-1)]).softmax(dim=1)
             # ProDA mirrors after enlarging, which is the same with the corners aligned.
-            large = torch.nn.functional.interpolate(
-                both, (64, 96), mode="bilinear", align_corners=True
-            )
+            large = enlarged(both, (64, 96))
             same(large.mean(dim=0)[:, ::8, ::8], "flip_probabilities_every_8th")
     assert not expected
 
@@ -190,9 +177,8 @@ def test_outputs_equal_the_original_codes(name, monkeypatch):
 def test_weights_are_named_as_in_unimatch(depth):
     with torch.device("meta"):
         state = DeepLabV3Plus(depth, 19).state_dict()
-    assert {name: list(value.shape) for name, value in state.items()} == read_keys(
-        f"unimatch_r{depth}"
-    )
+    shapes = {name: list(value.shape) for name, value in state.items()}
+    assert shapes == read_keys(f"unimatch_r{depth}")
 
 
 # ------------------------------------------------------------------------------------------ weights
@@ -281,45 +267,44 @@ def test_a_file_that_runs_something_is_refused(tmp_path, function, zipped):
     assert not harm.exists() and "\n" not in str(error.value)
 
 
-def test_other_files_are_refused_in_one_line(small_model, tmp_path):
-    def message(action):
-        with pytest.raises(UserError) as error:
-            action()
-        assert "\n" not in str(error.value)
-        return str(error.value)
+def said(action, *arguments) -> str:
+    """The one line of the UserError."""
+    with pytest.raises(UserError) as error:
+        action(*arguments)
+    assert "\n" not in str(error.value)
+    return str(error.value)
 
-    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "tv.pth")
-    assert "--stem torchvision" in message(lambda: load_backbone(resnet(18), tmp_path / "tv.pth"))
-    assert "ResNet-50" in message(
-        lambda: load_backbone(resnet(50, "torchvision"), tmp_path / "tv.pth")
-    )
-    assert "tv.pth: not a network of" in message(
-        lambda: load_network(tmp_path / "tv.pth", "cpu", 5)
-    )
-    state = dict(small_model.state_dict())
-    state["classifier.weight"] = torch.zeros(7, 64, 1, 1)
-    torch.save({"model": state, "config": small_model.config}, tmp_path / "wrong.pth")
-    assert "classifier.weight: (7, 64, 1, 1) in the file" in message(
-        lambda: load_network(tmp_path / "wrong.pth", "cpu", 5)
-    )
-    (tmp_path / "text.pth").write_text("hello")
-    assert "not a checkpoint" in message(lambda: load_network(tmp_path / "text.pth", "cpu", 5))
-    torch.save({"epoch": 3}, tmp_path / "empty.pth")
-    assert "no table of weights" in message(lambda: load_network(tmp_path / "empty.pth", "cpu", 5))
-    torch.save({"model": small_model.state_dict()}, tmp_path / "five.pth")
-    assert "predicts 5 classes, but --class-num is 19" in message(
-        lambda: load_network(tmp_path / "five.pth", "cpu", 19)
-    )
+
+def test_other_files_are_refused_in_one_line(small_model, tmp_path):
+    state, contents = small_model.state_dict(), {}
+    contents["torchvision"] = torchvision.models.resnet18().state_dict()
+    wrong = state | {"classifier.weight": torch.zeros(7, 64, 1, 1)}
+    contents["wrong"] = {"model": wrong, "config": small_model.config}
+    contents["empty"] = {"epoch": 3}
+    contents["five"] = {"model": state}
     for name in ("proda_warmup", "shade_r50"):
-        state = {key: torch.zeros(()).expand(shape) for key, shape in read_keys(name).items()}
-        key = next(key for key in state if key.endswith("layer1.0.conv2.weight"))
-        del state[key]
-        torch.save({"state_dict": state}, tmp_path / f"{name}.pth")
-        assert "1 missing" in message(lambda: load_network(tmp_path / f"{name}.pth", "cpu", 19))
-    assert "no such checkpoint" in message(lambda: load_network(tmp_path / "none.pth", "cpu", 5))
-    assert "--stem torchvision" in message(lambda: load_backbone(resnet(18), "imagenet"))
-    assert "resnet34" in message(lambda: resnet(34))
-    assert "stem wide" in message(lambda: resnet(18, "wide"))
+        weights = {key: torch.zeros(()).expand(shape) for key, shape in read_keys(name).items()}
+        del weights[next(key for key in weights if key.endswith("layer1.0.conv2.weight"))]
+        contents[name] = {"state_dict": weights}
+    for name, content in contents.items():
+        torch.save(content, tmp_path / f"{name}.pth")
+    (tmp_path / "text.pth").write_text("hello")
+    for name, class_num, message in (
+        ("torchvision", 5, "torchvision.pth: not a network of"),
+        ("wrong", 5, "classifier.weight: (7, 64, 1, 1) in the file"),
+        ("text", 5, "not a checkpoint"),
+        ("empty", 5, "no table of weights"),
+        ("five", 19, "predicts 5 classes, but --class-num is 19"),
+        ("proda_warmup", 19, "1 missing"),
+        ("shade_r50", 19, "1 missing"),
+        ("absent", 5, "no such checkpoint"),
+    ):
+        assert message in said(load_network, tmp_path / f"{name}.pth", "cpu", class_num)
+    path = tmp_path / "torchvision.pth"
+    assert "--stem torchvision" in said(load_backbone, resnet(18), path)
+    assert "ResNet-50" in said(load_backbone, resnet(50, "torchvision"), path)
+    assert "--stem torchvision" in said(load_backbone, resnet(18), "imagenet")
+    assert "resnet34" in said(resnet, 34) and "stem wide" in said(resnet, 18, "wide")
 
 
 # ----------------------------------------------------------------------------- feature perturbation
@@ -339,10 +324,8 @@ def test_perturbed_logits_are_those_of_perturbed_features(small_model):
     with torch.no_grad():
         clean, perturbed = small_model(images, factors, fp_from=1)
         c1, _, _, c4 = small_model.backbone(images)
-        expected = small_model.classifier(small_model.decode(c1 * factors[0], c4 * factors[1]))
-        expected = torch.nn.functional.interpolate(
-            expected, (64, 64), mode="bilinear", align_corners=True
-        )
+        features = small_model.decode(c1 * factors[0], c4 * factors[1])
+        expected = enlarged(small_model.classifier(features), (64, 64))
         torch.testing.assert_close(clean, small_model(images))
     torch.testing.assert_close(perturbed, expected[1:])
     assert (perturbed - clean[1:]).abs().max() > 1e-3

@@ -13,10 +13,6 @@ from util.outputs import atomic_path
 INK, PAPER = (40, 40, 40), (255, 255, 255)
 
 
-def font(size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.load_default(size=size)
-
-
 def save_picture(path: str | Path, image: Image.Image | np.ndarray) -> None:
     """Write a picture: JPEG if the name ends in .jpg, else PNG."""
     if isinstance(image, np.ndarray):
@@ -44,13 +40,11 @@ def overlay(image: np.ndarray, label: np.ndarray, palette, alpha: float = 0.55) 
     return np.where((label != IGNORE)[..., None], mixed, image).round().astype(np.uint8)
 
 
-def hatch(
-    picture: np.ndarray, mask: np.ndarray, colour=(255, 255, 255), spacing: int = 8
-) -> np.ndarray:
-    """A copy of an RGB picture with diagonal lines drawn where `mask` (bool H x W) is true."""
+def hatch(picture: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """A copy of an RGB picture with white diagonal lines where `mask` (bool H x W) is true."""
     rows, columns = np.indices(mask.shape)
-    lines = ((rows + columns) % spacing < max(1, spacing // 4)) & mask
-    return np.where(lines[..., None], np.array(colour, dtype=np.uint8), picture)
+    lines = ((rows + columns) % 8 < 2) & mask
+    return np.where(lines[..., None], np.uint8(255), picture)
 
 
 def heat(values: np.ndarray) -> np.ndarray:
@@ -80,42 +74,40 @@ def contact_sheet(
     if cell_width:
         height, width = round(height * cell_width / width), cell_width
     gap, size = 4, max(12, min(18, width // 18))
+    typeface = ImageFont.load_default(size=size)
     top = size + 8 if column_titles else 0
-    left = (
-        max((int(font(size).getlength(t)) for t in row_titles), default=0) + 10 if row_titles else 0
-    )
-    columns = max(len(row) for row in rows)
-    total_width = left + columns * (width + gap) - gap
-    key = class_legend(legend, total_width, size) if legend else None
-    total_height = top + len(rows) * (height + gap) - gap + (key.height + 6 if key else 0)
-    sheet = Image.new("RGB", (total_width, total_height), PAPER)
+    left = 10 + max(int(typeface.getlength(title)) for title in row_titles) if row_titles else 0
+    total_width = left + max(len(row) for row in rows) * (width + gap) - gap
+    total_height = top + len(rows) * (height + gap) - gap
+    key = class_legend(legend, total_width, typeface) if legend else None
+    sheet_height = total_height + key.height + 6 if key else total_height
+    sheet = Image.new("RGB", (total_width, sheet_height), PAPER)
     draw = ImageDraw.Draw(sheet)
-    for index, title in enumerate(column_titles or []):
-        draw.text(
-            (left + index * (width + gap) + width / 2, top / 2), title, INK, font(size), anchor="mm"
-        )
-    for r, row in enumerate(rows):
-        y = top + r * (height + gap)
+    for column, title in enumerate(column_titles or []):
+        middle = left + column * (width + gap) + width / 2
+        draw.text((middle, top / 2), title, INK, typeface, anchor="mm")
+    for number, row in enumerate(rows):
+        y = top + number * (height + gap)
         if row_titles:
-            draw.text((4, y + height / 2), row_titles[r], INK, font(size), anchor="lm")
-        for c, picture in enumerate(row):
+            draw.text((4, y + height / 2), row_titles[number], INK, typeface, anchor="lm")
+        for column, picture in enumerate(row):
             tile = Image.fromarray(picture)
             if tile.size != (width, height):
                 tile = tile.resize((width, height), Image.Resampling.BILINEAR)
-            sheet.paste(tile, (left + c * (width + gap), y))
+            sheet.paste(tile, (left + column * (width + gap), y))
     if key:
-        sheet.paste(key, (0, total_height - key.height))
+        sheet.paste(key, (0, total_height + 6))
     return sheet
 
 
-def class_legend(classes: ClassSet, width: int, size: int = 14) -> Image.Image:
+def class_legend(classes: ClassSet, width: int, typeface: ImageFont.FreeTypeFont) -> Image.Image:
     """A strip of the given width with the colour and name of every class, and black for `no
     label`.
     """
     entries = [*zip(classes.names, classes.palette), ("no label", (0, 0, 0))]
-    positions, x, y = [], 0, 0
+    size, positions, x, y = int(typeface.size), [], 0, 0
     for name, _ in entries:
-        step = size + 6 + int(font(size).getlength(name)) + 14
+        step = size + 6 + int(typeface.getlength(name)) + 14
         if x + step > width and x:
             x, y = 0, y + size + 8
         positions.append((x, y))
@@ -124,5 +116,5 @@ def class_legend(classes: ClassSet, width: int, size: int = 14) -> Image.Image:
     draw = ImageDraw.Draw(strip)
     for (name, colour), (x, y) in zip(entries, positions):
         draw.rectangle((x, y + 2, x + size, y + 2 + size), tuple(colour))
-        draw.text((x + size + 5, y + 2 + size / 2), name, INK, font(size), anchor="lm")
+        draw.text((x + size + 5, y + 2 + size / 2), name, INK, typeface, anchor="lm")
     return strip
