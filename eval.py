@@ -11,7 +11,7 @@ Inputs   --id-list-path   rows `<image path> <ground-truth path>`, relative to -
                           first folder. An image of the ground truth that has no label map counts as
                           unlabeled
 Outputs  the table on screen; in --out: metrics.json, confusion.png, confusion.csv, run.json
-         (manifest)
+         (manifest, and what they were made from: of the same, they are not made again)
 
     python eval.py --checkpoint runs/seco/latest.pth --id-list-path splits/cityscapes/val.txt \\
         --root-path data/cityscapes --mode sliding_window
@@ -33,7 +33,6 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -51,7 +50,6 @@ from util.labels import (
     IDS_13_IN_16,
     IDS_16_IN_19,
     IGNORE,
-    ClassSet,
     check_files,
     check_pairs,
     check_same_shape,
@@ -61,7 +59,6 @@ from util.labels import (
     read_label,
     read_list,
 )
-from util.metrics import confusion_matrix, summary
 from util.options import (
     Bounds,
     ClassOptions,
@@ -72,8 +69,9 @@ from util.options import (
     Setting,
     one_of,
     parse_options,
+    settings_of,
 )
-from util.outputs import Outputs, atomic_path, write_json
+from util.outputs import Outputs, atomic_path, made_before, made_from, read_json, write_json
 from util.run import (
     UserError,
     exact_mode,
@@ -256,26 +254,65 @@ def summed(confusion: np.ndarray, device) -> np.ndarray:
     return total.cpu().numpy()
 
 
-def figures(confusion: np.ndarray, classes: ClassSet) -> dict:
-    """`util.metrics.summary` with class names, and the means over the 16 and the 13 classes that
-    SYNTHIA papers give (all from the one confusion matrix). Percent.
+# ------------------------------------------------------------------------------------------ metrics
+
+
+def confusion_matrix(truth: np.ndarray, prediction: np.ndarray, class_num: int) -> np.ndarray:
+    """int64 class_num x (class_num + 1): rows true class, columns predicted class; the last column
+    counts labeled ground-truth pixels without a prediction (IGNORE in a pseudo-label map).
+
+    truth, prediction: integer arrays of one shape with train IDs and IGNORE. Ground-truth IGNORE is
+    left out.
     """
-    metrics = summary(confusion)
-    per_class, present = metrics.pop("iou"), metrics.pop("present")
-    counted = [
-        value if value is not None and there else 0.0 for value, there in zip(per_class, present)
-    ]
+    if truth.shape != prediction.shape:
+        raise ValueError(f"ground truth is {truth.shape}, prediction {prediction.shape}")
+    counted = truth != IGNORE
+    predicted = np.minimum(prediction[counted].astype(np.int64), class_num)
+    cells = truth[counted].astype(np.int64) * (class_num + 1) + predicted
+    shape = (class_num, class_num + 1)
+    return np.bincount(cells, minlength=class_num * (class_num + 1)).reshape(shape)
 
-    def mean(ids: Iterable[int]) -> float:
-        return float(np.mean([counted[i] for i in ids]))
 
-    if classes.count == 19:
-        metrics["miou_16"] = mean(IDS_16_IN_19)
-        metrics["miou_13"] = mean(IDS_16_IN_19[i] for i in IDS_13_IN_16)
-    elif classes.count == 16:
-        metrics["miou_13"] = mean(IDS_13_IN_16)
-    metrics["iou"] = dict(zip(classes.names, per_class))
-    metrics["absent"] = [name for name, there in zip(classes.names, present) if not there]
+def class_iou(confusion: np.ndarray) -> np.ndarray:
+    """IoU per class in [0, 1], float64; NaN for a class that is neither in the ground truth nor
+    predicted.
+
+    Pixels without a prediction count as missed (they are in the union through the ground truth).
+    """
+    square = confusion[:, :-1].astype(np.float64)
+    hit = np.diag(square)
+    union = confusion.sum(axis=1) + square.sum(axis=0) - hit
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(union > 0, hit / union, np.nan)
+
+
+def metrics_of(confusion: np.ndarray, names: tuple[str, ...]) -> dict:
+    """What is read off a confusion matrix (K x (K + 1)), in percent. names: of the K classes.
+
+    miou: mean over all classes, a class absent from the ground truth counting 0 (the shipped logs'
+    convention); miou_present: mean over classes present in the ground truth; accuracy: share of the
+    predicted pixels that are right; coverage: share of ground-truth pixels with a prediction;
+    miou_16, miou_13: means over the classes that SYNTHIA papers give, of 19 and of 16 classes;
+    iou: per class, None where neither in the ground truth nor predicted; absent: the classes that
+    the ground truth lacks.
+    """
+    iou, present = class_iou(confusion), confusion.sum(axis=1) > 0
+    counted = np.where(present, np.nan_to_num(iou), 0.0)
+    total, predicted = int(confusion.sum()), int(confusion[:, :-1].sum())
+    hit = int(np.trace(confusion[:, :-1]))
+    metrics = {
+        "miou": 100 * float(counted.mean()),
+        "miou_present": 100 * float(iou[present].mean()) if present.any() else 0.0,
+        "coverage": 100 * predicted / total if total else 0.0,
+        "accuracy": 100 * hit / predicted if predicted else 0.0,
+    }
+    ids_13 = [IDS_16_IN_19[i] for i in IDS_13_IN_16]
+    parts = {19: {"miou_16": IDS_16_IN_19, "miou_13": ids_13}, 16: {"miou_13": IDS_13_IN_16}}
+    for name, ids in parts.get(len(confusion), {}).items():
+        metrics[name] = float(np.mean([100 * float(counted[i]) for i in ids]))
+    found = [None if np.isnan(value) else 100 * float(value) for value in iou]
+    metrics["iou"] = dict(zip(names, found))
+    metrics["absent"] = [name for name, there in zip(names, present) if not there]
     return metrics
 
 
@@ -316,13 +353,13 @@ def table(metrics: dict, header: str) -> str:
 class EvalOptions:
     """what is evaluated"""
 
-    checkpoint: Setting[File] | None = None
+    checkpoint: File | None = None
     "evaluate this network"
-    labels: Setting[Annotated[Path, "LIST|FOLDER"]] | None = None
+    labels: Annotated[Path, "LIST|FOLDER"] | None = None
     "evaluate the label maps of this list or folder"
-    id_list_path: Setting[List]
+    id_list_path: List
     "images and their ground truth"
-    root_path: Setting[Folder] = Path("data")
+    root_path: Folder = Path("data")
     "folder that the lists' paths start from"
     mode: Setting[Mode] = "original"
     "how images go through the network"
@@ -356,65 +393,75 @@ def checked_network(checkpoint: Path, class_num: int, mode: str, device):
     return network
 
 
-def write_results(args, confusion: np.ndarray, metrics: dict, classes: ClassSet, images: int):
-    """The files of --out; run.json last."""
-    with atomic_path(args.out / "confusion.csv") as temporary:
-        rows = [",".join(["ground truth \\ prediction", *classes.names, "none"])]
-        rows += [
-            ",".join([name, *map(str, counts)])
-            for name, counts in zip(classes.names, confusion.tolist())
-        ]
-        temporary.write_text("\n".join(rows) + "\n", encoding="utf-8")
-    save_chart(args.out / "confusion.png", confusion_chart(confusion, classes.names))
-    record = {
-        "mode": args.mode if args.checkpoint else "labels",
-        "images": images,
-        "class_num": classes.count,
-    }
-    write_json(args.out / "metrics.json", {**metrics, **record})
-    inputs = {"list": args.id_list_path, "checkpoint": args.checkpoint, "labels": args.labels}
-    inputs = {name: path for name, path in inputs.items() if path and path.is_file()}
-    write_json(args.out / "run.json", manifest(vars(args), inputs))
-
-
-def prepared(args, rows, class_num: int, device) -> tuple[Callable[[], np.ndarray], str]:
-    """(what gives this process's share of the confusion matrix, the table's header), everything
-    that it reads checked.
+def write_results(folder: Path, confusion: np.ndarray, metrics: dict, record: dict) -> None:
+    """The files of --out; run.json, which says that they belong together, goes first and comes
+    last.
     """
-    root = args.root_path
+    (folder / "run.json").unlink(missing_ok=True)
+    names = tuple(metrics["iou"])
+    with atomic_path(folder / "confusion.csv") as temporary:
+        rows = [",".join(["ground truth \\ prediction", *names, "none"])]
+        rows += [",".join([name, *map(str, row)]) for name, row in zip(names, confusion.tolist())]
+        temporary.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    save_chart(folder / "confusion.png", confusion_chart(confusion, names))
+    write_json(folder / "metrics.json", metrics)
+    write_json(folder / "run.json", record)
+
+
+def header_of(args: Options, images: int, labels: int) -> str:
+    """What is measured; labels: how many of the images have a label map (with --labels)."""
     if args.checkpoint:
-        model = checked_network(args.checkpoint, class_num, args.mode, device)
-        check_pairs(root, rows, args.id_list_path, class_num, same_size=True)
-        how = (class_num, args.mode, args.crop_size, device, "evaluation")
         crop = "" if args.mode == "original" else f" {args.crop_size}"
-        return lambda: evaluate_checkpoint(model, rows, root, *how), (
-            f"{args.checkpoint}, {len(rows)} images of {args.id_list_path}, mode {args.mode}{crop},"
-            " IoU in percent"
-        )
-    check_files(root, [truth for _, truth in rows], args.id_list_path)
-    label_of_image = label_of_images(args.labels, rows, args.id_list_path, root)
-    header = f"{args.labels} against {args.id_list_path}: {len(rows)} images, IoU in percent"
-    if missing := len(rows) - len(label_of_image):
-        header += f"; {missing} of them have no label map and count as unlabeled"
-    return lambda: evaluate_labels(label_of_image, rows, root, class_num), header
+        what = f"{images} images of {args.id_list_path}, mode {args.mode}{crop}"
+        return f"{args.checkpoint}, {what}, IoU in percent"
+    header = f"{args.labels} against {args.id_list_path}: {images} images, IoU in percent"
+    if labels < images:
+        header += f"; {images - labels} of them have no label map and count as unlabeled"
+    return header
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    classes = class_set(args.class_num, args.stuff, args.things)
-    rows = read_list(args.id_list_path)
+    classes, root = class_set(args.class_num, args.stuff, args.things), args.root_path
+    rows, label_of_image = read_list(args.id_list_path), {}
+    if args.labels:
+        check_files(root, [truth for _, truth in rows], args.id_list_path)
+        label_of_image = label_of_images(args.labels, rows, args.id_list_path, root)
+    header = header_of(args, len(rows), len(label_of_image))
+    named = {"list": args.id_list_path, "checkpoint": args.checkpoint, "labels": args.labels}
+    named = {name: path for name, path in named.items() if path and not path.is_dir()}
+    shown = {f"of {image}": root / path for image, path in label_of_image.items()}
+    files = named | {path: root / path for row in rows for path in row[bool(args.labels) :]} | shown
+    settings = {**settings_of(args), "names": classes.names}
+    if args.out and all(path.is_file() for path in files.values()):
+        if made_before(args.out / "run.json", settings, files):
+            if process_rank()[0] == 0:
+                print(table(read_json(args.out / "metrics.json"), header))
+            return
+
     device = select_device(args.device)
     exact_mode()
-    measure, header = prepared(args, rows, classes.count, device)
+    if args.checkpoint:
+        model = checked_network(args.checkpoint, classes.count, args.mode, device)
+        check_pairs(root, rows, args.id_list_path, classes.count, same_size=True)
     with Outputs(args.out) if args.out else contextlib.nullcontext():
         with process_group(device) as (rank, _):
-            confusion = summed(measure(), device)
+            if args.checkpoint:
+                how = (classes.count, args.mode, args.crop_size, device, "evaluation")
+                confusion = evaluate_checkpoint(model, rows, root, *how)
+            else:
+                confusion = evaluate_labels(label_of_image, rows, root, classes.count)
+            confusion = summed(confusion, device)
         if rank > 0:
             return
-        metrics = figures(confusion, classes)
+        metrics = metrics_of(confusion, classes.names)
         print(table(metrics, header))
         if args.out:
-            write_results(args, confusion, metrics, classes, len(rows))
+            mode = args.mode if args.checkpoint else "labels"
+            metrics |= {"mode": mode, "images": len(rows), "class_num": classes.count}
+            record = manifest(vars(args), named, device)
+            record["made_from"] = made_from(settings, files)
+            write_results(args.out, confusion, metrics, record)
 
 
 if __name__ == "__main__":

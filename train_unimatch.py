@@ -53,7 +53,7 @@ from dataset.samples import (
     batches,
     read_lists,
 )
-from eval import CropSize, Mode, evaluate_checkpoint, figures, summed
+from eval import CropSize, Mode, evaluate_checkpoint, metrics_of, summed
 from model import losses
 from model.checkpoint import load_exactly, read_checkpoint
 from model.deeplabv3plus import parameter_count
@@ -380,7 +380,7 @@ def finish_epoch(run: Adaptation, epoch: int, shown: dict) -> None:
     last = epoch == args.epochs - 1
     state.losses[epoch] = state.sums["loss_all"] / run.sampler.per_epoch
     if run.lists.validation and ((epoch + 1) % args.eval_every == 0 or last):
-        metrics = figures(run.evaluate(run.lists.validation), run.classes)
+        metrics = metrics_of(run.evaluate(run.lists.validation), run.classes.names)
         state.evaluations[epoch] = metrics
         if logs:
             logs.evaluation(epoch, args.eval_mode, metrics)

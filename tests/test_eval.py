@@ -11,7 +11,16 @@ import torch
 from PIL import Image
 from processes import beside_a_second
 
-from eval import center_square, evaluate_checkpoint, figures, main, predict, sliding_windows, table
+from eval import (
+    center_square,
+    confusion_matrix,
+    evaluate_checkpoint,
+    main,
+    metrics_of,
+    predict,
+    sliding_windows,
+    table,
+)
 from model.deeplabv3plus import DeepLabV3Plus
 from util.images import to_tensor
 from util.labels import (
@@ -23,7 +32,6 @@ from util.labels import (
     write_label,
     write_list,
 )
-from util.metrics import confusion_matrix, summary
 from util.run import run_main
 
 CPU = torch.device("cpu")
@@ -92,22 +100,17 @@ def test_images_in_a_batch_do_not_meddle():
     model, images = Patchy(), torch.randn(2, 3, 60, 110)
     with torch.no_grad():
         together = predict(model, images, "sliding_window", 45)
-        for number in range(2):
-            torch.testing.assert_close(
-                together[number : number + 1],
-                predict(model, images[number : number + 1], "sliding_window", 45),
-            )
+        alone = [predict(model, image[None], "sliding_window", 45) for image in images]
+    torch.testing.assert_close(together, torch.cat(alone))
 
 
 def test_original_and_center_crop():
     model, image = Patchy(), torch.randn(1, 3, 50, 81)
     with torch.no_grad():
-        torch.testing.assert_close(
-            predict(model, image, "original", None), model(image).softmax(dim=1)
-        )
-        torch.testing.assert_close(
-            predict(model, image, "center_crop", 40), model(image[:, :, 5:45, 20:60]).softmax(dim=1)
-        )
+        whole = predict(model, image, "original", None)
+        center = predict(model, image, "center_crop", 40)
+        torch.testing.assert_close(whole, model(image).softmax(dim=1))
+        torch.testing.assert_close(center, model(image[:, :, 5:45, 20:60]).softmax(dim=1))
     assert center_square(50, 81, 60) == (slice(0, 60), slice(10, 70))
 
 
@@ -116,9 +119,8 @@ def test_original_and_center_crop():
 
 def random_maps(random, shape, class_num, missing=0.0):
     truth = random.integers(0, class_num, shape).astype(np.uint8)
-    prediction = np.where(
-        random.random(shape) < 0.6, truth, random.integers(0, class_num, shape)
-    ).astype(np.uint8)
+    other = random.integers(0, class_num, shape)
+    prediction = np.where(random.random(shape) < 0.6, truth, other).astype(np.uint8)
     truth[random.random(shape) < 0.1] = 255
     prediction[random.random(shape) < missing] = 255
     return truth, prediction
@@ -140,48 +142,40 @@ def test_figures_equal_counting_class_by_class(missing):
     truth[np.isin(truth, (14, 16))] = 255
     prediction[:2] = 16
     truth[:2] = 3
-    metrics = figures(confusion_matrix(truth, prediction, 19), CITYSCAPES_19)
+    metrics = metrics_of(confusion_matrix(truth, prediction, 19), CITYSCAPES_19.names)
     expected = [iou_slowly(truth, prediction, class_id) for class_id in range(19)]
-    assert (
-        list(metrics["iou"].values()) == pytest.approx(expected)
-        and expected[14] is None
-        and expected[16] == 0
-    )
-    assert metrics["absent"] == ["truck", "train"]
+    assert list(metrics["iou"].values()) == pytest.approx(expected)
+    assert expected[14] is None and expected[16] == 0 and metrics["absent"] == ["truck", "train"]
     counted = np.array([value or 0 for value in expected])
+    sixteen = [0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 11, 12, 13, 15, 17, 18]
+    thirteen = [c for c in sixteen if c not in (3, 4, 5)]
     assert metrics["miou"] == pytest.approx(counted.mean())
     assert metrics["miou_present"] == pytest.approx(np.delete(counted, [14, 16]).mean())
-    sixteen = [0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 11, 12, 13, 15, 17, 18]
     assert metrics["miou_16"] == pytest.approx(counted[sixteen].mean())
-    assert metrics["miou_13"] == pytest.approx(
-        counted[[c for c in sixteen if c not in (3, 4, 5)]].mean()
-    )
+    assert metrics["miou_13"] == pytest.approx(counted[thirteen].mean())
     labeled = (truth != 255) & (prediction != 255)
     assert metrics["coverage"] == pytest.approx(100 * labeled.sum() / (truth != 255).sum())
     assert metrics["accuracy"] == pytest.approx(100 * (truth == prediction)[labeled].mean())
     text = table(metrics, "header")
-    assert (
-        "absent from the ground truth" in text
-        and f"mIoU {metrics['miou']:.2f} %  over all 19 classes, one absent" in text
-    )
-    assert f"mIoU {metrics['miou_present']:.2f} %  over the 17 classes present" in text
-    assert (
-        f"mIoU {metrics['miou_16']:.2f} %  over SYNTHIA's 16" in text
-        and f"{metrics['miou_13']:.2f} %  over SYNTHIA's 13" in text
-    )
+    for name, words in (
+        ("miou", "over all 19 classes, one absent"),
+        ("miou_present", "over the 17 classes present"),
+        ("miou_16", "over SYNTHIA's 16"),
+        ("miou_13", "over SYNTHIA's 13"),
+    ):
+        assert f"mIoU {metrics[name]:.2f} %  {words}" in text
+    assert "absent from the ground truth" in text
 
 
-def test_sixteen_classes_and_others():
+def test_sixteen_classes():
     truth, prediction = random_maps(np.random.default_rng(1), (40, 40), 16)
-    metrics = figures(confusion_matrix(truth, prediction, 16), SYNTHIA_16)
+    metrics = metrics_of(confusion_matrix(truth, prediction, 16), SYNTHIA_16.names)
     values = np.array(list(metrics["iou"].values()))
-    assert metrics["miou_13"] == pytest.approx(
-        values[[i for i in range(16) if i not in (3, 4, 5)]].mean()
-    )
+    thirteen = [i for i in range(16) if i not in (3, 4, 5)]
+    assert metrics["miou_13"] == pytest.approx(values[thirteen].mean())
     assert "miou_16" not in metrics
-    assert [SYNTHIA_16.names[i] for i in IDS_13_IN_16] == [
-        CITYSCAPES_19.names[IDS_16_IN_19[i]] for i in IDS_13_IN_16
-    ]
+    names = [CITYSCAPES_19.names[IDS_16_IN_19[i]] for i in IDS_13_IN_16]
+    assert [SYNTHIA_16.names[i] for i in IDS_13_IN_16] == names
 
 
 def test_iou_equals_the_official_evaluation(tmp_path):
@@ -200,29 +194,22 @@ def test_iou_equals_the_official_evaluation(tmp_path):
         truth, prediction = random_maps(random, (64, 96), 19)
         truth[truth == 16] = 255  # a class that is predicted, but not there
         confusion = confusion + confusion_matrix(truth, prediction, 19)
-        for name, values in (("truth", truth), ("prediction", prediction)):
-            Image.fromarray(to_id[values]).save(tmp_path / f"{number}_{name}.png")
-        pairs.append(
-            (str(tmp_path / f"{number}_prediction.png"), str(tmp_path / f"{number}_truth.png"))
-        )
+        files = [str(tmp_path / f"{number}_{name}.png") for name in ("prediction", "truth")]
+        for path, values in zip(files, (prediction, truth)):
+            Image.fromarray(to_id[values]).save(path)
+        pairs.append(files)
     args = official.args
-    args.quiet, args.evalInstLevelScore, args.evalPixelAccuracy, args.JSONOutput = (
-        True,
-        False,
-        False,
-        False,
-    )
-    result = official.evaluateImgLists([p for p, _ in pairs], [t for _, t in pairs], args)
-    ours = summary(confusion)
+    args.quiet, args.evalInstLevelScore = True, False
+    args.evalPixelAccuracy = args.JSONOutput = False
+    result = official.evaluateImgLists(*map(list, zip(*pairs)), args)
+    ours = metrics_of(confusion, CITYSCAPES_19.names)["iou"]
     names = {label.trainId: label.name for label in official_labels if 0 <= label.trainId < 19}
     assert [names[i] for i in range(19)] == list(CITYSCAPES_19.names)
-    for class_id, name in enumerate(CITYSCAPES_19.names):
-        assert ours["iou"][class_id] / 100 == pytest.approx(
-            result["classScores"][name], abs=1e-6
-        ), name
+    theirs = [result["classScores"][name] for name in CITYSCAPES_19.names]
+    values = np.array([np.nan if value is None else value / 100 for value in ours.values()])
+    np.testing.assert_allclose(values, theirs, atol=1e-6)
     # its average takes every class with a pixel in the ground truth or a false positive
-    values = [value for value in ours["iou"] if value is not None]
-    assert np.mean(values) / 100 == pytest.approx(result["averageScoreClasses"], abs=1e-6)
+    assert np.nanmean(values) == pytest.approx(result["averageScoreClasses"], abs=1e-6)
 
 
 # ------------------------------------------------------------------------------------------ command
@@ -257,15 +244,8 @@ def data(tmp_path_factory):
 
 
 def arguments(data, *more):
-    return [
-        "--id-list-path",
-        str(data / "val.txt"),
-        "--root-path",
-        str(data),
-        "--device",
-        "cpu",
-        *map(str, more),
-    ]
+    argv = f"--id-list-path {data}/val.txt --root-path {data} --device cpu"
+    return [*argv.split(), *map(str, more)]
 
 
 def test_labels_from_a_list_or_a_folder(data, tmp_path, capsys):
@@ -299,34 +279,20 @@ def test_labels_from_a_list_or_a_folder(data, tmp_path, capsys):
 
 def test_a_label_map_of_another_size_is_brought_to_the_ground_truths(data, tmp_path, capsys):
     label = read_label(data / "exp/val/city/0.png")
-    write_label(
-        data / "large/val/city/0.png",
-        label.repeat(2, axis=0).repeat(2, axis=1),
-        CITYSCAPES_19.palette,
-    )
+    large = label.repeat(2, axis=0).repeat(2, axis=1)
+    write_label(data / "large/val/city/0.png", large, CITYSCAPES_19.palette)
     (tmp_path / "one.txt").write_text("images/val/city/0.png exp/val/city/0.png\n")
-    figures_of = []
+    tables = []
     for labels in (tmp_path / "one.txt", data / "large"):
         main(arguments(data, "--labels", labels))
-        figures_of.append(capsys.readouterr().out.splitlines()[1:])
-    assert figures_of[0] == figures_of[1]
+        tables.append(capsys.readouterr().out.splitlines()[1:])
+    assert tables[0] == tables[1]
 
 
 @pytest.mark.parametrize("mode", ["original", "sliding_window", "center_crop"])
 def test_checkpoints_are_evaluated_in_every_mode(data, mode, capsys, tmp_path):
-    main(
-        arguments(
-            data,
-            "--checkpoint",
-            data / "model.pth",
-            "--mode",
-            mode,
-            "--crop-size",
-            40,
-            "--out",
-            tmp_path,
-        )
-    )
+    how = ("--mode", mode, "--crop-size", 40, "--out", tmp_path)
+    main(arguments(data, "--checkpoint", data / "model.pth", *how))
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     torch.manual_seed(0)
     model, confusion = DeepLabV3Plus(10, 19).eval(), 0
@@ -336,20 +302,46 @@ def test_checkpoints_are_evaluated_in_every_mode(data, mode, capsys, tmp_path):
         with torch.no_grad():
             if mode == "sliding_window":
                 scores = sliding_slowly(model, image, 40)
+            elif mode == "center_crop":
+                scores, truth = model(image[:, :, 5:45, 15:55]), truth[5:45, 15:55]
             else:
-                image, truth = (
-                    (image[:, :, 5:45, 15:55], truth[5:45, 15:55])
-                    if mode == "center_crop"
-                    else (image, truth)
-                )
                 scores = model(image)
         confusion = confusion + confusion_matrix(truth, scores.argmax(dim=1)[0].numpy(), 19)
-    assert metrics["miou"] == pytest.approx(summary(confusion)["miou"], rel=1e-3)
+    assert metrics["miou"] == pytest.approx(
+        metrics_of(confusion, CITYSCAPES_19.names)["miou"], rel=1e-3
+    )
     out = capsys.readouterr().out
     assert f"mode {mode}" in out and metrics["mode"] == mode
 
 
-def test_two_processes_give_the_figures_of_one(data, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("what", ["checkpoint", "labels"])
+def test_a_finished_evaluation_is_not_made_again(data, tmp_path, what, capsys, monkeypatch):
+    """Nothing is measured, the same table is printed; a change of what it was made from counts."""
+    shutil.copytree(data, tmp_path / "data")
+    data, out = tmp_path / "data", tmp_path / "out"
+    of = {"checkpoint": data / "model.pth", "labels": data / "exp"}[what]
+    argv = arguments(data, f"--{what}", of, "--out", out)
+
+    def measured(*more) -> bool:
+        before = {path: path.stat().st_mtime_ns for path in out.glob("*.*")}
+        main([*argv, *map(str, more)])
+        printed.append(capsys.readouterr().out)
+        return before != {path: path.stat().st_mtime_ns for path in out.glob("*.*")}
+
+    printed: list[str] = []
+    assert measured() and not measured() and printed[0] == printed[1]
+    assert json.loads((out / "run.json").read_text())["cost"]["seconds"] > 0
+    truth, image = data / "gt/val/city/0.png", data / "images/val/city/0.png"
+    for path in (truth, data / "exp/val/city/1.png" if what == "labels" else image):
+        Image.open(path).transpose(Image.Transpose.FLIP_TOP_BOTTOM).save(path)
+        assert measured() and not measured()
+    assert measured("--mode", "center_crop", "--crop-size", 40)
+    assert measured() and not measured()
+    (out / "run.json").unlink()  # as a kill in the middle leaves it
+    assert measured()
+
+
+def test_two_processes_give_the_tables_one(data, tmp_path, monkeypatch, capsys):
     """Three images on two processes: none is counted twice, and one table is printed."""
     argv = arguments(
         data, "--checkpoint", data / "model.pth", "--mode", "sliding_window", "--crop-size", 40
@@ -384,9 +376,10 @@ def test_label_maps_of_equal_names_are_told_apart(data, tmp_path, capsys):
 
 
 def test_bad_input_is_told_in_one_line(data, tmp_path, capsys):
-    write_label(data / "gt/bad.png", np.full((50, 70), 33, np.uint8), CITYSCAPES_19.palette)
-    write_label(data / "gt/small.png", np.zeros((25, 35), np.uint8), CITYSCAPES_19.palette)
-    write_label(data / "gt/turned.png", np.zeros((70, 50), np.uint8), CITYSCAPES_19.palette)
+    shapes = {"bad": (50, 70), "small": (25, 35), "turned": (70, 50)}
+    for name, shape in shapes.items():
+        label = np.full(shape, 33 if name == "bad" else 0, np.uint8)
+        write_label(data / f"gt/{name}.png", label, CITYSCAPES_19.palette)
     lists = {
         "empty": "\n",
         "gone": "images/val/city/0.png gt/gone.png\n",
@@ -422,10 +415,9 @@ def test_bad_input_is_told_in_one_line(data, tmp_path, capsys):
         (("--labels", tmp_path / "others.txt"), None, "has none of the images of"),
         (("--labels", tmp_path / "folder"), None, "has none of the images of"),
         (("--labels", tmp_path / "turned.txt"), None, "turned.png: 50x70 pixels do not show"),
-        *(
-            ((*model, "--device", name), None, f"--device {name}")
-            for name in ("banana", "gpu", "0")
-        ),
+        ((*model, "--labels", tmp_path), None, "--checkpoint and --labels: give one of them"),
+        ((), None, "--checkpoint or --labels: give one of them"),
+        ((*model, "--device", "banana"), None, "--device banana"),
     ]
     for options, name, message in cases:
         argv = arguments(data, *options)

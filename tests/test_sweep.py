@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from dataset.scc import numbered
+from eval import confusion_matrix, metrics_of
 from model.scc import decide
 from scripts.dev import sweep_thresholds
 from seco_scc import corrected_label
 from util.labels import CITYSCAPES_19, IGNORE, read_label, write_label, write_list
-from util.metrics import confusion_matrix, summary
 from util.outputs import read_json, write_json
 from util.run import UserError
 
@@ -65,7 +65,7 @@ def test_sweep_equals_writing_and_measuring_the_labels(tmp_path):
             _, final = decide(*columns, tau_ns, tau_cr)
             final = corrected_label(numbered(read_label(folder / psa), 19), final)
             confusion += confusion_matrix(read_label(folder / truth), final, 19)
-        expected = summary(confusion)
+        expected = metrics_of(confusion, CITYSCAPES_19.names)
         assert {key: values[0] for key, values in found[name][value].items()} == {
             key: expected[key] for key in ("coverage", "accuracy", "miou")
         }
