@@ -4,8 +4,8 @@ labels are.
 Input:   --id-list-path, the list that seco_scc.py wrote (or any list `<image> <label>`);
          connectivities.csv in the labels' experiment folder, where there is one.
 Output:  in --out (default: the list's folder) labeled.txt (`<image> <label>`) and unlabeled.txt
-         (`<image>`), best first, and split.json: what they were made from (of the same, they are
-         not made again), SHA-256 of the lists, images and pixels of each class.
+         (`<image>`), best first, and split.json: manifest, what they were made from (of the
+         same, they are not made again), SHA-256 of the lists, images and pixels of each class.
 
     python -m scripts.make_split --id-list-path splits/cityscapes/HRDA_seco_vit_h_scc/all.txt \\
         --root-path data/cityscapes --class-num 19
@@ -53,7 +53,7 @@ from util.options import (
     settings_of,
 )
 from util.outputs import check_writable, made_before, made_from, read_json, write_json
-from util.run import UserError, progress, run_main, sha256
+from util.run import UserError, manifest, progress, run_main, sha256
 
 LISTS = ("labeled.txt", "unlabeled.txt")
 
@@ -221,6 +221,7 @@ def main(argv: list[str] | None = None) -> None:
     split = read_json(record) if made_before(record, settings, inputs) else {}
     if not split or any(digest(out / name) != split["sha256"][name] for name in LISTS):
         split = make_split(options, rows, classes, out)
+        split["manifest"] = manifest(vars(options), {"list": options.id_list_path})
         write_json(record, {**split, "made_from": made_from(settings, inputs)})
     images = split["images"]
     if without := images["without_labels"]:

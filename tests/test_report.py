@@ -12,7 +12,7 @@ FIGURES = {"coverage": 90.0, "accuracy": 80.0, "miou": 50.0}
 
 
 def seed(run, name, evaluations, begun=None, **options):
-    """A seed's folder with evaluations, and an adaptation that was begun only."""
+    """A seed's folder with evaluations, and a folder of what was only begun."""
     (run / name).mkdir(parents=True, exist_ok=True)
     for row in evaluations:
         folder = run / name / "eval" / row
@@ -23,7 +23,7 @@ def seed(run, name, evaluations, begun=None, **options):
         record = {"command": "eval.py", "options": lists | options, "cost": cost}
         (folder / "run.json").write_text(json.dumps(record))
     if begun:
-        (run / name / f"adapt_{begun}").mkdir()
+        (run / name / begun).mkdir()
     return run / name
 
 
@@ -37,7 +37,12 @@ WHOLE = ("before", "quality_pixel", "seco", "fill")
 
 @pytest.mark.parametrize(
     "evaluations, begun",
-    [((), None), (("before", "quality_pixel"), None), (WHOLE[:3], "fill")],
+    [
+        ((), None),
+        (("before", "quality_pixel"), None),
+        (WHOLE[:3], "adapt_fill"),
+        (("before", "seco"), "quality_pixel"),
+    ],
 )
 def test_finished_seeds_are_reported_and_others_named(tmp_path, capsys, evaluations, begun):
     for name in ("seed0", "seed10"):
@@ -54,7 +59,7 @@ def test_finished_seeds_are_reported_and_others_named(tmp_path, capsys, evaluati
 
 
 def test_one_seed_still_going_is_reported(tmp_path):
-    seed(tmp_path, "seed3", WHOLE[:2], "seco")
+    seed(tmp_path, "seed3", WHOLE[:2], "adapt_seco")
     results, text = made(tmp_path)
     assert results["seeds"] == [3] and results["unfinished"] == [] and "Not finished" not in text
     assert results["models"].keys() == {"before"} and results["labels"].keys() == {"pixel"}

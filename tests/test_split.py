@@ -166,10 +166,13 @@ def test_a_finished_split_is_not_made_again(root, monkeypatch, capsys):
 def test_same_input_same_files_and_the_default_folder(root):
     write_csv(root, "paper")
     first = split(root)
-    files = {p.name: p.read_bytes() for p in (root / "out").iterdir()}
+    files = {name: (root / "out" / name).read_bytes() for name in make_split.LISTS}
+    record = json.loads((root / "out/split.json").read_text())
     shutil.rmtree(root / "out")
     assert split(root) == first
-    assert {p.name: p.read_bytes() for p in (root / "out").iterdir()} == files
+    assert {name: (root / "out" / name).read_bytes() for name in files} == files
+    again = json.loads((root / "out/split.json").read_text())
+    assert again | {"manifest": record["manifest"]} == record
     # The list that is read may lie where the lists are written: it keeps its rows.
     train = root / "splits/pix_scc/train.txt"
     rows = read_list(train)

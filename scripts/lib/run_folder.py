@@ -112,12 +112,13 @@ def finished(seeds: list[Path]) -> list[Path]:
     """The seeds that no other one is ahead of: left out are those without the source model's or
     SeCo's evaluation, if another has it, and those in the middle of a row that another has ended.
     """
-    ended = {
-        seed: {path.parent.name for path in seed.glob("eval/*/metrics.json")} for seed in seeds
-    }
-    begun = {seed: {path.name[6:] for path in seed.glob("adapt_*")} for seed in seeds}
+    rows = {f"adapt_{row}": row for row in MODEL_ROWS}  # {folder: evaluation that ends its row}
+    for seed in seeds:
+        rows |= {path.parent.name: f"quality_{row}" for row, path in label_lists(seed).items()}
+    ended = {s: {path.parent.name for path in s.glob("eval/*/metrics.json")} for s in seeds}
     every = set().union(*ended.values())
-    behind = {seed for seed in seeds if (begun[seed] & every) - ended[seed]}
+    begun = {s: {row for folder, row in rows.items() if (s / folder).is_dir()} for s in seeds}
+    behind = {seed for seed in seeds if begun[seed] & every - ended[seed]}
     for row in ("before", "seco*"):
         seeds = [seed for seed in seeds if any(seed.glob(f"eval/{row}/metrics.json"))] or seeds
     return [seed for seed in seeds if seed not in behind]
@@ -127,12 +128,10 @@ def of_one_setting(seeds: list[Path], stage: str) -> bool:
     """Whether the seeds have equal options of a stage, but for the seed and where files are."""
     shown = set()
     for seed in seeds:
-        options = manifest_of(stage_folders(seed).get(stage, seed)).get("options")
-        if options:
-            names = {
-                n: Path(v).name if "/" in str(v) else v for n, v in options.items() if n != "seed"
-            }
-            shown.add(re.sub(r"\bseed\d+", "seed", json.dumps(names, sort_keys=True)))
+        if options := manifest_of(stage_folders(seed).get(stage, seed)).get("options"):
+            options = {n: Path(v).name if "/" in str(v) else v for n, v in options.items()}
+            text = json.dumps({**options, "seed": None}, sort_keys=True)
+            shown.add(re.sub(r"\bseed\d+", "seed", text))
     return len(shown) <= 1
 
 
