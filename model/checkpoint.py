@@ -84,20 +84,17 @@ def load_exactly(
         for names, others in ((own, state), (state, own))
     )
     differing = [name for name in own if name in state and own[name].shape != state[name].shape]
-    if missing or unknown or differing:
-        parts = [
-            f"{len(names)} {kind}, first {names[0]}"
-            for kind, names in (("missing", missing), ("unknown", unknown))
-            if names
-        ]
-        if differing:
-            name = differing[0]
-            parts.append(
-                f"{len(differing)} of another shape, first {name}: {tuple(state[name].shape)} in"
-                f" the file, {tuple(own[name].shape)} here"
-            )
+    problems = [f"{len(missing)} missing, first {missing[0]}"] if missing else []
+    problems += [f"{len(unknown)} unknown, first {unknown[0]}"] if unknown else []
+    if differing:
+        name = differing[0]
+        problems.append(
+            f"{len(differing)} of another shape, first {name}: {tuple(state[name].shape)} in the"
+            f" file, {tuple(own[name].shape)} here"
+        )
+    if problems:
         raise UserError(
-            f"{path}: its weights do not fit {what} ({'; '.join(parts)}); "
+            f"{path}: its weights do not fit {what} ({'; '.join(problems)}); "
             "check --backbone, --stem and --class-num, or give another file"
         )
     module.load_state_dict(state, strict=False)
