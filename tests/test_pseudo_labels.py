@@ -5,8 +5,9 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
+import time
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import torch
 from conformance import read_arrays
 from conftest import ROOT
 from PIL import Image
+from processes import beside_a_second
 
 import eval as evaluation
 from model.deeplabv2 import DeepLabV2
@@ -22,9 +24,10 @@ from model.network import DTST_SIZE, network_in
 from scripts import make_pseudo_labels as stage0
 from util.labels import class_set, read_label
 from util.outputs import Outputs
-from util.run import UserError
+from util.run import STARTED, UserError
 
 K, SIZE = 19, (24, 40)  # classes; height and width of the images
+IMAGE = "leftImg8bit/train/a/im{}_leftImg8bit.png"
 
 
 def softmax(logits):
@@ -38,7 +41,7 @@ def data(tmp_path):
     random = np.random.default_rng(0)
     rows, arrays = [], {}
     for index in range(5):
-        name = f"leftImg8bit/train/a/im{index}_leftImg8bit.png"
+        name = IMAGE.format(index)
         image = random.integers(0, 255, (*SIZE, 3), dtype=np.uint8)
         array = softmax(random.normal(0, 3, (K, *SIZE)))
         array = array.astype(np.float16 if index == 1 else np.float32)
@@ -55,7 +58,7 @@ def data(tmp_path):
 
 
 def array_of(root, index):
-    return root / f"probabilities/leftImg8bit/train/a/im{index}_leftImg8bit.png.npy"
+    return root / "probabilities" / f"{IMAGE.format(index)}.npy"
 
 
 def command(root, *extra, source=("--probabilities", "probabilities")):
@@ -80,33 +83,32 @@ def oracle(arrays, top_p, top_p_things=None):
     confidence = {name: array.max(axis=0) for name, array in arrays.items()}
     labels = {name: np.full(array.shape[1:], 255, dtype=np.uint8) for name, array in arrays.items()}
     for class_id in range(K):
-        ranked = sorted(
-            v for name in arrays for v in confidence[name][prediction[name] == class_id]
-        )
+        shown = {name: classes == class_id for name, classes in prediction.items()}
+        ranked = sorted(v for name in arrays for v in confidence[name][shown[name]])
         if not ranked:
             continue
         share = top_p_things if top_p_things and class_id in things else top_p
         threshold = ranked[min(round(len(ranked) * (1 - share)), len(ranked) - 1)]
-        for name in arrays:
-            labels[name][(prediction[name] == class_id) & (confidence[name] >= threshold)] = (
-                class_id
-            )
+        for name, label in labels.items():
+            label[shown[name] & (confidence[name] >= threshold)] = class_id
     return labels
+
+
+def check_labels(root, expected, class_num=K):
+    for name, label in expected.items():
+        assert np.array_equal(read_label(root / name, class_num), label)
+        assert Image.open(root / name).mode == "P"
 
 
 @pytest.mark.parametrize("top_p", [0.5, 0.25, 1.0, 0.001])
 def test_equals_sorting_all_pixels(data, top_p):
     root, arrays = data
     stage0.main(command(root, "--top-p", str(top_p)))
-    expected = oracle(arrays, top_p)
-    for name, label in expected.items():
-        assert np.array_equal(read_label(root / name, K), label)
-        assert Image.open(root / name).mode == "P"
+    check_labels(root, oracle(arrays, top_p))
     if top_p == 0.5:
         summary = json.loads((root / "pix/summary.json").read_text())
-        shares = [
-            c["kept_share"] for c in summary["classes"].values() if c["predicted_pixels"] > 50
-        ]
+        classes = summary["classes"].values()
+        shares = [c["kept_share"] for c in classes if c["predicted_pixels"] > 50]
         assert shares and all(abs(share - 0.5) < 0.02 for share in shares)
         assert summary["classes"]["traffic sign"]["threshold"] is None
     assert (root / "splits/pix/list.txt").read_text().splitlines() == [
@@ -119,8 +121,7 @@ def test_things_may_have_a_share_of_their_own(data):
     root, arrays = data
     stage0.main(command(root, "--top-p-things", "0.2"))
     expected, usual = oracle(arrays, 0.5, 0.2), oracle(arrays, 0.5)
-    for name, label in expected.items():
-        assert np.array_equal(read_label(root / name, K), label)
+    check_labels(root, expected)
     assert any((usual[name] != label).any() for name, label in expected.items())
     with pytest.raises(UserError, match="top_p_things = 0.2, now it is None"):
         stage0.main(command(root))
@@ -129,11 +130,9 @@ def test_things_may_have_a_share_of_their_own(data):
 @pytest.mark.parametrize("top_p", [0.5, 0.1, 0.9, 1.0])
 def test_thresholds_with_ties_and_extremes(top_p):
     random = np.random.default_rng(1)
+    values = np.float32([0, 1e-30, 0.25, 0.5, 0.5000001, 0.99999994, 1])
     images = [
-        (
-            random.integers(0, 3, (40, 50)).astype(np.uint8),
-            random.choice(np.float32([0, 1e-30, 0.25, 0.5, 0.5000001, 0.99999994, 1]), (40, 50)),
-        )
+        (random.integers(0, 3, (40, 50)).astype(np.uint8), random.choice(values, (40, 50)))
         for _ in range(3)
     ]
     found = stage0.top_p_thresholds(lambda: iter(images), 4, top_p)
@@ -146,10 +145,8 @@ def test_thresholds_with_ties_and_extremes(top_p):
 def test_dtst_preset_takes_every_fourth_pixel(data):
     root, arrays = data
     stage0.main(command(root, "--preset", "dtst"))
-    for name, label in oracle(
-        {name: array[:, ::4, ::4] for name, array in arrays.items()}, 0.5
-    ).items():
-        assert np.array_equal(read_label(root / name, K), label.repeat(4, 0).repeat(4, 1))
+    grids = oracle({name: array[:, ::4, ::4] for name, array in arrays.items()}, 0.5)
+    check_labels(root, {name: grid.repeat(4, 0).repeat(4, 1) for name, grid in grids.items()})
 
 
 RULES = [("--rule", "top-p"), ("--rule", "cbst", "--preset", "dtst")]
@@ -158,11 +155,8 @@ RULES = [("--rule", "top-p"), ("--rule", "cbst", "--preset", "dtst")]
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule[1])
 def test_killed_and_started_again_is_the_same(data, monkeypatch, rule):
     root, _ = data
-
-    def command(root):
-        return globals()["command"](root, *rule)
-
-    stage0.main(command(root))
+    again = command(root, *rule)
+    stage0.main(again)
     whole = files(root / "pix")
     shutil.rmtree(root / "pix")
     # the name of what dies and at which call: the third confidence, CBST's third label (after three
@@ -184,49 +178,31 @@ def test_killed_and_started_again_is_the_same(data, monkeypatch, rule):
 
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(owner, name, die)
-            stage0.main(command(root))
-    stage0.main(command(root))
+            stage0.main(again)
+    stage0.main(again)
     assert files(root / "pix") == whole
-    stage0.main(command(root))  # once more: nothing to do, nothing changes
+    cost = json.loads((root / "pix/run.json").read_text())["cost"]
+    assert cost["seconds"] > time.time() - STARTED  # of this process, which was all of the starts
+    stage0.main(again)  # once more: nothing to do, nothing changes
     assert files(root / "pix") == whole
     next((root / "pix/train/a").glob("*.png")).unlink()
-    stage0.main(command(root))
+    stage0.main(again)
     assert files(root / "pix") == whole
 
 
-def test_two_processes_give_the_same(data):
+def test_two_processes_give_the_same(data, monkeypatch):
     root, _ = data
-    rule = RULES[1]  # whose stages are top-p's and one more
-    stage0.main(command(root, *rule))
+    again = command(root, *RULES[1])  # whose stages are top-p's and one more
+    stage0.main(again)
     whole = files(root / "pix")
     shutil.rmtree(root / "pix")
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc_per_node",
-            "2",
-            "--master_port",
-            "29517",
-            "-m",
-            "scripts.make_pseudo_labels",
-            *command(root, *rule),
-        ],
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=120,
-    )
+    module = ("-m", "scripts.make_pseudo_labels")
+    beside_a_second(monkeypatch, lambda: stage0.main(again), *module, *again)
     assert files(root / "pix") == whole
 
 
 def bad_array(*shape, value=1 / K):
     return lambda root: np.save(array_of(root, 0), np.full(shape, value))
-
-
-IMAGE = "leftImg8bit/train/a/im{}_leftImg8bit.png"
 
 
 @pytest.mark.parametrize(
@@ -262,7 +238,7 @@ def test_bad_input_is_one_clear_line(data, spoil, told):
         (("--rule", "cbst", "--top-p-things", "0.3"), "--top-p-things 0.3: belongs to"),
         (("--vis", "-1"), "--vis -1"),
         (("--policy", "global"), "--policy global: belongs to --rule cbst"),
-        (("--test-size", "64", "16"), "--test-size 16"),
+        (("--test-size", "64", "16"), "--test-size 64 16"),
         (("--device", "banana"), "--device banana"),
         (("--exp", "a/b"), "--exp a/b"),
         (("--exp", "leftImg8bit"), "would overwrite the image"),
@@ -279,11 +255,6 @@ def test_bad_options_are_one_clear_line(data, options, told, monkeypatch):
 
 
 # ----------------------------------------------------------------------- nothing mixed, overwritten
-
-
-def replace_array(root, index):
-    random = np.random.default_rng(99)
-    np.save(array_of(root, index), softmax(random.normal(0, 3, (K, *SIZE))))
 
 
 def test_other_settings_are_refused(data):
@@ -304,31 +275,30 @@ def test_replaced_arrays_are_noticed(data, monkeypatch, interrupted):
         raise KeyboardInterrupt
 
     if interrupted:
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(stage0, "top_p_thresholds", stop)
-            stage0.main(command(root))
-    else:
+        monkeypatch.setattr(stage0, "top_p_thresholds", stop)
+    with pytest.raises(KeyboardInterrupt) if interrupted else nullcontext():
         stage0.main(command(root))
     before = files(root / "pix")
-    replace_array(root, 3)
-    with pytest.raises(
-        UserError,
-        match=r"im3_leftImg8bit.png.npy: has changed since the results in .*pix were made",
-    ):
+    bad_array(K, *SIZE)(root)
+    told = "im0_leftImg8bit.png.npy: has changed since the results in .*pix were made"
+    with pytest.raises(UserError, match=told):
         stage0.main(command(root))
     assert files(root / "pix") == before
 
 
-def test_replaced_images_are_noticed(data):
+def test_labels_of_our_checkpoint_whose_images_are_replaced(data):
     root, arrays = data
     torch.manual_seed(0)
-    model = DeepLabV3Plus(10, K)
+    model = DeepLabV3Plus(18, K)
     torch.save({"model": model.state_dict(), "config": model.config}, root / "latest.pth")
     options = command(root, source=("--checkpoint", "latest.pth"))
     stage0.main(options)
+    summary = json.loads((root / "pix/summary.json").read_text())
+    assert summary["images"] == 5 and 0.4 < summary["coverage"] < 0.6
+    for name in arrays:
+        read_label(root / name, K)
     stage0.main(options)
-    image = root / next(iter(arrays)).replace("pix", "leftImg8bit", 1)
-    Image.new("RGB", SIZE[::-1]).save(image)
+    Image.new("RGB", SIZE[::-1]).save(root / IMAGE.format(0))
     with pytest.raises(UserError, match="im0_leftImg8bit.png: has changed since"):
         stage0.main(options)
 
@@ -343,8 +313,7 @@ def test_a_failed_first_run_does_not_block_the_corrected_command(data):
     assert (root / "pix/settings.json").exists()
     np.save(array_of(root, 0), next(iter(arrays.values())))
     stage0.main(command(root))
-    for name, label in oracle(arrays, 0.5).items():
-        assert np.array_equal(read_label(root / name, K), label)
+    check_labels(root, oracle(arrays, 0.5))
 
 
 @pytest.mark.parametrize("name", ["train/a/im0_leftImg8bit.png", "train/a/im0_leftImg8bit.jpg"])
@@ -401,11 +370,10 @@ def test_cbst_from_arrays_equals_the_released_code(tmp_path, policy, told):
     (tmp_path / "list.txt").write_text("".join(f"images/{i}.png\n" for i in range(3)))
     classes = ("--class-num", "6", "--stuff", "0", "1", "--things", "2", "3", "4", "5")
     stage0.main(command(tmp_path, *classes, "--rule", "cbst", "--top-p", "0.2", *told))
-    for index, label in enumerate(cases[f"rare_{policy}_0.2_labels"]):
-        assert np.array_equal(read_label(tmp_path / f"pix/{index}.png", 6), label)
+    wanted = cases[f"rare_{policy}_0.2_labels"]
+    check_labels(tmp_path, {f"pix/{index}.png": label for index, label in enumerate(wanted)}, 6)
     summary = json.loads((tmp_path / "pix/summary.json").read_text())
     kept = [part["kept_pixels"] for part in summary["classes"].values()]
-    wanted = cases[f"rare_{policy}_0.2_labels"]
     assert kept == np.bincount(wanted.ravel(), minlength=256)[:6].tolist()
     assert not (tmp_path / "pix/.confidence").exists()
 
@@ -509,8 +477,9 @@ def test_the_recipe_for_mmsegmentation(data, stub, monkeypatch):
     """
     root, arrays = data
     for name, code in {**stub, "stub.py": STUB_MODEL}.items():
-        (root / "environment" / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / "environment" / name).write_text(code)
+        path = root / "environment" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(code)
     torch.manual_seed(0)
     network = torch.nn.Conv2d(3, K, 3, padding=1)
     state = {f"model.{name}": value * 4 for name, value in network.state_dict().items()}
@@ -526,16 +495,15 @@ def test_the_recipe_for_mmsegmentation(data, stub, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(sys, "argv", [*arguments, folder, "cpu"])
             exec(compile(code, "scripts/README.md", "exec"), {})
-        for name in [
-            name for name in sys.modules if name.split(".")[0] in ("mmseg", "mmcv", "stub")
-        ]:
-            del sys.modules[name]
+        for name in list(sys.modules):
+            if name.split(".")[0] in ("mmseg", "mmcv", "stub"):
+                del sys.modules[name]
         shutil.rmtree(root / "pix", ignore_errors=True)
         stage0.main(command(root, *extra, source=("--probabilities", folder)))
         return {name: read_label(root / name, K) for name in arrays}
 
     small = labels(recipe, "small")
-    array = np.load(root / "small/leftImg8bit/train/a/im0_leftImg8bit.png.npy")
+    array = np.load(root / "small" / f"{IMAGE.format(0)}.npy")
     assert array.dtype == np.float16 and array.shape == (K, SIZE[0] // 4, SIZE[1] // 4)
     preset = labels(recipe, "small", "--preset", "dtst")
     whole = labels(recipe.replace("[:, ::4, ::4]", ""), "whole", "--preset", "dtst")
@@ -543,36 +511,33 @@ def test_the_recipe_for_mmsegmentation(data, stub, monkeypatch):
         assert np.array_equal(small[name], whole[name])
         assert np.array_equal(preset[name], whole[name])
         assert 0.2 < (small[name] != 255).mean() < 0.8
-    image = np.array(Image.open(root / "leftImg8bit/train/a/im0_leftImg8bit.png"))
+    image = np.array(Image.open(root / IMAGE.format(0)))
     with torch.no_grad():
         network.load_state_dict({name[6:]: value for name, value in state.items()})
         wanted = network(torch.from_numpy(image).permute(2, 0, 1)[None] / 255)[0].argmax(0)
-    found = np.load(root / "whole/leftImg8bit/train/a/im0_leftImg8bit.png.npy").argmax(0)
+    found = np.load(root / "whole" / f"{IMAGE.format(0)}.npy").argmax(0)
     assert (found == wanted.numpy()).mean() > 0.99  # float16
 
 
 # -------------------------------------------------------------------------------------------- DT-ST
 
 
-def dtst_checkpoint(class_num, seed=0, prefix="module."):
+def dtst_checkpoint(class_num):
     """A checkpoint as facts say DT-ST writes it, with random weights that keep activations
     finite.
     """
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     model = DeepLabV2(class_num)
     for name, buffer in model.feature_extractor.named_buffers():
         if name.endswith("running_var"):
             buffer.uniform_(0.5, 1.5)
         if name.endswith("bn3.weight"):
             buffer.fill_(0.1)
-    return {
-        "iteration": 20000,
-        "optimizer_fea": {},
-        **{
-            part: {prefix + key: value for key, value in getattr(model, part).state_dict().items()}
-            for part in ("feature_extractor", "classifier")
-        },
-    }
+    checkpoint = {"iteration": 20000, "optimizer_fea": {}}
+    for part in ("feature_extractor", "classifier"):
+        state = getattr(model, part).state_dict()
+        checkpoint[part] = {f"module.{key}": value for key, value in state.items()}
+    return checkpoint
 
 
 def test_frozen_batch_norm_has_no_epsilon():
@@ -594,13 +559,9 @@ def test_labels_and_evaluation_from_a_dtst_checkpoint(data, monkeypatch, capsys)
     # The same by hand for one image: resize, normalise, network, upsample with corners aligned,
     # softmax, argmax.
     name = next(iter(arrays))
-    image = Image.open(root / name.replace("pix", "leftImg8bit", 1)).resize(
-        (96, 64), Image.Resampling.BICUBIC
-    )
-    x = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
-    x = (x - torch.tensor([0.485, 0.456, 0.406])[:, None, None]) / torch.tensor(
-        [0.229, 0.224, 0.225]
-    )[:, None, None]
+    image = Image.open(root / IMAGE.format(0)).resize((96, 64), Image.Resampling.BICUBIC)
+    mean, deviation = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
+    x = (torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255 - mean) / deviation
     with torch.no_grad():
         logits = network_in(checkpoint, "x").model.eval()(x)
         up = torch.nn.functional.interpolate(logits, size=SIZE, mode="bilinear", align_corners=True)
@@ -625,18 +586,3 @@ def test_unfit_dtst_checkpoints():
     del checkpoint["feature_extractor"]["module.backbone.bn1.bias"]
     with pytest.raises(UserError, match="bn1.bias"):
         network_in(checkpoint, "x.pth")
-
-
-# ------------------------------------------------------------------------------ our own checkpoints
-
-
-def test_labels_from_our_checkpoint(data):
-    root, arrays = data
-    torch.manual_seed(0)
-    model = DeepLabV3Plus(18, K)
-    torch.save({"model": model.state_dict(), "config": model.config}, root / "latest.pth")
-    stage0.main(command(root, source=("--checkpoint", "latest.pth")))
-    summary = json.loads((root / "pix/summary.json").read_text())
-    assert summary["images"] == 5 and 0.4 < summary["coverage"] < 0.6
-    for name in arrays:
-        read_label(root / name, K)
