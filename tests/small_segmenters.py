@@ -24,6 +24,14 @@ from segment_anything.modeling import (
 from torch import nn
 
 SIDE, WIDTH = 96, 32  # pixels of the networks' input; channels
+NORM = {"pixel_mean": [123.675, 116.28, 103.53], "pixel_std": [58.395, 57.12, 57.375]}
+VIT = {  # of transformers' vision transformers
+    "hidden_size": WIDTH,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "window_size": 4,
+    "global_attn_indexes": [1],
+}
 
 
 def stirred(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -62,19 +70,10 @@ def small_sam() -> Sam:
         window_size=4,
         global_attn_indexes=(1,),
     )
-    return stirred(
-        Sam(
-            image_encoder=encoder,
-            prompt_encoder=PromptEncoder(WIDTH, (SIDE // 16,) * 2, (SIDE,) * 2, 16),
-            mask_decoder=MaskDecoder(
-                transformer_dim=WIDTH,
-                transformer=TwoWayTransformer(2, WIDTH, 2, 64),
-                iou_head_hidden_dim=WIDTH,
-            ),
-            pixel_mean=[123.675, 116.28, 103.53],
-            pixel_std=[58.395, 57.12, 57.375],
-        )
-    )
+    prompts = PromptEncoder(WIDTH, (SIDE // 16,) * 2, (SIDE,) * 2, 16)
+    transformer, head = TwoWayTransformer(2, WIDTH, 2, 64), {"iou_head_hidden_dim": WIDTH}
+    decoder = MaskDecoder(transformer_dim=WIDTH, transformer=transformer, **head)
+    return stirred(Sam(encoder, prompts, decoder, **NORM))
 
 
 def small_mobile_sam() -> Sam:
@@ -95,19 +94,10 @@ def small_mobile_sam() -> Sam:
         mlp_ratio=1.0,
         window_sizes=[8, 8, 8, 8],
     )
-    return stirred(
-        modeling.Sam(
-            image_encoder=encoder,
-            prompt_encoder=modeling.PromptEncoder(256, (64, 64), (1024, 1024), 16),
-            mask_decoder=modeling.MaskDecoder(
-                transformer_dim=256,
-                transformer=modeling.TwoWayTransformer(1, 256, 2, 64),
-                iou_head_hidden_dim=WIDTH,
-            ),
-            pixel_mean=[123.675, 116.28, 103.53],
-            pixel_std=[58.395, 57.12, 57.375],
-        )
-    )
+    prompts = modeling.PromptEncoder(256, (64, 64), (1024, 1024), 16)
+    transformer, head = modeling.TwoWayTransformer(1, 256, 2, 64), {"iou_head_hidden_dim": WIDTH}
+    decoder = modeling.MaskDecoder(transformer_dim=256, transformer=transformer, **head)
+    return stirred(modeling.Sam(encoder, prompts, decoder, **NORM))
 
 
 # ----------------------------------------------------------------------------------- transformers
@@ -119,16 +109,11 @@ def prompts_and_decoder(prefix: str, **sizes) -> dict:
 
     prompt = getattr(transformers, f"{prefix}PromptEncoderConfig")
     decoder = getattr(transformers, f"{prefix}MaskDecoderConfig")
-    more = {"vit_dim": WIDTH} if prefix == "SamHQ" else {}
+    how = {"mlp_dim": 64, "num_attention_heads": 2, "iou_head_hidden_dim": WIDTH}
+    how |= {"vit_dim": WIDTH} if prefix == "SamHQ" else {}
     return {
         "prompt_encoder_config": prompt(hidden_size=WIDTH, **sizes),
-        "mask_decoder_config": decoder(
-            hidden_size=WIDTH,
-            mlp_dim=64,
-            num_attention_heads=2,
-            iou_head_hidden_dim=WIDTH,
-            **more,
-        ),
+        "mask_decoder_config": decoder(hidden_size=WIDTH, **how),
     }
 
 
@@ -136,24 +121,13 @@ def padded(prefix: str):
     """SAM or SAM-HQ of the sizes of `small_sam`."""
     import transformers as t
 
-    vision = getattr(t, f"{prefix}VisionConfig")(
-        hidden_size=WIDTH,
-        output_channels=WIDTH,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=SIDE,
-        patch_size=16,
-        window_size=4,
-        global_attn_indexes=[1],
-        mlp_dim=4 * WIDTH,
-        num_pos_feats=WIDTH // 2,
-    )
-    config = getattr(t, f"{prefix}Config")(
-        vision_config=vision, **prompts_and_decoder(prefix, image_size=SIDE, patch_size=16)
-    )
-    processor = t.SamImageProcessor(
-        size={"longest_edge": SIDE}, pad_size={"height": SIDE, "width": SIDE}
-    )
+    sizes, widths = {"image_size": SIDE, "patch_size": 16}, {"output_channels": WIDTH}
+    widths |= {"mlp_dim": 4 * WIDTH, "num_pos_feats": WIDTH // 2}
+    vision = getattr(t, f"{prefix}VisionConfig")(**VIT, **sizes, **widths)
+    parts = prompts_and_decoder(prefix, **sizes)
+    config = getattr(t, f"{prefix}Config")(vision_config=vision, **parts)
+    square = {"height": SIDE, "width": SIDE}
+    processor = t.SamImageProcessor(size={"longest_edge": SIDE}, pad_size=square)
     return getattr(t, f"{prefix}Model")(config), processor
 
 
@@ -194,16 +168,8 @@ def sam2():
 def sam3_vision(side: int):
     import transformers as t
 
-    backbone = t.Sam3ViTConfig(
-        hidden_size=WIDTH,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        image_size=side,
-        window_size=4,
-        global_attn_indexes=[1],
-        pretrain_image_size=56,
-    )
+    sizes = {"intermediate_size": 64, "image_size": side, "pretrain_image_size": 56}
+    backbone = t.Sam3ViTConfig(**VIT, **sizes)
     return t.Sam3VisionConfig(
         backbone_config=backbone,
         fpn_hidden_size=WIDTH,
@@ -260,16 +226,8 @@ PROCESSORS = {
 PRELOADED = [
     "transformers.models.auto.modeling_auto",
     "transformers.models.auto.image_processing_auto",
-    "transformers.models.sam.image_processing_sam",
-    "transformers.models.sam2.image_processing_sam2",
-    "transformers.models.sam3.image_processing_sam3",
-    "transformers.models.sam.modeling_sam",
-    "transformers.models.sam_hq.modeling_sam_hq",
-    "transformers.models.sam2.modeling_sam2",
-    "transformers.models.sam3.modeling_sam3",
-    "transformers.models.sam3_tracker.modeling_sam3_tracker",
-    "transformers.models.edgetam.modeling_edgetam",
-    "transformers.models.timm_wrapper.modeling_timm_wrapper",
+    *(f"transformers.models.{n}.image_processing_{n}" for n in ("sam", "sam2", "sam3")),
+    *(f"transformers.models.{n}.modeling_{n}" for n in (*FAMILIES, "sam3", "timm_wrapper")),
     "mobile_sam",
 ]
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from segment_anything import SamAutomaticMaskGenerator, SamPredictor
 from small_segmenters import (
     FAMILIES,
@@ -143,15 +144,10 @@ def test_prompts_give_the_librarys_own_masks(family, amp, loaded):
         masks = segmenter.predict(BOXES, POINTS)
         assert 0.01 < masks.float().mean() < 0.99 and masks.shape == (3, height, width)
         for mask, box, points in zip(masks, BOXES, POINTS):
-            inputs = processor(
-                images=image,
-                input_points=[[points.tolist()]],
-                input_labels=[[[1] * len(points)]],
-                input_boxes=[[box.tolist()]],
-                return_tensors="pt",
-            )
-            sizes = {k: inputs.pop(k) for k in ("original_sizes",)}
-            sizes |= {k: inputs.pop(k) for k in ("reshaped_input_sizes",) if k in inputs}
+            asked = {"input_points": [[points.tolist()]], "input_boxes": [[box.tolist()]]}
+            asked["input_labels"] = [[[1] * len(points)]]
+            inputs = processor(images=image, **asked, return_tensors="pt")
+            sizes = {k: inputs.pop(k) for k in [*inputs] if k.endswith("_sizes")}
             inputs = {k: v.float() if v.is_floating_point() else v for k, v in inputs.items()}
             with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=amp):
                 result = segmenter.model(**inputs, multimask_output=False)
@@ -168,22 +164,20 @@ def test_proposals_are_those_of_the_librarys_generator(family, loaded):
 
     segmenter = anew(loaded[family])
     image, _ = scene(WIDTH, WIDTH)
-    pipeline = transformers.pipeline(
-        "mask-generation", model=segmenter.model, image_processor=segmenter.image_processor
-    )
+    parts = {"model": segmenter.model, "image_processor": segmenter.image_processor}
+    pipeline = transformers.pipeline("mask-generation", **parts)
 
     def generate(settings):
-        from PIL import Image
-
-        return pipeline(
+        found = pipeline(
             Image.fromarray(image),
             points_per_crop=settings.points_per_side,
             pred_iou_thresh=settings.predicted_iou,
             stability_score_thresh=settings.stability,
             crops_nms_thresh=settings.box_nms,
-        )["masks"]
+        )
+        return [np.asarray(mask) for mask in found["masks"]]
 
-    check_proposals(segmenter, image, lambda s: [np.asarray(m) for m in generate(s)])
+    check_proposals(segmenter, image, generate)
 
 
 @each_family
@@ -204,9 +198,8 @@ def test_the_grid_covers_an_image_that_is_not_square(family, loaded):
             with torch.inference_mode():
                 result = segmenter.model(inputs["pixel_values"], input_points=points)
             expected += result.iou_scores[0, 0].tolist()
-    assert found.predicted_iou.tolist() == pytest.approx(
-        sorted(expected, reverse=True), rel=1e-4, abs=1e-5
-    )
+    expected = pytest.approx(sorted(expected, reverse=True), rel=1e-4, abs=1e-5)
+    assert found.predicted_iou.tolist() == expected
 
 
 @pytest.mark.parametrize("kind", ["sam", "mobile"])
@@ -227,21 +220,18 @@ def test_the_fast_path_gives_the_packages_own_masks_and_proposals(kind):
         own, _, _ = plain.predict(points, np.ones(len(points)), box=box, multimask_output=False)
         assert (mask.numpy() == own[0]).all()
     assert 0.01 < masks.float().mean() < 0.99
-    check_proposals(
-        segmenter,
-        image,
-        lambda settings: [
-            entry["segmentation"]
-            for entry in generator(
-                sam,
-                points_per_side=settings.points_per_side,
-                pred_iou_thresh=settings.predicted_iou,
-                stability_score_thresh=settings.stability,
-                box_nms_thresh=settings.box_nms,
-            ).generate(image)
-        ],
-        side=3 if kind == "mobile" else 4,  # 1024 pixels cannot be had smaller
-    )
+
+    def generate(settings):
+        official = dict(
+            points_per_side=settings.points_per_side,
+            pred_iou_thresh=settings.predicted_iou,
+            stability_score_thresh=settings.stability,
+            box_nms_thresh=settings.box_nms,
+        )
+        return [found["segmentation"] for found in generator(sam, **official).generate(image)]
+
+    # MobileSAM's 1024 pixels cannot be had smaller
+    check_proposals(segmenter, image, generate, side=3 if kind == "mobile" else 4)
 
 
 # -------------------------------------------------- the same weights in two implementations of SAM
@@ -266,10 +256,7 @@ RENAMED = [
     ("mask_downscaling.4", "mask_embed.layer_norm2"),
     ("mask_downscaling.6", "mask_embed.conv3"),
     ("point_embeddings.", "point_embed."),
-    (
-        "pe_layer.positional_encoding_gaussian_matrix",
-        "shared_embedding.positional_embedding",
-    ),
+    ("pe_layer.positional_encoding_gaussian_matrix", "shared_embedding.positional_embedding"),
 ]
 
 
@@ -311,11 +298,8 @@ def test_the_official_sam_by_two_ways_gives_the_same_labels(size, tmp_path):
 
 def test_settings_are_those_of_the_familys_own_generator(loaded):
     expected = {"sam": 0.88, "sam_hq": 0.88, "sam2": 0.8, "sam3_tracker": 0.8, "edgetam": 0.8}
-    found = {family: segmenter.settings for family, segmenter in loaded.items()}
-    assert all(settings.predicted_iou == expected[f] for f, settings in found.items())
-    assert {(s.points_per_side, s.stability, s.box_nms) for s in found.values()} == {
-        (32, 0.95, 0.7)
-    }
+    for family, segmenter in loaded.items():
+        assert segmenter.settings == ProposalSettings(32, expected[family], 0.95, box_nms=0.7)
 
 
 @each_family
@@ -408,18 +392,12 @@ def test_sam2_of_the_hub_is_saved_as_a_video_model(folders, loaded, tmp_path):
     import transformers as t
 
     image_model = loaded["sam2"].model
-    config = t.Sam2VideoConfig(
-        vision_config=sam2_vision(),
-        image_size=SIDE,
-        memory_attention_hidden_size=32,
-        memory_encoder_hidden_size=32,
-        memory_attention_num_layers=1,
-        memory_fuser_num_layers=1,
-        mask_downsampler_embed_dim=32,
-        memory_fuser_embed_dim=32,
-        **prompts_and_decoder("Sam2Video", image_size=SIDE),
-    )
-    video = t.Sam2VideoModel(config)
+    widths = ("attention_hidden_size", "encoder_hidden_size", "fuser_embed_dim")
+    memory = {f"memory_{name}": 32 for name in widths} | {"mask_downsampler_embed_dim": 32}
+    memory |= {"memory_attention_num_layers": 1, "memory_fuser_num_layers": 1}
+    parts = prompts_and_decoder("Sam2Video", image_size=SIDE)
+    config = {"vision_config": sam2_vision(), "image_size": SIDE, **memory, **parts}
+    video = t.Sam2VideoModel(t.Sam2VideoConfig(**config))
     assert not video.load_state_dict(image_model.state_dict(), strict=False).unexpected_keys
     video.save_pretrained(tmp_path)
     processor = t.AutoImageProcessor.from_pretrained(folders["sam2"])
