@@ -10,11 +10,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import ROOT
+from torch import nn
 
 import seco_scc
 from dataset.scc import mask_shares
-from dataset.toy import draw_scene
+from dataset.toy import SPLITS, draw_scene, make_toy
 from eval import evaluate_checkpoint
 from model import scc
 from model.deeplabv3plus import DeepLabV3Plus
@@ -97,6 +99,33 @@ def test_evaluation_has_the_cpu_s_confusion(mode, tmp_path):
         for name in DEVICES
     )
     assert np.abs(here - there).sum() <= 2 * 0.001 * here.sum()
+
+
+@pytest.mark.gpu
+def test_nccl_sums_and_averages(tmp_path):
+    how = {"init_method": f"file://{tmp_path}/store", "rank": 0, "world_size": 1}
+    dist.init_process_group("nccl", **how)
+    try:
+        ones = torch.ones(1000, device="cuda")
+        dist.all_reduce(ones)
+        model = nn.parallel.DistributedDataParallel(nn.Linear(1000, 1).cuda(), [0])
+        model(ones).sum().backward()
+        assert int(ones.sum()) == 1000 and bool((model.module.weight.grad == 1).all())
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.gpu
+def test_training_on_drawn_scenes_under_torchrun(tmp_path):
+    lists = make_toy(tmp_path, 0, dict(zip(SPLITS, (4, 4, 2)))) / "lists"
+    options = {"labeled-id-path": lists / "source_train.txt", "save-path": tmp_path / "run"}
+    options |= {"unlabeled-id-path": lists / "target_train.txt", "root-path": tmp_path}
+    options |= {"val-id-path": lists / "target_val.txt", "epochs": 1, "backbone": "resnet10"}
+    options |= {"crop-size": 65, "global-batch": 2, "workers": 1, "device": "cuda"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    subprocess.run([*launch, "train_unimatch.py", *words], cwd=ROOT, check=True)
+    assert (tmp_path / "run/latest.pth").is_file()
 
 
 # ------------------------------------------------------------------- scripts/dev/gpu.sh, on a CPU

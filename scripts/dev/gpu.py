@@ -72,7 +72,6 @@ VARIANTS = {  # of the training's benchmark
 }
 *PRECISIONS, COMPILED = VARIANTS
 ORACLE = "fp32, segment_anything called as the released code does"
-COLLECTIVE, TRAINING = "a sum and averaged gradients", "train_unimatch.py, drawn scenes"
 
 
 # ---------------------------------------------- measuring: (case, sizes, device) → {unit: value}
@@ -153,52 +152,14 @@ def evaluation(case: str, size: dict, device: torch.device) -> dict:
     return {"images/s": rate, **in_gb(run.peak_memory_mb(device))}
 
 
-def torchrun(case: str, size: dict, device: torch.device) -> dict:
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1"]
-    where, data = ["--device", str(device)], size["out"] / "data"
-    if case == COLLECTIVE:
-        said = python(*launch, "-m", "scripts.dev.gpu", *where)
-        return {"": re.findall(r"sums and averages over \w+", said)[-1]}
-    python("-m", "dataset.toy", "--root-path", str(data), "--scenes", "4", "4", "2")
-    lists, start = data / "toy/s0/lists", time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        how = ["--labeled-id-path", str(lists / "source_train.txt"), "--unlabeled-id-path"]
-        how += [str(lists / "target_train.txt"), "--val-id-path", str(lists / "target_val.txt")]
-        how += ["--root-path", str(data), "--save-path", f"{folder}/run", "--epochs", "1"]
-        how += ["--backbone", "resnet10", "--crop-size", "65", "--global-batch", "2"]
-        python(*launch, "train_unimatch.py", *how, "--workers", "1", *where)
-    return {"exit code": 0, "s": time.perf_counter() - start}
-
-
-def collective(device: torch.device) -> None:
-    """Sum a tensor and average gradients over torchrun's processes, one on its own as well."""
-    import torch.distributed as dist
-
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    ones = torch.ones(1000, device=device)
-    dist.all_reduce(ones)
-    ids = [device.index] if device.type == "cuda" else None
-    wrapped = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(1000, 1).to(device), ids)
-    wrapped(ones).sum().backward()
-    assert int(ones.sum()) == 1000 * dist.get_world_size()
-    assert bool((wrapped.module.weight.grad == dist.get_world_size()).all())
-    print(f"sums and averages over {dist.get_backend()}")
-    dist.destroy_process_group()
-
-
 def gpu_tests(case: str, size: dict, device: torch.device) -> dict:
-    said = python("-m", "pytest", "-q", "-p", "no:xdist", "-m", "gpu", "tests/test_gpu.py")
-    return {"": ", ".join(re.findall(r"\d+ (?:passed|skipped)", said))}
-
-
-def python(*arguments: str) -> str:
-    """What a Python command prints, which the log has too; RuntimeError if it fails."""
+    command = "-m pytest -q -p no:xdist -m gpu tests/test_gpu.py".split()
     how = dict(stdout=subprocess.PIPE, encoding="utf-8", errors="replace")
-    done = subprocess.run([sys.executable, *arguments], **how)
-    print(done.stdout, flush=True)
+    done = subprocess.run([sys.executable, *command], **how)
+    print(done.stdout)
     if done.returncode:
-        raise RuntimeError(f"{' '.join(arguments[:5])} …: exit code {done.returncode}, see the log")
-    return done.stdout
+        raise RuntimeError(f"{case}: exit code {done.returncode}, see the log")
+    return {"": ", ".join(re.findall(r"\d+ (?:passed|skipped)", done.stdout))}
 
 
 def in_gb(memory: dict) -> dict:
@@ -233,8 +194,7 @@ PARTS = {
     "scc": Part(scc_training, SCC, tuple(PRECISIONS), 60),
     "unimatch": Part(unimatch, UNIMATCH, tuple(PRECISIONS), 60),
     "eval": Part(evaluation, EVALUATION, ("original", "sliding_window"), 40),
-    "torchrun": Part(torchrun, "One process under torchrun", (COLLECTIVE, TRAINING), 60),
-    "gpu_tests": Part(gpu_tests, "Tests that need a GPU", ("pytest -m gpu",), 40),
+    "gpu_tests": Part(gpu_tests, "Tests that need a GPU", ("pytest -m gpu",), 100),
     "scc_compiled": Part(scc_training, SCC, (COMPILED,), 90),
     "unimatch_compiled": Part(unimatch, UNIMATCH, (COMPILED,), 150),
 }
@@ -272,7 +232,7 @@ class Results:
 
     def __init__(self, out: Path, identity: dict):
         self.out, self.identity = out, identity
-        self.size = {**(MINIATURE if identity["miniature"] else FULL), "out": out}
+        self.size = MINIATURE if identity["miniature"] else FULL
 
     def figures(self) -> dict[str, dict]:
         """{part: {case: its figures, or {"error": its line}}}."""
@@ -357,11 +317,9 @@ class Options(DeviceOptions):
     "these alone"
 
 
-def main(argv=None) -> int | None:
+def main(argv=None) -> int:
     options = parse_options(Options, __doc__, argv)
     device, parts = run.select_device(options.device), options.parts or list(PARTS)
-    if "RANK" in os.environ:  # torchrun has started this: see `torchrun`
-        return collective(device)
     if unknown := set(parts) - PARTS.keys():
         raise run.UserError(f"--parts {' '.join(unknown)}: choose among {', '.join(PARTS)}")
     if device.type == "cpu":  # so small that threads would only wait for each other
