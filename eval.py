@@ -44,8 +44,8 @@ from torch import nn
 
 from model.deeplabv3plus import DeepLabV3Plus
 from model.network import Network, load_network
+from model.resnet import to_tensor
 from util.charts import confusion_chart, save_chart
-from util.images import to_tensor
 from util.labels import (
     IDS_13_IN_16,
     IDS_16_IN_19,

@@ -57,7 +57,7 @@ from eval import CropSize, Mode, evaluate_checkpoint, metrics_of, summed
 from model import losses
 from model.checkpoint import load_exactly, read_checkpoint
 from model.deeplabv3plus import parameter_count
-from model.resnet import BLOCKS, STEMS
+from model.resnet import BLOCKS, STEMS, normalised
 from model.train_logs import Logs, announce, dry_run, epoch_picture, log_header, summarise
 from model.training import (
     average_running_statistics,
@@ -70,7 +70,6 @@ from model.training import (
     set_precision,
     to_device,
 )
-from util.images import normalised
 from util.labels import ClassSet, class_set
 from util.options import (
     Bounds,
@@ -239,9 +238,8 @@ class Trainer:
         self.optimizer.zero_grad()
         factors = None
         if not self.args.supervised:
-            c1, _, _, c4 = self.model.backbone.channels
-            seed = self.args.seed
-            factors = perturbation_factors(seed, iteration, sampler.global_batch, (c1, c4))
+            which = (self.args.seed, iteration, sampler.global_batch)
+            factors = perturbation_factors(*which, self.model.backbone.channels[::3])
         values: dict[str, torch.Tensor] = {}
         for number in range(sampler.steps):
             batch = next(micro_batches)
@@ -292,14 +290,10 @@ class State:
 
     def __init__(self):
         self.iteration, self.best, self.best_epoch, self.sums = 0, 0.0, -1, {}
-        self.evaluations: dict[
-            int, dict[str, float]
-        ] = {}  # miou and, of 16 and 19 classes, miou_13
-        self.losses: dict[int, float] = {}
-        self.seconds = 0.0
+        self.evaluations, self.losses, self.seconds = {}, {}, 0.0
 
     def saved(self) -> dict:
-        return {**vars(self), "seconds": self.seconds + time.time() - STARTED}
+        return vars(self) | {"seconds": self.seconds + time.time() - STARTED}
 
     def restore(self, saved: dict) -> None:
         vars(self).update(saved)
@@ -556,8 +550,7 @@ def named_files(args: Options) -> dict[str, Path]:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     classes = class_set(args.class_num, args.stuff, args.things)
-    world = process_rank()[1]
-    batch = batch_per_process(args.global_batch, args.batch_per_process, world)
+    batch = batch_per_process(args.global_batch, args.batch_per_process, process_rank()[1])
     if args.supervised and batch == 1:
         raise UserError(
             "--supervised with one sample per process and step: batch norm needs two or more; "
@@ -585,7 +578,7 @@ def main(argv: list[str] | None = None) -> None:
 def adapt(args: Options, classes: ClassSet, lists: Lists, model, device) -> None:
     """Resume and train, or --dry-run."""
     rank, world = process_rank()
-    latest, state, content = args.save_path / "latest.pth", State(), None
+    latest, state, content = args.save_path / "latest.pth", State(), {}
     if latest.is_file() and not args.dry_run:
         content = read_checkpoint(latest)
         load_exactly(model, content["model"], latest, "this run's network")
@@ -599,8 +592,8 @@ def adapt(args: Options, classes: ClassSet, lists: Lists, model, device) -> None
         return
     model = to_device(model, device, args.channels_last)
     group = losses.loss_group(args.global_batch, args.loss_groups, batch)
-    balance = args.class_balance
-    weights = losses.class_weights(lists.pixels.sum(axis=0), balance) if balance else None
+    pixels, power = lists.pixels.sum(axis=0), args.class_balance
+    weights = losses.class_weights(pixels, power) if power else None
     trainer = Trainer(model, args, device, group, sampler.total, weights)
     if content:
         trainer.optimizer.load_state_dict(content["optimizer"])
@@ -612,10 +605,11 @@ def adapt(args: Options, classes: ClassSet, lists: Lists, model, device) -> None
     elif rank > 0:
         train(run)
     else:
-        train_with_records(run, content["logs"] if content else None)
+        train_with_records(run, content.get("logs"))
 
 
 def training_samples(args: Options, lists: Lists) -> TrainingSamples:
+    """The samples of the lists, cropped and changed as the options say."""
     rare = None
     if args.copy_paste:
         where = (lists.labeled, lists.pixels, args.root_path)

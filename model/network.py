@@ -26,7 +26,7 @@ from torch.nn.functional import interpolate
 from model.checkpoint import load_exactly, read_checkpoint, state_dict_in, without_prefixes
 from model.deeplabv2 import DeepLabV2, ProDA
 from model.deeplabv3plus import DILATIONS, DeepLabV3Plus
-from util.images import to_tensor
+from model.resnet import to_tensor
 from util.run import UserError
 
 # Width and height that the authors feed their networks for testing and for pseudo-labels; DT-ST's

@@ -4,7 +4,8 @@ classifier at output stride 32.
 Two stems. "deep": three 3x3 convolutions 3→64→64→128, as in UniMatch's ResNet-101. "torchvision":
 one 7x7 convolution 3→64, for torchvision's ImageNet weights. ResNet-10, one block a stage and half
 the width, is for CPUs and small images. Weights are named as in torchvision and in UniMatch's
-`pretrained/resnet101.pth`, so that both kinds of files load.
+`pretrained/resnet101.pth`, so that both kinds of files load. And how RGB images become the input of
+networks whose backbone has learned from ImageNet.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -22,6 +24,23 @@ from model.checkpoint import load_exactly, read_checkpoint, state_dict_in
 from util.run import UserError
 
 STEMS = ("deep", "torchvision")
+IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB / 255
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def normalised(images: torch.Tensor) -> torch.Tensor:
+    """uint8 B x H x W x 3 → float32 B x 3 x H x W with ImageNet's mean and deviation.
+
+    The result is laid out channels-last in memory.
+    """
+    mean = torch.tensor(IMAGENET_MEAN, device=images.device) * 255
+    deviation = torch.tensor(IMAGENET_STD, device=images.device) * 255
+    return ((images.float() - mean) / deviation).permute(0, 3, 1, 2)
+
+
+def to_tensor(image: np.ndarray) -> torch.Tensor:
+    """uint8 H x W x 3 → normalised float32 3 x H x W."""
+    return normalised(torch.from_numpy(np.array(image))[None])[0].contiguous()
 
 
 def conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:

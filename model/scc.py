@@ -13,8 +13,7 @@ from sklearn.mixture import GaussianMixture
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.resnet import resnet
-from util.images import normalised
+from model.resnet import normalised, resnet
 from util.labels import IGNORE
 
 # Released code.

@@ -24,7 +24,7 @@ from dataset.augment import (
     draw_crop,
 )
 from dataset.samples import LABELED, UNLABELED, UNLABELED_MIX, Key, TrainingSamples
-from util.images import IMAGENET_MEAN, IMAGENET_STD
+from model.resnet import IMAGENET_MEAN, IMAGENET_STD
 from util.labels import CITYSCAPES_19, IGNORE, write_label
 
 

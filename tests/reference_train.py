@@ -13,7 +13,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from dataset.augment import cutmix_box
-from util.images import normalised
+from model.resnet import normalised
 from util.labels import IGNORE
 
 

@@ -35,12 +35,12 @@ from dataset.samples import (
     epoch_order,
     iterations_per_epoch,
 )
+from model.resnet import IMAGENET_MEAN, IMAGENET_STD, normalised, to_tensor
 from tests.reference_data import (
     label_resized_then_cropped,
     pillow_strong_view,
     resized_then_cropped,
 )
-from util.images import IMAGENET_MEAN, IMAGENET_STD, normalised, to_tensor
 from util.labels import CITYSCAPES_19, write_label
 
 

@@ -22,7 +22,7 @@ from eval import (
     table,
 )
 from model.deeplabv3plus import DeepLabV3Plus
-from util.images import to_tensor
+from model.resnet import to_tensor
 from util.labels import (
     CITYSCAPES_19,
     IDS_13_IN_16,

@@ -23,10 +23,10 @@ import seco_scc as scc
 from dataset import scc as scc_data
 from dataset.toy import draw_scene
 from model import scc as scc_model
+from model.resnet import normalised
 from model.scc import PatchClassifier, PooledClassifier
 from tests.reference_scc import opened_patch, store_masks
 from util.connectivity import connectivities
-from util.images import normalised
 from util.labels import CITYSCAPES_19, IGNORE, read_label, read_list, write_label, write_list
 from util.outputs import Outputs
 from util.run import UserError

@@ -19,8 +19,8 @@ from torch.nn import functional as F
 
 import seco_scc as scc
 from dataset.scc import Data, index_image, numbered, patch_batches, patch_window
+from model.resnet import normalised
 from model.scc import PatchClassifier, PooledClassifier, linear
-from util.images import normalised
 from util.labels import IGNORE, read_label
 
 PATCH = (256, 512)

@@ -32,9 +32,9 @@ from PIL import Image
 
 from dataset.toy import draw_scene
 from model.deeplabv2 import DeepLabV2
+from model.resnet import to_tensor
 from scripts.lib.layouts import OFFICIAL
 from scripts.prepare_data import LABEL_IDS_OF_19
-from util.images import to_tensor
 from util.labels import IDS_16_IN_19, IGNORE
 from util.options import Folder, parse_options
 from util.outputs import atomic_path

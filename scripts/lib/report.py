@@ -130,7 +130,7 @@ def side_by_side(seed: Path, classes: ClassSet, count: int) -> None:
 
     from eval import predict
     from model.network import load_network
-    from util.images import to_tensor
+    from model.resnet import to_tensor
 
     lists = label_lists(seed)
     suffix = "" if "psa" in lists else "_paper"
