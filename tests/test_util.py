@@ -1,6 +1,5 @@
 """What the scripts share: paths and lists, reading of images and labels, option checks, locks."""
 
-import argparse
 import contextlib
 import errno
 import re
@@ -25,7 +24,7 @@ from util.labels import (
     read_list,
     root_relative,
 )
-from util.options import RunOptions, check_range, parse_options
+from util.options import Bounds, RunOptions, parse_options
 from util.outputs import atomic_path
 from util.run import (
     PACKAGES,
@@ -241,21 +240,14 @@ def test_unknown_devices_are_refused(device):
 
 
 @pytest.mark.parametrize(
-    "value, fits", [(0.5, True), (0, False), (-1, False), (2, True), (3, False), (None, True)]
+    "value, fits",
+    [(0.5, True), (0, False), (-1, False), (2, True), (3, False), (None, True)]
+    + [(float("nan"), False), (float("inf"), False), ([1, 2], True), ([1, -1], False)],
 )
-def test_check_range(value, fits):
-    space = argparse.Namespace(batch_size=value)
-    if fits:
-        check_range(space, "batch_size", above=0, most=2)
-    else:
-        with pytest.raises(UserError, match=f"--batch-size {value}: give a number above 0 and"):
-            check_range(space, "batch_size", above=0, most=2)
-
-
-def test_not_a_number_and_each_of_several_values_are_checked():
-    for value in (float("nan"), float("inf"), [1, -1]):
-        with pytest.raises(UserError, match="--lr"):
-            check_range(argparse.Namespace(lr=value), "lr", above=0)
+def test_bounds(value, fits):
+    told = pytest.raises(UserError, match="--batch-size .*: give a number above 0 and at most 2")
+    with contextlib.nullcontext() if fits else told:
+        Bounds(above=0, most=2).check("batch_size", value)
 
 
 # --- runs

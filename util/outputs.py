@@ -204,31 +204,3 @@ def digests(paths: Iterable[str | Path]) -> dict[str, str]:
         print(f"checksums of {len(names)} files", file=sys.stderr)
     with ThreadPoolExecutor() as pool:
         return dict(zip(names, pool.map(sha256, names)))
-
-
-# -------------------------------------------- of scripts that do not use `Outputs` yet
-
-
-@contextlib.contextmanager
-def folder_lock(folder: str | Path):
-    """Hold `folder` (which is created) for one run; a second one gets a UserError.
-
-    The lock is the kernel's, on <folder>/.lock: a killed run does not leave it behind, nor do its
-    forked processes, which end later. Of several processes of one run only the first takes it.
-    """
-    if process_rank()[0] > 0:
-        yield
-        return
-    folder = Path(folder)
-    check_writable(folder)
-    with open(folder / ".lock", "w", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{folder}: another run is writing there now; wait for it, or choose another folder"
-            ) from None
-        except OSError:  # a file system without locks
-            pass
-        os.register_at_fork(after_in_child=file.close)
-        yield
