@@ -140,8 +140,7 @@ def test_batched_training_forward_equals_library_forward():
     boxes = torch.tensor([[10.0, 20, 90, 100], [50, 5, 60, 60], [200, 100, 383, 191]])
     boxes, ones = boxes.repeat(2, 1, 1), torch.ones(3, 1)
     tokens = sam.image_encoder.tokens((images - sam.pixel_mean) / sam.pixel_std)
-    keys, sparse = sam_tiny.prompted(sam, tokens, points, boxes)
-    logits, iou = sam_tiny.decoded(sam, keys, sparse, (24, 48), slice(1, None))
+    logits, iou, _ = sam_tiny.decoded(sam, tokens, points, boxes, slice(1, None))
     for i in range(2):
         asked = {"image": images[i], "original_size": (192, 384), "boxes": boxes[i]}
         (expected,) = sam([asked | {"point_coords": points[i], "point_labels": ones}], True)

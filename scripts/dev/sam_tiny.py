@@ -96,10 +96,6 @@ class Options:
     root_path: Folder = Path("data")
     "folder that the lists' paths start from"
 
-    @property
-    def photos(self) -> bool:
-        return self.pictures == "photographs"
-
 
 # ------------------------------------------------------------------------------------------- scenes
 
@@ -375,13 +371,6 @@ def make_batch(kind: str, rows: tuple, step: int, images: int) -> tuple:
 # --------------------------------------------------------------------------------- forward and loss
 
 
-def auxiliary_head(channels: int) -> nn.Module:
-    """Dense predictions that only the training uses, from the image embedding at each token: 16
-    edges, 4 box sides, a grouping vector of 16.
-    """
-    return nn.Sequential(nn.Linear(channels, channels), nn.ReLU(), nn.Linear(channels, 36))
-
-
 def initialise(sam) -> None:
     """Starting weights that localise from the first step.
 
@@ -415,37 +404,27 @@ def initialise(sam) -> None:
             attention.k_proj.weight.copy_(attention.q_proj.weight)
 
 
-def prompted(sam, embedding: Tensor, points: Tensor, boxes: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Inputs of `decoded`: keys [B, K, N, C] and sparse embeddings [B, K, T, C].
+def decoded(
+    sam, embedding: Tensor, points: Tensor, boxes: Tensor | None, outputs: slice = slice(None)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What SAM gives for K prompts on each of B images: logits [B, K, M, N*16] in token order and
+    predicted IoU [B, K, M] of the M mask `outputs`, and what the IoU head reads [B, K, C].
 
     embedding [B, C, h, w]; positive points [B, K, n, 2]; boxes [B, K, 4]. The prompt encoder's own
     forward would draw the prompts over the padding too.
     """
-    b, k = points.shape[:2]
-    h, w = embedding.shape[2:]
+    (b, k), (h, w) = points.shape[:2], embedding.shape[2:]
+    encoder, decoder = sam.prompt_encoder, sam.mask_decoder
     labels = torch.ones(b * k, points.shape[2], dtype=torch.int, device=points.device)
     points, boxes = (points.flatten(0, 1), labels), None if boxes is None else boxes.flatten(0, 1)
-    encoder = sam.prompt_encoder
     sparse, _ = PromptEncoder.forward(encoder, points, boxes, None)
     drawn = encoder.draw(points, boxes, h, w).unflatten(0, (b, k))
     tokens = (embedding + encoder.no_mask_embed.weight[:, :, None, None]).flatten(2).transpose(1, 2)
-    return tokens[:, None].to(drawn.dtype) + drawn, sparse.unflatten(0, (b, k))
-
-
-def decoded(
-    sam, keys: Tensor, sparse: Tensor, size: tuple[int, int], outputs: slice = slice(None)
-) -> tuple[Tensor, Tensor]:
-    """What SAM gives for K prompts on each of B images: logits [B, K, M, N*16] in token order and
-    predicted IoU [B, K, M] of the M mask `outputs`.
-
-    keys, sparse: see `prompted`. size: (h, w) of the embedding.
-    """
-    h, w = size
-    pe = sam.prompt_encoder.get_dense_pe()[..., :h, :w].flatten(2).transpose(1, 2)[None]
-    decoder = sam.mask_decoder
-    queries, keys = two_way_transformer(decoder, keys, pe.to(keys.dtype), sparse)
+    keys = tokens[:, None].to(drawn.dtype) + drawn
+    pe = encoder.get_dense_pe()[..., :h, :w].flatten(2).transpose(1, 2)[None].to(keys.dtype)
+    queries, keys = two_way_transformer(decoder, keys, pe, sparse.unflatten(0, (b, k)))
     iou = decoder.iou_prediction_head(queries[:, :, 0])[..., outputs]
-    return mask_logits(decoder, queries, keys, outputs), iou
+    return mask_logits(decoder, queries, keys, outputs), iou, queries[:, :, 0]
 
 
 def pixels_to_tokens(x: Tensor) -> Tensor:
@@ -489,9 +468,8 @@ def mask_loss(sam, embedding: Tensor, prompts: list, known: Tensor, balance: flo
     """Loss of masks and predicted IoU of one batch."""
     loss = 0.0
     for points, boxes, targets in prompts:
-        keys, sparse = prompted(sam, embedding, points, boxes)
         outputs = slice(1, None) if boxes is None else slice(0, 1)
-        logits, iou_pred = decoded(sam, keys, sparse, embedding.shape[2:], outputs)
+        logits, iou_pred, _ = decoded(sam, embedding, points, boxes, outputs)
         losses, iou = pair_losses(logits.float(), targets, balance, known)
         best = losses.amin(dim=2).mean(dim=-1)  # each valid target needs one good output
         if logits.shape[2] > 1:
@@ -503,7 +481,9 @@ def mask_loss(sam, embedding: Tensor, prompts: list, known: Tensor, balance: flo
 
 
 def auxiliary_loss(head: nn.Module, embedding: Tensor, dense: list, anchors: Tensor) -> Tensor:
-    """Loss of the dense predictions. VOID takes no part."""
+    """Loss of what `head` says of each token: 16 edges, 4 box sides, a grouping vector of 16. Only
+    the training uses it. VOID takes no part.
+    """
     edge, sides, group = head(embedding.permute(0, 2, 3, 1)).float().split((16, 4, 16), dim=-1)
     edges, edges_known, centre = dense[0].float(), dense[1].float(), dense[2].flatten(1).long()
     weight = (1 + 4 * edges) * edges_known
@@ -536,21 +516,16 @@ def judged_masks(sam, scene: Scene, points: np.ndarray) -> tuple[Tensor, Tensor]
     known, areas = low_resolution(scene.segment != VOID), truths.sum(dim=1)
     picture = torch.from_numpy(np.array(scene.image)).permute(2, 0, 1)[None].float()
     read, best = [], []
-    hook = sam.mask_decoder.iou_prediction_head.register_forward_pre_hook(
-        lambda _, inputs: read.append(inputs[0])
-    )
     with torch.no_grad():
         embedding = sam.image_encoder.tokens((picture - sam.pixel_mean) / sam.pixel_std)
         for part in torch.from_numpy(points).float().split(8):
-            keys, sparse = prompted(sam, embedding, part[None, :, None], None)
-            logits, _ = decoded(sam, keys, sparse, embedding.shape[2:])
-            masks = (logits[0] > 0).float()  # [P, M, h*w*16]
-            masks *= known
+            logits, _, token = decoded(sam, embedding, part[None, :, None], None)
+            read.append(token[0])
+            masks = (logits[0] > 0).float() * known  # [P, M, h*w*16]
             both = masks @ truths.T
             union = masks.sum(dim=-1, keepdim=True) + areas - both
             best.append((both / union.clamp(min=1)).amax(dim=-1))
-    hook.remove()
-    return torch.cat(read, dim=1)[0], torch.cat(best)
+    return torch.cat(read), torch.cat(best)
 
 
 def fit_iou_head(head: nn.Module, read: Tensor, target: Tensor) -> None:
@@ -633,7 +608,8 @@ def begin(start: Path | None) -> dict:
     initialise(sam)
     if start:
         load_exported(sam, start)
-    head = auxiliary_head(sam.mask_decoder.transformer_dim)
+    width = sam.mask_decoder.transformer_dim
+    head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 36))
     parameters = [*sam.train().parameters(), *head.parameters()]
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.02},
@@ -681,7 +657,8 @@ def train(options: Options, weights: Path, record: dict) -> None:
     phases: from_step, the first; style of the drawings; images a step; lr, which decays to zero
     over `decay_steps` steps up to step `steps`; bf16. The last phase ends at step `end`.
     """
-    recipe, photos, work = record["recipe"], options.photos, options.work / options.pictures
+    recipe, photos = record["recipe"], options.pictures == "photographs"
+    work = options.work / options.pictures
     torch.set_num_threads(recipe["threads"])
     tune_cpu()
     rows = photo_rows("sam_train", options.root_path) if photos else ()
@@ -787,7 +764,7 @@ def evaluate(options: Options, weights: Path, record: dict) -> None:
     for number, style in enumerate(STYLES):
         first = FIRST_EVAL_SEED + 100_000 * number
         sets[style] = [drawing(first + i, style) for i in range(wanted)]
-    for name in ("sam_holdout", "dusk_gt") if options.photos else ():
+    for name in ("sam_holdout", "dusk_gt") if options.pictures == "photographs" else ():
         rows = photo_rows(name, options.root_path)
         count = min(wanted, len(rows))
         chosen = [rows[i * len(rows) // count] for i in range(count)]
