@@ -93,12 +93,8 @@ def cropped_image(image: Image.Image, crop: Crop) -> np.ndarray:
     scale, from_x, to_x = _source_span(image.width, crop.width, crop.left, columns)
     _, from_y, to_y = _source_span(image.height, crop.height, crop.top, rows)
     region = image.crop((from_x, from_y, to_x, to_y))
-    box = (
-        crop.left * scale - from_x,
-        0,
-        min((crop.left + columns) * scale - from_x, region.width),
-        region.height,
-    )
+    right = min((crop.left + columns) * scale - from_x, region.width)
+    box = (crop.left * scale - from_x, 0, right, region.height)
     narrow = region.resize((columns, region.height), Image.Resampling.BILINEAR, box=box)
     # negative corners add rows outside of the image's region, which no row of the square depends on
     narrow = narrow.crop((0, -from_y, columns, image.height - from_y))
@@ -112,11 +108,8 @@ def _source_span(length: int, new_length: int, start: int, count: int) -> tuple[
     """
     scale = length / new_length
     support = max(scale, 1.0) + 1  # of the bilinear filter, and one for rounding
-    return (
-        scale,
-        max(math.floor(start * scale - support), 0),
-        min(math.ceil((start + count) * scale + support), length),
-    )
+    first = max(math.floor(start * scale - support), 0)
+    return scale, first, min(math.ceil((start + count) * scale + support), length)
 
 
 def cropped_label(label: np.ndarray, crop: Crop, padding: int) -> np.ndarray:
@@ -135,9 +128,8 @@ def padded_and_flipped(shown: np.ndarray, crop: Crop, padding: int) -> np.ndarra
     """What lies in the image, uint8 rows x columns (x 3) → the whole square, a new array."""
     below, beside = crop.size - shown.shape[0], crop.size - shown.shape[1]
     if below or beside:
-        shown = cv2.copyMakeBorder(
-            shown, 0, below, 0, beside, cv2.BORDER_CONSTANT, value=(padding,) * 3
-        )
+        border = (0, below, 0, beside, cv2.BORDER_CONSTANT)
+        shown = cv2.copyMakeBorder(shown, *border, value=(padding,) * 3)
     return cv2.flip(shown, 1) if crop.flip else np.array(shown)
 
 
@@ -161,19 +153,11 @@ def strong_view(random: np.random.Generator, image: np.ndarray) -> np.ndarray:
     """
     if random.random() < JITTER_CHANCE:
         factors = {
-            part: random.uniform(1 - width, 1 + width)
-            for part, width in JITTER.items()
-            if part != "hue"
+            part: random.uniform(neutral - JITTER[part], neutral + JITTER[part])
+            for part, (_, neutral) in ADJUSTMENTS.items()
         }
-        factors["hue"] = random.uniform(-JITTER["hue"], JITTER["hue"])
-        adjust = {
-            "brightness": adjusted_brightness,
-            "contrast": adjusted_contrast,
-            "saturation": adjusted_saturation,
-            "hue": adjusted_hue,
-        }
-        for part in random.permutation(list(adjust)):
-            image = adjust[part](image, float(factors[part]))
+        for part in random.permutation(list(ADJUSTMENTS)):
+            image = ADJUSTMENTS[part][0](image, float(factors[part]))
     if random.random() < GREY_CHANCE:
         image = adjusted_saturation(image, 0.0)
     if random.random() < BLUR_CHANCE:
@@ -212,6 +196,15 @@ def adjusted_hue(image: np.ndarray, turn: float) -> np.ndarray:
     hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL)
     hsv[..., 0] += np.uint8(int(turn * 255) % 256)
     return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
+
+
+# Name: function, and the factor that changes nothing; in the order of their random factors.
+ADJUSTMENTS = {
+    "brightness": (adjusted_brightness, 1),
+    "contrast": (adjusted_contrast, 1),
+    "saturation": (adjusted_saturation, 1),
+    "hue": (adjusted_hue, 0),
+}
 
 
 def blurred(image: np.ndarray, radius: float) -> np.ndarray:

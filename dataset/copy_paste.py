@@ -16,8 +16,7 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from util.connectivity import EIGHT_NEIGHBOURS
-from util.labels import read_image, read_label
+from util.labels import read_label, read_picture
 
 # DT-ST's long-tail classes. 19: fence, pole, traffic light, traffic sign, rider, train, motorcycle,
 # bicycle; 16: wall, pole, traffic light, traffic sign, rider, motorcycle, bicycle.
@@ -60,32 +59,22 @@ class RareClassPool:
             return image, label
         class_id = int(random.choice(sorted(self.sources)))
         image_path, label_path = self.rows[int(random.choice(self.sources[class_id]))]
-        source_image, source_label = (
-            read_image(self.root / image_path),
-            read_label(self.root / label_path),
-        )
-        if source_image.shape[:2] != source_label.shape:
-            source_image = np.asarray(
-                Image.fromarray(source_image).resize(
-                    source_label.shape[::-1], Image.Resampling.BILINEAR
-                )
-            )
+        source_label = read_label(self.root / label_path)
+        source_image = read_picture(self.root / image_path)
+        if source_image.size != source_label.shape[::-1]:
+            size = source_label.shape[::-1]
+            source_image = source_image.resize(size, Image.Resampling.BILINEAR)
+        source_image = np.asarray(source_image)
         wanted = np.isin(source_label, (class_id, *self.partners.get(class_id, ())))
-        components, count = ndimage.label(wanted, structure=EIGHT_NEIGHBOURS)
+        components, count = ndimage.label(wanted, structure=np.ones((3, 3)))  # 8 neighbours
         sizes = np.bincount(components.ravel(), minlength=count + 1)[1:]
         numbers = 1 + np.flatnonzero(sizes >= MIN_COMPONENT_PIXELS)
         windows = ndimage.find_objects(components)
         image, label = image.copy(), label.copy()
         for number in random.permutation(numbers)[:MAX_COMPONENTS]:
             window = windows[number - 1]
-            paste_component(
-                random,
-                image,
-                label,
-                source_image[window],
-                source_label[window],
-                components[window] == number,
-            )
+            piece = (source_image[window], source_label[window], components[window] == number)
+            paste_component(random, image, label, *piece)
         return image, label
 
 

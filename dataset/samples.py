@@ -138,10 +138,8 @@ class ImageCache:
         if self.folder is None:
             return read_picture(path)
         state = path.stat()
-        name = hashlib.sha256(
-            f"{path.resolve()} {state.st_size} {state.st_mtime_ns}".encode()
-        ).hexdigest()[:32]
-        entry = self.folder / f"{name}.npy"
+        what = f"{path.resolve()} {state.st_size} {state.st_mtime_ns}"
+        entry = self.folder / f"{hashlib.sha256(what.encode()).hexdigest()[:32]}.npy"
         if not entry.is_file():
             with atomic_path(entry) as temporary:
                 np.save(temporary, read_image(path))  # its name ends in .npy, so numpy adds nothing
@@ -169,13 +167,8 @@ class TrainingSamples(Dataset):
         photometric: bool = False,
     ):
         """photometric: x is a strong view of its crop."""
-        self.labeled, self.unlabeled, self.root, self.crop_size, self.seed = (
-            labeled,
-            unlabeled,
-            root,
-            crop_size,
-            seed,
-        )
+        self.labeled, self.unlabeled, self.root = labeled, unlabeled, root
+        self.crop_size, self.seed = crop_size, seed
         self.rare, self.images, self.scales = rare, ImageCache(image_cache), tuple(scales)
         self.photometric = photometric
 
@@ -198,9 +191,8 @@ class TrainingSamples(Dataset):
     def labeled_crop(self, key: Key) -> tuple[np.ndarray, np.ndarray]:
         image_path, label_path = self.labeled[key.index % len(self.labeled)]
         image, label = self.images.read(self.root / image_path), read_label(self.root / label_path)
-        crop = draw_crop(
-            self.generator(LABELED, key), image.height, image.width, self.crop_size, self.scales
-        )
+        how = (image.height, image.width, self.crop_size, self.scales)
+        crop = draw_crop(self.generator(LABELED, key), *how)
         x, mask_x = cropped_image(image, crop), cropped_label(label, crop, IGNORE)
         if self.rare is not None:
             x, mask_x = self.rare.paste(self.generator(PASTE, key), x, mask_x)
@@ -215,10 +207,8 @@ class TrainingSamples(Dataset):
         """
         image = self.images.read(self.root / self.unlabeled[key.index])
         random, random_mix = self.generator(UNLABELED, key), self.generator(UNLABELED_MIX, key)
-        crop, crop_mix = (
-            draw_crop(r, image.height, image.width, self.crop_size, self.scales)
-            for r in (random, random_mix)
-        )
+        how = (image.height, image.width, self.crop_size, self.scales)
+        crop, crop_mix = draw_crop(random, *how), draw_crop(random_mix, *how)
         w, w_mix = cropped_image(image, crop), cropped_image(image, crop_mix)
         sample = {
             "w": w,
@@ -286,10 +276,8 @@ class MicroBatches:
         for iteration in range(self.start, self.total):
             epoch, within = divmod(iteration, self.per_epoch)
             if epoch != order_epoch:
-                order, order_epoch = (
-                    epoch_order(self.samples, self.seed, epoch, self.per_epoch * self.global_batch),
-                    epoch,
-                )
+                length, order_epoch = self.per_epoch * self.global_batch, epoch
+                order = epoch_order(self.samples, self.seed, epoch, length)
             for step in range(self.steps):
                 first = within * self.global_batch + self.slot(step)
                 yield [Key(epoch, p, int(order[p])) for p in range(first, first + self.batch)]

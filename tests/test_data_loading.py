@@ -2,6 +2,7 @@
 copy-paste."""
 
 import json
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -47,67 +48,55 @@ from util.labels import CITYSCAPES_19, write_label
 def street(height: int, width: int, seed: int = 0) -> np.ndarray:
     """Smooth colours with hard-edged boxes and noise, uint8 height x width x 3."""
     random = np.random.default_rng(seed)
-    image = np.asarray(
-        Image.fromarray(random.integers(0, 256, (6, 9, 3), dtype=np.uint8)).resize((width, height))
-    ).copy()
+    colours = Image.fromarray(random.integers(0, 256, (6, 9, 3), dtype=np.uint8))
+    image = np.array(colours.resize((width, height)))
     for _ in range(20):
         y, x = random.integers(0, height - 8), random.integers(0, width - 8)
-        image[y : y + random.integers(2, height // 2), x : x + random.integers(2, width // 3)] = (
-            random.integers(0, 256, 3)
-        )
+        below, right = y + random.integers(2, height // 2), x + random.integers(2, width // 3)
+        image[y:below, x:right] = random.integers(0, 256, 3)
     return (image // 2 + random.integers(0, 128, image.shape)).astype(np.uint8)
 
 
 # ------------------------------------------------------------------------------- resize, crop, flip
 
 
-@pytest.mark.parametrize("seed", range(25))
-def test_resizing_the_region_equals_resizing_the_whole(seed):
-    """Within one grey level, everywhere in the square; crops larger than the image, padding and
-    mirroring included.
-    """
-    random = np.random.default_rng(seed)
-    height, width = (int(n) for n in random.integers(60, 240, 2))
-    image = Image.fromarray(street(height, width, seed))
-    crop = draw_crop(random, height, width, int(random.integers(33, 160)))
+def assert_as_resized_whole(image, crop):
+    """Within one grey level, everywhere in the square."""
+    image = Image.fromarray(image)
     fast, slow = cropped_image(image, crop), resized_then_cropped(image, crop)
     assert fast.shape == slow.shape == (crop.size, crop.size, 3)
     assert np.abs(fast.astype(int) - slow).max() <= 1
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_resizing_the_region_equals_resizing_the_whole(seed):
+    """Crops larger than the image, padding and mirroring included."""
+    random = np.random.default_rng(seed)
+    height, width = (int(n) for n in random.integers(60, 240, 2))
+    crop = draw_crop(random, height, width, int(random.integers(33, 160)))
+    assert_as_resized_whole(street(height, width, seed), crop)
 
 
 def test_resizing_the_region_at_full_size():
     """3600 = 2048 x 225 / 128: in every 225th row and column values lie half-way between two
     levels.
     """
-    image = Image.fromarray(street(1024, 2048))
-    for crop in (
-        Crop(512, 1024, 0, 200, 769, False),
-        Crop(1800, 3600, 900, 2600, 769, True),
-        Crop(1024, 2048, 255, 1279, 769, False),
-    ):
-        assert (
-            np.abs(cropped_image(image, crop).astype(int) - resized_then_cropped(image, crop)).max()
-            <= 1
-        )
+    image = street(1024, 2048)
+    assert_as_resized_whole(image, Crop(512, 1024, 0, 200, 769, False))
+    assert_as_resized_whole(image, Crop(1800, 3600, 900, 2600, 769, True))
+    assert_as_resized_whole(image, Crop(1024, 2048, 255, 1279, 769, False))
 
 
 def nearest_slowly(label, crop, padding):
     """Pixel by pixel, in fractions: the source pixel under the centre of each target pixel."""
-    from fractions import Fraction
-
     square = np.full((crop.size, crop.size), padding, dtype=np.uint8)
-    for row in range(crop.size):
-        for column in range(crop.size):
-            y, x = crop.top + row, crop.left + column
-            if y < crop.height and x < crop.width:
-                source_y = (Fraction(2 * y + 1, 2) * label.shape[0] / crop.height).__floor__()
-                source_x = (Fraction(2 * x + 1, 2) * label.shape[1] / crop.width).__floor__()
-                square[row, crop.size - 1 - column if crop.flip else column] = label[
-                    source_y, source_x
-                ]
-            elif crop.flip:
-                square[row, crop.size - 1 - column] = padding
-    return square
+    for row, column in np.ndindex(square.shape):
+        y, x = crop.top + row, crop.left + column
+        if y < crop.height and x < crop.width:
+            source_y = (Fraction(2 * y + 1, 2) * label.shape[0] / crop.height).__floor__()
+            source_x = (Fraction(2 * x + 1, 2) * label.shape[1] / crop.width).__floor__()
+            square[row, column] = label[source_y, source_x]
+    return square[:, ::-1] if crop.flip else square
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -118,10 +107,9 @@ def test_labels_are_taken_from_the_nearest_pixel(seed):
     random = np.random.default_rng(seed)
     label = random.integers(0, 19, (40, 70), dtype=np.uint8)
     crop = draw_crop(random, 80 if seed % 2 else 40, 140 if seed % 2 else 70, 45)
-    assert np.array_equal(cropped_label(label, crop, 255), nearest_slowly(label, crop, 255))
-    assert (
-        cropped_label(label, crop, 255) == label_resized_then_cropped(label, crop, 255)
-    ).mean() > 0.9
+    ours = cropped_label(label, crop, 255)
+    assert np.array_equal(ours, nearest_slowly(label, crop, 255))
+    assert (ours == label_resized_then_cropped(label, crop, 255)).mean() > 0.9
 
 
 def test_padding_is_ignored_and_nothing_else():
@@ -130,9 +118,8 @@ def test_padding_is_ignored_and_nothing_else():
     mask = padding_mask(crop, 255)
     assert (mask == 255).sum() == 40 * 40 - 20 * 30
     assert np.array_equal(mask == 255, cropped_label(label, crop, 254) == 254)
-    assert np.array_equal(
-        mask == 255, (cropped_image(Image.new("RGB", (30, 20), "white"), crop) == 0).all(axis=2)
-    )
+    white = cropped_image(Image.new("RGB", (30, 20), "white"), crop)
+    assert np.array_equal(mask == 255, (white == 0).all(axis=2))
 
 
 def test_geometry_is_unimatchs():
@@ -169,6 +156,10 @@ def test_normalisation():
 # ------------------------------------------------------------------------------ strong views, boxes
 
 
+def pillows_blur(image, radius):
+    return image.filter(ImageFilter.GaussianBlur(radius))
+
+
 @pytest.mark.parametrize(
     "fast, slow, values, mean, most",
     [
@@ -176,21 +167,14 @@ def test_normalisation():
         (adjusted_contrast, colour.adjust_contrast, (0.5, 0.9, 1.5), 0.6, 2),
         (adjusted_saturation, colour.adjust_saturation, (0.0, 0.5, 1.5), 0.6, 2),
         (adjusted_hue, colour.adjust_hue, (-0.25, 0.0, 0.1, 0.25), 1.0, 16),
-        (
-            blurred,
-            lambda image, radius: image.filter(ImageFilter.GaussianBlur(radius)),
-            (0.1, 0.5, 1.0, 2.0),
-            1.5,
-            20,
-        ),
+        (blurred, pillows_blur, (0.1, 0.5, 1.0, 2.0), 1.5, 20),
     ],
 )
 def test_colour_and_blur_are_torchvisions_within_rounding(fast, slow, values, mean, most):
     image = street(96, 128)
     for value in values:
-        difference = np.abs(
-            fast(image, value).astype(int) - np.asarray(slow(Image.fromarray(image), value))
-        )
+        expected = np.asarray(slow(Image.fromarray(image), value))
+        difference = np.abs(fast(image, value).astype(int) - expected)
         assert difference.mean() <= mean and difference.max() <= most, value
 
 
@@ -198,17 +182,13 @@ def test_strong_views_draw_as_stated():
     """The same draws as with torchvision, part by part; and what leaves an image as it was is as
     rare as it should be.
     """
-    image = street(48, 64)
-    differences, unchanged = [], 0
+    image, differences, unchanged = street(48, 64), [], 0
     for seed in range(300):
         view = strong_view(np.random.default_rng(seed), image)
         unchanged += np.array_equal(view, image)
         if seed < 60:
-            differences.append(
-                np.abs(
-                    view.astype(int) - pillow_strong_view(np.random.default_rng(seed), image)
-                ).mean()
-            )
+            expected = pillow_strong_view(np.random.default_rng(seed), image)
+            differences.append(np.abs(view.astype(int) - expected).mean())
     assert np.median(differences) < 1.5 and max(differences) < 8
     assert 0.03 < unchanged / 300 < 0.14  # 0.2 x 0.8 x 0.5 = 0.08
 
@@ -228,12 +208,8 @@ def test_cutmix_boxes_have_the_stated_chance_area_and_shape():
 
 
 def test_cutmix_equals_a_pixel_loop():
-    random = np.random.default_rng(0)
-    a, b, box = (
-        random.random((6, 8)),
-        random.random((6, 8)),
-        cutmix_box(np.random.default_rng(3), 8)[:6],
-    )
+    random, box = np.random.default_rng(0), cutmix_box(np.random.default_rng(3), 8)[:6]
+    a, b = random.random((6, 8)), random.random((6, 8))
     box[1:3, 2:7] = True
     expected = [[b[y, x] if box[y, x] else a[y, x] for x in range(8)] for y in range(6)]
     assert np.array_equal(cutmix(a, b, box), expected)
@@ -257,9 +233,8 @@ def data(tmp_path_factory):
 
 
 def same(one: dict, other: dict) -> bool:
-    return one.keys() == other.keys() and all(
-        np.array_equal(one[name], other[name]) for name in one
-    )
+    equal = (np.array_equal(one[name], other[name]) for name in one)
+    return one.keys() == other.keys() and all(equal)
 
 
 def test_samples_depend_on_seed_epoch_and_position_alone(data):
@@ -289,18 +264,17 @@ def test_strong_views_are_pasted_inside_their_box_alone(data):
         key = Key(0, position, position % 5)
         sample = samples[key]
         random, random_mix = samples.generator(1, key), samples.generator(2, key)
-        for r in (random, random_mix):
-            draw_crop(r, 60, 90, 48)
+        draw_crop(random, 60, 90, 48)
+        draw_crop(random_mix, 60, 90, 48)
         boxes = [cutmix_box(random, 48), cutmix_box(random, 48)]
         for number, box in enumerate(boxes, start=1):
-            view = strong_view(random, sample["w"])
+            view, made = strong_view(random, sample["w"]), sample[f"s{number}"]
             assert np.array_equal(box, sample[f"box{number}"])
-            assert np.array_equal(sample[f"s{number}"][~box], view[~box])
+            assert np.array_equal(made[~box], view[~box])
             if box.any():
-                assert np.array_equal(
-                    sample[f"s{number}"][box], strong_view(random_mix, sample["w_mix"])[box]
-                )
                 pasted += 1
+                view = strong_view(random_mix, sample["w_mix"])
+                assert np.array_equal(made[box], view[box])
     assert pasted > 4
 
 
@@ -308,32 +282,25 @@ def test_workers_and_image_cache_change_nothing(data, tmp_path):
     root, rows = data
     unlabeled = [image for image, _ in rows]
     sampler = MicroBatches(5, 2, 2, 2, 0, 1, seed=0)
-    plain = list(
-        batches(TrainingSamples(rows[:2], unlabeled, root, 40, 0), sampler, 0, torch.device("cpu"))
-    )
-    cached = TrainingSamples(rows[:2], unlabeled, root, 40, 0, image_cache=tmp_path)
+    cpu, what = torch.device("cpu"), (rows[:2], unlabeled, root, 40, 0)
+    plain = list(batches(TrainingSamples(*what), sampler, 0, cpu))
+    cached = TrainingSamples(*what, image_cache=tmp_path)
     for _ in range(2):  # filling the cache, and reading it
-        others = list(batches(cached, sampler, 2, torch.device("cpu")))
+        others = list(batches(cached, sampler, 2, cpu))
         assert len(plain) == len(others) == sampler.total
         assert all(same(a, b) for a, b in zip(plain, others))
     assert len(list(tmp_path.glob("*.npy"))) == 5
 
 
-def test_labels_alone_when_there_is_no_unlabeled_list(data):
+def test_labels_alone_and_photometric_which_changes_colours_alone(data):
     root, rows = data
-    assert TrainingSamples(rows, [], root, 40, 0)[Key(0, 0, 2)].keys() == {"x", "mask_x"}
-
-
-def test_photometric_changes_colours_alone(data):
-    root, rows = data
-    plain, strong = (
-        TrainingSamples(rows, [], root, 40, 0),
-        TrainingSamples(rows, [], root, 40, 0, photometric=True),
-    )
+    plain = TrainingSamples(rows, [], root, 40, 0)
+    strong = TrainingSamples(rows, [], root, 40, 0, photometric=True)
     changed = 0
     for position in range(8):
         key = Key(0, position, position % 5)
         before, after = plain[key], strong[key]
+        assert before.keys() == after.keys() == {"x", "mask_x"}
         assert np.array_equal(before["mask_x"], after["mask_x"]) and same(after, strong[key])
         changed += not np.array_equal(before["x"], after["x"])
     assert changed > 4
@@ -366,28 +333,24 @@ def test_every_distribution_takes_the_same_samples_an_iteration(world, batch):
     samples, epochs, global_batch = 13, 2, 4
     reference = list(MicroBatches(samples, epochs, global_batch, 4, 0, 1, seed=5))
     assert len(reference) == 2 * (16 // 4)
-    samplers = [
-        MicroBatches(samples, epochs, global_batch, batch, rank, world, seed=5)
-        for rank in range(world)
-    ]
-    streams = [list(s) for s in samplers]
+    share = (samples, epochs, global_batch, batch)
+    samplers = [MicroBatches(*share, rank, world, seed=5) for rank in range(world)]
+    streams = [list(sampler) for sampler in samplers]
     steps = samplers[0].steps
     assert steps == global_batch // world // batch and len(streams[0]) == len(samplers[0])
     for iteration, expected in enumerate(reference):
         keys = [None] * global_batch
         for sampler, stream in zip(samplers, streams):
             for step in range(steps):
-                keys[sampler.slot(step) : sampler.slot(step) + batch] = stream[
-                    iteration * steps + step
-                ]
+                slot = sampler.slot(step)
+                keys[slot : slot + batch] = stream[iteration * steps + step]
         assert keys == expected
 
 
 def test_an_epoch_visits_every_image_and_resuming_goes_on_in_it():
     order = epoch_order(13, seed=0, epoch=4, length=16)
-    assert sorted(set(order)) == list(range(13)) and not np.array_equal(
-        order[:13], epoch_order(13, 0, 5, 13)
-    )
+    assert sorted(set(order)) == list(range(13))
+    assert not np.array_equal(order[:13], epoch_order(13, 0, 5, 13))
     whole = list(MicroBatches(13, 3, 4, 4, 0, 1, seed=0))
     assert list(MicroBatches(13, 3, 4, 4, 0, 1, seed=0, start=6)) == whole[6:]
 
@@ -400,11 +363,8 @@ def test_copy_paste_pastes_a_rare_class_and_its_partners(tmp_path):
     label alike; the car not.
     """
     image, label = np.zeros((60, 60, 3), dtype=np.uint8), np.full((60, 60), 255, dtype=np.uint8)
-    for class_id, area in (
-        (12, np.s_[5:15, 5:13]),
-        (18, np.s_[15:22, 3:15]),
-        (13, np.s_[40:50, 40:55]),
-    ):
+    areas = {12: np.s_[5:15, 5:13], 18: np.s_[15:22, 3:15], 13: np.s_[40:50, 40:55]}
+    for class_id, area in areas.items():
         label[area], image[area] = class_id, 10 * class_id
     label[30, 30] = 18  # a speck, too small to paste
     Image.fromarray(image).save(tmp_path / "i.png")
@@ -425,12 +385,6 @@ def test_copy_paste_pastes_a_rare_class_and_its_partners(tmp_path):
 
 def test_pieces_that_do_not_fit_are_left_out():
     image, label = np.zeros((20, 20, 3), np.uint8), np.zeros((20, 20), np.uint8)
-    paste_component(
-        np.random.default_rng(0),
-        image,
-        label,
-        np.ones((30, 5, 3), np.uint8),
-        np.ones((30, 5), np.uint8),
-        np.ones((30, 5), bool),
-    )
+    piece = (np.ones((30, 5, 3), np.uint8), np.ones((30, 5), np.uint8), np.ones((30, 5), bool))
+    paste_component(np.random.default_rng(0), image, label, *piece)
     assert not image.any() and not label.any()
