@@ -43,10 +43,8 @@ def test_bars_are_labelled_and_stacked():
     axes = bar_chart({"": values}, "", "%", {"a": 1.0, LONG: 2.0}).axes[0]
     assert [text.get_text() for text in axes.texts] == ["50.0", "60.0"]
     ((whiskers,),) = (bars.errorbar.lines[2] for bars in axes.containers[1:])
-    assert [[x for x, _ in ends] for ends in whiskers.get_segments()] == [
-        [49, 51],
-        pytest.approx([58.04, 62.04]),
-    ]
+    ends = [x for segment in whiskers.get_segments() for x, _ in segment]
+    assert ends == pytest.approx([49, 51, 58.04, 62.04])
     axes = bar_chart({"kept": {"a": 70, "b": 0}, "dropped": {"a": 30, "b": 100}}, "", "%").axes[0]
     assert [bar.get_x() for bar in axes.patches] == [0, 0, 70, 0] and not axes.texts
 
@@ -54,23 +52,20 @@ def test_bars_are_labelled_and_stacked():
 def test_a_confusion_matrix_is_in_percent_of_its_rows():
     confusion = np.array([[3, 1, 0], [0, 0, 0]])
     axes = confusion_chart(confusion, ("road", "sky")).axes[0]
-    assert {text.get_position(): text.get_text() for text in axes.texts} == {
-        (0, 0): "75",
-        (1, 0): "25",
-    }
+    assert {t.get_position(): t.get_text() for t in axes.texts} == {(0, 0): "75", (1, 0): "25"}
     assert [label.get_text() for label in axes.get_xticklabels()] == ["road", "sky", "none"]
     cells = axes.images[0].get_array()
     assert (cells[1] == cells[1, 0]).all() and (cells[0, 2] == 1).all() and cells[1, 0, 0] < 1
 
 
 def test_charts_of_nothing_are_drawn(tmp_path):
-    none = np.array([])
+    none, one, titles = np.array([]), np.full(5, 3, np.float32), ("", "x", "y")
     for figure in (
-        line_chart({}, "", "epoch", "mIoU (%)"),
-        line_chart({"a": ([], []), "b": ([4], [NAN])}, "", "epoch", "mIoU (%)"),
+        line_chart({}, *titles),
+        line_chart({"a": ([], []), "b": ([4], [NAN])}, *titles),
         bar_chart({"": {}}, "", "%"),
-        histogram({"kept": none, "dropped": none}, "", "loss", "count"),
-        histogram({"kept": np.full(5, 3, np.float32), "dropped": none}, "", "loss", "count"),
+        histogram({"kept": none, "dropped": none}, *titles),
+        histogram({"kept": one, "dropped": none}, *titles),
         confusion_chart(np.zeros((2, 2), int), ("a", "b")),
     ):
         save_chart(tmp_path / "x.png", figure)

@@ -341,7 +341,7 @@ def test_a_finished_evaluation_is_not_made_again(data, tmp_path, what, capsys, m
     assert measured()
 
 
-def test_two_processes_give_the_tables_one(data, tmp_path, monkeypatch, capsys):
+def test_two_processes_give_the_figures_of_one(data, tmp_path, monkeypatch, capsys):
     """Three images on two processes: none is counted twice, and one table is printed."""
     argv = arguments(
         data, "--checkpoint", data / "model.pth", "--mode", "sliding_window", "--crop-size", 40
