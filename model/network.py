@@ -21,11 +21,10 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
-from torch.nn.functional import interpolate
 
 from model.checkpoint import load_exactly, read_checkpoint, state_dict_in, without_prefixes
 from model.deeplabv2 import DeepLabV2, ProDA
-from model.deeplabv3plus import DILATIONS, DeepLabV3Plus
+from model.deeplabv3plus import DILATIONS, DeepLabV3Plus, upsampled
 from model.resnet import to_tensor
 from util.run import UserError
 
@@ -66,7 +65,7 @@ class Network:
             pixels = to_tensor(image)
         logits = self.model(pixels[None].to(next(self.model.buffers()).device)).float()
         if logits.shape[-2:] != size:
-            logits = interpolate(logits, size=size, mode="bilinear", align_corners=True)
+            logits = upsampled(logits, size)
         return logits
 
 

@@ -88,7 +88,8 @@ class FastSam(Segmenter):
         self, points: Tensor, boxes: Tensor | None, several: bool
     ) -> Callable[[int, int], Decoded]:
         """See `Segmenter.decode`. Masks that nobody asks for are never upscaled."""
-        encoder, outputs = self.sam.prompt_encoder, slice(1, None) if several else slice(0, 1)
+        encoder = self.sam.prompt_encoder
+        outputs = slice(1, None) if several else slice(0, 1)
         labels = torch.ones(points.shape[:2], dtype=torch.int, device=self.device)
         if self.is_tiny and boxes is None:
             table, rows = encoder.draw_single_points(points[:, 0], *self.tokens)
