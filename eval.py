@@ -84,6 +84,7 @@ from util.run import (
 )
 
 Mode = Literal["original", "sliding_window", "center_crop"]
+RESULTS = ("confusion.csv", "confusion.png", "metrics.json")
 CropSize = Annotated[int, Bounds(least=33), "PIXELS"]  # 33: the least that DeepLabV3+ takes
 
 
@@ -420,6 +421,19 @@ def header_of(args: Options, images: int, labels: int) -> str:
     return header
 
 
+def named_files(args: Options) -> dict[str, Path]:
+    """{name: file} of what the options name."""
+    files = {"list": args.id_list_path, "checkpoint": args.checkpoint, "labels": args.labels}
+    return {name: path for name, path in files.items() if path and not path.is_dir()}
+
+
+def files_read(args: Options, rows, label_of_image: dict[str, str | Path]) -> dict[str, Path]:
+    """{name: file} of all that the metrics are made from; with --labels no image is read."""
+    names = [truth for _, truth in rows] + [image for image, _ in rows if args.checkpoint]
+    maps = {f"of {image}": args.root_path / path for image, path in label_of_image.items()}
+    return named_files(args) | {name: args.root_path / name for name in names} | maps
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     classes, root = class_set(args.class_num, args.stuff, args.things), args.root_path
@@ -428,12 +442,10 @@ def main(argv: list[str] | None = None) -> None:
         check_files(root, [truth for _, truth in rows], args.id_list_path)
         label_of_image = label_of_images(args.labels, rows, args.id_list_path, root)
     header = header_of(args, len(rows), len(label_of_image))
-    named = {"list": args.id_list_path, "checkpoint": args.checkpoint, "labels": args.labels}
-    named = {name: path for name, path in named.items() if path and not path.is_dir()}
-    shown = {f"of {image}": root / path for image, path in label_of_image.items()}
-    files = named | {path: root / path for row in rows for path in row[bool(args.labels) :]} | shown
     settings = {**settings_of(args), "names": classes.names}
-    if args.out and all(path.is_file() for path in files.values()):
+    files = files_read(args, rows, label_of_image)
+    there = args.out and all((args.out / name).is_file() for name in RESULTS)
+    if there and all(path.is_file() for path in files.values()):
         if made_before(args.out / "run.json", settings, files):
             if process_rank()[0] == 0:
                 print(table(read_json(args.out / "metrics.json"), header))
@@ -445,6 +457,7 @@ def main(argv: list[str] | None = None) -> None:
         model = checked_network(args.checkpoint, classes.count, args.mode, device)
         check_pairs(root, rows, args.id_list_path, classes.count, same_size=True)
     with Outputs(args.out) if args.out else contextlib.nullcontext():
+        source = made_from(settings, files) if args.out and process_rank()[0] == 0 else None
         with process_group(device) as (rank, _):
             if args.checkpoint:
                 how = (classes.count, args.mode, args.crop_size, device, "evaluation")
@@ -459,9 +472,8 @@ def main(argv: list[str] | None = None) -> None:
         if args.out:
             mode = args.mode if args.checkpoint else "labels"
             metrics |= {"mode": mode, "images": len(rows), "class_num": classes.count}
-            record = manifest(vars(args), named, device)
-            record["made_from"] = made_from(settings, files)
-            write_results(args.out, confusion, metrics, record)
+            record = manifest(vars(args), named_files(args), device)
+            write_results(args.out, confusion, metrics, {**record, "made_from": source})
 
 
 if __name__ == "__main__":
