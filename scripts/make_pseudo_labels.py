@@ -142,12 +142,15 @@ def thresholded(
 # --------------------------------------------------------------------------------------------- CBST
 
 
-def every_fourth(predictions: Iterable) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """What CBST ranks: of each image and predicted class every fourth pixel in raster order."""
+def every_fourth(predictions: Iterable, one_class: bool) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """What CBST ranks: of each image and predicted class every fourth pixel in raster order.
+    one_class: all as of class 0.
+    """
     for prediction, confidence in predictions:
         flat = prediction.ravel()
         chosen = np.concatenate([np.flatnonzero(flat == c)[::CBST_STEP] for c in np.unique(flat)])
-        yield flat[chosen], confidence.ravel()[chosen]
+        classes = np.zeros_like(chosen) if one_class else flat[chosen]
+        yield classes, confidence.ravel()[chosen]
 
 
 def cbst_thresholds(
@@ -160,20 +163,13 @@ def cbst_thresholds(
     the threshold is number floor(n * portion), counted from 1. Policy global: one list of all
     classes, each with its 0.0, and another 0.0. A threshold of 0, or of no number, becomes 1.
     """
-    zeros = 1 if policy == "cb" else class_num + 1
+    zeros, ranked = (1, class_num) if policy == "cb" else (class_num + 1, 1)
 
     def rank_of(samples):
         return samples - np.floor((samples + zeros) * portion).astype(np.int64)
 
-    if policy == "cb":
-        found = radix_select(lambda: every_fourth(predictions()), class_num, rank_of)
-    else:
-
-        def as_one_class():
-            for prediction, confidence in every_fourth(predictions()):
-                yield np.zeros_like(prediction), confidence
-
-        found = np.repeat(radix_select(as_one_class, 1, rank_of), class_num)
+    found = radix_select(lambda: every_fourth(predictions(), ranked == 1), ranked, rank_of)
+    found = np.broadcast_to(found, class_num)
     return np.where(np.isnan(found) | (found == 0), np.float32(1), found)
 
 
@@ -309,26 +305,23 @@ def load_source(options: Options, images: list[str], device) -> Source:
         grids[image] = tuple(min(-(-n // options.pixel_step), m) for n, m in zip(size, found))
     read = partial(read_probabilities, class_num=class_num)
     if options.checkpoint:
-        read = network_reader(options.checkpoint, class_num, options.test_size, device)
+        read = network_reader(options, device)
     return Source(files, grids, read)
 
 
-def network_reader(
-    checkpoint: Path, class_num: int, test_size: list[int] | None, device
-) -> Callable[[Path], np.ndarray]:
-    """What gives the network's probabilities of an image file. test_size: (width, height) of its
-    input, instead of that of its format.
-    """
+def network_reader(options: Options, device) -> Callable[[Path], np.ndarray]:
+    """What gives the probabilities of an image file by the network of --checkpoint."""
     import torch
 
     from model.network import load_network
 
     exact_mode()
-    network = load_network(checkpoint, device, class_num)
+    network = load_network(options.checkpoint, device, options.class_num)
+    test_size = options.test_size and tuple(options.test_size)
 
     @torch.no_grad()
     def read(path: Path) -> np.ndarray:
-        logits = network.logits(read_image(path), test_size and tuple(test_size))
+        logits = network.logits(read_image(path), test_size)
         return logits.softmax(dim=1)[0].cpu().numpy()
 
     return read
