@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from itertools import takewhile
 from pathlib import Path
 
@@ -278,6 +277,49 @@ def test_processes_fit_the_gpus_and_the_global_batch(capsys, found, settings, pr
         assert capsys.readouterr().err.startswith(said)
 
 
+STUB = """#!/bin/sh
+case "$1" in
+    -) ;;
+    -c | *preflight.py) exec {python} "$@" ;;
+    *) echo "ran: $*" ;;
+esac
+"""
+
+
+def test_gpus_share_the_work(empty_machine, tmp_path):
+    """All files and four GPUs are there: the long commands are started by torchrun. A python that
+    prints what it is to run stands for it.
+    """
+    folder, tools, stub = empty_machine
+    stub.write_text(STUB.format(python=sys.executable), encoding="utf-8")
+    cards = "".join(f"echo 'GPU {n}: a card'\n" for n in range(4))
+    (tools / "nvidia-smi").write_text(f"#!/bin/sh\n{cards}", encoding="utf-8")
+    (tools / "nvidia-smi").chmod(0o755)
+    (tools / "tee").symlink_to(shutil.which("tee"))
+    module = folder / "scripts/lib/preflight.py"
+    text = module.read_text(encoding="utf-8")
+    module.write_text(text.replace("DISK_GB = 60", "DISK_GB = 0"), encoding="utf-8")
+    for path, count in (
+        ("leftImg8bit/train/a/{}_leftImg8bit.png", 2975),
+        ("leftImg8bit/val/a/{}_leftImg8bit.png", 500),
+        ("gtFine/val/a/{}_gtFine_labelIds.png", 500),
+    ):
+        (tmp_path / path).parent.mkdir(parents=True)
+        for number in range(count):
+            (tmp_path / path.format(number)).touch()
+    weights = ("CHECKPOINT", "SAM_CHECKPOINT", "BACKBONE_WEIGHTS")
+    values = {name: stub for name in weights} | {"DATA_ROOT": tmp_path, "OUT": tmp_path}
+    result = run("gta2cs", folder=folder, PATH=tools, PYTHON=stub, **values)
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+    ran = [line for line in result.stdout.splitlines() if line.startswith("ran: ")]
+    shared = [re.search(r"nproc_per_node 4 (?:-m )?(\S+)", line) for line in ran]
+    shared = [match and match[1] for match in shared]
+    assert shared == [
+        *(None, None, None, "scripts.make_pseudo_labels", "seco_sam.py", "seco_scc.py", None),
+        *("train_unimatch.py", "eval.py", None, None),
+    ]
+
+
 # --------------------------------------------------------------------------------------- rehearsals
 
 
@@ -287,8 +329,8 @@ def rehearsed_task(task, out, timeout=480, **values):
 
 def times(out: Path) -> dict[str, int]:
     """When what takes long was made."""
-    patterns = ("**/*.pth", "**/DTST_*/**/*.png")
-    files = [path for pattern in patterns for path in out.glob(pattern) if "_scc" not in str(path)]
+    patterns = ("**/*.pth", "**/metrics.json", "inputs/data/DTST_*/**/*.png")
+    files = [path for pattern in patterns for path in out.glob(pattern)]
     return {str(path.relative_to(out)): path.stat().st_mtime_ns for path in files}
 
 
@@ -327,11 +369,10 @@ def rehearse(task, out):
         out / "index.html", "validation IoU (%)", "mIoU", f"training_logs/{log}", "seco_scc.py"
     )
 
-    before, start = times(out), time.time()
+    before = times(out)
     again = rehearsed_task(task, out, PYTHONIOENCODING="latin-1")
     assert again.returncode == 0, again.stdout[-3000:] + again.stderr[-3000:]
     assert times(out) == before and len(before) > 10
-    assert time.time() - start < 90
 
 
 @pytest.fixture(scope="module")
