@@ -159,39 +159,23 @@ def other_train_ids(root):
     blocks(label_of(root).with_name(name), [0], HEIGHT, WIDTH)
 
 
-BROKEN = {
-    "missing image": (
-        lambda root: image_of(root).unlink(),
-        ["1 val images", "is the label of no image"],
-    ),
-    "missing label": (
-        lambda root: label_of(root).unlink(),
-        ["munster_000000_000019_leftImg8bit.png: has no label"],
-    ),
-    "one missing training label": (lambda root: label_of(root, "train").unlink(), ["has no label"]),
-    "label of another size": (
-        lambda root: blocks(label_of(root), range(34), 512, 1024),
-        ["is 1024x512, its image 2048x1024"],
-    ),
-    "small images": (
-        lambda root: image(image_of(root), 512, 1024),
-        ["is 1024x512, the official images are 2048x1024"],
-    ),
-    "RGB label": (lambda root: image(label_of(root), HEIGHT, WIDTH), ["this one is RGB"]),
-    "truncated label": (lambda root: truncate(label_of(root), -300), ["cannot be read"]),
-    "truncated image": (lambda root: truncate(image_of(root), -300), ["cannot be read"]),
-    "not an image": (lambda root: image_of(root).write_bytes(b"<html>"), ["cannot be read"]),
-    "unknown label ID": (
-        lambda root: blocks(label_of(root), [77], HEIGHT, WIDTH),
-        ["the value 77, which no official label ID has"],
-    ),
-    "train IDs of something else": (other_train_ids, ["differs from what"]),
-}
+BROKEN = [
+    (lambda root: image_of(root).unlink(), ["1 val images", "is the label of no image"]),
+    (lambda root: label_of(root).unlink(), ["munster_000000_000019_leftImg8bit.png: has no label"]),
+    (lambda root: label_of(root, "train").unlink(), ["has no label"]),
+    (lambda root: blocks(label_of(root), range(34), 512, 1024), ["is 1024x512, its image 2048x"]),
+    (lambda root: image(image_of(root), 512, 1024), ["is 1024x512, the official images are 2048x"]),
+    (lambda root: image(label_of(root), HEIGHT, WIDTH), ["this one is RGB"]),
+    (lambda root: truncate(label_of(root), -300), ["the label map cannot be read"]),
+    (lambda root: truncate(image_of(root), -300), ["the image cannot be read"]),
+    (lambda root: image_of(root).write_bytes(b"<html>"), ["the image cannot be read"]),
+    (lambda root: blocks(label_of(root), [77], HEIGHT, WIDTH), ["77, which no official label ID"]),
+    (other_train_ids, ["differs from what"]),
+]
 
 
-@pytest.mark.parametrize("case", BROKEN)
-def test_broken_cityscapes_is_told_in_one_line_each(cityscapes, capsys, case):
-    spoil, told = BROKEN[case]
+@pytest.mark.parametrize("spoil, told", BROKEN, ids=[told[0] for _, told in BROKEN])
+def test_broken_cityscapes_is_told_in_one_line_each(cityscapes, capsys, spoil, told):
     spoil(cityscapes)
     code, _, err = prepare(capsys, cityscapes)
     assert code == 2 and "Traceback" not in err and not (cityscapes / "lists").exists()
@@ -412,31 +396,24 @@ def edit(change):
     return lambda root: (root / "list.txt").write_bytes(change((root / "list.txt").read_bytes()))
 
 
-LISTS = {
-    "sound": (lambda root: None, ""),
-    "missing image": (lambda root: (root / "images/x.png").unlink(), "images/x.png: no such file"),
-    "missing label": (lambda root: (root / "pix/x.png").unlink(), "pix/x.png: no such file"),
-    "label of another size": (
-        lambda root: blocks(root / "pix/x.png", [0], 32, 32),
-        "32x32 pixels do not show the same as the 64x32",
-    ),
-    "label IDs": (
-        lambda root: blocks(root / "pix/x.png", [7, 26], 32, 64),
-        "look like label IDs",
-    ),
-    "RGB label": (lambda root: image(root / "pix/x.png", 32, 64), "this one is RGB"),
-    "truncated label": (lambda root: truncate(root / "pix/x.png", 60), "pix/x.png"),
-    "Windows line ends": (edit(lambda b: b.replace(b"\n", b"\r\n")), "Windows line ends"),
-    "blank line": (edit(lambda b: b.replace(b"\n", b"\n\n", 1)), "line 2: is blank"),
-    "three columns": (edit(lambda b: b.replace(b"\n", b" more\n", 1)), "line 1: 3 columns"),
-    "named twice": (edit(lambda b: b + b), "x.png is in line 1 already"),
-    "empty": (edit(lambda b: b""), "the list is empty"),
-}
+LISTS = [
+    (lambda root: None, ""),
+    (lambda root: (root / "images/x.png").unlink(), "images/x.png: no such file"),
+    (lambda root: (root / "pix/x.png").unlink(), "pix/x.png: no such file"),
+    (lambda root: blocks(root / "pix/x.png", [0], 32, 32), "do not show the same as the 64x32"),
+    (lambda root: blocks(root / "pix/x.png", [7, 26], 32, 64), "look like label IDs"),
+    (lambda root: image(root / "pix/x.png", 32, 64), "this one is RGB"),
+    (lambda root: truncate(root / "pix/x.png", 60), "pix/x.png"),
+    (edit(lambda b: b.replace(b"\n", b"\r\n")), "Windows line ends"),
+    (edit(lambda b: b.replace(b"\n", b"\n\n", 1)), "line 2: is blank"),
+    (edit(lambda b: b.replace(b"\n", b" more\n", 1)), "line 1: 3 columns"),
+    (edit(lambda b: b + b), "x.png is in line 1 already"),
+    (edit(lambda b: b""), "the list is empty"),
+]
 
 
-@pytest.mark.parametrize("case", LISTS)
-def test_broken_lists_are_told_in_one_line(listed, capsys, case):
-    spoil, told = LISTS[case]
+@pytest.mark.parametrize("spoil, told", LISTS, ids=[told or "sound" for _, told in LISTS])
+def test_a_list_is_sound_or_broken_in_one_line(listed, capsys, spoil, told):
     spoil(listed)
     code, out, err = run(
         capsys, "list", "--id-list-path", listed / "list.txt", "--root-path", listed
