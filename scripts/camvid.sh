@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # SeCo on real images, day → dusk on CamVid: the same stages, tables and pictures as scripts/toy.sh.
 #
-#   CAMVID_ROOT=/path/to/CamVid bash scripts/camvid.sh           reduced run on a CPU with the tiny SAM, about 12 minutes on 2 cores
-#   SAM_TYPE=vit_h CAMVID_ROOT=… bash scripts/camvid.sh            a real SAM (bash scripts/download.sh sam vit_h)
-#   RECIPE=paper, CONTROLS=1, SEEDS="0 1 2", OUT=…               as in scripts/toy.sh
+#   CAMVID_ROOT=/path/to/CamVid bash scripts/camvid.sh    reduced run on a CPU, the tiny SAM: about 12 minutes on 2 cores
+#   SAM_TYPE=vit_h CAMVID_ROOT=… bash scripts/camvid.sh     a real SAM (bash scripts/download.sh sam vit_h)
+#   RECIPE=paper, CONTROLS=1, SEEDS="0 1 2", OUT=…        as in scripts/toy.sh
 #
 # CAMVID_ROOT has {train,val}/ and {train,val}annot/ (and test/, testannot/) as SegNet's copy has them (default:
 # data/camvid, where bash scripts/download.sh camvid puts it; nothing is fetched here). Source: the day drives 0006R0 and

@@ -31,11 +31,12 @@ LABELED_FRACTION=0.25                         # the log fits 5250 unlabeled of 7
 CROP=769                                      # the log
 EVAL_MODE=original                            # the log
 GLOBAL_BATCH=4                                # the log: 4 GPUs x 1 labeled image
-ADAPT=(--backbone resnet101 --epochs 240 --lr 0.005 --lr-multi 1.0)   # the log
+ADAPT=(--backbone resnet101 --epochs 240 --lr 0.005 --lr-multi 1.0) # the log
 ready
 
 # 1. Train-ID labels, lists, and a check of every file.
-run "$PYTHON" -m scripts.prepare_data bdd --root-path "$DATA_ROOT" --out "$SPLITS" ${EXPECT[@]+"${EXPECT[@]}"}
+run "$PYTHON" -m scripts.prepare_data bdd --root-path "$DATA_ROOT" --out "$SPLITS" \
+    ${EXPECT[@]+"${EXPECT[@]}"}
 
 # 2. How good the start is: every pixel's prediction on the validation set, at the network's input size.
 if [ -n "$PROBABILITIES" ]; then

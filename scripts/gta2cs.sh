@@ -30,11 +30,12 @@ LABELED_FRACTION=0.375                        # the log implies 35 to 38 % label
 CROP=769                                      # the log; UniMatch's own Cityscapes configuration has 801
 EVAL_MODE=sliding_window                      # the log
 GLOBAL_BATCH=8                                # the log: 4 GPUs x 2 labeled images
-ADAPT=(--backbone resnet101 --epochs 240 --lr 0.005 --lr-multi 1.0)   # the log
+ADAPT=(--backbone resnet101 --epochs 240 --lr 0.005 --lr-multi 1.0) # the log
 ready
 
 # 1. Train-ID labels, lists, and a check of every file.
-run "$PYTHON" -m scripts.prepare_data cityscapes --class-num 19 --root-path "$DATA_ROOT" --out "$SPLITS" ${EXPECT[@]+"${EXPECT[@]}"}
+run "$PYTHON" -m scripts.prepare_data cityscapes --class-num 19 --root-path "$DATA_ROOT" --out "$SPLITS" \
+    ${EXPECT[@]+"${EXPECT[@]}"}
 
 # 2. How good the start is: every pixel's prediction on the validation set, at the network's input size.
 if [ -n "$PROBABILITIES" ]; then

@@ -152,6 +152,7 @@ def test_a_changed_option_reaches_the_table(finished, copied, tmp_path):
         found = [
             name for name in ("adapt_seco", "pix_tiny_scc", "pix_tiny", "pix") if name in error
         ]
+        assert found[0] not in removed, error
         removed.append(found[0])
         shutil.rmtree(copied / "seed0" / found[0])
     assert removed == ["pix", "pix_tiny", "pix_tiny_scc", "adapt_seco"]
