@@ -144,20 +144,16 @@ def test_class_weights_and_balanced_loss_equal_a_pixel_loop():
     logits = torch.randn(2, 4, 3, 5, generator=generator, requires_grad=True)
     labels = torch.randint(0, 4, (2, 3, 5), generator=generator)
     labels[0, 0] = 255
-    total = share = 0.0
+    log_softmax, total, share = logits.detach().log_softmax(dim=1), 0.0, 0.0
     for b, y, x in np.ndindex(2, 3, 5):
-        if labels[b, y, x] != 255:
-            weight = float(weights[labels[b, y, x]])
-            total += weight * -float(
-                logits[b, :, y, x].detach().log_softmax(dim=0)[labels[b, y, x]]
-            )
-            share += weight
-    assert float(balanced_cross_entropy(logits, labels, weights).detach()) == pytest.approx(
-        total / share, rel=1e-5
-    )
+        if (label := labels[b, y, x]) != 255:
+            total -= float(weights[label] * log_softmax[b, label, y, x])
+            share += float(weights[label])
+    loss = balanced_cross_entropy(logits, labels, weights)
+    assert loss.item() == pytest.approx(total / share, rel=1e-5)
     nothing = balanced_cross_entropy(logits, torch.full_like(labels, 255), weights)
     nothing.backward()
-    assert nothing == 0 and torch.equal(logits.grad, torch.zeros_like(logits))
+    assert nothing == 0 and not logits.grad.any()
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.6])
@@ -200,19 +196,17 @@ def test_cutmix_targets_equal_a_pixel_loop():
 
 
 def test_loss_groups_are_the_authors_processes():
-    assert (
-        loss_group(8, 4, 8) == loss_group(8, 4, 4) == loss_group(8, 4, 2) == 2
-    )  # 1, 2 and 4 processes, two samples each
+    """Of 1, 2 and 4 processes two samples each; eight processes cannot count together."""
+    assert [loss_group(8, 4, batch) for batch in (8, 4, 2, 1)] == [2, 2, 2, 1]
     assert loss_group(4, 4, 4) == 1  # the BDD run
-    assert loss_group(8, 4, 1) == 1  # eight processes cannot count together
 
 
 @pytest.mark.parametrize("processes, groups", [(4, 4), (8, 8)])
 def test_the_loss_groups_that_are_told_are_those_used(capsys, processes, groups):
-    lists = ["--labeled-id-path", "l", "--unlabeled-id-path", "u", "--save-path", "s"]
-    args, batch = train_unimatch.parse_args([*lists, "--device", "cpu"]), 8 // processes
+    args, cpu = small_trainer(8, loss_groups=4).args, torch.device("cpu")
+    batch = 8 // processes
     group = loss_group(8, args.loss_groups, batch)
-    train_unimatch.announce(args, processes, batch, 1, 8 // group, torch.device("cpu"))
+    train_unimatch.announce(args, processes, batch, 1, 8 // group, cpu)
     said = capsys.readouterr().out
     assert f"losses are normalised in {groups} groups" in said
     assert ("warning: 8 groups, not 4" in said) == (groups == 8)
@@ -239,10 +233,7 @@ def test_losses_and_gradients_equal_the_literal_iteration(group, conf_thresh):
     groups and a threshold.
     """
     batch, factors = random_batch(3, 64, 19, seed=1), flat_factors(0, 3)
-    one, other = (
-        small_trainer(group=group, conf_thresh=conf_thresh),
-        small_trainer(group=group, conf_thresh=conf_thresh),
-    )
+    one, other = (small_trainer(group=group, conf_thresh=conf_thresh) for _ in range(2))
     loss, values, _ = one.unimatch_losses(batch, factors)
     loss.backward()
     plain = plain_losses(other.model, batch, factors, other.args, group)
@@ -250,17 +241,13 @@ def test_losses_and_gradients_equal_the_literal_iteration(group, conf_thresh):
     assert values.keys() == {*plain, "mask_ratio"}
     for name in plain:
         assert values[name].item() == pytest.approx(plain[name].item(), rel=1e-5), name
-    assert (
-        values["mask_ratio"].item() == 1
-        if conf_thresh == 0
-        else 0 < values["mask_ratio"].item() < 1
-    )
+    kept = values["mask_ratio"].item()
+    assert 0 < kept <= 1 and (kept == 1) == (conf_thresh == 0)
     for (name, a), b in zip(one.model.named_parameters(), other.model.parameters()):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-5, msg=name)
+    # the same images went through batch norm
     for (name, a), b in zip(one.model.named_buffers(), other.model.buffers()):
-        torch.testing.assert_close(
-            a, b, rtol=1e-4, atol=1e-5, msg=name
-        )  # the same images went through batch norm
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)
 
 
 def test_crops_without_a_label_and_of_padding_alone_stay_finite():
@@ -286,9 +273,8 @@ def test_optimizer_is_unimatchs_or_adamw_at_the_same_rates():
     trainer = small_trainer(lr_multi=10)
     backbone, rest = trainer.optimizer.param_groups
     assert len(backbone["params"]) + len(rest["params"]) == len(list(trainer.model.parameters()))
-    assert {id(p) for p in backbone["params"]} == {
-        id(p) for p in trainer.model.backbone.parameters()
-    }
+    ids = {id(p) for p in trainer.model.backbone.parameters()}
+    assert {id(p) for p in backbone["params"]} == ids
     assert (backbone["lr"], rest["lr"]) == (0.005, 0.05)
     for group in (backbone, rest):
         assert (group["momentum"], group["weight_decay"], group["nesterov"]) == (0.9, 1e-4, False)
@@ -307,29 +293,27 @@ def data(tmp_path_factory):
     """
     root, random = tmp_path_factory.mktemp("unimatch"), np.random.default_rng(0)
 
+    def noise(most, shape):
+        values = random.integers(0, most, (9, 14, *shape), dtype=np.uint8)
+        return values.repeat(8, axis=0).repeat(8, axis=1)
+
     def image(name):
         path = root / "images" / f"{name}.png"
         path.parent.mkdir(exist_ok=True)
-        Image.fromarray(
-            np.kron(
-                random.integers(0, 256, (9, 14, 3), dtype=np.uint8), np.ones((8, 8, 1), np.uint8)
-            )
-        ).save(path)
+        Image.fromarray(noise(256, (3,))).save(path)
         return f"images/{name}.png"
 
     def label(folder, name):
-        values = np.kron(random.integers(0, 19, (9, 14), dtype=np.uint8), np.ones((8, 8), np.uint8))
+        values = noise(19, ())
         values[:8] = 255
         write_label(root / folder / f"{name}.png", values, CITYSCAPES_19.palette)
         return f"{folder}/{name}.png"
 
-    write_list(
-        root / "labeled.txt", [(image(f"x{i}"), label("corrected", f"x{i}")) for i in range(4)]
-    )
+    labeled = [(image(f"x{i}"), label("corrected", f"x{i}")) for i in range(4)]
+    validation = [(image(f"v{i}"), label("ground_truth", f"v{i}")) for i in range(2)]
+    write_list(root / "labeled.txt", labeled)
     write_list(root / "unlabeled.txt", [(image(f"u{i}"),) for i in range(7)])
-    write_list(
-        root / "val.txt", [(image(f"v{i}"), label("ground_truth", f"v{i}")) for i in range(2)]
-    )
+    write_list(root / "val.txt", validation)
     return root
 
 
