@@ -196,7 +196,6 @@ def make_split(options: Options, rows: list[tuple[str, str]], classes: ClassSet,
     write_list(out / LISTS[1], [(rows[i][0],) for i in rest])
     without = int((~pixels.any(axis=1)).sum())
     return {
-        "list": str(source),
         "trust": "SCC" if trusted else "none, labels not seen by SCC",
         "images": {"labeled": len(labeled), "unlabeled": len(rest), "without_labels": without},
         "sha256": {name: sha256(out / name) for name in LISTS},

@@ -12,48 +12,33 @@ from util.run import UserError
 SMALL = {("source", "train"): 3, ("target", "train"): 3, ("target", "val"): 2}
 
 
-def digest(scene) -> str:
-    return hashlib.sha256(
-        scene.image.tobytes() + scene.label.tobytes() + scene.segment.tobytes()
-    ).hexdigest()[:16]
-
-
-@pytest.mark.parametrize(
-    "style, expected",
-    [
-        ("source", "eac8b2d9b3dc18c6"),
-        ("target", "e919804331eb637f"),
-        ("random", "feab66f634d50b6e"),
-    ],
-)
-def test_pinned_pixels(style, expected):
-    assert digest(draw_scene(7, style)) == expected
-
-
-@pytest.mark.parametrize(
-    "style, expected",
-    [
-        ("source", "d3c571a234c4e351"),
-        ("target", "8736c40af51a88ed"),
-        ("random", "f5177de500d2d4fc"),
-    ],
-)
-def test_pinned_pixels_of_small_scenes(style, expected):
-    """Twelve of each style, so that every kind of object is in one of them."""
+def digest(scenes) -> str:
     whole = hashlib.sha256()
-    for seed in range(12):
-        scene = draw_scene(seed, style, 96, 192)
+    for scene in scenes:
         whole.update(scene.image.tobytes() + scene.label.tobytes() + scene.segment.tobytes())
-    assert whole.hexdigest()[:16] == expected
+    return whole.hexdigest()[:16]
+
+
+@pytest.mark.parametrize(
+    "style, one, small",
+    [
+        ("source", "eac8b2d9b3dc18c6", "d3c571a234c4e351"),
+        ("target", "e919804331eb637f", "8736c40af51a88ed"),
+        ("random", "feab66f634d50b6e", "f5177de500d2d4fc"),
+    ],
+)
+def test_pinned_pixels(style, one, small):
+    """One scene, and twelve small ones, so that every kind of object is in one of them."""
+    assert digest([draw_scene(7, style)]) == one
+    assert digest(draw_scene(seed, style, 96, 192) for seed in range(12)) == small
 
 
 def test_all_classes_occur_with_a_long_tail():
     for style in ("source", "target"):
         pixels, images = np.zeros(19), np.zeros(19)
         for index in range(60):
-            counts = np.bincount(
-                draw_scene(scene_seed(0, "val", index), style).label.ravel(), minlength=19
-            )
+            label = draw_scene(scene_seed(0, "val", index), style).label
+            counts = np.bincount(label.ravel(), minlength=19)
             assert counts.size == 19
             pixels, images = pixels + counts, images + (counts > 0)
         assert (images > 0).all()
@@ -98,9 +83,8 @@ def test_seeds_never_coincide():
 def test_data_set(tmp_path):
     folder = make_toy(tmp_path, 1, SMALL)
     rows = read_list(folder / "lists" / "target_val.txt")
-    assert np.array_equal(
-        read_label(tmp_path / rows[1][1], 19), draw_scene(scene_seed(1, "val", 1), "target").label
-    )
+    label = draw_scene(scene_seed(1, "val", 1), "target").label
+    assert np.array_equal(read_label(tmp_path / rows[1][1], 19), label)
     # Nothing that trains on the target gets to see where its ground truth is.
     assert all(len(row) == 1 for row in read_list(folder / "lists" / "target_train.txt", 1))
 
