@@ -109,6 +109,7 @@ CBST_STEP = 4  # CBST ranks every fourth pixel of a class (its released code)
 PANEL_WIDTH = 512  # pixels, of the pictures in overview.png
 
 InputSide = Annotated[int, Bounds(least=32), "W H"]
+Probabilities = Callable[[str], np.ndarray]  # of an image of the list
 
 # ------------------------------------------------------------------------------------- DT-ST: top p
 
@@ -266,25 +267,14 @@ def resized_nearest(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 # -------------------------------------------------------------------- where probabilities come from
 
 
-@dataclass(frozen=True)
-class Source:
-    """A model's probabilities. files: what they depend on, {image: path}. grids: {image: (height,
-    width)} of the grid on which its pixels are ranked. read: path → float32 K x H x W.
-    """
+def load_source(
+    options: Options, images: list[str], device
+) -> tuple[dict[str, Path], dict[str, tuple[int, int]], Probabilities]:
+    """The network of --checkpoint or the arrays of --probabilities, one for every image.
 
-    files: dict[str, Path]
-    grids: dict[str, tuple[int, int]]
-    read: Callable[[Path], np.ndarray]
-
-    def probabilities(self, image: str) -> np.ndarray:
-        """float32 K x height x width of the image's grid."""
-        return resized_nearest(self.read(self.files[image]), self.grids[image])
-
-
-def load_source(options: Options, images: list[str], device) -> Source:
-    """The network of --checkpoint or the arrays of --probabilities, with a fitting one for every
-    image. A grid is every `pixel_step`-th pixel of the image in each direction, or all of a smaller
-    array.
+    Returns the files that it reads, {image: path}; the (height, width) of the grid on which each
+    image's pixels are ranked: every `pixel_step`-th in each direction, or all of a smaller array;
+    and what gives the probabilities of an image on it, float32 K x height x width.
     """
     root, class_num = options.root_path, options.class_num
     if options.checkpoint:
@@ -306,7 +296,7 @@ def load_source(options: Options, images: list[str], device) -> Source:
     read = partial(read_probabilities, class_num=class_num)
     if options.checkpoint:
         read = network_reader(options, device)
-    return Source(files, grids, read)
+    return files, grids, lambda image: resized_nearest(read(files[image]), grids[image])
 
 
 def network_reader(options: Options, device) -> Callable[[Path], np.ndarray]:
@@ -407,10 +397,10 @@ def stored(folder: Path, label: str, *names: str, stage: str = "ranked") -> list
         return [content[name] for name in names]
 
 
-def check_disk(folder: Path, rows, source: Source, bytes_a_pixel: int) -> None:
+def check_disk(folder: Path, rows, grids: dict, bytes_a_pixel: int) -> None:
     """The confidences of every image that has none yet must fit."""
     rows = [row for row in rows if not stored_path(folder, row[1]).exists()]
-    need = bytes_a_pixel * sum(math.prod(source.grids[image]) for image, _ in rows)
+    need = bytes_a_pixel * sum(math.prod(grids[image]) for image, _ in rows)
     free = shutil.disk_usage(folder).free
     if need > free:
         raise UserError(
@@ -502,18 +492,18 @@ def write_labels(
 
 
 def make_labels(
-    rows, folder: Path, source: Source, options: Options, classes: ClassSet, device
+    rows, folder: Path, probabilities: Probabilities, options: Options, classes: ClassSet, device
 ) -> None:
     """All stages; every process of torchrun takes its share of the model's work. run.json tells
     what this and the starts that were stopped have cost.
     """
 
     def ranked(image: str) -> dict[str, np.ndarray]:
-        prediction, confidence = prediction_and_confidence(source.probabilities(image))
+        prediction, confidence = prediction_and_confidence(probabilities(image))
         return {"prediction": prediction, "confidence": confidence}
 
     def weighed(image: str) -> dict[str, np.ndarray]:
-        return {"label": cbst_label(source.probabilities(image), thresholds)}
+        return {"label": cbst_label(probabilities(image), thresholds)}
 
     record, first = folder / "run.json", process_rank()[0] == 0
     earlier = read_json(record)["cost"]["seconds"] if first and record.exists() else 0
@@ -597,8 +587,8 @@ def main(argv: list[str] | None = None) -> None:
     rows, device = label_rows(options), select_device(options.device)
     images, labels = zip(*rows)
     root, folder = options.root_path, options.root_path / options.exp
-    source = load_source(options, images, device)
-    inputs = {"list": options.id_list_path} | source.files
+    files, grids, probabilities = load_source(options, images, device)
+    inputs = {"list": options.id_list_path} | files
     if options.checkpoint:
         inputs["checkpoint"] = options.checkpoint
     check_writable(options.out_list.parent)
@@ -610,16 +600,17 @@ def main(argv: list[str] | None = None) -> None:
             waiting = [stored_path(folder, label) for label in labels]
             begun = any(path.exists() for path in made + waiting) or holds_pictures(folder)
             out.accept(options.settings, inputs, begun)
-            check_disk(folder, rows, source, 6 if options.rule == "cbst" else 5)
+            check_disk(folder, rows, grids, 6 if options.rule == "cbst" else 5)
             for parent in {path.parent for path in made}:
                 remove_leftovers(parent)
-            if not begun:
+            if not begun:  # what a failed run has left
                 (folder / "run.json").unlink(missing_ok=True)
+                shutil.rmtree(folder / ".confidence", ignore_errors=True)
         wait_for_all()  # nothing is made before process 0 has accepted the settings
         finished = summary_path.exists() and all((root / label).exists() for label in labels)
         wait_for_all()
         if not finished:
-            make_labels(rows, folder, source, options, classes, device)
+            make_labels(rows, folder, probabilities, options, classes, device)
         if rank > 0:
             return
         write_list(options.out_list, rows)
