@@ -400,7 +400,7 @@ def test_probabilities_of_another_model_without_scc(rehearsed, tmp_path):
         np.save(arrays / f"{image}.npy", scores)
     result = rehearsed_task("gta2bdd", out, PROBABILITIES=arrays, USE_SCC=0)
     assert result.returncode == 2 and result.stderr.splitlines()[-1].startswith("error: ")
-    assert f"{out}/inputs/data/DTST_bdd: holds" in result.stderr  # labels of the checkpoint
+    assert f"error: {out}/inputs/data/DTST_bdd: " in result.stderr  # labels of the checkpoint
     shutil.rmtree(out / "adapt")
     result = rehearsed_task("gta2bdd", out, PROBABILITIES=arrays, USE_SCC=0, EXP="arrays")
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
