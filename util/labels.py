@@ -226,15 +226,13 @@ def check_label_values(label: np.ndarray, class_num: int, path: str | Path) -> N
     present[IGNORE] = 0
     wrong = np.flatnonzero(present[class_num:]) + class_num
     if wrong.size:
-        hint = (
-            "; these look like label IDs, make train IDs with scripts/prepare_data.py"
-            if class_num == 19
-            else ""
-        )
-        raise UserError(
+        told = (
             f"{path}: holds the value {wrong[0]}, but with {class_num} classes train IDs are "
-            f"0 to {class_num - 1} and 255 for no label{hint}"
+            f"0 to {class_num - 1} and 255 for no label"
         )
+        if class_num == 19:
+            told += "; these look like label IDs, make train IDs with scripts/prepare_data.py"
+        raise UserError(told)
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
@@ -270,9 +268,8 @@ def write_label(
 ) -> None:
     """Write a uint8 H x W label map as a palette PNG, atomically. IGNORE is shown black."""
     image = Image.fromarray(np.ascontiguousarray(label, dtype=np.uint8))
-    image.putpalette(
-        [channel for colour in palette for channel in colour] + [0] * (768 - 3 * len(palette))
-    )
+    channels = [channel for colour in palette for channel in colour]
+    image.putpalette(channels + [0] * (768 - len(channels)))
     with atomic_path(path) as temporary:
         image.save(temporary, format="PNG")
 
@@ -427,11 +424,8 @@ def check_classes(pixels: np.ndarray, class_num: int, list_path: str | Path) -> 
             " second class"
         )
     if absent.size and process_rank()[0] == 0:
-        which = ", ".join(map(str, absent))
-        print(
-            f"note: {list_path}: no label has a pixel of class {which} (255 means no label)",
-            file=sys.stderr,
-        )
+        lacking = f"no label has a pixel of class {', '.join(map(str, absent))}"
+        print(f"note: {list_path}: {lacking} (255 means no label)", file=sys.stderr)
 
 
 def renamed_experiment(label_path: str, suffix: str) -> str:
