@@ -53,8 +53,9 @@ from util.labels import (
     check_files,
     check_pairs,
     check_same_shape,
-    class_set,
+    chosen_classes,
     image_size,
+    label_folder,
     read_image,
     read_label,
     read_list,
@@ -436,8 +437,11 @@ def files_read(args: Options, rows, label_of_image: dict[str, str | Path]) -> di
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    classes, root = class_set(args.class_num, args.stuff, args.things), args.root_path
-    rows, label_of_image = read_list(args.id_list_path), {}
+    root, rows, label_of_image = args.root_path, read_list(args.id_list_path), {}
+    beside = args.checkpoint.parent if args.checkpoint else args.labels
+    if beside.is_file():
+        beside = label_folder(root, read_list(beside))
+    classes = chosen_classes(args, beside)
     if args.labels:
         check_files(root, [truth for _, truth in rows], args.id_list_path)
         label_of_image = label_of_images(args.labels, rows, args.id_list_path, root)

@@ -22,8 +22,7 @@ Output:  <root>/<exp>_<sam type>/…, the same paths with the aggregated labels,
         --root-path data/cityscapes --class-num 19 --amp bf16
     # other classes, here CamVid's in the folder of scripts/camvid.sh
     python seco_sam.py --id-list-path runs/camvid_release/seed0/splits/pix/all.txt \\
-        --root-path runs/camvid_release/seed0 --class-num 11 --stuff 0 1 3 4 5 7 \\
-        --things 2 6 8 9 10 --sam-type vit_b
+        --root-path runs/camvid_release/seed0 --classes splits/camvid/classes.txt --sam-type vit_b
 
 The same command goes on where it was stopped; images that are done are skipped and stay in the
 list. From Python, for one image:
@@ -72,11 +71,13 @@ from util.labels import (
     IGNORE,
     ClassSet,
     check_pairs,
-    class_set,
+    chosen_classes,
+    label_folder,
     read_label,
     read_list,
     read_picture,
     renamed_experiment,
+    write_classes,
     write_label,
     write_list,
 )
@@ -600,11 +601,24 @@ def parse_args(argv: list[str] | None = None) -> Options:
     return options
 
 
+def tell_classes_without_kind(classes: ClassSet) -> None:
+    """Name, on stderr, the classes that are neither stuff nor things, which PSA does not label."""
+    neither = set(range(classes.count)).difference(classes.stuff, classes.things)
+    if neither and process_rank()[0] == 0:
+        names = ", ".join(classes.names[c] for c in sorted(neither))
+        print(
+            f"warning: {names}: neither stuff nor things, so all pixels of it lose their label; add"
+            " each to --stuff or --things",
+            file=sys.stderr,
+        )
+
+
 def main(argv: list[str] | None = None) -> None:
     options = parse_args(argv)
-    classes = class_set(options.class_num, options.stuff, options.things)
     rows = read_list(options.id_list_path)[: options.limit]
     root, suffix = options.root_path, options.suffix
+    classes = chosen_classes(options, label_folder(root, rows))
+    tell_classes_without_kind(classes)
     places = places_of(rows, options.id_list_path, root, suffix, options.limit, options.vis)
     device = select_device(options.device)
     if options.amp == "none":
@@ -631,6 +645,7 @@ def main(argv: list[str] | None = None) -> None:
     with Outputs(places.out) as out:
         # Every process: the first one notes the settings before it writes a label.
         out.accept(settings, begun=places.begun(rows))
+        write_classes(out.folder, classes)
         todo = rows_to_do(rows, places)
         done = [row for row in rows[process_rank()[0] :: process_rank()[1]] if row not in todo]
         earlier = sum(read_json(places.record(row))["total_seconds"] for row in done)

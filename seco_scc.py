@@ -84,11 +84,13 @@ from util.labels import (
     ClassSet,
     check_files,
     check_pairs,
-    class_set,
+    chosen_classes,
     holds_pictures,
+    label_folder,
     read_list,
     renamed_experiment,
     renamed_list,
+    write_classes,
     write_label,
     write_list,
 )
@@ -620,8 +622,8 @@ def prepare(
 
 def main(argv: list[str] | None = None) -> None:
     options = parse_args(argv)
-    classes = class_set(options.class_num, options.stuff, options.things)
     root, rows = options.root_path, read_list(options.id_list_path)
+    classes = chosen_classes(options, label_folder(root, rows))
     truth = read_ground_truth(options.gt, rows) if options.gt else None
     suffix = RECIPES[options.recipe].suffix
     folder = output_folder(options, rows, suffix)
@@ -634,6 +636,7 @@ def main(argv: list[str] | None = None) -> None:
         if rank == 0:
             labels = [root / renamed_experiment(label, suffix) for _, label in rows]
             prepare(options, out, labels, rows, truth)
+            write_classes(folder, classes)
         wait_for_all()
         data = Data(root, rows, read_index(folder, classes.count), classes.count, options)
         if rank == 0:

@@ -70,7 +70,7 @@ from model.training import (
     set_precision,
     to_device,
 )
-from util.labels import ClassSet, class_set
+from util.labels import ClassSet, chosen_classes, label_folder, read_list, write_classes
 from util.options import (
     Bounds,
     ClassOptions,
@@ -549,7 +549,8 @@ def named_files(args: Options) -> dict[str, Path]:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    classes = class_set(args.class_num, args.stuff, args.things)
+    beside = label_folder(args.root_path, read_list(args.labeled_id_path))
+    classes = chosen_classes(args, beside)
     batch = batch_per_process(args.global_batch, args.batch_per_process, process_rank()[1])
     if args.supervised and batch == 1:
         raise UserError(
@@ -571,6 +572,7 @@ def main(argv: list[str] | None = None) -> None:
             inputs = named_files(args) | lists.files(args.root_path)
             out.accept(settings_of(args), inputs, begun)
             remove_leftovers(args.save_path)
+            write_classes(args.save_path, classes)
         with process_group(device):
             adapt(args, classes, lists, model, device)
 

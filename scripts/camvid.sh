@@ -53,7 +53,7 @@ fi
 
 AMP=(--amp none)
 if grep -qs avx512_bf16 /proc/cpuinfo; then AMP=(--amp bf16); fi # half the time; without it bf16 is slower
-CLASSES=(--class-num 11 --stuff 0 1 3 4 5 7 --things 2 6 8 9 10)
+CLASSES=(--classes splits/camvid/classes.txt)
 NETWORK=(--backbone resnet10 --stem torchvision --crop-size 225 --scales 0.75 1.5 --class-balance 0.4 --loss-groups 1
          --channels-last --workers 0 --pictures-every 0 "${AMP[@]}")
 SOURCE=("${NETWORK[@]}" --epochs 30 --global-batch 8 --optimizer adamw --lr 0.004 --photometric)

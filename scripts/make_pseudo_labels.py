@@ -57,11 +57,12 @@ from util.labels import (
     ClassSet,
     check_files,
     check_same_shape,
-    class_set,
+    chosen_classes,
     holds_pictures,
     image_size,
     read_image,
     read_list,
+    write_classes,
     write_label,
     write_list,
 )
@@ -583,7 +584,7 @@ def parse_args(argv: list[str] | None = None) -> Options:
 
 def main(argv: list[str] | None = None) -> None:
     options = parse_args(argv)
-    classes = class_set(options.class_num, options.stuff, options.things)
+    classes = chosen_classes(options, options.checkpoint and options.checkpoint.parent)
     rows, device = label_rows(options), select_device(options.device)
     images, labels = zip(*rows)
     root, folder = options.root_path, options.root_path / options.exp
@@ -600,6 +601,7 @@ def main(argv: list[str] | None = None) -> None:
             waiting = [stored_path(folder, label) for label in labels]
             begun = any(path.exists() for path in made + waiting) or holds_pictures(folder)
             out.accept(options.settings, inputs, begun)
+            write_classes(folder, classes)
             check_disk(folder, rows, grids, 6 if options.rule == "cbst" else 5)
             for parent in {path.parent for path in made}:
                 remove_leftovers(parent)

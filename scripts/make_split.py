@@ -37,7 +37,8 @@ from util.labels import (
     ClassSet,
     check_classes,
     check_files,
-    class_set,
+    chosen_classes,
+    label_folder,
     pixels_of_values,
     read_label,
     read_list,
@@ -209,8 +210,8 @@ def make_split(options: Options, rows: list[tuple[str, str]], classes: ClassSet,
 
 def main(argv: list[str] | None = None) -> None:
     options = parse_args(argv)
-    classes = class_set(options.class_num, options.stuff, options.things)
     root, rows = options.root_path, read_list(options.id_list_path)
+    classes = chosen_classes(options, label_folder(root, rows))
     out = options.out or options.id_list_path.parent
     check_input(options, rows, out)
     record, table = out / "split.json", trust_path(root, rows)

@@ -56,7 +56,6 @@ import numpy as np
 
 from scripts.lib.layouts import OFFICIAL, Official, few, files_by_name
 from util.labels import (
-    CAMVID_11,
     CITYSCAPES_19,
     IDS_16_IN_19,
     IGNORE,
@@ -65,8 +64,9 @@ from util.labels import (
     check_classes,
     check_label_values,
     check_same_shape,
-    class_set,
+    chosen_classes,
     pixels_of_values,
+    read_classes,
     read_image,
     read_label,
     read_list,
@@ -115,12 +115,13 @@ def cityscapes(name: str, classes: ClassSet, label_ids: Sequence[int]) -> DataSe
     return DataSet(**vars(OFFICIAL[name]), classes=classes, table=table, size=(1024, 2048))
 
 
+CAMVID = read_classes(Path(__file__).resolve().parents[1] / "splits/camvid/classes.txt")
 CAMVID_TABLE = value_table(range(11), void=(11, IGNORE))
 DATA_SETS = {
     "cityscapes": cityscapes("cityscapes", CITYSCAPES_19, LABEL_IDS_OF_19),
     "cityscapes_16": cityscapes("cityscapes_16", SYNTHIA_16, LABEL_IDS_OF_16),
     "bdd": DataSet(**vars(OFFICIAL["bdd"]), classes=CITYSCAPES_19, size=(720, 1280)),
-    "camvid": DataSet(**vars(OFFICIAL["camvid"]), classes=CAMVID_11, table=CAMVID_TABLE),
+    "camvid": DataSet(**vars(OFFICIAL["camvid"]), classes=CAMVID, table=CAMVID_TABLE),
 }
 
 
@@ -439,7 +440,7 @@ def main(argv: list[str] | None = None) -> None:
     if options.data != "list":
         prepare(options)
         return
-    classes = class_set(options.class_num, options.stuff, options.things)
+    classes = chosen_classes(options)
     check_list(options.id_list_path, options.root_path, classes)
 
 

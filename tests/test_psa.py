@@ -30,9 +30,9 @@ from model.segmenter import ProposalSettings
 from tests.oracle_psa import components, entropy_at, oracle_psa, paper_prompt, release_prompt
 from util.connectivity import connectivities
 from util.labels import (
-    CAMVID_11,
     CITYSCAPES_19,
     IGNORE,
+    read_classes,
     read_image,
     read_label,
     write_label,
@@ -68,6 +68,7 @@ def scene(seed: int, height: int = 96, width: int = 192) -> tuple[np.ndarray, np
 
 # Few points keep the tests short; looser thresholds give proposals that overlap. `slow` compares at
 # the official settings.
+CAMVID_11 = read_classes(ROOT / "splits/camvid/classes.txt")
 FEW = ProposalSettings(points_per_side=6, predicted_iou=0.6, stability=0.8)
 FEW_OFFICIAL = dict(
     points_per_side=6, pred_iou_thresh=0.6, stability_score_thresh=0.8, box_nms_thresh=0.7

@@ -94,26 +94,14 @@ SYNTHIA_16 = ClassSet(
 # mIoU* of the SYNTHIA papers: the 16 without wall, fence and pole.
 IDS_13_IN_16 = (0, 1, 2, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)
 
-# CamVid's 11 classes in the order of its common label images, in colours of Cityscapes' classes.
-# Stuff: what fills areas without countable objects.
-_CAMVID = "sky building pole road pavement tree sign fence car pedestrian bicyclist"
-_CAMVID_COLOURS = (10, 2, 5, 0, 1, 8, 7, 4, 13, 11, 18)
-CAMVID_11 = ClassSet(
-    names=tuple(_CAMVID.split()),
-    palette=tuple(CITYSCAPES_19.palette[i] for i in _CAMVID_COLOURS),
-    stuff=(0, 1, 3, 4, 5, 7),
-    things=(2, 6, 8, 9, 10),
-)
-
 
 def class_set(
     class_num: int, stuff: list[int] | None = None, things: list[int] | None = None
 ) -> ClassSet:
     """The class set for `class_num` classes.
 
-    19 and 16 are known. CamVid's 11 are recognised by their stuff and things being given as
-    CAMVID_11's. Any other number needs both `stuff` and `things`, disjoint lists of train IDs in 0
-    .. class_num - 1 which need not cover all.
+    19 and 16 are known. Any other number needs both `stuff` and `things`, disjoint lists of train
+    IDs in 0 .. class_num - 1 which need not cover all.
     """
     if class_num < 1 or class_num > 255:
         raise UserError(f"--class-num {class_num}: give a number of classes from 1 to 255")
@@ -122,7 +110,7 @@ def class_set(
         if known is None:
             raise UserError(
                 f"--class-num {class_num}: stuff and things are known for 16 and 19 classes only; "
-                "give the train IDs of both with --stuff and --things"
+                "give --classes FILE, or the train IDs of both with --stuff and --things"
             )
         return known
     if stuff is None or things is None:
@@ -142,11 +130,94 @@ def class_set(
             f"class {min(both)} is in --stuff and in --things; a class is one of the two"
         )
     stuff, things = tuple(sorted(set(stuff))), tuple(sorted(set(things)))
-    camvid = class_num == 11 and (stuff, things) == (CAMVID_11.stuff, CAMVID_11.things)
-    if known := CAMVID_11 if camvid else known:
+    if known:
         return replace(known, stuff=stuff, things=things)
     names = tuple(f"class {i}" for i in range(class_num))
     return ClassSet(names, generated_palette(class_num), stuff, things)
+
+
+def read_classes(path: str | Path) -> ClassSet:
+    """The class set of a file: one class a line in the order of the train IDs, its name, `stuff`,
+    `thing` or `neither` and, if wanted, its colour: `traffic sign thing 220,220,0`. `#` begins a
+    comment.
+    """
+    names, kinds, palette, lines = [], [], [], _lines_of(path, "classes")
+    generated = generated_palette(len(lines))
+    for number, words in lines:
+        where = f"{path}, line {number}"
+        colour = words.pop() if "," in words[-1] else None
+        kind = words.pop().rstrip("s") if len(words) > 1 else ""
+        if kind not in ("stuff", "thing", "neither"):
+            raise UserError(
+                f"{where}: give a name, `stuff` or `thing` and a colour: `sky stuff 70,130,180`"
+            )
+        if (name := " ".join(words)) in names:
+            raise UserError(f"{where}: the class {name} has a line already")
+        rgb = generated[len(names)]
+        if colour:
+            rgb = tuple(int(part) if part.isdecimal() else 256 for part in colour.split(","))
+            if len(rgb) != 3 or max(rgb) > 255:
+                raise UserError(f"{where}: {colour} is no colour; give red,green,blue, 0 to 255")
+        names.append(name), kinds.append(kind), palette.append(rgb)
+    ids = lambda wanted: tuple(i for i, kind in enumerate(kinds) if kind == wanted)  # noqa: E731
+    return ClassSet(tuple(names), tuple(palette), ids("stuff"), ids("thing"))
+
+
+def _lines_of(path: str | Path, what: str) -> list[tuple[int, list[str]]]:
+    """(number, words) of the lines of a text file that are neither empty nor a comment."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: the file of {what} cannot be read ({error})") from None
+    lines = [(n, line.split("#")[0].split()) for n, line in enumerate(text.splitlines(), start=1)]
+    if not any(words for _, words in lines):
+        raise UserError(f"{path}: names no {what}")
+    return [(number, words) for number, words in lines if words]
+
+
+def write_classes(folder: Path, classes: ClassSet) -> None:
+    """classes.txt beside labels or a network, which `chosen_classes` finds."""
+    lines = []
+    for i, (name, colour) in enumerate(zip(classes.names, classes.palette)):
+        kind = "stuff" if i in classes.stuff else "thing" if i in classes.things else "neither"
+        lines.append(f"{name} {kind} {','.join(map(str, colour))}\n")
+    with atomic_path(folder / "classes.txt") as temporary:
+        temporary.write_text("".join(lines), encoding="utf-8")
+
+
+def label_folder(root: Path, rows: list[tuple[str, str]]) -> Path:
+    """The folder of the experiment whose labels a list names."""
+    return root / rows[0][1].partition("/")[0]
+
+
+def chosen_classes(options, beside: Path | None = None) -> ClassSet:
+    """The class set that the options (util.options.ClassOptions) name, else that of classes.txt in
+    the folder `beside`, else Cityscapes' 19. options.class_num is set to its number of classes.
+
+    UserError if the options name another number of classes than classes.txt. Names and colours are
+    its own where the options have none.
+    """
+    found = beside and (beside / "classes.txt")
+    found = read_classes(found) if found and found.is_file() else None
+    named = options.given.intersection(("class_num", "stuff", "things"))
+    if options.classes:
+        if named:
+            option = f"--{sorted(named)[0].replace('_', '-')}"
+            raise UserError(f"--classes {options.classes}: says all of the classes; drop {option}")
+        classes = read_classes(options.classes)
+    elif named or not found:
+        classes = class_set(options.class_num, options.stuff, options.things)
+        if found and found.count == classes.count:
+            classes = replace(classes, names=found.names, palette=found.palette)
+    else:
+        classes = found
+    if found and found.count != classes.count:
+        raise UserError(
+            f"{beside}: has labels of {found.count} classes (its classes.txt), but"
+            f" {classes.count} are asked for; leave out the options of the classes"
+        )
+    options.class_num = classes.count
+    return classes
 
 
 def generated_palette(count: int) -> tuple[tuple[int, int, int], ...]:

@@ -20,7 +20,7 @@ import ast
 import inspect
 import math
 import textwrap
-from argparse import ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
+from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from types import NoneType, UnionType
@@ -89,8 +89,11 @@ class ListOptions:
 class ClassOptions:
     """classes"""
 
+    classes: File | None = None
+    "the classes: a line for each with its name, stuff or thing, and colour, as `sky stuff"
+    "70,130,180` (default: classes.txt beside what is read, else --class-num)"
     class_num: Setting[Annotated[int, "K"]] = 19
-    "number of classes; 19 (Cityscapes) and 16 (SYNTHIA) need nothing more"
+    "instead: number of classes; 19 (Cityscapes) and 16 (SYNTHIA) need nothing more"
     stuff: Annotated[list[int], "ID"] | None = None
     "train IDs of stuff, for other class sets"
     things: Annotated[list[int], "ID"] | None = None
@@ -114,7 +117,9 @@ class RunOptions(DeviceOptions):
 
 
 def parse_options(kind: type[T], description: str, argv: list[str] | None = None) -> T:
-    """An instance of a class of options from the command line, its bounds and device checked."""
+    """An instance of a class of options from the command line, its bounds and device checked. Its
+    attribute `given` has the names of those that were given.
+    """
     parser = ArgumentParser(description=description, formatter_class=RawDescriptionHelpFormatter)
     hints = get_type_hints(kind, include_extras=True)
     defaults = {field.name: field.default for field in fields(kind)}
@@ -123,7 +128,9 @@ def parse_options(kind: type[T], description: str, argv: list[str] | None = None
             group = parser.add_argument_group((part.__doc__ or "").rstrip("."))
             for name, text in texts.items():
                 add_option(group, name, hints[name], defaults[name], text)
-    options = kind(**vars(parser.parse_args(argv)))
+    given = vars(parser.parse_args(argv))
+    options = kind(**given)
+    options.given = frozenset(given)
     for name, hint in hints.items():
         for bounds in (mark for mark in taken_apart(hint)[1] if isinstance(mark, Bounds)):
             bounds.check(name, getattr(options, name))
@@ -176,7 +183,7 @@ def add_option(group, name: str, hint, default, text: str) -> None:
             metavar = tuple(metavar.split()) if metavar and " " in metavar else metavar
         how |= {"type": plain, "metavar": metavar or name.rpartition("_")[2].upper()}
     if default is not MISSING:
-        how["default"] = default
+        how["default"] = SUPPRESS
     elif ARGUMENT not in marks:
         how["required"] = True
     if default not in (MISSING, None) and plain is not bool:

@@ -337,7 +337,11 @@ def manifest(
     changed = _output(*git, "status", "--porcelain", "--untracked-files=no")
     return {
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "options": {k: path_from_here(v) if isinstance(v, Path) else v for k, v in options.items()},
+        "options": {
+            name: path_from_here(value) if isinstance(value, Path) else value
+            for name, value in options.items()
+            if name != "given"
+        },
         "versions": {"python": platform.python_version(), **package_versions()},
         "git": {
             "commit": _output(*git, "rev-parse", "HEAD"),

@@ -48,7 +48,14 @@ from model.sam import build_sam
 from model.sam_fast import mask_logits, two_way_transformer
 from model.sam_tiny import TINY_CHECKPOINT, TINY_PE_FREQUENCIES, build_sam_tiny
 from util.connectivity import connectivities
-from util.labels import CITYSCAPES_19, check_pairs, class_set, read_label, read_list, read_picture
+from util.labels import (
+    CITYSCAPES_19,
+    check_pairs,
+    read_classes,
+    read_label,
+    read_list,
+    read_picture,
+)
 from util.options import Argument, Folder, parse_options
 from util.outputs import Outputs, atomic_path, read_json, write_json
 from util.run import UserError, manifest, progress, run_main, tune_cpu
@@ -60,7 +67,8 @@ WEIGHTS = {
     "drawings": TINY_CHECKPOINT,
     "photographs": TINY_CHECKPOINT.with_name("sam_tiny_photo.pth"),
 }
-CAMVID, CAMVID_CLASSES = ROOT / "splits/camvid", class_set(11, (0, 1, 3, 4, 5, 7), (2, 6, 8, 9, 10))
+CAMVID = ROOT / "splits/camvid"
+CAMVID_CLASSES = read_classes(CAMVID / "classes.txt")
 
 SEED = 0
 SIZE, PHOTO_SIZE = (192, 384), (288, 384)  # (height, width) of drawings and windows, pixels

@@ -28,7 +28,7 @@ from scripts.lib.report import LABEL_FIGURES, label_table
 from scripts.lib.run_folder import label_lists, seeds_in, truth_list
 from seco_scc import corrected_label
 from util.charts import line_chart, save_chart
-from util.labels import class_set, read_label, read_list
+from util.labels import chosen_classes, read_label, read_list
 from util.options import Argument, ClassOptions, Folder, parse_options
 from util.outputs import write_json
 from util.run import UserError, run_main
@@ -95,7 +95,7 @@ def sweep(seeds: list[Path], class_num: int) -> dict:
 
 def main(argv=None) -> None:
     options = parse_options(Options, __doc__, argv)
-    classes = class_set(options.class_num, options.stuff, options.things)
+    classes = chosen_classes(options)
     seeds = [folder for folder in seeds_in(options.run) if "scc_paper" in label_lists(folder)]
     if not seeds:
         raise UserError(

@@ -30,7 +30,7 @@ from scripts.lib.run_folder import (
     truth_list,
 )
 from util.charts import bar_chart, line_chart, save_chart
-from util.labels import ClassSet, class_set, read_image, read_label, read_list
+from util.labels import ClassSet, chosen_classes, read_image, read_label, read_list
 from util.options import Argument, ClassOptions, CountFrom0, Folder, parse_options
 from util.outputs import atomic_path, made_before, made_from, read_json, write_json
 from util.pictures import colour_label, contact_sheet, save_picture
@@ -238,7 +238,7 @@ def reported_seeds(run: Path) -> tuple[list[Path], set[str], list[int]]:
 
 def main(argv: list[str] | None = None) -> None:
     options = parse_options(Options, __doc__, argv)
-    run, classes = options.run, class_set(options.class_num, options.stuff, options.things)
+    run, classes = options.run, chosen_classes(options)
     seeds, old, unfinished = reported_seeds(run)
     if old:
         print(f"left out, from inputs that have changed since: {', '.join(sorted(old))}")
