@@ -63,7 +63,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dataset.psa import Places, Row, image_record, panel, places_of, summarise
+from dataset.psa import Places, Row, image_record, panel, places_of, rows_to_do, write_summary
 from model.sam import files_digest, load_segmenter, output_name
 from model.segmenter import ProposalMask, Segmenter, load_proposals, save_proposals
 from util.connectivity import Connectivity, connectivities
@@ -72,14 +72,13 @@ from util.labels import (
     ClassSet,
     check_pairs,
     chosen_classes,
+    ground_truth_of,
     label_folder,
     read_label,
     read_list,
     read_picture,
-    renamed_experiment,
     write_classes,
     write_label,
-    write_list,
 )
 from util.options import (
     ClassOptions,
@@ -87,6 +86,7 @@ from util.options import (
     CountFrom0,
     DeviceOptions,
     Folder,
+    List,
     ListOptions,
     Setting,
     one_of,
@@ -104,7 +104,6 @@ from util.run import (
     run_main,
     select_device,
     tune_cpu,
-    wait_for,
 )
 
 READ_AHEAD = 2  # images that are read, and saved, while the device works
@@ -516,34 +515,6 @@ def proposals_name(image: np.ndarray) -> str:
     return f"{hashlib.sha256(image.tobytes()).hexdigest()[:32]}_{width}x{height}.npz"
 
 
-def rows_to_do(rows: list[Row], places: Places) -> list[Row]:
-    """This process's rows whose results are not there yet."""
-    rank, world = process_rank()
-    rows = rows[rank::world]
-    with ThreadPoolExecutor() as pool:
-        done = pool.map(places.is_done, rows)
-        done = list(progress(done, "looking for earlier results", len(rows), quiet=rank > 0))
-    if any(done) and rank == 0:
-        print(f"{sum(done)} of {len(rows)} images are done already")
-    return [row for row, there in zip(rows, done) if not there]
-
-
-def write_summary(rows: list[Row], classes: ClassSet, places: Places, record: dict) -> None:
-    """The list of results and its summary with `record`, when all processes have made their
-    part.
-    """
-    made = [path for row in rows for path in (places.record(row), places.label(row))]
-    wait_for(made, "the other processes")
-    write_list(places.list_path, [(r[0], renamed_experiment(r[1], places.suffix)) for r in rows])
-    summary = summarise([read_json(places.record(row)) for row in rows], classes)
-    write_json(places.summary, summary | record)
-    print(
-        f"{len(rows)} images: {summary['coverage_before']:.1f} % of the pixels labeled before,"
-        f" {summary['coverage_after']:.1f} % after; {summary['proposals_per_image']:.0f}"
-        f" proposals an image\nlabels: {places.out}\nlist: {places.list_path}"
-    )
-
-
 # --------------------------------------------------------------------------------------------- main
 
 
@@ -577,6 +548,9 @@ class Options(ListOptions, ClassOptions, DeviceOptions):
     "only the first N images; their list is called <name>_first<N>.txt"
     vis: CountFrom0 = 0
     "pictures of the first N images"
+    gt: List | None = None
+    "list `<image path> <ground-truth path>`: adds the accuracy before and after to the summary,"
+    "changes nothing else"
 
     @property
     def only(self) -> str | None:
@@ -628,6 +602,9 @@ def main(argv: list[str] | None = None) -> None:
     sam = load_segmenter(options.sam_type, weights, device, options.prompt_batch, bf16)
     sam_name, sam_digest = output_name(options.sam_type), files_digest(sam.files)
     check_pairs(root, rows, options.id_list_path, classes.count)
+    if options.gt:
+        truth = ground_truth_of(options.gt, rows)
+        check_pairs(root, [(image, truth[image]) for image, _ in rows], options.gt, classes.count)
     check_writable(places.list_path.parent)
     proposals = options.proposal_cache
     if proposals:
@@ -658,7 +635,7 @@ def main(argv: list[str] | None = None) -> None:
             }
             if not todo and places.summary.is_file():  # nothing was made
                 record = {name: read_json(places.summary)[name] for name in record}
-            write_summary(rows, classes, places, record)
+            write_summary(rows, classes, places, options.gt, options.sam_type, record)
 
 
 if __name__ == "__main__":

@@ -85,6 +85,7 @@ from util.labels import (
     check_files,
     check_pairs,
     chosen_classes,
+    ground_truth_of,
     holds_pictures,
     label_folder,
     read_list,
@@ -574,18 +575,6 @@ def settings_of_scores(options: Options) -> dict:
     return settings
 
 
-def read_ground_truth(path: Path, rows: list[tuple[str, str]]) -> dict[str, str]:
-    """{image path: ground-truth path} of --gt, which must name every image of the list."""
-    truth = dict(read_list(path))
-    for image, _ in rows:
-        if image not in truth:
-            raise UserError(
-                f"{path}: names no ground truth for {image}; --gt needs every image of"
-                " --id-list-path"
-            )
-    return truth
-
-
 def prepare(
     options: Options, out: Outputs, labels: list[Path], rows: list, truth: dict[str, str] | None
 ) -> None:
@@ -624,7 +613,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parse_args(argv)
     root, rows = options.root_path, read_list(options.id_list_path)
     classes = chosen_classes(options, label_folder(root, rows))
-    truth = read_ground_truth(options.gt, rows) if options.gt else None
+    truth = ground_truth_of(options.gt, rows) if options.gt else None
     suffix = RECIPES[options.recipe].suffix
     folder = output_folder(options, rows, suffix)
     list_path = renamed_list(options.id_list_path, rows[0][1], suffix)

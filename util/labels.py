@@ -391,6 +391,18 @@ def read_list(path: str | Path, columns: int | tuple[int, ...] = 2) -> list[tupl
     return rows
 
 
+def ground_truth_of(path: Path, rows: list[tuple[str, str]]) -> dict[str, str]:
+    """{image path: ground-truth path} of a list --gt, which must name every image of `rows`."""
+    truth = dict(read_list(path))
+    for image, _ in rows:
+        if image not in truth:
+            raise UserError(
+                f"{path}: names no ground truth for {image}; --gt needs every image of"
+                " --id-list-path"
+            )
+    return truth
+
+
 def write_list(path: str | Path, rows: list[tuple[str, ...]]) -> None:
     with atomic_path(path) as temporary:
         temporary.write_text("".join(" ".join(row) + "\n" for row in rows), encoding="utf-8")
