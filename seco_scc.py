@@ -41,6 +41,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -137,6 +138,7 @@ from util.run import (
 )
 
 SAVE_SECONDS = 60  # between checkpoints of the training (ours)
+RECENT = 20  # iterations whose mean loss is told at the end
 
 
 @dataclass
@@ -336,6 +338,7 @@ def train(data: Data, out: Path, device: torch.device) -> None:
     recipe, amp = RECIPES[options.recipe], options.amp == "bf16"
     batches = recipe.batches(data, done)
     total, saved = EPOCHS * batches_per_epoch(data), time.monotonic()
+    recent = deque(maxlen=RECENT)
     bar = progress(batches, "SCC training", options.iterations, "it", initial=done)
     for t, batch in enumerate(bar, start=done + 1):
         for group, lr in zip(optimizer.param_groups, base):
@@ -348,13 +351,15 @@ def train(data: Data, out: Path, device: torch.device) -> None:
                 f"--lr {options.lr}: SCC's loss is not finite at iteration {t}; give a smaller one"
             )
         optimizer.step()
+        recent.append(loss)
         if t % 20 == 0:
             bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
         if time.monotonic() - saved > SAVE_SECONDS:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             save_state(stopped, **state, iteration=t)
             saved = time.monotonic()
-    save_state(out / "checkpoint.pth", model=model.state_dict(), iteration=options.iterations)
+    last = {"iteration": options.iterations, "loss": sum(recent) / max(len(recent), 1)}
+    save_state(out / "checkpoint.pth", model=model.state_dict(), **last)
     stopped.unlink(missing_ok=True)
 
 
@@ -442,10 +447,19 @@ def write_labels(job: Correction, verdicts: Verdicts) -> None:
 def report(job: Correction, verdicts: Verdicts) -> None:
     """The report, and what it says in short."""
     folder, shown = job.out / "report", job.data.options.vis
-    figures = write_report(folder, job.data, verdicts, job.classes, job.truth, shown)
+    state = torch.load(job.out / "checkpoint.pth", map_location="cpu", weights_only=True)
+    loss = state.get("loss")
+    figures = write_report(folder, job.data, verdicts, job.classes, job.truth, shown, loss)
     write_json(folder / "report.json", figures)
     if figures["note"]:
         print(f"note: {figures['note']}")
+    told = (
+        f"of its labels the classifier gives {figures['accuracy on its labels']:.1f} % their class"
+    )
+    told += f" (the largest class is {figures['largest class']:.1f} % of them, chance"
+    print(f"{told} {100 / job.classes.count:.1f} %)")
+    for warning in figures["warnings"]:
+        print(f"warning: {warning}", file=sys.stderr)
     print(
         f"{figures['kept']} connectivities kept, {figures['corrected']} corrected,"
         f" {figures['dropped']} dropped; {figures['coverage_before']:.1f} % of the pixels labeled"

@@ -22,18 +22,33 @@ from util.pictures import colour_label, contact_sheet, hatch, heat, overlay, sav
 
 DECISIONS = {"kept": CYCLE[0], "corrected": CYCLE[1], "dropped": CYCLE[6]}
 THUMBNAIL = (96, 96)  # pixels
+# Percent over the largest class's share that a classifier must have right of its labels, or it has
+# learned nothing.
+LEARNED = 5.0
 EXAMPLES = 4  # most and least trusted connectivities shown of a class
 MIN_THUMBNAIL_AREA = 40  # pixels; smaller connectivities show nothing
 
 
 def write_report(
-    folder: Path, data, verdicts, classes: ClassSet, gt_rows: dict[str, str] | None, images: int
+    folder: Path,
+    data,
+    verdicts,
+    classes: ClassSet,
+    gt_rows: dict[str, str] | None,
+    images: int,
+    loss: float | None,
 ) -> dict:
     """Write the pictures and index.html into `folder`; return the figures of report.json.
 
-    gt_rows: {image path: ground-truth path} or None. images: how many are shown as panels.
+    Args:
+        folder: where the report goes.
+        data, verdicts: what was judged, and how.
+        classes: of the labels.
+        gt_rows: {image path: ground-truth path} or None.
+        images: how many are shown as panels.
+        loss: of the classifier's last iterations, if it is known.
     """
-    report = figures(data, verdicts, classes)
+    report = figures(data, verdicts, classes) | health(data, verdicts, classes, loss)
     if gt_rows is not None:  # the only ground truth that is ever opened
         report["ground_truth"] = compare_with_ground_truth(data, verdicts, gt_rows)
     charts = {
@@ -52,8 +67,10 @@ def write_report(
     rows = [
         (name.replace("_", " "), f"{value:.2f}" if isinstance(value, float) else value)
         for name, value in {**report, **report.get("ground_truth", {})}.items()
-        if value is not None and not isinstance(value, dict)
+        if value is not None and not isinstance(value, (dict, list))
     ]
+    rows += [("classes that lose all their pixels", ", ".join(report["lost classes"]) or "none")]
+    rows += [("warning", text) for text in report["warnings"]]
     figures_shown = [(f"{name}.png", title) for name, (title, _) in {**charts, **pictures}.items()]
     parts = [{"rows": rows}, {"figures": figures_shown}]
     write_page(folder / "index.html", f"SCC: {data.options.recipe} recipe", parts)
@@ -122,6 +139,35 @@ def figures(data, verdicts, classes: ClassSet) -> dict:
             }
         ),
         "per_class": per_class,
+    }
+
+
+def health(data, verdicts, classes: ClassSet, loss: float | None) -> dict:
+    """Whether the classifier has learned anything, as the labels alone tell.
+
+    In percent: the share of the judged connectivities whose label it predicts, beside that of their
+    largest class. The loss of its last iterations, beside that of chance, ln K. The classes that
+    lose all their pixels.
+    """
+    labels, final = data.index["class_id"], verdicts.final
+    judged = labels[data.judged]
+    right = 100 * float(np.mean(verdicts.predicted[data.judged] == judged))
+    largest = 100 * float(np.bincount(judged).max() / len(judged))
+    lost = [n for c, n in enumerate(classes.names) if c in labels and c not in final]
+    warnings = []
+    if right < largest + LEARNED:
+        warnings.append(
+            f"the classifier has not learned: of its labels it gives {right:.1f} % their class, and"
+            f" the largest class alone is {largest:.1f} %; more --iterations, ImageNet weights"
+            " (--backbone-weights imagenet) or a larger --min-area help"
+        )
+    return {
+        "accuracy on its labels": right,
+        "largest class": largest,
+        "last loss": loss,
+        "loss of chance": float(np.log(classes.count)),
+        "lost classes": lost,
+        "warnings": warnings,
     }
 
 
