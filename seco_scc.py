@@ -453,11 +453,13 @@ def report(job: Correction, verdicts: Verdicts) -> None:
     write_json(folder / "report.json", figures)
     if figures["note"]:
         print(f"note: {figures['note']}")
-    told = (
-        f"of its labels the classifier gives {figures['accuracy on its labels']:.1f} % their class"
+    right, largest = figures["accuracy on its labels"], figures["largest class"]
+    print(
+        f"the classifier gives {right:.1f} % of the labels their class; the largest class is"
+        f" {largest:.1f} % of them, chance {100 / job.classes.count:.1f} %"
     )
-    told += f" (the largest class is {figures['largest class']:.1f} % of them, chance"
-    print(f"{told} {100 / job.classes.count:.1f} %)")
+    if figures["lost classes"]:
+        print(f"note: all pixels of these are dropped: {', '.join(figures['lost classes'])}")
     for warning in figures["warnings"]:
         print(f"warning: {warning}", file=sys.stderr)
     print(
