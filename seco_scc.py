@@ -64,7 +64,7 @@ from dataset.scc import (
     remove_scores,
     score_path,
 )
-from dataset.scc_report import write_connectivities, write_report
+from dataset.scc_report import in_short, write_connectivities, write_report
 from model.resnet import BLOCKS, STEMS, load_backbone
 from model.scc import (
     EPOCHS,
@@ -451,23 +451,12 @@ def report(job: Correction, verdicts: Verdicts) -> None:
     loss = state.get("loss")
     figures = write_report(folder, job.data, verdicts, job.classes, job.truth, shown, loss)
     write_json(folder / "report.json", figures)
-    if figures["note"]:
-        print(f"note: {figures['note']}")
-    right, largest = figures["accuracy on its labels"], figures["largest class"]
-    print(
-        f"the classifier gives {right:.1f} % of the labels their class; the largest class is"
-        f" {largest:.1f} % of them, chance {100 / job.classes.count:.1f} %"
-    )
-    if figures["lost classes"]:
-        print(f"note: all pixels of these are dropped: {', '.join(figures['lost classes'])}")
+    for line in in_short(figures, job.classes.count):
+        print(line)
     for warning in figures["warnings"]:
         print(f"warning: {warning}", file=sys.stderr)
-    print(
-        f"{figures['kept']} connectivities kept, {figures['corrected']} corrected,"
-        f" {figures['dropped']} dropped; {figures['coverage_before']:.1f} % of the pixels labeled"
-        f" before, {figures['coverage_after']:.1f} % after\nlabels: {job.out}\nlist:"
-        f" {job.list_path}\nreport: {folder / 'index.html'}"
-    )
+    page = folder / "index.html"
+    print(f"labels: {job.out}\nlist: {job.list_path}\nreport: {page}")
 
 
 def decided_by(job: Correction) -> tuple[dict, dict[str, Path]]:

@@ -171,6 +171,23 @@ def health(data, verdicts, classes: ClassSet, loss: float | None) -> dict:
     }
 
 
+def in_short(figures: dict, class_num: int) -> list[str]:
+    """What the figures of a report say, in lines for the terminal."""
+    right, largest = figures["accuracy on its labels"], figures["largest class"]
+    lost = ", ".join(figures["lost classes"])
+    lines = [
+        f"note: {figures['note']}",
+        f"the classifier gives {right:.1f} % of the labels their class; the largest class is"
+        f" {largest:.1f} % of them, chance {100 / class_num:.1f} %",
+        f"note: all pixels of these classes are dropped: {lost}",
+        f"{figures['kept']} connectivities kept, {figures['corrected']} corrected,"
+        f" {figures['dropped']} dropped; {figures['coverage_before']:.1f} % of the pixels labeled"
+        f" before, {figures['coverage_after']:.1f} % after",
+    ]
+    there = (figures["note"], True, lost, True)
+    return [line for line, is_there in zip(lines, there) if is_there]
+
+
 def label_size(data, image: int) -> int:
     with Image.open(data.root / data.rows[image][1]) as label:
         return label.width * label.height
