@@ -328,17 +328,18 @@ def train(data: Data, out: Path, device: torch.device) -> None:
     load_backbone(model.backbone, options.backbone_weights)
     optimizer = make_optimizer(model, options.lr)
     base, done = [group["lr"] for group in optimizer.param_groups], 0
+    recent = deque(maxlen=RECENT)
     if stopped.is_file():
         state = torch.load(stopped, map_location="cpu", weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         done = state["iteration"]
+        recent.extend(state.get("losses", ()))
         print(f"training goes on at iteration {done}")
     model.train()
     recipe, amp = RECIPES[options.recipe], options.amp == "bf16"
     batches = recipe.batches(data, done)
     total, saved = EPOCHS * batches_per_epoch(data), time.monotonic()
-    recent = deque(maxlen=RECENT)
     bar = progress(batches, "SCC training", options.iterations, "it", initial=done)
     for t, batch in enumerate(bar, start=done + 1):
         for group, lr in zip(optimizer.param_groups, base):
@@ -356,7 +357,7 @@ def train(data: Data, out: Path, device: torch.device) -> None:
             bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
         if time.monotonic() - saved > SAVE_SECONDS:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            save_state(stopped, **state, iteration=t)
+            save_state(stopped, **state, iteration=t, losses=list(recent))
             saved = time.monotonic()
     last = {"iteration": options.iterations, "loss": sum(recent) / max(len(recent), 1)}
     save_state(out / "checkpoint.pth", model=model.state_dict(), **last)
