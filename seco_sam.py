@@ -523,8 +523,8 @@ class Options(ListOptions, ClassOptions, DeviceOptions):
     """PSA"""
 
     sam_type: str = "vit_h"
-    "vit_h, vit_l, vit_b, vit_t (MobileSAM), tiny, or a model of transformers: its name on the"
-    "Hugging Face Hub or a local folder; see model/README.md"
+    "vit_h, vit_l, vit_b, vit_t (MobileSAM), tiny (for drawn scenes), tiny_photo, or a model of"
+    "transformers: its name on the Hugging Face Hub or a local folder; see model/README.md"
     sam_checkpoint: str | None = None
     "its weights: a file, or a folder for a model of transformers (default: pretrained/<official"
     "name>; tiny: the file shipped here)"

@@ -271,7 +271,7 @@ def doubts(summary: dict, sam_type: str) -> list[str]:
         found.append(f"fewer than {MIN_PROPOSALS} proposals an image")
     remedy = "look at some pictures (--vis 8) and try another --sam-type, as vit_h"
     if sam_type == "tiny":
-        remedy += "; tiny has seen drawn scenes alone"
+        remedy += "; tiny is for drawn scenes, tiny_photo has seen photographs"
     return [f"{text}: the segmenter may not suit these images; {remedy}" for text in found]
 
 

@@ -38,7 +38,8 @@ WEIGHTS = {
     "vit_l": Path("pretrained/sam_vit_l_0b3195.pth"),
     "vit_b": Path("pretrained/sam_vit_b_01ec64.pth"),
     "vit_t": Path("pretrained/mobile_sam.pt"),
-    "tiny": TINY_CHECKPOINT,
+    "tiny": TINY_CHECKPOINT,  # has seen drawn scenes
+    "tiny_photo": TINY_CHECKPOINT.with_name("sam_tiny_photo.pth"),  # has seen photographs too
 }
 # Where the published weights are (README of segment-anything and of MobileSAM).
 OFFICIAL_URL = "https://dl.fbaipublicfiles.com/segment_anything/"
@@ -91,7 +92,9 @@ def read_checkpoint(path: Path, sam_type: str) -> dict:
         place = WEIGHTS[sam_type]
         address = (MOBILE_URL if sam_type == "vit_t" else OFFICIAL_URL) + place.name
         remedy = f"download them from {address} to {place}, or name another file of them"
-        if sam_type == "tiny":
+        if sam_type in ("vit_h", "vit_l", "vit_b"):
+            remedy = f"bash scripts/download.sh sam {sam_type} fetches them, or name another file"
+        if sam_type in ("tiny", "tiny_photo"):
             remedy = f"restore model/{place.name}, or train with scripts/dev/sam_tiny.py"
         raise UserError(f"{path}: no such file of the weights of --sam-type {sam_type}; {remedy}")
     if path.name in [WEIGHTS[name].name for name in ("vit_h", "vit_l", "vit_b")]:
@@ -109,7 +112,7 @@ def read_checkpoint(path: Path, sam_type: str) -> dict:
             f"give a SAM weight file of --sam-type {sam_type}"
         )
     found = checkpoint_type(state)
-    if found != sam_type:
+    if found != sam_type.removesuffix("_photo"):
         remedy = f"give --sam-type {found}" if found else "give a SAM weight file"
         raise UserError(
             f"{path}: weights of {found or 'an unknown model'}, not of --sam-type {sam_type};"
@@ -122,7 +125,7 @@ def sam_builder(sam_type: str) -> Callable[[], Sam]:
     """What makes a `Sam` of one of WEIGHTS with random weights. UserError where its package is
     absent.
     """
-    if sam_type == "tiny":
+    if sam_type in ("tiny", "tiny_photo"):
         return build_sam_tiny
     if sam_type != "vit_t":
         return sam_model_registry[sam_type]

@@ -234,13 +234,24 @@ def summarise(args, state, iterations: int, seconds: list[float], device) -> Non
         "seconds_per_iteration": statistics.median(seconds) if seconds else None,
         "peak_memory": peak_memory_mb(device),
     }
+    confident = None
+    if "mask_ratio" in state.sums:
+        confident = 100 * state.sums["mask_ratio"] / (iterations // args.epochs)
+    record["above_conf_thresh"] = confident
     write_json(args.save_path / "summary.json", record)
+    if confident is not None:
+        print(
+            f"in the last epoch {confident:.1f} % of the unlabeled pixels had a confidence of"
+            f" --conf-thresh {args.conf_thresh:g} or more"
+        )
     if m:
         print(
             f"mIoU ({args.eval_mode}): last {m['last']:.2f}, mean of the last"
             f" {min(20, m['evaluations'])} evaluations {m['last_mean']:.2f}, best {m['best']:.2f}"
             f" (epoch {m['best_epoch']})"
         )
+    elif not args.val_id_path:
+        print("no --val-id-path: no mIoU was measured, and no best.pth is kept")
     print(f"{args.save_path / 'latest.pth'}: trained for {iterations} iterations")
 
 

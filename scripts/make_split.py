@@ -195,10 +195,11 @@ def make_split(options: Options, rows: list[tuple[str, str]], classes: ClassSet,
     rest = ranking[~np.isin(ranking, labeled)]
     write_list(out / LISTS[0], [rows[i] for i in labeled])
     write_list(out / LISTS[1], [(rows[i][0],) for i in rest])
-    without = int((~pixels.any(axis=1)).sum())
+    without = [rows[i][0] for i in np.flatnonzero(~pixels.any(axis=1))]
     return {
         "trust": "SCC" if trusted else "none, labels not seen by SCC",
-        "images": {"labeled": len(labeled), "unlabeled": len(rest), "without_labels": without},
+        "images": {"labeled": len(labeled), "unlabeled": len(rest)},
+        "images_without_labels": without,
         "sha256": {name: sha256(out / name) for name in LISTS},
         "reliability": {
             "labeled": float(reliability[labeled].mean()),
@@ -224,8 +225,12 @@ def main(argv: list[str] | None = None) -> None:
         split["manifest"] = manifest(vars(options), {"list": options.id_list_path})
         write_json(record, {**split, "made_from": made_from(settings, inputs)})
     images = split["images"]
-    if without := images["without_labels"]:
-        print(f"note: {without} images without a labeled pixel are among the unlabeled ones")
+    if without := split["images_without_labels"]:
+        count, first = len(without), without[0]
+        print(f"note: {count} images without a labeled pixel are unlabeled, first {first}")
+    for name, counts in split["classes"].items():
+        if not counts["labeled_images"]:
+            print(f"note: no labeled image shows {name} ({counts['images']} images do in all)")
     print(
         f"{images['labeled']} labeled and {images['unlabeled']} unlabeled images: {out / LISTS[0]},"
         f" {out / LISTS[1]}"

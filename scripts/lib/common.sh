@@ -39,7 +39,7 @@ numbers() { # numbers NAME LEAST MOST: the variable has whole numbers in this ra
 }
 
 sam_type() { # SAM_TYPE is a type that model/README.md lists: a short name, a name of the Hub or a folder
-    case "$SAM_TYPE" in */*) ;; *) one_of SAM_TYPE tiny vit_t vit_b vit_l vit_h ;; esac
+    case "$SAM_TYPE" in */*) ;; *) one_of SAM_TYPE tiny tiny_photo vit_t vit_b vit_l vit_h ;; esac
 }
 
 sam_name() { # sam_name TYPE: what it is called in the names of outputs, as model/sam.py's output_name
@@ -51,6 +51,7 @@ sam_name() { # sam_name TYPE: what it is called in the names of outputs, as mode
 sam_file() { # sam_file TYPE: where its weights are, if no other place is named: as the official files are called
     case "$1" in
         tiny) echo model/sam_tiny.pth ;;
+        tiny_photo) echo model/sam_tiny_photo.pth ;;
         vit_h) echo pretrained/sam_vit_h_4b8939.pth ;;
         vit_l) echo pretrained/sam_vit_l_0b3195.pth ;;
         vit_b) echo pretrained/sam_vit_b_01ec64.pth ;;

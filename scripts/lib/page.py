@@ -20,11 +20,15 @@ from urllib.parse import quote
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # for `python scripts/lib/NAME.py`
 
-from scripts.lib.report import cost_table, markdown_table
+from eval import labels_in_folder
+from scripts.lib.health import health
+from scripts.lib.report import cost_table, markdown_table, on_their_way, spread
 from scripts.lib.run_folder import manifest_of, seeds_in, stage_costs, stage_folders
+from util.labels import read_classes, read_list
 from util.options import Argument, Folder, parse_options
 from util.outputs import atomic_path, read_json
 from util.page import write_page
+from util.pictures import save_picture
 from util.run import UserError, run_main
 
 CAPTIONS = {  # of the pictures, in the order in which they are shown
@@ -104,30 +108,52 @@ def task_results(run: Path) -> str:
         for name in ("before", "after")
         if (run / f"eval_{name}" / "metrics.json").is_file()
     }
-    if not found:
+    if not found and not (run / "adapt/summary.json").is_file():
         raise UserError(
-            f"{run}: holds no results.md and no eval_after/metrics.json; finish the run"
+            f"{run}: holds no results.md, no eval_after/metrics.json and no finished adapt/; finish"
+            " the run"
         )
 
     def shown(value):
         return "–" if value is None else f"{value:.2f}"
 
-    rows = [["mIoU", *(shown(metrics["miou"]) for metrics in found.values())]]
-    for name in next(iter(found.values()))["iou"]:
-        rows.append([name, *(shown(metrics["iou"][name]) for metrics in found.values())])
-    return (
-        "### Validation IoU (%)\n\n"
-        + markdown_table(["class", *found], rows)
-        + "\n### Cost of each stage\n\n"
-        + cost_table(stage_costs([run]))
-    )
+    text = ""
+    if found:
+        rows = [["mIoU", *(shown(metrics["miou"]) for metrics in found.values())]]
+        for name in next(iter(found.values()))["iou"]:
+            rows.append([name, *(shown(metrics["iou"][name]) for metrics in found.values())])
+        text = "### Validation IoU (%)\n\n" + markdown_table(["class", *found], rows) + "\n"
+    rows, warnings = health(stage_folders(run))
+    if rows:
+        text += "### The labels, as they tell of themselves\n\n"
+        text += "".join(f"Warning: {warning}.\n\n" for warning in warnings)
+        text += markdown_table(["stage", "what", "figure"], rows) + "\n"
+    return text + "### Cost of each stage\n\n" + cost_table(stage_costs([run]))
+
+
+def draw_task(run: Path, count: int = 4) -> None:
+    """pictures/side_by_side.png of a task: a few images, their labels at each stage, predictions."""
+    folders, classes = stage_folders(run), run / "adapt/classes.txt"
+    options = manifest_of(run / "adapt").get("options", {})
+    if not classes.is_file() or not (run / "adapt/latest.pth").is_file():
+        return
+    lists = [options[f"{name}_id_path"] for name in ("labeled", "unlabeled")]
+    images = [row[0] for path in lists if path for row in read_list(path, (1, 2))]
+    images = spread(images, count)
+    titles = {"pixel": "starting labels", "psa": "PSA", "scc": "SCC"}
+    maps = {t: labels_in_folder(folders[s], images) for s, t in titles.items() if s in folders}
+    maps = {title: found for title, found in maps.items() if len(found) == len(images)}
+    models, root = {"prediction": run / "adapt/latest.pth"}, Path(options["root_path"])
+    sheet = on_their_way(root, images, maps, models, read_classes(classes))
+    save_picture(run / "pictures/side_by_side.png", sheet)
 
 
 def page_of(run: Path) -> Path:
     """Write <run>/index.html; returns its path."""
-    if not (run / "results.md").is_file() or (run / "eval_after").is_dir():
+    if not (run / "results.md").is_file() or (run / "adapt").is_dir():
         with atomic_path(run / "results.md") as temporary:
             temporary.write_text(task_results(run), encoding="utf-8")
+        draw_task(run)
     folders = folders_of(run)
     manifests = {name: manifest_of(folder) for name, folder in folders.items()}
     manifests = {name: manifest for name, manifest in manifests.items() if manifest}

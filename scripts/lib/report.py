@@ -18,6 +18,8 @@ from pathlib import Path
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # for `python scripts/lib/NAME.py`
 
+from PIL import Image
+
 from scripts.lib.run_folder import (
     LABEL_ROWS,
     MODEL_ROWS,
@@ -122,43 +124,59 @@ def total_cost(costs: dict[str, dict]) -> dict:
 # ----------------------------------------------------------------------------------------- pictures
 
 
+def on_their_way(
+    root: Path, images: list[str], maps: dict[str, dict], models: dict[str, Path], classes: ClassSet
+) -> Image.Image:
+    """A picture of images, a row each: the image, its label maps, predictions.
+
+    Args:
+        root: folder that paths start from.
+        images: their paths.
+        maps: {title: {image path: path of its label map}}; ground truth comes last.
+        models: {title: checkpoint}, shown before the ground truth.
+        classes: of all of them.
+    """
+    import torch
+
+    from model.network import load_network
+
+    shown = lambda label: colour_label(label, classes.palette)
+    device = torch.device("cpu")
+    networks = {n: load_network(path, device, classes.count) for n, path in models.items()}
+    truth = maps.pop("ground truth", None)
+    rows = []
+    for name in images:
+        image = read_image(root / name)
+        row = [image, *(shown(read_label(root / found[name])) for found in maps.values())]
+        for network in networks.values():
+            with torch.inference_mode():
+                prediction = network.logits(image).argmax(dim=1)[0]
+            row.append(shown(prediction.numpy().astype("uint8")))
+        rows.append(row + ([shown(read_label(root / truth[name]))] if truth else []))
+    titles = ["image", *maps, *networks, *(["ground truth"] if truth else [])]
+    return contact_sheet(rows, titles, legend=classes, cell_width=288)
+
+
+def spread(images: list[str], count: int) -> list[str]:
+    """`count` of the images, spread over them in the order of their names."""
+    return sorted(images)[:: max(1, len(images) // count)][:count]
+
+
 def side_by_side(seed: Path, classes: ClassSet, count: int) -> None:
     """image | pixel labels | PSA | SCC | prediction before | after | ground truth, for images
     spread over the list.
     """
-    import torch
-
-    from eval import predict
-    from model.network import load_network
-    from model.resnet import to_tensor
-
     lists = label_lists(seed)
     suffix = "" if "psa" in lists else "_paper"
     titles = {"pixel": "pixel labels", f"psa{suffix}": "PSA", f"scc{suffix}": "SCC"}
     labels = {title: dict(read_list(lists[row])) for row, title in titles.items() if row in lists}
-    truth = dict(read_list(truth_list(seed, "pixel")))
-    files = {
+    labels["ground truth"] = truth = dict(read_list(truth_list(seed, "pixel")))
+    models = {
         "prediction before": seed / "source/latest.pth",
         "prediction after": seed / f"adapt_seco{suffix}/latest.pth",
     }
-    models = {
-        title: load_network(path, torch.device("cpu"), classes.count).model
-        for title, path in files.items()
-        if path.is_file()
-    }
-    shown = lambda label: colour_label(label, classes.palette)
-    images = sorted(truth)
-    rows = []
-    for name in images[:: max(1, len(images) // count)][:count]:
-        image = read_image(seed / name)
-        row = [image, *(shown(read_label(seed / found[name])) for found in labels.values())]
-        for model in models.values():
-            with torch.inference_mode():
-                prediction = predict(model, to_tensor(image)[None], "original", None).argmax(1)[0]
-            row.append(shown(prediction.numpy().astype("uint8")))
-        rows.append([*row, shown(read_label(seed / truth[name]))])
-    titles = ["image", *labels, *models, "ground truth"]
-    sheet = contact_sheet(rows, titles, legend=classes, cell_width=288)
+    models = {title: path for title, path in models.items() if path.is_file()}
+    sheet = on_their_way(seed, spread(truth, count), labels, models, classes)
     save_picture(seed.parent / "pictures/side_by_side.png", sheet)
 
 
