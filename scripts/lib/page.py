@@ -132,7 +132,9 @@ def task_results(run: Path) -> str:
 
 
 def draw_task(run: Path, count: int = 4) -> None:
-    """pictures/side_by_side.png of a task: a few images, their labels at each stage, predictions."""
+    """pictures/side_by_side.png of a task: a few images, their labels at each stage, predictions
+    of the adapted network.
+    """
     folders, classes = stage_folders(run), run / "adapt/classes.txt"
     options = manifest_of(run / "adapt").get("options", {})
     if not classes.is_file() or not (run / "adapt/latest.pth").is_file():
