@@ -181,8 +181,10 @@ def write_classes(folder: Path, classes: ClassSet) -> None:
     for i, (name, colour) in enumerate(zip(classes.names, classes.palette)):
         kind = "stuff" if i in classes.stuff else "thing" if i in classes.things else "neither"
         lines.append(f"{name} {kind} {','.join(map(str, colour))}\n")
-    with atomic_path(folder / "classes.txt") as temporary:
-        temporary.write_text("".join(lines), encoding="utf-8")
+    path, text = folder / "classes.txt", "".join(lines)
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        with atomic_path(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
 
 
 def label_folder(root: Path, rows: list[tuple[str, str]]) -> Path:
