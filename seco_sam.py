@@ -74,6 +74,7 @@ from util.labels import (
     chosen_classes,
     ground_truth_of,
     label_folder,
+    new_experiment,
     read_label,
     read_list,
     read_picture,
@@ -544,6 +545,8 @@ class Options(ListOptions, ClassOptions, DeviceOptions):
     fill: Setting[Literal["pixel"] | None] = None
     "where no mask reaches, keep the pixel-level pseudo-label; neither recipe does it (default: no"
     "label there)"
+    exp: str | None = None
+    "name of the result (default: <experiment>_<sam type>, and more as the head says)"
     limit: Count | None = None
     "only the first N images; their list is called <name>_first<N>.txt"
     vis: CountFrom0 = 0
@@ -590,10 +593,11 @@ def tell_classes_without_kind(classes: ClassSet) -> None:
 def main(argv: list[str] | None = None) -> None:
     options = parse_args(argv)
     rows = read_list(options.id_list_path)[: options.limit]
-    root, suffix = options.root_path, options.suffix
+    root, list_path = options.root_path, options.id_list_path
     classes = chosen_classes(options, label_folder(root, rows))
     tell_classes_without_kind(classes)
-    places = places_of(rows, options.id_list_path, root, suffix, options.limit, options.vis)
+    experiment = new_experiment(rows, list_path, options.suffix, options.exp)
+    places = places_of(rows, list_path, root, experiment, options.limit, options.vis)
     device = select_device(options.device)
     if options.amp == "none":
         exact_mode()

@@ -72,6 +72,7 @@ from model.scc import (
     NoiseModel,
     decayed,
     decide,
+    default_iterations,
     filter_connectivities,
     gradients,
     logits_of,
@@ -88,10 +89,11 @@ from util.labels import (
     chosen_classes,
     ground_truth_of,
     holds_pictures,
+    in_experiment,
     label_folder,
+    list_of_experiment,
+    new_experiment,
     read_list,
-    renamed_experiment,
-    renamed_list,
     write_classes,
     write_label,
     write_list,
@@ -147,7 +149,7 @@ class Correction:
 
     data: Data
     classes: ClassSet
-    suffix: str  # of the experiment's name
+    experiment: str  # its name
     out: Path  # folder of the results
     list_path: Path  # list of the corrected labels
     truth: dict[str, str] | None  # {image path: ground-truth path} of --gt
@@ -156,8 +158,7 @@ class Correction:
     @property
     def rows(self) -> list[tuple[str, str]]:
         """(image path, path of its corrected label) of the list."""
-        suffix = self.suffix
-        return [(image, renamed_experiment(label, suffix)) for image, label in self.data.rows]
+        return [(image, in_experiment(label, self.experiment)) for image, label in self.data.rows]
 
 
 @dataclass
@@ -430,6 +431,7 @@ def wait_for_all() -> None:
 def write_labels(job: Correction, verdicts: Verdicts) -> None:
     """Write the corrected labels, connectivities.csv and the list of the labels."""
     data, table = job.data, job.out / "connectivities.csv"
+    tell_replaced(job)
     # Labels of other thresholds may be there; while they are replaced nothing may list them.
     for path in (job.list_path, table, job.out / "run.json"):
         path.unlink(missing_ok=True)
@@ -467,6 +469,17 @@ def decided_by(job: Correction) -> tuple[dict, dict[str, Path]]:
     files = {"ground truth list": options.gt} if options.gt else {}
     files |= {truth: job.data.root / truth for truth in (job.truth or {}).values()}
     return {name: getattr(options, name) for name in names}, files
+
+
+def tell_replaced(job: Correction) -> None:
+    """Say which thresholds' labels are replaced."""
+    if not (record := job.out / "run.json").is_file():
+        return
+    before = read_json(record).get("made_from", {}).get("settings", {})
+    now, _ = decided_by(job)
+    other = [f"--{name} {before[name]}" for name in before if before[name] != now.get(name)]
+    if other and job.list_path.is_file():
+        print(f"the labels of {', '.join(other)} are replaced; --exp NAME would keep both")
 
 
 def is_corrected(job: Correction) -> bool:
@@ -515,10 +528,10 @@ class Learning:
     "release: pixels of a connectivity's patch, even"
     scale: Setting[Positive] = 0.5
     "paper: size of the images that the features are taken of, over the label maps'"
-    iterations: Setting[Count] = 5000
+    iterations: Setting[Count | None] = None
     "where the training stops, before it learns the noise; the authors: 5000 (GTA and the paper),"
-    "10000 (SYNTHIA), 50000 (BDD100K); about one pass over the connectivities of 3,000 images, so"
-    "fewer images need fewer. The learning rate decays over 20 epochs, whatever N is"
+    "10000 (SYNTHIA), 50000 (BDD100K). The learning rate decays over 20 epochs, whatever N is"
+    "(default: 5000 from 2,975 images on, in proportion for fewer, 1000 at least)"
     batch_size: Setting[Count | None] = None
     "connectivities (release, default 64) or whole images (paper, default 4, ours) an iteration; 64"
     "take about 24 GB, or 12 GB where a GPU has less (slower, same result)"
@@ -532,6 +545,9 @@ class Learning:
 class Options(ListOptions, ClassOptions, Decision, Learning, RunOptions):
     """the run"""
 
+    exp: str | None = None
+    "name of the result, so that two recipes or thresholds stand side by side (default:"
+    "<experiment>_scc, with `--recipe paper` <experiment>_scc_paper)"
     stage: Literal["all", "train", "score", "correct"] = "all"
     "one stage of the three; the earlier ones must have run"
     workers: Count = 4
@@ -559,16 +575,6 @@ def parse_args(argv: list[str] | None = None) -> Options:
 
 
 # --------------------------------------------------------------------------------------------- main
-
-
-def output_folder(options: Options, rows: list[tuple[str, str]], suffix: str) -> Path:
-    """<root>/<exp>_<suffix>; all labels must be of one experiment."""
-    names = {renamed_experiment(label, suffix).partition("/")[0] for _, label in rows}
-    if len(names) > 1:
-        raise UserError(
-            f"{options.id_list_path}: label paths of several experiments; give one list for each"
-        )
-    return options.root_path / names.pop()
 
 
 def settings_of_scores(options: Options) -> dict:
@@ -618,18 +624,20 @@ def prepare(
 def main(argv: list[str] | None = None) -> None:
     options = parse_args(argv)
     root, rows = options.root_path, read_list(options.id_list_path)
+    options.iterations = options.iterations or default_iterations(len(rows))
     classes = chosen_classes(options, label_folder(root, rows))
     truth = ground_truth_of(options.gt, rows) if options.gt else None
     suffix = RECIPES[options.recipe].suffix
-    folder = output_folder(options, rows, suffix)
-    list_path = renamed_list(options.id_list_path, rows[0][1], suffix)
+    experiment = new_experiment(rows, options.id_list_path, suffix, options.exp)
+    folder = root / experiment
+    list_path = list_of_experiment(options.id_list_path, rows[0][1], experiment)
     device = select_device(options.device)
     if options.amp == "none":
         exact_mode()
     check_writable(list_path.parent)
     with Outputs(folder) as out, process_group(torch.device("cpu")) as (rank, _):
         if rank == 0:
-            labels = [root / renamed_experiment(label, suffix) for _, label in rows]
+            labels = [root / in_experiment(label, experiment) for _, label in rows]
             prepare(options, out, labels, rows, truth)
             write_classes(folder, classes)
         wait_for_all()
@@ -640,7 +648,7 @@ def main(argv: list[str] | None = None) -> None:
                 f"{len(data.index)} connectivities in {len(rows)} images"
                 + (f", {small} of them under --min-area" if small else "")
             )
-        correct(Correction(data, classes, suffix, folder, list_path, truth, device))
+        correct(Correction(data, classes, experiment, folder, list_path, truth, device))
 
 
 if __name__ == "__main__":

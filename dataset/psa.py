@@ -24,9 +24,9 @@ from util.labels import (
     ClassSet,
     ground_truth_of,
     holds_pictures,
+    in_experiment,
+    list_of_experiment,
     read_label,
-    renamed_experiment,
-    renamed_list,
     write_list,
 )
 from util.outputs import read_json, write_json
@@ -46,19 +46,18 @@ Row = tuple[str, str]  # of a list: image path, path of the pixel label
 class Places:
     """Where everything of a list is.
 
-    root: what paths start from. suffix: of the experiment's name. out: the folder of the labels.
+    root: what paths start from. out: the folder of the labels, named as their experiment.
     list_path: the list of results. shown: the label paths of the rows that get a picture.
     """
 
     root: Path
-    suffix: str
     out: Path
     list_path: Path
     summary: Path
     shown: frozenset[str]
 
     def label(self, row: Row) -> Path:
-        return self.root / renamed_experiment(row[1], self.suffix)
+        return self.root / in_experiment(row[1], self.out.name)
 
     def record(self, row: Row) -> Path:
         return self.out / "stats" / (row[1].partition("/")[2] + ".json")
@@ -97,24 +96,18 @@ class Places:
 
 
 def places_of(
-    rows: list[Row], list_path: Path, root: Path, suffix: str, limit: int | None, vis: int
+    rows: list[Row], list_path: Path, root: Path, experiment: str, limit: int | None, vis: int
 ) -> Places:
     """The places of a list's results; UserError where they could not be told from its inputs.
 
     Args:
         rows: of the list at `list_path`, below `root`.
-        suffix: what results have after the experiment's name.
+        experiment: name of the results.
         limit: how many of the list's rows were taken, whose list and summary get names of their
             own; None: all.
         vis: how many of the rows get a picture.
     """
-    experiments = {row[1].partition("/")[0] for row in rows}
-    if len(experiments) > 1:
-        raise UserError(
-            f"{list_path}: label paths of several experiments ({', '.join(sorted(experiments))});"
-            " give one list for each"
-        )
-    out = root / renamed_experiment(rows[0][1], suffix).partition("/")[0]
+    out = root / experiment
     for image, label in rows:
         if image.partition("/")[0] == out.name:
             raise UserError(f"{list_path}: {image} lies in {out}, where results go; rename one")
@@ -124,10 +117,10 @@ def places_of(
                 " and vis/; rename it"
             )
     first = f"_first{limit}" if limit else ""
-    new_list = renamed_list(list_path, rows[0][1], suffix)
+    new_list = list_of_experiment(list_path, rows[0][1], experiment)
     new_list = new_list.with_stem(new_list.stem + first)
     shown = frozenset(row[1] for row in rows[:vis])
-    return Places(root, suffix, out, new_list, out / f"summary{first}.json", shown)
+    return Places(root, out, new_list, out / f"summary{first}.json", shown)
 
 
 def rows_to_do(rows: list[Row], places: Places) -> list[Row]:
@@ -220,7 +213,7 @@ def write_summary(
     """
     made = [path for row in rows for path in (places.record(row), places.label(row))]
     wait_for(made, "the other processes")
-    write_list(places.list_path, [(r[0], renamed_experiment(r[1], places.suffix)) for r in rows])
+    write_list(places.list_path, [(r[0], in_experiment(r[1], places.out.name)) for r in rows])
     summary = summarise([read_json(places.record(row)) for row in rows], classes)
     if gt:
         truth = ground_truth_of(gt, rows)

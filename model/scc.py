@@ -17,11 +17,13 @@ from model.resnet import normalised, resnet
 from util.labels import IGNORE
 
 # Released code.
+ITERATIONS, AUTHORS_IMAGES = 5000, 2975  # on Cityscapes
 EPOCHS = 20  # T of the learning rate's decay
 DECAY, POWER = 10, 0.75  # learning rate x (1 + DECAY t / T) ^ -POWER
 BACKBONE_FACTOR = 0.1  # the backbone's learning rate over the classifier's
 MOMENTUM, WEIGHT_DECAY, LABEL_SMOOTHING = 0.9, 1e-3, 0.1
 # Ours, where paper and released code are silent.
+LEAST_ITERATIONS = 1000
 MIN_CONNECTIVITIES = 50  # fewer losses than this are no basis for a mixture
 MIN_SEPARATION = 1.0  # least distance of the mixture's means, in root mean square deviations
 
@@ -101,6 +103,14 @@ def logits_of(model, images: torch.Tensor, masks, device: torch.device, amp: boo
     masks = masks.to(device) if torch.is_tensor(masks) else masks
     with torch.autocast(device.type, torch.bfloat16, enabled=amp):
         return model(normalised(images.to(device)), masks).float()
+
+
+def default_iterations(images: int) -> int:
+    """The authors' 5000 for as many images as they had, in proportion for fewer. LEAST_ITERATIONS:
+    a classifier that starts from random weights needs them whatever the set's size is (12
+    photographs: labels of 79.8 % became 51.0 with 60).
+    """
+    return min(ITERATIONS, max(LEAST_ITERATIONS, round(ITERATIONS * images / AUTHORS_IMAGES)))
 
 
 def decayed(lr: float, t: int, total: int) -> float:

@@ -21,6 +21,7 @@ from test_copy import needed
 from torch.nn import functional as F
 
 import seco_sam
+from dataset.psa import doubts
 from dataset.toy import draw_scene
 from model import sam as sam_module
 from model import segmenter
@@ -715,3 +716,65 @@ def test_connectivities_come_in_raster_order():
         full = np.zeros(label.shape, bool)
         full[fast.window] = fast.mask
         assert (full == slow).all() and fast.area == slow.sum()
+
+
+# ---------------------------------------------------------------------- names, and what it tells
+
+
+def test_a_name_of_its_own(finished):
+    before = (finished / "pix_tiny/0.png").read_bytes()
+    assert run(finished, "--recipe", "paper", "--exp", "other").code == 0
+    assert (finished / "other/0.png").is_file() and (finished / "splits/other/all.txt").is_file()
+    assert (finished / "pix_tiny/0.png").read_bytes() == before
+    for name in ("pix", "images", "a/b"):
+        result = run(finished, "--exp", name)
+        assert result.code == 2 and f"--exp {name}: give a plain folder name" in result.error
+
+
+def test_what_becomes_of_the_labeled_pixels(finished):
+    summary, pixels = summary_of(finished), np.zeros(3)
+    for i in range(4):
+        label, made = (read_label(finished / f"{f}/{i}.png") for f in ("pix", "pix_tiny"))
+        had = label != IGNORE
+        pixels += [(had & (made == label)).sum(), (had & (made == IGNORE)).sum(), had.sum()]
+    kept, lost = 100 * pixels[:2] / pixels[2]
+    shares = summary["of_labeled_pixels"]
+    assert shares["keep_their_class"] == pytest.approx(kept)
+    assert shares["lose_it"] == pytest.approx(lost)
+    assert sum(shares.values()) == pytest.approx(100)
+
+
+def test_accuracy_where_ground_truth_is_given(finished):
+    rows = [(f"images/{i}.png", f"pix/{i}.png") for i in range(4)]
+    write_list(finished / "splits/gt.txt", rows)
+    result = run(finished, "--gt", str(finished / "splits/gt.txt"))
+    assert result.code == 0 and "accuracy of the labeled pixels: 100.0 % before" in result.out
+    right = labeled = 0
+    for i in range(4):
+        label, made = (read_label(finished / f"{f}/{i}.png") for f in ("pix", "pix_tiny"))
+        counted = (label != IGNORE) & (made != IGNORE)
+        right, labeled = right + (counted & (label == made)).sum(), labeled + counted.sum()
+    assert summary_of(finished)["accuracy_after"] == pytest.approx(100 * right / labeled)
+
+
+@pytest.mark.parametrize(
+    "kept, proposals, words",
+    [
+        (25.2, 20, ["under 50 % of the labeled pixels keep"]),
+        (48.4, 6, ["under 50 %"]),
+        (63.4, 6, []),
+        (90.3, 23, []),
+        (80, 1, ["fewer than 3 proposals"]),
+        (80, 0, []),  # prompting alone
+    ],
+)
+def test_a_segmenter_that_does_not_suit_is_doubted(kept, proposals, words):
+    summary = {"of_labeled_pixels": {"keep_their_class": kept}, "proposals_per_image": proposals}
+    found = doubts(summary, "tiny")
+    assert len(found) == len(words)
+    assert all(part in text and "tiny_photo" in text for part, text in zip(words, found))
+
+
+def test_classes_that_are_neither_stuff_nor_things_are_told(tmp_path):
+    result = run(make_root(tmp_path, 1), "--stuff", "0", "--things", "13")
+    assert result.code == 0 and "warning: sidewalk, building" in result.error

@@ -1053,3 +1053,45 @@ def test_planted_noise_changes_the_class_of_whole_connectivities(root):
         with pytest.raises(UserError, match=f"--exp {exp}: "):
             plant_noise.main([*command, "--exp", exp])
     assert {path: path.read_bytes() for path in root.rglob("*.png")} == before
+
+
+# --------------------------------------------------------------------- names, and what it tells
+
+
+def test_two_thresholds_side_by_side_or_one_replaced(finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    before = results(tmp_path, "release")
+    scc.main(command(tmp_path, "release", "--quantile", "0.9", "--exp", "loose"))
+    assert results(tmp_path, "release") == before and "replaced" not in capsys.readouterr().out
+    assert (tmp_path / "splits/loose/all.txt").read_text().count(" loose/train/") == 5
+    scc.main(command(tmp_path, "release", "--quantile", "0.9"))
+    assert "the labels of --quantile 0.5 are replaced" in capsys.readouterr().out
+    for image in range(5):
+        one, other = (tmp_path / f"{name}/train/{image}.png" for name in ("loose", "pix_scc"))
+        assert one.read_bytes() == other.read_bytes()
+    for name in ("pix", "images", "a/b", ".x", ""):
+        with pytest.raises(UserError, match=f"--exp {name}: give a plain folder name"):
+            scc.main(command(tmp_path, "release", "--exp", name))
+
+
+def test_a_classifier_that_has_not_learned_is_told(finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    scc.main(command(tmp_path, "release", "--quantile", "0.4"))
+    told = capsys.readouterr()
+    assert "the classifier gives" in told.out and "all pixels of these classes are" in told.out
+    assert "warning: the classifier has not learned" in told.err
+    report = json.loads((tmp_path / "pix_scc/report/report.json").read_text())
+    with open(tmp_path / "pix_scc/connectivities.csv") as file:
+        rows = list(csv.DictReader(file))
+    right = [row["prediction"] == row["class"] for row in rows]
+    assert report["accuracy on its labels"] == pytest.approx(100 * np.mean(right))
+    counts = np.bincount([int(row["class"]) for row in rows])
+    assert report["largest class"] == pytest.approx(100 * counts.max() / len(rows))
+    assert report["loss of chance"] == pytest.approx(np.log(19)) and report["last loss"] > 2
+
+
+@pytest.mark.parametrize(
+    "images, iterations", [(12, 1000), (595, 1000), (1500, 2521), (2975, 5000), (7000, 5000)]
+)
+def test_iterations_suit_the_set(images, iterations):
+    assert scc_model.default_iterations(images) == iterations

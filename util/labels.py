@@ -513,28 +513,46 @@ def check_classes(pixels: np.ndarray, class_num: int, list_path: str | Path) -> 
         print(f"note: {list_path}: {lacking} (255 means no label)", file=sys.stderr)
 
 
-def renamed_experiment(label_path: str, suffix: str) -> str:
-    """The label path with its first folder (the experiment) renamed `<exp>_<suffix>`:
-    `HRDA/a/x.png`, `vit_h` → `HRDA_vit_h/a/x.png`.
+def new_experiment(
+    rows: list[tuple[str, str]], list_path: Path, suffix: str, exp: str | None
+) -> str:
+    """The name of the experiment that is made of a list's labels: `exp` (--exp), or that of the
+    labels, which is their first folder, with `_<suffix>`.
+
+    UserError for labels of several experiments, and for a name that inputs have.
     """
-    first, _, rest = label_path.partition("/")
-    if not rest or not first:
+    experiments = {label.partition("/")[0] for _, label in rows}
+    if len(experiments) > 1:
         raise UserError(
-            f"label path {label_path}: its first folder is the experiment name, so it needs at"
-            " least one folder, and is relative to --root-path"
+            f"{list_path}: label paths of several experiments ({', '.join(sorted(experiments))});"
+            " give one list for each"
         )
-    return f"{first}_{suffix}/{rest}"
+    if bare := [label for _, label in rows if "/" not in label]:
+        raise UserError(
+            f"label path {bare[0]}: its first folder is the experiment name, so it needs at least"
+            " one folder, and is relative to --root-path"
+        )
+    if exp is None:
+        return f"{experiments.pop()}_{suffix}"
+    taken = experiments | {image.partition("/")[0] for image, _ in rows}
+    if not exp or "/" in exp or exp.startswith(".") or exp in taken:
+        raise UserError(f"--exp {exp}: give a plain folder name that no input has")
+    return exp
 
 
-def renamed_list(list_path: str | Path, label_path: str, suffix: str) -> Path:
-    """Where the list of results goes: `splits/<dataset>/<exp>_<suffix>/<list file name>`, beside
-    the list read.
+def in_experiment(label_path: str, experiment: str) -> str:
+    """The label path with another first folder: `HRDA/a/x.png` → `HRDA_vit_h/a/x.png`."""
+    return f"{experiment}/{label_path.partition('/')[2]}"
 
-    <exp> is the experiment of `label_path` (its first folder). <dataset>'s folder is the parent of
-    the list's folder; a list that is not in a folder named <exp> gets `<its
-    folder>/<exp>_<suffix>/`.
+
+def list_of_experiment(list_path: str | Path, label_path: str, experiment: str) -> Path:
+    """Where the list of results goes: `splits/<dataset>/<experiment>/<list file name>`, beside the
+    list read.
+
+    <dataset>'s folder is the parent of the list's folder if that is named as the experiment of
+    `label_path` (its first folder), else the list's folder.
     """
-    list_path = Path(list_path)
-    experiment = label_path.partition("/")[0]
-    folder = list_path.parent.parent if list_path.parent.name == experiment else list_path.parent
-    return folder / f"{experiment}_{suffix}" / list_path.name
+    list_path, folder = Path(list_path), Path(list_path).parent
+    if folder.name == label_path.partition("/")[0]:
+        folder = folder.parent
+    return folder / experiment / list_path.name
