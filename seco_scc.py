@@ -137,6 +137,7 @@ from util.run import (
     seed_everything,
     select_device,
     sha256,
+    wait_for_all,
 )
 
 SAVE_SECONDS = 60  # between checkpoints of the training (ours)
@@ -413,16 +414,6 @@ def save_state(path: Path, **content) -> None:
     """Weights and the like with torch.save, atomically."""
     with atomic_path(path) as temporary:
         torch.save(content, temporary)
-
-
-def wait_for_all() -> None:
-    """Go on when every process of the run is here."""
-    if process_rank()[1] == 1:
-        return
-    try:
-        torch.distributed.barrier()
-    except RuntimeError:
-        raise UserError("another process of this run has stopped; its message says why") from None
 
 
 # ------------------------------------------------------------------------------------------ results
