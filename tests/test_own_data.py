@@ -1,4 +1,4 @@
-"""scripts/own_data.sh on three small images with five classes: from probability arrays to a page."""
+"""scripts/own_data.sh on small images with five classes: from probability arrays to a page."""
 
 import os
 import subprocess
