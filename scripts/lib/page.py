@@ -152,7 +152,8 @@ def draw_task(run: Path, count: int = 4) -> None:
 
 def page_of(run: Path) -> Path:
     """Write <run>/index.html; returns its path."""
-    if not (run / "results.md").is_file() or (run / "adapt").is_dir():
+    of_task = (run / "eval_after").is_dir() or (run / "adapt/summary.json").is_file()
+    if of_task or not (run / "results.md").is_file():
         with atomic_path(run / "results.md") as temporary:
             temporary.write_text(task_results(run), encoding="utf-8")
         draw_task(run)
