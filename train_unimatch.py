@@ -19,7 +19,7 @@ Outputs  in --save-path: latest.pth (resumes), best.pth (best evaluation), train
         --backbone-weights pretrained/resnet101.pth --eval-mode sliding_window --save-path runs/seco
     # the same on four GPUs; the global batch stays 8
     torchrun --nproc_per_node 4 train_unimatch.py …
-    # two iterations and one evaluation image: memory and time
+    # two iterations and one evaluation image: memory and time; only an estimate if it has no room
     python train_unimatch.py … --dry-run
 
 The defaults are the authors' (Cityscapes logs). Stopped at any moment, the same command goes on
@@ -32,10 +32,14 @@ Copied away, this file needs eval.py, model/, dataset/ and util/.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
+import multiprocessing
 import sys
 import time
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -51,6 +55,8 @@ from dataset.samples import (
     TrainingSamples,
     batch_per_process,
     batches,
+    iterations_per_epoch,
+    loading_processes,
     read_lists,
 )
 from eval import CropSize, Mode, evaluate_checkpoint, metrics_of, summed
@@ -58,7 +64,16 @@ from model import losses
 from model.checkpoint import load_exactly, read_checkpoint
 from model.deeplabv3plus import parameter_count
 from model.resnet import BLOCKS, STEMS, normalised
-from model.train_logs import Logs, announce, dry_run, epoch_picture, log_header, summarise
+from model.train_logs import (
+    Logs,
+    announce,
+    dry_run,
+    epoch_picture,
+    log_header,
+    room_for,
+    summarise,
+    two_iterations,
+)
 from model.training import (
     average_running_statistics,
     build_model,
@@ -94,6 +109,7 @@ from util.run import (
     STARTED,
     UserError,
     manifest,
+    peak_memory_mb,
     process_group,
     process_rank,
     progress,
@@ -335,7 +351,8 @@ class Adaptation:
 def train(run: Adaptation) -> list[float]:
     """From state.iteration to the end; returns the seconds of each iteration."""
     args, trainer, sampler, state, logs = run.args, run.trainer, run.sampler, run.state, run.logs
-    micro_batches = iter(batches(run.samples, sampler, args.workers, trainer.device))
+    workers = loading_processes(args.workers)
+    micro_batches = iter(batches(run.samples, sampler, workers, trainer.device))
     length, seconds = sampler.per_epoch, []
     every = max(length // 8, 1)  # UniMatch's rows: eight or nine an epoch
     where = {"total": sampler.total, "initial": state.iteration}
@@ -479,8 +496,9 @@ class RunningOptions:
     "iterations between latest.pth within epochs; 0: only after epochs"
     pictures_every: CountFrom0 = 10
     "epochs between pictures of views and predictions; 0: never"
-    workers: CountFrom0 = 4
-    "data-loading processes per process, 0: none; results do not depend on it"
+    workers: CountFrom0 | None = None
+    "data-loading processes per process, 0: none; results do not depend on it (default: one a"
+    "core, at most 4)"
     image_cache: Folder | None = None
     "keep decoded images here (6 MB for 2048x1024, 19 GB for Cityscapes): data loads several times"
     "faster"
@@ -491,7 +509,8 @@ class RunningOptions:
     compile: bool = False
     "torch.compile the network"
     dry_run: bool = False
-    "two iterations and one evaluation image; reports memory and time, saves nothing"
+    "two iterations and one evaluation image; reports memory and time, saves nothing. On one"
+    "process small crops tell first whether there is room; without, the estimate is all"
 
 
 @dataclass(kw_only=True)
@@ -581,33 +600,72 @@ def adapt(args: Options, classes: ClassSet, lists: Lists, model, device) -> None
     """Resume and train, or --dry-run."""
     rank, world = process_rank()
     latest, state, content = args.save_path / "latest.pth", State(), {}
+    if args.dry_run and world == 1:
+        length = len(lists.unlabeled) or len(lists.labeled)
+        iterations = args.epochs * iterations_per_epoch(length, args.global_batch)
+        at_crop = functools.partial(measured_apart, args, classes, lists, device)
+        if not room_for(args, iterations, device, at_crop):
+            return
     if latest.is_file() and not args.dry_run:
         content = read_checkpoint(latest)
         load_exactly(model, content["model"], latest, "this run's network")
         state.restore(content["progress"])
-    samples, batch = training_samples(args, lists), args.batch_per_process
-    share = (args.global_batch, batch, rank, world, args.seed)
-    sampler = MicroBatches(len(samples), args.epochs, *share, state.iteration)
+    run = adaptation(args, classes, lists, model, device, state)
+    trainer, sampler = run.trainer, run.sampler
     if state.iteration == sampler.total and (args.save_path / "summary.json").is_file():
         if rank == 0:
             print(f"{args.save_path}: this run is complete ({args.epochs} epochs)")
         return
+    if content:
+        trainer.optimizer.load_state_dict(content["optimizer"])
+    if rank == 0:
+        groups = args.global_batch // trainer.group
+        announce(args, world, sampler.batch, sampler.steps, groups, device)
+    if args.dry_run:
+        dry_run(run, iter(batches(run.samples, sampler, 0, device)))
+    elif rank > 0:
+        train(run)
+    else:
+        train_with_records(run, content.get("logs"))
+
+
+def adaptation(args: Options, classes, lists: Lists, model, device, state: State) -> Adaptation:
+    """What the main loop works with, with the network on its device."""
+    rank, world = process_rank()
+    samples, batch = training_samples(args, lists), args.batch_per_process
+    share = (args.global_batch, batch, rank, world, args.seed)
+    sampler = MicroBatches(len(samples), args.epochs, *share, state.iteration)
     model = to_device(model, device, args.channels_last)
     group = losses.loss_group(args.global_batch, args.loss_groups, batch)
     pixels, power = lists.pixels.sum(axis=0), args.class_balance
     weights = losses.class_weights(pixels, power) if power else None
     trainer = Trainer(model, args, device, group, sampler.total, weights)
-    if content:
-        trainer.optimizer.load_state_dict(content["optimizer"])
-    if rank == 0:
-        announce(args, world, batch, sampler.steps, args.global_batch // group, device)
-    run = Adaptation(args, classes, lists, trainer, sampler, samples, state)
-    if args.dry_run:
-        dry_run(run, iter(batches(samples, sampler, 0, device)))
-    elif rank > 0:
-        train(run)
-    else:
-        train_with_records(run, content.get("logs"))
+    return Adaptation(args, classes, lists, trainer, sampler, samples, state)
+
+
+def measured_apart(args: Options, classes, lists: Lists, device, crop: int) -> tuple:
+    """`measured` with another --crop-size, in a process of its own: the peak of a process's memory
+    never falls. MemoryError if the kernel ends it.
+    """
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context) as process:
+        job = process.submit(measured, replace(args, crop_size=crop), classes, lists, device)
+        try:
+            return job.result()
+        except BrokenProcessPool:
+            raise MemoryError(f"already at --crop-size {crop}") from None
+
+
+def measured(args: Options, classes, lists: Lists, device) -> tuple[float, float, float]:
+    """Peak memory in MB (of the GPU, else of this process), seconds of computing and of loading of
+    an iteration.
+    """
+    set_precision(args)
+    tune_cpu()
+    run = adaptation(args, classes, lists, build_model(args, classes.count), device, State())
+    computing, loading, _ = two_iterations(run, iter(batches(run.samples, run.sampler, 0, device)))
+    memory = peak_memory_mb(device)
+    return memory.get("device_mb", memory["host_mb"]), computing, loading
 
 
 def training_samples(args: Options, lists: Lists) -> TrainingSamples:

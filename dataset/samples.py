@@ -10,6 +10,7 @@ workers, on processes, or on where a run was resumed.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -46,6 +47,7 @@ from util.run import UserError
 # The authors ran four processes, whose sampler pads the order of images to a multiple of four. It
 # is done here on any number of processes, so that an epoch has as many iterations as theirs.
 AUTHORS_PROCESSES = 4
+MOST_WORKERS = 4  # loading processes, unless --workers says otherwise
 LABELED, UNLABELED, UNLABELED_MIX, PASTE, PHOTOMETRIC = range(5)  # streams of random numbers
 
 
@@ -285,6 +287,15 @@ class MicroBatches:
     def slot(self, step: int) -> int:
         """Where this process's share of accumulation step `step` starts within the global batch."""
         return (step * self.world + self.rank) * self.batch
+
+
+def loading_processes(wanted: int | None) -> int:
+    """`wanted`, or one for each core that this process may use, at most MOST_WORKERS."""
+    if wanted is not None:
+        return wanted
+    several = hasattr(os, "sched_getaffinity")  # not on macOS
+    cores = len(os.sched_getaffinity(0)) if several else os.cpu_count() or 1
+    return min(cores, MOST_WORKERS)
 
 
 def batches(samples: TrainingSamples, sampler: MicroBatches, workers: int, device) -> DataLoader:

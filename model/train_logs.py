@@ -7,9 +7,10 @@ import logging
 import math
 import os
 import pprint
+import re
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from dataset.samples import loading_processes
 from model.deeplabv3plus import DILATIONS, parameter_count
 from util.charts import line_chart, save_chart
 from util.labels import IGNORE
@@ -32,6 +34,11 @@ TEXT_LOSSES = {
     "loss_w_fp": "Loss w_fp",
     "mask_ratio": "Mask ratio",
 }
+
+# --dry-run estimates larger crops from these two: sides of a multiple of 16 and 1, as the network
+# takes them; large enough that activations, not weights, settle the memory.
+SMALL_CROPS = (97, 161)
+MEMORY_MARGIN = 1.1  # times the estimate, which may be a few per cent low, has to be there
 
 
 class Logs:
@@ -255,6 +262,84 @@ def summarise(args, state, iterations: int, seconds: list[float], device) -> Non
     print(f"{args.save_path / 'latest.pth'}: trained for {iterations} iterations")
 
 
+def two_iterations(run, loader: Iterator[dict]) -> tuple[float, float, dict]:
+    """Seconds that the second of two iterations computes, seconds that its samples take to load,
+    and its losses. run: a train_unimatch.Adaptation; loader: gives its batches, without other
+    processes.
+    """
+    start = time.perf_counter()
+    micro_batches = list(islice(loader, run.sampler.steps))
+    loading = time.perf_counter() - start
+    for iteration in range(2):
+        start = time.perf_counter()
+        losses, _ = run.trainer.iteration(iteration, iter(micro_batches), run.sampler)
+        computing = time.perf_counter() - start
+    return computing, loading, losses
+
+
+def memory_here(device) -> float:
+    """MB (10^6 bytes) that a run may take: of the GPU all; of the host what is available, or what
+    its control group (a container's or a job's limit) allows if that is less.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory / 1e6
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8")
+        limits = [1024 * int(re.search(r"^MemAvailable: *(\d+) kB", lines, re.M)[1])]
+        groups = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e6
+    root = Path("/sys/fs/cgroup")
+    for _, kind, path in (line.split(":", 2) for line in groups):
+        if kind not in ("", "memory"):  # of version 2, and version 1's for memory
+            continue
+        top, name = (root / kind, "memory.limit_in_bytes") if kind else (root, "memory.max")
+        folder = top / path.lstrip("/")  # a limit holds for all groups below it
+        for file in (parent / name for parent in (folder, *folder.parents)):
+            if file.is_file() and (limit := file.read_text(encoding="utf-8").strip()).isdigit():
+                limits.append(int(limit))
+    return min(limits) / 1e6
+
+
+def room_for(args, iterations: int, device, measured: Callable) -> bool:
+    """Whether a dry run at --crop-size has room, as two small crops suggest; prints the estimate.
+    Memory and seconds are taken to grow in proportion to a crop's pixels, above a fixed part. A
+    crop no larger than these is not estimated.
+
+    measured(crop): peak memory in MB, seconds of computing and of loading of an iteration.
+    """
+    if args.crop_size <= SMALL_CROPS[-1]:
+        return True
+    found = []
+    for crop in SMALL_CROPS:
+        memory, computing, loading = measured(crop)
+        found.append((memory, computing, loading))
+        what = f"{memory / 1e3:.1f} GB, {computing:.2f} s computing an iteration"
+        print(f"measured at --crop-size {crop}: {what}", flush=True)
+    small, large = (crop**2 for crop in SMALL_CROPS)
+    further = (args.crop_size**2 - large) / (large - small)
+    memory, computing, loading = (b + max(b - a, 0) * further for a, b in zip(*found))
+    there = memory_here(device)
+    owner = "this GPU" if device.type == "cuda" else "this machine"
+    hours = iterations * seconds_of(computing, loading, args) / 3600
+    print(
+        f"estimate for --crop-size {args.crop_size}: {memory / 1e3:.1f} GB, {owner} has"
+        f" {there / 1e3:.1f} GB; {computing:.2f} s computing an iteration, {hours:.1f} h for"
+        f" {iterations} iterations",
+        flush=True,
+    )
+    if memory * MEMORY_MARGIN <= there:
+        return True
+    print("not run: use --batch-per-process 1, --amp bf16 or a smaller --crop-size")
+    return False
+
+
+def seconds_of(computing: float, loading: float, args) -> float:
+    """Seconds of an iteration, whose samples other processes load meanwhile, if there are any."""
+    workers = loading_processes(args.workers)
+    return max(computing, loading / workers) if workers else computing + loading
+
+
 def dry_run(run, loader: Iterator[dict]) -> None:
     """Two iterations (the second is timed) and one evaluation image of `run`, a
     train_unimatch.Adaptation; process 0 prints memory and the projected time. loader: gives its
@@ -262,14 +347,8 @@ def dry_run(run, loader: Iterator[dict]) -> None:
     """
     args, trainer, sampler, validation = run.args, run.trainer, run.sampler, run.lists.validation
     rank, world = process_rank()
-    start = time.perf_counter()
-    micro_batches = list(islice(loader, sampler.steps))
-    loading = time.perf_counter() - start
-    for iteration in range(2):
-        start = time.perf_counter()
-        losses, _ = trainer.iteration(iteration, iter(micro_batches), sampler)
-        computing = time.perf_counter() - start
-    seconds = sampler.total * (computing + loading)
+    computing, loading, losses = two_iterations(run, loader)
+    seconds = sampler.total * seconds_of(computing, loading, args)
     if validation:
         start = time.perf_counter()
         run.evaluate(validation[:1])
@@ -279,11 +358,10 @@ def dry_run(run, loader: Iterator[dict]) -> None:
     values = ", ".join(f"{name} {value:.3f}" for name, value in losses.items())
     print(f"losses after two iterations: {values}")
     ours = f"{computing:.2f} s computing and, with --workers 0, {loading:.2f} s loading"
-    if args.workers:
-        seconds = sampler.total * max(computing, loading / args.workers)
+    if workers := loading_processes(args.workers):
         ours = (
             f"{computing:.2f} s computing; loading its samples takes {loading:.2f} s in one"
-            f" process, {args.workers} do it meanwhile"
+            f" process, {workers} do it meanwhile"
         )
     what = f"{sampler.total} iterations"
     if validation:
