@@ -46,8 +46,8 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 
-from dataset.augment import SCALES, cutmix
-from dataset.copy_paste import RARE_CLASSES, RareClassPool
+from dataset.augment import SCALES, cutmix_targets
+from dataset.copy_paste import RARE_CLASSES
 from dataset.samples import (
     AUTHORS_PROCESSES,
     Lists,
@@ -58,11 +58,11 @@ from dataset.samples import (
     iterations_per_epoch,
     loading_processes,
     read_lists,
+    training_samples,
 )
 from eval import CropSize, Mode, evaluate_checkpoint, metrics_of, summed
 from model import losses
 from model.checkpoint import load_exactly, read_checkpoint
-from model.deeplabv3plus import parameter_count
 from model.resnet import BLOCKS, STEMS, normalised
 from model.train_logs import (
     Logs,
@@ -70,11 +70,14 @@ from model.train_logs import (
     dry_run,
     epoch_picture,
     log_header,
+    named_files,
     room_for,
     summarise,
     two_iterations,
+    write_manifest,
 )
 from model.training import (
+    State,
     average_running_statistics,
     build_model,
     distributed,
@@ -104,11 +107,9 @@ from util.options import (
     parse_options,
     settings_of,
 )
-from util.outputs import Outputs, atomic_path, check_writable, remove_leftovers, write_json
+from util.outputs import Outputs, atomic_path, check_writable, remove_leftovers
 from util.run import (
-    STARTED,
     UserError,
-    manifest,
     peak_memory_mb,
     process_group,
     process_rank,
@@ -169,7 +170,7 @@ class Trainer:
             # forward C: both strong views, already pasted into
             pred_s = self.network(self.images(torch.cat([batch["s1"], batch["s2"]])))
         (pred_x, pred_w), (pred_s1, pred_s2) = logits.chunk(2), pred_s.chunk(2)
-        w = {**with_confidence(pred_w), "ignore": ignore_w}
+        w = {**losses.with_confidence(pred_w), "ignore": ignore_w}
         target_s1, target_s2 = cutmix_targets(w, mix, box1), cutmix_targets(w, mix, box2)
 
         loss_x = self.loss_x(pred_x, mask_x)
@@ -210,7 +211,7 @@ class Trainer:
         if needed.any():
             self.model.eval()
             with torch.no_grad(), self.amp():
-                found = with_confidence(self.plain(self.images(w_mix[needed.cpu()])))
+                found = losses.with_confidence(self.plain(self.images(w_mix[needed.cpu()])))
             self.model.train()
             for name, values in found.items():
                 mix[name][needed] = values
@@ -283,36 +284,7 @@ class Trainer:
         return logged, {**shown, "batch": batch}
 
 
-def with_confidence(logits: torch.Tensor) -> dict:
-    """Pseudo-labels of logits (B x K x S x S), detached: label and confidence, B x S x S."""
-    confidence, label = logits.detach().float().softmax(dim=1).max(dim=1)
-    return {"label": label, "confidence": confidence}
-
-
-def cutmix_targets(w: dict, mix: dict, box: torch.Tensor) -> dict:
-    """Pseudo-labels, confidence and padding of a strong view: those of `w`, and those of `mix`
-    inside the box (B x S x S).
-    """
-    return {name: cutmix(w[name], mix[name], box) for name in ("label", "confidence", "ignore")}
-
-
 # ---------------------------------------------------------------------------------------- main loop
-
-
-class State:
-    """Where a run stands: the next iteration, best mIoU, sums of the running epoch's losses; the
-    metrics of every evaluation and the mean loss, by epoch; seconds of the starts before this one.
-    """
-
-    def __init__(self):
-        self.iteration, self.best, self.best_epoch, self.sums = 0, 0.0, -1, {}
-        self.evaluations, self.losses, self.seconds = {}, {}, 0.0
-
-    def saved(self) -> dict:
-        return vars(self) | {"seconds": self.seconds + time.time() - STARTED}
-
-    def restore(self, saved: dict) -> None:
-        vars(self).update(saved)
 
 
 @dataclass
@@ -550,19 +522,6 @@ def parse_args(argv: list[str] | None = None) -> Options:
     return args
 
 
-def named_files(args: Options) -> dict[str, Path]:
-    """{name: file} of what the options name."""
-    weights = args.backbone_weights
-    files = {
-        "labeled": args.labeled_id_path,
-        "unlabeled": args.unlabeled_id_path,
-        "val": args.val_id_path,
-        "init_checkpoint": args.init_checkpoint,
-        "backbone_weights": None if weights in ("none", "imagenet") else Path(weights),
-    }
-    return {name: path for name, path in files.items() if path}
-
-
 # --------------------------------------------------------------------------------------------- main
 
 
@@ -668,16 +627,6 @@ def measured(args: Options, classes, lists: Lists, device) -> tuple[float, float
     return memory.get("device_mb", memory["host_mb"]), computing, loading
 
 
-def training_samples(args: Options, lists: Lists) -> TrainingSamples:
-    """The samples of the lists, cropped and changed as the options say."""
-    rare = None
-    if args.copy_paste:
-        where = (lists.labeled, lists.pixels, args.root_path)
-        rare = RareClassPool(*where, tuple(args.copy_paste_classes))
-    what = (lists.labeled, lists.unlabeled, args.root_path, args.crop_size, args.seed)
-    return TrainingSamples(*what, rare, args.image_cache, args.scales, args.photometric)
-
-
 def train_with_records(run: Adaptation, sizes: dict[str, int] | None) -> None:
     """Process 0's training, with logs, manifest.json and summary.json. sizes: of the logs at the
     checkpoint that the run goes on from.
@@ -692,16 +641,6 @@ def train_with_records(run: Adaptation, sizes: dict[str, int] | None) -> None:
         seconds = train(run)
     write_manifest(run)
     summarise(args, run.state, sampler.total, seconds, run.trainer.device)
-
-
-def write_manifest(run: Adaptation) -> None:
-    args, device, earlier = run.args, run.trainer.device, run.state.seconds
-    record = {
-        **manifest(vars(args), named_files(args), device, earlier),
-        "iterations_per_epoch": run.sampler.per_epoch,
-        "parameters": parameter_count(run.trainer.model),
-    }
-    write_json(args.save_path / "manifest.json", record)
 
 
 if __name__ == "__main__":

@@ -237,3 +237,10 @@ def cutmix(values, pasted, box):
     """
     where = torch.where if torch.is_tensor(values) else np.where
     return where(box, pasted, values)
+
+
+def cutmix_targets(w: dict, mix: dict, box: torch.Tensor) -> dict:
+    """Pseudo-labels, confidence and padding of a strong view: those of `w`, and those of `mix`
+    inside the box (B x S x S).
+    """
+    return {name: cutmix(w[name], mix[name], box) for name in ("label", "confidence", "ignore")}

@@ -309,3 +309,13 @@ def batches(samples: TrainingSamples, sampler: MicroBatches, workers: int, devic
         pin_memory=device.type == "cuda",
         prefetch_factor=2 if workers else None,
     )
+
+
+def training_samples(args, lists: Lists) -> TrainingSamples:
+    """The samples of the lists, cropped and changed as train_unimatch.py's options say."""
+    rare = None
+    if args.copy_paste:
+        where = (lists.labeled, lists.pixels, args.root_path)
+        rare = RareClassPool(*where, tuple(args.copy_paste_classes))
+    what = (lists.labeled, lists.unlabeled, args.root_path, args.crop_size, args.seed)
+    return TrainingSamples(*what, rare, args.image_cache, args.scales, args.photometric)

@@ -112,3 +112,9 @@ def mean_over_groups(loss, group: int, *tensors: torch.Tensor) -> torch.Tensor:
     """The mean of loss(part of each tensor) over parts of `group` samples."""
     parts = zip(*(tensor.split(group) for tensor in tensors))
     return torch.stack([loss(*part) for part in parts]).mean()
+
+
+def with_confidence(logits: torch.Tensor) -> dict:
+    """Pseudo-labels of logits (B x K x S x S), detached: label and confidence, B x S x S."""
+    confidence, label = logits.detach().float().softmax(dim=1).max(dim=1)
+    return {"label": label, "confidence": confidence}

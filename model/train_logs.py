@@ -24,7 +24,7 @@ from util.charts import line_chart, save_chart
 from util.labels import IGNORE
 from util.outputs import write_json
 from util.pictures import colour_label, contact_sheet, save_picture
-from util.run import peak_memory_mb, process_rank
+from util.run import manifest, peak_memory_mb, process_rank
 
 # Losses as UniMatch's text log names them, by their TensorBoard tags below train/.
 TEXT_LOSSES = {
@@ -220,6 +220,30 @@ def best_and_last(miou: dict[int, float], last: int = 20) -> dict:
         "last_mean": float(np.mean([miou[epoch] for epoch in epochs[-last:]])),
         "evaluations": len(miou),
     }
+
+
+def named_files(args) -> dict[str, Path]:
+    """{name: file} of what the options name."""
+    weights = args.backbone_weights
+    files = {
+        "labeled": args.labeled_id_path,
+        "unlabeled": args.unlabeled_id_path,
+        "val": args.val_id_path,
+        "init_checkpoint": args.init_checkpoint,
+        "backbone_weights": None if weights in ("none", "imagenet") else Path(weights),
+    }
+    return {name: path for name, path in files.items() if path}
+
+
+def write_manifest(run) -> None:
+    """manifest.json of a run, a train_unimatch.Adaptation, with what it has cost so far."""
+    args, device, earlier = run.args, run.trainer.device, run.state.seconds
+    record = {
+        **manifest(vars(args), named_files(args), device, earlier),
+        "iterations_per_epoch": run.sampler.per_epoch,
+        "parameters": parameter_count(run.trainer.model),
+    }
+    write_json(args.save_path / "manifest.json", record)
 
 
 def summarise(args, state, iterations: int, seconds: list[float], device) -> None:

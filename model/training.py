@@ -1,9 +1,10 @@
 """What DeepLabV3+ is trained with: precision, starting weights, optimizer and its schedule, feature
-perturbation; and several processes that train one network."""
+perturbation; where a run stands; and several processes that train one network."""
 
 from __future__ import annotations
 
 import inspect
+import time
 
 import numpy as np
 import torch
@@ -12,11 +13,27 @@ from torch import nn
 from model.checkpoint import load_exactly, read_checkpoint, state_dict_in
 from model.deeplabv3plus import DILATIONS, DeepLabV3Plus, channel_dropout
 from model.resnet import load_backbone
-from util.run import exact_mode, process_rank, seed_everything
+from util.run import STARTED, exact_mode, process_rank, seed_everything
 
 MOMENTUM, WEIGHT_DECAY = 0.9, 1e-4  # SGD without Nesterov; batch norm and biases decay too
 POLY_POWER = 0.9
 FACTORS = 4  # stream of random numbers, after those of dataset/samples.py
+
+
+class State:
+    """Where a run stands: the next iteration, best mIoU, sums of the running epoch's losses; the
+    metrics of every evaluation and the mean loss, by epoch; seconds of the starts before this one.
+    """
+
+    def __init__(self):
+        self.iteration, self.best, self.best_epoch, self.sums = 0, 0.0, -1, {}
+        self.evaluations, self.losses, self.seconds = {}, {}, 0.0
+
+    def saved(self) -> dict:
+        return vars(self) | {"seconds": self.seconds + time.time() - STARTED}
+
+    def restore(self, saved: dict) -> None:
+        vars(self).update(saved)
 
 
 def set_precision(args) -> None:
