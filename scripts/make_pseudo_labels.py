@@ -593,7 +593,8 @@ def main(argv: list[str] | None = None) -> None:
     if options.checkpoint:
         inputs["checkpoint"] = options.checkpoint
     check_writable(options.out_list.parent)
-    summary_path, remedy = folder / "summary.json", "choose another --exp, or remove that folder"
+    summary_path = folder / "summary.json"
+    remedy = "thresholds are of the whole list: choose another --exp, or remove that folder"
 
     with Outputs(folder, remedy) as out, process_group(device) as (rank, _):
         if rank == 0:
