@@ -93,7 +93,7 @@ def read_checkpoint(path: Path, sam_type: str) -> dict:
         address = (MOBILE_URL if sam_type == "vit_t" else OFFICIAL_URL) + place.name
         remedy = f"download them from {address} to {place}, or name another file of them"
         if sam_type in ("vit_h", "vit_l", "vit_b"):
-            remedy = f"bash scripts/download.sh sam {sam_type} fetches them, or name another file"
+            remedy = f"`bash scripts/download.sh sam {sam_type}` fetches them from {address}"
         if sam_type in ("tiny", "tiny_photo"):
             remedy = f"restore model/{place.name}, or train with scripts/dev/sam_tiny.py"
         raise UserError(f"{path}: no such file of the weights of --sam-type {sam_type}; {remedy}")

@@ -55,7 +55,7 @@ def run(script, *arguments, folder=ROOT, timeout=60, **values):
         ("toy", "SEEDS", "99999999999999999999", "give whole numbers from 0 to 99"),
         ("toy", "CONTROLS", "yes", "give one of 0, 1"),
         ("toy", "SMALLEST", "2", "give one of 0, 1"),
-        ("camvid", "SAM_TYPE", "huge", "give one of tiny, vit_t, vit_b, vit_l, vit_h"),
+        ("camvid", "SAM_TYPE", "huge", "give one of tiny, tiny_photo, vit_t, vit_b, vit_l, vit_h"),
         ("ablation toy", "SEEDS", "q", "give whole numbers from 0 to 99"),
         ("gta2cs", "RECIPE", "both", "give one of release, paper"),
         ("gta2cs", "REHEARSE", "yes", "give one of 0, 1"),

@@ -259,8 +259,12 @@ def peak_memory_mb(device=None) -> dict[str, float]:
     """Peak resident memory of this process and, on CUDA, peak allocated device memory, in MB (10^6
     bytes).
     """
-    scale = 1 if sys.platform == "darwin" else 1024
-    memory = {"host_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 1e6, 1)}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak *= 1 if sys.platform == "darwin" else 1024
+    with contextlib.suppress(OSError, StopIteration):  # Linux: what is above has its parent's too
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        peak = 1024 * int(next(re.finditer(r"^VmHWM:\s*(\d+) kB", status, re.M))[1])
+    memory = {"host_mb": round(peak / 1e6, 1)}
     if device is not None and device.type == "cuda":
         import torch
 
