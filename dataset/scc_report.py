@@ -309,7 +309,9 @@ def decisions_chart(data, verdicts, classes: ClassSet):
 
 
 def panels(data, verdicts, classes: ClassSet, images: int) -> Image.Image:
-    """Image | labels before | eta (or 1 - score) | labels after, dropped regions hatched."""
+    """Image | labels before | eta, or doubt: 1 - probability of the label | labels after, dropped
+    regions hatched.
+    """
     rows = []
     for image in range(min(images, len(data.rows))):
         picture, numbers = data.read(image)
@@ -322,7 +324,7 @@ def panels(data, verdicts, classes: ClassSet, images: int) -> Image.Image:
             overlay(picture, after, classes.palette, 0.9), (before != IGNORE) & (after == IGNORE)
         )
         rows.append([picture, colour_label(before, classes.palette), heat(doubt), after_picture])
-    doubt_title = "doubt: 1 - probability of the label" if verdicts.noise is None else "eta"
+    doubt_title = "doubt" if verdicts.noise is None else "eta"
     return contact_sheet(
         rows,
         ["image", "before", f"{doubt_title}, blue 0, orange 1", "after, dropped hatched"],
