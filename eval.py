@@ -35,16 +35,11 @@ import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import nn
 
-from model.deeplabv3plus import DeepLabV3Plus
-from model.network import Network, load_network
-from model.resnet import to_tensor
 from util.charts import confusion_chart, save_chart
 from util.labels import (
     IDS_13_IN_16,
@@ -83,6 +78,12 @@ from util.run import (
     run_main,
     select_device,
 )
+
+if TYPE_CHECKING:  # else where they are used: seconds that a finished evaluation does not need
+    import torch
+    from torch import nn
+
+    from model.network import Network
 
 Mode = Literal["original", "sliding_window", "center_crop"]
 RESULTS = ("confusion.csv", "confusion.png", "metrics.json")
@@ -126,6 +127,8 @@ def predict(
         images = images[..., rows, columns]
     if mode != "sliding_window":
         return model(images).float().softmax(dim=1)
+    import torch
+
     by_shape = defaultdict(list)
     for window in sliding_windows(height, width, crop_size):
         by_shape[window[1] - window[0], window[3] - window[2]].append(window)
@@ -164,6 +167,11 @@ def evaluate_checkpoint(
     bar of process 0. A `model.network.Network` resizes images itself: mode is then `original`.
     Ground truth has its image's size (util.labels.check_pairs, with same_size).
     """
+    import torch
+    from torch import nn
+
+    from model.resnet import to_tensor
+
     rank, world = process_rank()
     confusion = np.zeros((class_num, class_num + 1), dtype=np.int64)
     share = rows[rank::world]
@@ -249,6 +257,7 @@ def summed(confusion: np.ndarray, device) -> np.ndarray:
     """The sum of all processes' confusion matrices."""
     if process_rank()[1] == 1:
         return confusion
+    import torch
     import torch.distributed as dist
 
     total = torch.from_numpy(confusion).to(device)
@@ -384,6 +393,9 @@ def parse_args(argv: list[str] | None = None) -> Options:
 
 def checked_network(checkpoint: Path, class_num: int, mode: str, device):
     """The network of a checkpoint; other networks than DeepLabV3+ see whole images only."""
+    from model.deeplabv3plus import DeepLabV3Plus
+    from model.network import load_network
+
     network = load_network(checkpoint, device, class_num)
     if isinstance(network.model, DeepLabV3Plus):
         return network.model

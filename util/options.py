@@ -134,7 +134,7 @@ def parse_options(kind: type[T], description: str, argv: list[str] | None = None
     for name, hint in hints.items():
         for bounds in (mark for mark in taken_apart(hint)[1] if isinstance(mark, Bounds)):
             bounds.check(name, getattr(options, name))
-    if hasattr(options, "device"):
+    if getattr(options, "device", "auto") != "auto":
         select_device(options.device)
     return options
 
