@@ -627,11 +627,11 @@ def main(argv: list[str] | None = None) -> None:
         # Every process: the first one notes the settings before it writes a label.
         out.accept(settings, begun=places.begun(rows))
         write_classes(out.folder, classes)
-        todo = rows_to_do(rows, places)
-        done = [row for row in rows[process_rank()[0] :: process_rank()[1]] if row not in todo]
-        earlier = sum(read_json(places.record(row))["total_seconds"] for row in done)
+        todo, (rank, world) = rows_to_do(rows, places), process_rank()
         aggregate_list(todo, sam, classes, places, options, proposals)
-        if process_rank()[0] == 0:
+        if rank == 0:
+            done = set(rows[::world]).difference(todo)
+            earlier = sum(read_json(places.record(row))["total_seconds"] for row in done)
             inputs = {"list": options.id_list_path, "sam": sam.files[0]}
             record = {
                 "peak_memory": peak_memory_mb(device),
