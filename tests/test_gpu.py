@@ -1,7 +1,6 @@
 """The GPU's results beside the CPU's (marked gpu: skipped where there is none), and the command
 that measures on a GPU, in miniature."""
 
-import json
 import os
 import subprocess
 import sys
@@ -131,66 +130,44 @@ def test_training_on_drawn_scenes_under_torchrun(tmp_path):
 # ------------------------------------------------------------------- scripts/dev/gpu.sh, on a CPU
 
 
-def test_a_part_that_hangs_leaves_the_others_and_what_is_done_is_not_run_again(
-    tmp_path, monkeypatch, capsys
-):
-    """The time limit of one part is far too short. Figures of another card are not mixed in."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setitem(gpu.PARTS, "scc", replace(gpu.PARTS["scc"], seconds=0.1))
-    how = ["--device", "cpu", "--out", str(tmp_path), "--parts", "scc", "eval"]
-    assert gpu.main(how) == 1
-    text = (tmp_path / "gpu.md").read_text()
-    assert text.count("error stopped after") == 1 and text.count("images/s") == 2
-    assert "| TF32 | not run |" in text and "iterations/s" not in text
-    found = json.loads((tmp_path / "gpu.json").read_text())
-    assert found["miniature"] and found["parts"]["eval"]["original"]["images/s"] > 0
-
-    monkeypatch.setattr(gpu, "run_part", lambda name, *_: name)
-    capsys.readouterr()
-    assert gpu.main(how) == 1
-    assert "scc: scc\neval: done before\n" in capsys.readouterr().out
-    assert (tmp_path / "gpu.md").read_text() == text
-
-    monkeypatch.setattr(gpu, "identity", lambda *_: {"card": "another", "miniature": True})
-    with pytest.raises(UserError, match="holds results of card = .*, now it is another"):
-        gpu.main(how)
-
-
 def test_a_case_that_fails_leaves_the_others_and_alone_runs_again(tmp_path, monkeypatch):
+    """Figures of another card are not mixed in."""
     begun = []
 
-    def measured(case, size, device):
+    def run(case, size, device):
         begun.append(case)
         if case == "TF32" and len(begun) < 4:
             raise RuntimeError("CUDA error:\nout of luck")
         return {"iterations/s": 2.0, "GB": 1.0}
 
     monkeypatch.setattr(torch, "compile", torch.compile)  # is set for a CPU
-    monkeypatch.setitem(gpu.PARTS, "scc", replace(gpu.PARTS["scc"], run=measured))
-    cpu = torch.device("cpu")
-    results = gpu.Results(tmp_path, gpu.identity(cpu, miniature=True))
-    assert gpu.work("scc", results, cpu) == 1 and begun == ["fp32", "TF32", "bf16"]
+    monkeypatch.setitem(gpu.PARTS, "scc", replace(gpu.PARTS["scc"], run=run))
+    how = ["scc", "--device", "cpu", "--out", str(tmp_path)]
+    assert gpu.main(how) == 1 and begun == ["fp32", "TF32", "bf16"]
     text = (tmp_path / "gpu.md").read_text()
-    assert "| bf16 | 2 iterations/s | 1.0 |" in text
+    assert "| bf16 | 2 iterations/s | 1.0 |" in text and "| original | not run |" in text
     assert "| TF32 | error RuntimeError: CUDA error: |" in text
-    assert gpu.work("scc", results, cpu) == 0 and begun[3:] == ["TF32"]
+    assert gpu.main(how) == 0 and begun[3:] == ["TF32"]
     assert "error" not in (tmp_path / "gpu.md").read_text()
+    monkeypatch.setattr(gpu, "settings_of", lambda *_: {"card": "another", "miniature": True})
+    with pytest.raises(UserError, match="holds results of card = .*, now it is another"):
+        gpu.main(how)
 
 
-def run(out, *arguments) -> subprocess.CompletedProcess:
-    command = ["bash", "scripts/dev/gpu.sh", "--device", "cpu", "--out", str(out), *arguments]
-    environment = {**os.environ, "PYTHON": sys.executable}
+def all_parts(out, limit) -> subprocess.CompletedProcess:
+    command = ["bash", "scripts/dev/gpu.sh", "--device", "cpu", "--out", str(out)]
+    environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "LIMIT": limit}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
-def test_a_part_that_does_not_fit_is_not_begun(tmp_path):
-    said = run(tmp_path, "--minutes", "0.1")
-    assert said.returncode == 1 and said.stdout.count("do not fit") == len(gpu.PARTS)
+def test_a_part_that_hangs_leaves_the_others(tmp_path):
+    said = all_parts(tmp_path, "0.1")
+    assert said.returncode == 1 and said.stdout.count("took too long") == len(gpu.PARTS)
 
 
 @pytest.mark.slow
 def test_every_part_runs_in_miniature(tmp_path):
-    said = run(tmp_path, "--minutes", "60")
+    said = all_parts(tmp_path, "600")
     text = (tmp_path / "gpu.md").read_text()
     assert said.returncode == 0 and "error" not in text and "not run" not in text, said.stdout
 

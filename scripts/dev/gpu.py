@@ -1,35 +1,28 @@
-"""What a GPU should show, part by part, in one folder with one table.
+"""What a GPU should show, in one folder with one table. `bash scripts/dev/gpu.sh` calls this for
+every part in turn, each with a time limit:
 
-    bash scripts/dev/gpu.sh                                 nine minutes on a card of 80 GB
-    bash scripts/dev/gpu.sh --miniature                     the same code on tiny sizes
-    bash scripts/dev/gpu.sh --device cpu --out runs/cpu     in miniature, two minutes on 2 cores
+    python -m scripts.dev.gpu psa_speed --device cuda
 
-Outputs  in --out: gpu.md and gpu.json, written anew after every figure; of each part <part>.log,
-         what it printed
+Outputs  in --out: gpu.md and gpu.json, written anew after every figure
 
-A part is a process of its own with a time limit: one that fails or hangs leaves the others, and
-what it has measured until then. The same command goes on where it was stopped. Another card,
-commit, torch or size needs another folder.
+The same command goes on where it was stopped, and runs what failed again. On a CPU all sizes are
+tiny. Another card, commit, torch or size needs another folder.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import gc
-import multiprocessing
-import os
 import re
-import signal
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # for `python scripts/dev/NAME.py`
 
@@ -46,7 +39,7 @@ from scripts.dev import bench
 from seco_sam import aggregate
 from util import run
 from util.labels import CITYSCAPES_19, write_label
-from util.options import DeviceOptions, Folder, Positive, parse_options
+from util.options import Argument, DeviceOptions, Folder, parse_options
 from util.outputs import Outputs, atomic_path, read_json, write_json
 from util.pictures import save_picture
 
@@ -167,19 +160,16 @@ def in_gb(memory: dict) -> dict:
     return {"GB": memory.get("device_mb", memory["host_mb"]) / 1000}
 
 
-# ------------------------------------------------------------------------------- running the parts
+# ----------------------------------------------------------------------------------- parts, table
 
 
 @dataclass(frozen=True)
 class Part:
-    """run: measures one of `cases`. what: in the table, with names of sizes in braces. seconds: at
-    most what it should take on a GPU; twice that is its time limit.
-    """
+    """run: measures one of `cases`. what: in the table, with names of sizes in braces."""
 
     run: Callable[[str, dict, torch.device], dict]
     what: str
     cases: tuple[str, ...]
-    seconds: int
 
 
 SCC = "SCC training, {backbone}, {patches} patches of {patch[0]}x{patch[1]}"
@@ -187,16 +177,14 @@ UNIMATCH = "UniMatch training, {backbone}, crop {crop}, batch 2 + 2"
 EVALUATION = "Evaluation, {backbone}, {image[1]}x{image[0]}, windows of {crop}"
 # Those that matter most first; compiling takes minutes.
 PARTS = {
-    "psa_equal": Part(psa_equal, "PSA's labels, tiny SAM, against the CPU's", ("fp32", "bf16"), 40),
-    "psa_speed": Part(
-        psa_speed, "PSA, {sam}, {image[1]}x{image[0]}", ("fp32", "bf16", ORACLE), 120
-    ),
-    "scc": Part(scc_training, SCC, tuple(PRECISIONS), 60),
-    "unimatch": Part(unimatch, UNIMATCH, tuple(PRECISIONS), 60),
-    "eval": Part(evaluation, EVALUATION, ("original", "sliding_window"), 40),
-    "gpu_tests": Part(gpu_tests, "Tests that need a GPU", ("pytest -m gpu",), 100),
-    "scc_compiled": Part(scc_training, SCC, (COMPILED,), 90),
-    "unimatch_compiled": Part(unimatch, UNIMATCH, (COMPILED,), 150),
+    "psa_equal": Part(psa_equal, "PSA's labels, tiny SAM, against the CPU's", ("fp32", "bf16")),
+    "psa_speed": Part(psa_speed, "PSA, {sam}, {image[1]}x{image[0]}", ("fp32", "bf16", ORACLE)),
+    "scc": Part(scc_training, SCC, tuple(PRECISIONS)),
+    "unimatch": Part(unimatch, UNIMATCH, tuple(PRECISIONS)),
+    "eval": Part(evaluation, EVALUATION, ("original", "sliding_window")),
+    "gpu_tests": Part(gpu_tests, "Tests that need a GPU", ("pytest -m gpu",)),
+    "scc_compiled": Part(scc_training, SCC, (COMPILED,)),
+    "unimatch_compiled": Part(unimatch, UNIMATCH, (COMPILED,)),
 }
 
 
@@ -217,131 +205,67 @@ def table(figures: dict[str, dict], size: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def identity(device: torch.device, miniature: bool) -> dict:
+def settings_of(device: torch.device, miniature: bool) -> dict:
     """What figures belong to."""
     made = run.manifest({})
-    card = made["hardware"]["cpu"]
-    if device.type == "cuda":
-        card = torch.cuda.get_device_name(device)
-    found = {"card": card, "torch": str(torch.__version__), "commit": made["git"]["commit"]}
-    return {**found, "uncommitted": made["git"]["changed"], "miniature": miniature}
+    cuda = device.type == "cuda"
+    return {
+        "card": torch.cuda.get_device_name(device) if cuda else made["hardware"]["cpu"],
+        "torch": str(torch.__version__),
+        "commit": made["git"]["commit"],
+        "uncommitted": made["git"]["changed"],
+        "miniature": miniature,
+    }
 
 
-class Results:
-    """The files of `out`; size: of what is measured."""
-
-    def __init__(self, out: Path, identity: dict):
-        self.out, self.identity = out, identity
-        self.size = MINIATURE if identity["miniature"] else FULL
-
-    def figures(self) -> dict[str, dict]:
-        """{part: {case: its figures, or {"error": its line}}}."""
-        path = self.out / "gpu.json"
-        return read_json(path)["parts"] if path.is_file() else {}
-
-    def lacking(self, part: str) -> list[str]:
-        """The cases that are not there, or failed."""
-        found = self.figures().get(part, {})
-        return [case for case in PARTS[part].cases if case not in found or "error" in found[case]]
-
-    def write(self, figures: dict[str, dict]) -> None:
-        write_json(self.out / "gpu.json", {**self.identity, "parts": figures})
-        head = ", ".join(f"{name}: {value}" for name, value in self.identity.items())
-        with atomic_path(self.out / "gpu.md") as temporary:
-            temporary.write_text(f"{head}\n\n{table(figures, self.size)}", encoding="utf-8")
-
-    def add(self, part: str, case: str, found: dict) -> None:
-        figures = self.figures()
-        self.write({**figures, part: {**figures.get(part, {}), case: found}})
-
-
-def work(part: str, results: Results, device: torch.device) -> int:
-    """The cases of a part that are not there yet, in this process; 1 if one failed."""
-    run.tune_cpu()
-    if device.type == "cpu":  # whose code takes minutes to generate and says nothing here
-        torch.compile = functools.partial(torch.compile, backend="aot_eager")
-    for case in results.lacking(part):
-        gc.collect()
-        run.exact_mode()
-        run.seed_everything(0)
-        bench.count_memory_anew(device)
-        try:
-            figures = PARTS[part].run(case, results.size, device)
-        except Exception as error:
-            traceback.print_exc()
-            figures = {"error": f"{type(error).__name__}: {error}".partition("\n")[0]}
-        results.add(part, case, figures)
-    return int(any(results.lacking(part)))
-
-
-def process(part: str, results: Results, device: torch.device) -> None:
-    """`work` as a process, the first of its group, which prints into its log."""
-    os.setsid()
-    with open(results.out / f"{part}.log", "w", encoding="utf-8") as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
-    sys.exit(work(part, results, device))
-
-
-def run_part(part: str, results: Results, device: torch.device, limit: float) -> str:
-    """Run a part as a process of its own, at most `limit` seconds; what to say of it."""
-    context, start = multiprocessing.get_context("spawn"), time.monotonic()
-    child = context.Process(target=process, args=(part, results, device))
-    child.start()
+def measured(part: Part, case: str, size: dict, device: torch.device) -> dict:
+    """The figures of a case, or {"error": its line}."""
+    gc.collect()
+    run.exact_mode()
+    run.seed_everything(0)
+    bench.count_memory_anew(device)
     try:
-        child.join(limit)
-        code = child.exitcode
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)  # with what it has started itself
-        child.kill()
-        child.join()
-    trouble = f"stopped after {limit:.0f} s" if code is None else f"exit code {code}" * bool(code)
-    missing = [c for c in PARTS[part].cases if c not in results.figures().get(part, {})]
-    if trouble and missing:
-        results.add(part, missing[0], {"error": f"{trouble}, see {part}.log"})
-    return f"{trouble or 'done'} in {time.monotonic() - start:.0f} s"
+        return part.run(case, size, device)
+    except Exception as error:
+        traceback.print_exc()
+        return {"error": f"{type(error).__name__}: {error}".partition("\n")[0]}
 
 
 @dataclass(kw_only=True)
 class Options(DeviceOptions):
     """measurements"""
 
+    part: Argument[Literal[tuple(PARTS)]]
+    "what is measured"
     out: Folder = Path("runs/gpu")
     "folder of the results"
     miniature: bool = False
     "tiny sizes; always on a CPU"
-    minutes: Positive = 9
-    "a part that does not fit is not run"
-    parts: list[str] | None = None
-    "these alone"
 
 
 def main(argv=None) -> int:
     options = parse_options(Options, __doc__, argv)
-    device, parts = run.select_device(options.device), options.parts or list(PARTS)
-    if unknown := set(parts) - PARTS.keys():
-        raise run.UserError(f"--parts {' '.join(unknown)}: choose among {', '.join(PARTS)}")
-    if device.type == "cpu":  # so small that threads would only wait for each other
-        os.environ["OMP_NUM_THREADS"] = "1"
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the part that is running too
-    end = time.monotonic() + 60 * options.minutes
-    with Outputs(options.out, "choose another folder") as outputs:
-        results = Results(options.out, identity(device, options.miniature or device.type == "cpu"))
-        outputs.accept(results.identity, begun=bool(results.figures()))
-        results.write(results.figures())
-        for part in (part for part in PARTS if part in parts):
-            left, needed = end - time.monotonic(), PARTS[part].seconds
-            if not results.lacking(part):
-                said = "done before"
-            elif needed > left:
-                said = f"not run: {needed} s do not fit into the {left:.0f} s that are left"
-            else:
-                print(f"{part}: {', '.join(results.lacking(part))}", flush=True)
-                said = run_part(part, results, device, min(2 * needed, left))
-            print(f"{part}: {said}", flush=True)
-    print(f"{(options.out / 'gpu.md').read_text(encoding='utf-8')}\n{options.out / 'gpu.md'}")
-    return int(any(results.lacking(part) for part in parts))
+    device, out, part = run.select_device(options.device), options.out, PARTS[options.part]
+    miniature = options.miniature or device.type == "cpu"
+    size = MINIATURE if miniature else FULL
+    run.tune_cpu()
+    if device.type == "cpu":  # whose code takes minutes to generate and says nothing here
+        torch.compile = functools.partial(torch.compile, backend="aot_eager")
+    with Outputs(out, "choose another folder") as outputs:
+        settings, record = settings_of(device, miniature), out / "gpu.json"
+        figures = read_json(record)["parts"] if record.is_file() else {}
+        outputs.accept(settings, begun=bool(figures))
+        found = figures.setdefault(options.part, {})
+        for case in part.cases:
+            if "error" not in found.get(case, {"error": "not run"}):
+                continue
+            found[case] = measured(part, case, size, device)
+            print(f"{options.part}, {case}: {found[case]}", flush=True)
+            write_json(record, {**settings, "parts": figures})
+            head = ", ".join(f"{name}: {value}" for name, value in settings.items())
+            with atomic_path(out / "gpu.md") as temporary:
+                temporary.write_text(f"{head}\n\n{table(figures, size)}", encoding="utf-8")
+    return int(any("error" in found[case] for case in part.cases))
 
 
 if __name__ == "__main__":
