@@ -197,19 +197,6 @@ def test_iterations_range_holds_the_truth(length, tmp_path):
         assert list(range(0, other, other // 8)) == list(range(0, length, length // 8))
 
 
-def test_cut_line_and_resumed_run(tmp_path):
-    clock = "\n[2024-01-01 05:00:00,000][    INFO]"
-    stump = f"{clock} ===========> Epoch: 2, LR: 0.00500, Previous best: 0.00"
-    log = read_text_log(
-        text_log(tmp_path / "a.log", 3, tail=f"{stump}{clock} Iters: 0, Total loss: 0.9")
-    )
-    # epoch 2 started again; its old rows are replaced
-    assert {epoch for epoch, _, _ in log.losses} == {0, 1} and len(log.losses) == 20
-    (tmp_path / "b.log").write_text("hello\n")
-    with pytest.raises(UserError, match="not a UniMatch-style text log"):
-        read_text_log(tmp_path / "b.log")
-
-
 @pytest.mark.parametrize("again", [0, 5])
 def test_an_epoch_started_again_voids_all_later_ones(tmp_path, again):
     """20 epochs of two classes near 60, then again from epoch `again` on, otherwise: two epochs and
@@ -597,6 +584,7 @@ def test_comparison_of_unlike_things_is_refused(our_run, tmp_path):
         ([gta, str(SHIPPED / "seco_synthia")], "19 classes"),
         ([lost, gta], "no such run folder"),
         ([str(tmp_path), gta], "holds no epochs.csv"),
+        ([str(ROOT / "README.md"), gta], "not a UniMatch-style text log"),
         ([gta, gta, "--tolerance", "-1"], "--tolerance -1"),
     ):
         with pytest.raises(UserError, match=message):
