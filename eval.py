@@ -4,8 +4,8 @@ confusion matrix.
 
 Inputs   --id-list-path   rows `<image path> <ground-truth path>`, relative to --root-path; and one
          of
-         --checkpoint     a network of train_unimatch.py, UniMatch, DT-ST, ProDA or SHADE; images
-                          enter it as its authors feed it (model/network.py)
+         --checkpoint     a network of train_unimatch.py, UniMatch, DT-ST, CMA, ProDA or SHADE;
+                          images enter it as its authors feed it (model/network.py)
          --labels         pseudo-labels: a list `<image path> <label path>`, whose rows are matched
                           by image path, or a folder of PNGs, named as the images are below their
                           first folder. An image of the ground truth that has no label map counts as
@@ -22,8 +22,9 @@ Outputs  the table on screen; in --out: metrics.json, confusion.png, confusion.c
 
 Modes (UniMatch's): `original`, the whole image in one pass; `sliding_window`, windows of
 --crop-size every two thirds of it, cut at the border, their probabilities summed; `center_crop`,
-the central square of image and label. The shipped GTA log was evaluated with sliding windows,
-SYNTHIA's and BDD's with original: state the mode with every figure.
+the central square of image and label. CMA's, for wide images as ACDC's: `square_windows`, squares
+of the image's height, their logits averaged (model/network.py). The shipped GTA log was evaluated
+with sliding windows, SYNTHIA's and BDD's with original: state the mode with every figure.
 
 Copied away, this file needs util/ and model/.
 """
@@ -85,7 +86,7 @@ if TYPE_CHECKING:  # else where they are used: seconds that a finished evaluatio
 
     from model.network import Network
 
-Mode = Literal["original", "sliding_window", "center_crop"]
+Mode = Literal["original", "sliding_window", "center_crop", "square_windows"]
 RESULTS = ("confusion.csv", "confusion.png", "metrics.json")
 CropSize = Annotated[int, Bounds(least=33), "PIXELS"]  # 33: the least that DeepLabV3+ takes
 
@@ -125,6 +126,10 @@ def predict(
     if mode == "center_crop":
         rows, columns = center_square(height, width, crop_size)
         images = images[..., rows, columns]
+    if mode == "square_windows":
+        from model.network import square_window_logits
+
+        return square_window_logits(model, images).softmax(dim=1)
     if mode != "sliding_window":
         return model(images).float().softmax(dim=1)
     import torch
@@ -164,8 +169,8 @@ def evaluate_checkpoint(
 ) -> np.ndarray:
     """The confusion matrix of a network (in eval mode) over `rows` (image path, ground-truth path),
     of this process's share of them; `summed` adds the processes' up. `bar`: title of the progress
-    bar of process 0. A `model.network.Network` resizes images itself: mode is then `original`.
-    Ground truth has its image's size (util.labels.check_pairs, with same_size).
+    bar of process 0. A `model.network.Network` does all of this itself: mode is then its
+    own. Ground truth has its image's size (util.labels.check_pairs, with same_size).
     """
     import torch
     from torch import nn
@@ -392,17 +397,18 @@ def parse_args(argv: list[str] | None = None) -> Options:
 
 
 def checked_network(checkpoint: Path, class_num: int, mode: str, device):
-    """The network of a checkpoint; other networks than DeepLabV3+ see whole images only."""
+    """The network of a checkpoint; other networks than DeepLabV3+ have one mode, their authors'."""
     from model.deeplabv3plus import DeepLabV3Plus
     from model.network import load_network
 
     network = load_network(checkpoint, device, class_num)
     if isinstance(network.model, DeepLabV3Plus):
         return network.model
-    if mode != "original":
+    if mode != network.mode:
+        images = "whole images" if network.mode == "original" else "square windows"
         raise UserError(
-            f"{checkpoint}: a network of {network.format}, which is evaluated on whole images; use"
-            f" --mode original, not {mode}"
+            f"{checkpoint}: a network of {network.format}, which is evaluated on {images}; use"
+            f" --mode {network.mode}, not {mode}"
         )
     return network
 
@@ -425,7 +431,7 @@ def write_results(folder: Path, confusion: np.ndarray, metrics: dict, record: di
 def header_of(args: Options, images: int, labels: int) -> str:
     """What is measured; labels: how many of the images have a label map (with --labels)."""
     if args.checkpoint:
-        crop = "" if args.mode == "original" else f" {args.crop_size}"
+        crop = f" {args.crop_size}" if args.mode in ("sliding_window", "center_crop") else ""
         what = f"{images} images of {args.id_list_path}, mode {args.mode}{crop}"
         return f"{args.checkpoint}, {what}, IoU in percent"
     header = f"{args.labels} against {args.id_list_path}: {images} images, IoU in percent"

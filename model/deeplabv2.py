@@ -1,9 +1,9 @@
-"""DeepLabV2 as DT-ST and as ProDA train it, so that their checkpoints can be used for starting
+"""DeepLabV2 as DT-ST, CMA and ProDA train it, so that their checkpoints can be used for starting
 pseudo-labels (model/network.py).
 
-Both are a torchvision ResNet-101 (7x7 stem) at output stride 8, layer3 and layer4 trading their
-stride for dilation 2 and 4, and a classifier on layer4 whose branches are convolutions of different
-dilation. Weights are named as in the authors' checkpoints.
+All are a torchvision ResNet-101 at output stride 8, layer3 and layer4 trading their stride for
+dilation 2 and 4, and a classifier on layer4 whose branches are convolutions of different dilation.
+Weights are named as in the authors' checkpoints.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from torchvision.models import resnet101
 from torchvision.ops import FrozenBatchNorm2d
+
+from model.resnet import conv3x3
 
 FEATURE_CHANNELS = 2048  # of layer4
 # Of the classifiers' 3x3 convolutions (DeepLabV2's ASPP-L; both released codes).
@@ -34,7 +36,16 @@ def backbone(norm_layer: type[nn.Module] | partial | None = None) -> OrderedDict
     return OrderedDict((name, getattr(network, name)) for name in names)
 
 
-# -------------------------------------------------------------------------------------------- DT-ST
+def dilate_first_blocks(parts: dict[str, nn.Module]) -> None:
+    """The first blocks of layer3 and layer4 get the dilation of their layers' other blocks, 2 and
+    4; torchvision's have half of it.
+    """
+    for name, dilation in (("layer3", 2), ("layer4", 4)):
+        convolution = parts[name][0].conv2
+        convolution.dilation = convolution.padding = (dilation, dilation)
+
+
+# --------------------------------------------------------------------------------------- DT-ST, CMA
 
 
 class SummedClassifier(nn.Module):
@@ -67,6 +78,28 @@ class DeepLabV2(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.classifier(self.feature_extractor.backbone(images))
+
+
+class CMA(nn.Module):
+    """CMA's: images as DT-ST's to logits at stride 8, B x K x ceil(H/8) x ceil(W/8).
+
+    Its stem is mmsegmentation's of ResNet-101 v1c: three 3x3 convolutions, 3→32→32→64. As in ProDA,
+    the first blocks of layer3 and layer4 are dilated too.
+    """
+
+    def __init__(self, class_num: int):
+        super().__init__()
+        parts = backbone()
+        dilate_first_blocks(parts)
+        stem = []
+        for inputs, outputs, stride in ((3, 32, 2), (32, 32, 1), (32, 64, 1)):
+            stem += [conv3x3(inputs, outputs, stride), nn.BatchNorm2d(outputs), nn.ReLU()]
+        layers = {name: parts[name] for name in ("maxpool", "layer1", "layer2", "layer3", "layer4")}
+        self.backbone = nn.Sequential(OrderedDict(stem=nn.Sequential(*stem), **layers))
+        self.head = SummedClassifier(class_num)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head(self.backbone(images))
 
 
 # -------------------------------------------------------------------------------------------- ProDA
@@ -133,9 +166,7 @@ class ProDA(nn.Sequential):
         parts["maxpool"].ceil_mode = True
         first = parts["layer2"][0]
         first.conv1.stride, first.conv2.stride = (2, 2), (1, 1)
-        for name, dilation in (("layer3", 2), ("layer4", 4)):
-            first = parts[name][0]
-            first.conv2.dilation = first.conv2.padding = (dilation, dilation)
+        dilate_first_blocks(parts)
         if pretrained_norm:
             parts["bn_pretrain"] = nn.BatchNorm2d(FEATURE_CHANNELS)
         parts["layer5"] = JoinedClassifier(class_num)

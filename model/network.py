@@ -4,6 +4,7 @@
 |---|---|---|---|
 | train_unimatch.py, UniMatch | DeepLabV3+ | ImageNet's mean, deviation | the image's |
 | DT-ST | DeepLabV2 | ImageNet's mean, deviation | 1536x768; 16 classes 1280x640; bicubic |
+| CMA | DeepLabV2 | ImageNet's mean, deviation | the image's, in square windows |
 | ProDA | DeepLabV2 | RGB / 255 alone | 2048x1024, bilinear |
 | SHADE | DeepLabV3+ | ImageNet's mean, deviation | the image's |
 
@@ -21,9 +22,10 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
+from torch.nn.functional import interpolate
 
 from model.checkpoint import load_exactly, read_checkpoint, state_dict_in, without_prefixes
-from model.deeplabv2 import DeepLabV2, ProDA
+from model.deeplabv2 import CMA, DeepLabV2, ProDA
 from model.deeplabv3plus import DILATIONS, DeepLabV3Plus, upsampled
 from model.resnet import to_tensor
 from util.run import UserError
@@ -34,13 +36,46 @@ DTST_SIZE = {19: (1536, 768), 16: (1280, 640)}
 PRODA_SIZE = (2048, 1024)
 
 
+# Of the multi-scale mean that CMA takes its pixel labels from (its released code).
+SCALES = (0.5, 0.75, 1, 1.25, 1.5, 1.75, 2)
+
+
+def square_windows(height: int, width: int) -> list[tuple[int, int, int, int]]:
+    """(top, bottom, left, right) of CMA's windows: squares of the shorter side along the longer
+    one. Three where that is 1.5 to 3 times the shorter (1920x1080: at 0, 420 and 840).
+    """
+    side, length = sorted((height, width))
+    stride = length // 2 - side // 2 if length > 1.5 * side else length - side
+    stride = max(1, min(stride, side))
+    starts = [*range(0, length - side, stride), length - side]
+    if height > width:
+        return [(start, start + side, 0, side) for start in starts]
+    return [(0, side, start, start + side) for start in starts]
+
+
+def square_window_logits(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """Normalised images, B x 3 x H x W → logits, float32 B x K x H x W: CMA's inference. Those of
+    each window are enlarged to it, and averaged where windows overlap.
+    """
+    total, count = None, torch.zeros(images.shape[-2:], device=images.device)
+    for top, bottom, left, right in square_windows(*images.shape[-2:]):
+        window = images[..., top:bottom, left:right]
+        logits = interpolate(model(window).float(), window.shape[-2:], mode="bilinear")
+        if total is None:
+            total = logits.new_zeros(*logits.shape[:2], *images.shape[-2:])
+        total[..., top:bottom, left:right] += logits
+        count[top:bottom, left:right] += 1
+    return total / count
+
+
 @dataclass(frozen=True)
 class Network:
     """A segmentation network and how its authors feed it.
 
-    model: in eval mode, 1 x 3 x h x w → logits, 1 x K x any size. test_size: (width, height) that
-    images are resized to, by `resample`; None: as they are. scaled_only: RGB / 255 is the input,
-    without ImageNet's mean and deviation.
+    model: in eval mode, 1 x 3 x h x w → logits, 1 x K x any size. mode: of eval.py, its authors':
+    whole images or square windows. test_size: (width, height) that images are resized to, by
+    `resample`; None: as they are. scaled_only: RGB / 255 is the input, without ImageNet's mean and
+    deviation.
     """
 
     model: nn.Module
@@ -49,24 +84,47 @@ class Network:
     test_size: tuple[int, int] | None = None
     resample: Image.Resampling = Image.Resampling.BILINEAR
     scaled_only: bool = False
+    mode: str = "original"
 
     def logits(self, image: np.ndarray, test_size: tuple[int, int] | None = None) -> torch.Tensor:
         """uint8 H x W x 3 → float32 1 x K x H x W on the network's device. `test_size` replaces the
         network's own.
-
-        Logits are upsampled once, with the corners aligned, as all these networks' authors do.
         """
-        size, test_size = image.shape[:2], test_size or self.test_size
-        if test_size and test_size[::-1] != size:
+        return self.logits_at(self.pixels(image, test_size), image.shape[:2])
+
+    def multi_scale(self, image: np.ndarray, test_size: tuple[int, int] | None) -> torch.Tensor:
+        """The mean softmax of the image and its mirror image at SCALES times their size, as CMA
+        makes its pixel labels; arguments and result as `logits` has them.
+        """
+        pixels, total = self.pixels(image, test_size), 0
+        for scale in SCALES:
+            size = [int(length * scale + 0.5) for length in pixels.shape[-2:]]
+            scaled = interpolate(pixels, size, mode="bilinear", antialias=True)
+            total += self.logits_at(scaled, image.shape[:2]).softmax(dim=1)
+            mirrored = self.logits_at(scaled.flip(-1), image.shape[:2]).flip(-1)
+            total += mirrored.softmax(dim=1)
+        return total / (2 * len(SCALES))
+
+    def pixels(self, image: np.ndarray, test_size: tuple[int, int] | None) -> torch.Tensor:
+        """uint8 H x W x 3 → the network's input, float32 1 x 3 x h x w on its device."""
+        test_size = test_size or self.test_size
+        if test_size and test_size[::-1] != image.shape[:2]:
             image = np.array(Image.fromarray(image).resize(test_size, self.resample))
         if self.scaled_only:
             pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
         else:
             pixels = to_tensor(image)
-        logits = self.model(pixels[None].to(next(self.model.buffers()).device)).float()
-        if logits.shape[-2:] != size:
-            logits = upsampled(logits, size)
-        return logits
+        return pixels[None].to(next(self.model.buffers()).device)
+
+    def logits_at(self, pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        """Logits of an input at a size (height, width). They are upsampled once, with the corners
+        aligned, as all these networks' authors do, but CMA's, who does it window by window.
+        """
+        if self.mode == "square_windows":
+            logits = square_window_logits(self.model, pixels)
+            return interpolate(logits, size, mode="bilinear")
+        logits = self.model(pixels).float()
+        return logits if logits.shape[-2:] == size else upsampled(logits, size)
 
 
 def load_network(path: str | Path, device, class_num: int) -> Network:
@@ -89,6 +147,8 @@ def network_in(content, path: str | Path) -> Network:
     if all(isinstance(parts.get(name), dict) for name in ("feature_extractor", "classifier")):
         return dtst(content, path)
     state = state_dict_in(content, path)
+    if {"backbone.stem.0.weight", "head.conv2d_list.0.weight"} <= state.keys():
+        return cma(state, path)
     if "layer5.head.1.weight" in state:
         return proda(state, path)
     if {"bot_aspp.0.weight", "final2.0.weight"} <= state.keys():
@@ -96,7 +156,7 @@ def network_in(content, path: str | Path) -> Network:
     config = parts.get("config") or config_of(state)
     if not isinstance(config, dict) or config.get("arch") != "deeplabv3plus":
         raise UserError(
-            f"{path}: not a network of train_unimatch.py, UniMatch, DT-ST, ProDA or SHADE "
+            f"{path}: not a network of train_unimatch.py, UniMatch, DT-ST, CMA, ProDA or SHADE "
             f"(first weight: {next(iter(state))})"
         )
     model = deeplabv3plus(config)
@@ -171,7 +231,7 @@ def shade(state: dict[str, torch.Tensor], path: str | Path) -> Network:
     return Network(model, "SHADE", config["class_num"])
 
 
-# ------------------------------------------------------------------------------------ DT-ST, ProDA
+# ------------------------------------------------------------------------------- DT-ST, CMA, ProDA
 
 
 def dtst(content: dict, path: str | Path) -> Network:
@@ -189,6 +249,14 @@ def dtst(content: dict, path: str | Path) -> Network:
     model, size = DeepLabV2(len(weight)), DTST_SIZE.get(len(weight))
     load_exactly(model, state, path, "DT-ST's DeepLabV2")
     return Network(model, "DT-ST", len(weight), size, Image.Resampling.BICUBIC)
+
+
+def cma(state: dict[str, torch.Tensor], path: str | Path) -> Network:
+    """Of CMA's table of weights, alone or under `state_dict`."""
+    class_num = len(state["head.conv2d_list.0.weight"])
+    model = CMA(class_num)
+    load_exactly(model, state, path, "CMA's DeepLabV2")
+    return Network(model, "CMA", class_num, mode="square_windows")
 
 
 def proda(state: dict[str, torch.Tensor], path: str | Path) -> Network:

@@ -8,8 +8,8 @@ by confidence (largest softmax probability) keep the class; the rest becomes 255
 
 Inputs   --id-list-path: one image a line, relative to --root-path; further columns are not read;
          and one of
-         --checkpoint       a network of train_unimatch.py, UniMatch, DT-ST, ProDA or SHADE, told
-                            apart by content; images enter it as its authors feed it
+         --checkpoint       a network of train_unimatch.py, UniMatch, DT-ST, CMA, ProDA or SHADE,
+                            told apart by content; images enter it as its authors feed it
                             (model/network.py)
          --probabilities    a folder of arrays of any other model, K x H x W class probabilities,
                             float16 or wider, as <folder>/<image path>.npy (a/x.png.npy), perhaps
@@ -312,8 +312,11 @@ def network_reader(options: Options, device) -> Callable[[Path], np.ndarray]:
 
     @torch.no_grad()
     def read(path: Path) -> np.ndarray:
-        logits = network.logits(read_image(path), test_size)
-        return logits.softmax(dim=1)[0].cpu().numpy()
+        if options.multi_scale:
+            scores = network.multi_scale(read_image(path), test_size)
+        else:
+            scores = network.logits(read_image(path), test_size).softmax(dim=1)
+        return scores[0].cpu().numpy()
 
     return read
 
@@ -530,12 +533,15 @@ class Options(ListOptions, ClassOptions, DeviceOptions):
     """source and labels"""
 
     checkpoint: File | None = None
-    "a network of train_unimatch.py, UniMatch, DT-ST, ProDA or SHADE; or else:"
+    "a network of train_unimatch.py, UniMatch, DT-ST, CMA, ProDA or SHADE; or else:"
     probabilities: Folder | None = None
     "K x H x W probability arrays of any other model, FOLDER/<image path>.npy"
     test_size: Setting[tuple[InputSide, InputSide] | None] = None
     "the network's input size in pixels (default: that of its format; DT-ST 1536x768 with 19"
     "classes, 1280x640 with 16; ProDA 2048x1024; others the image's own)"
+    multi_scale: bool = False
+    "with --checkpoint: the mean over seven sizes, 0.5 to 2 times that one, each mirrored too, as CMA"
+    "has it for its pixel labels; 25 times the work"
     exp: str
     "name of the experiment: the labels' first folder"
     out_list: List
@@ -565,7 +571,8 @@ class Options(ListOptions, ClassOptions, DeviceOptions):
     @property
     def settings(self) -> dict:
         """What the labels depend on, beside the input files."""
-        return {**settings_of(self), "pixel_step": self.pixel_step}
+        multi_scale = {"multi_scale": True} if self.multi_scale else {}
+        return {**settings_of(self), "pixel_step": self.pixel_step, **multi_scale}
 
 
 def parse_args(argv: list[str] | None = None) -> Options:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from processes import beside_a_second
+from torch.nn.functional import pad
 
 from eval import (
     center_square,
@@ -283,7 +284,7 @@ def test_a_label_map_of_another_size_is_brought_to_the_ground_truths(data, tmp_p
     assert tables[0] == tables[1]
 
 
-@pytest.mark.parametrize("mode", ["original", "sliding_window", "center_crop"])
+@pytest.mark.parametrize("mode", ["original", "sliding_window", "center_crop", "square_windows"])
 def test_checkpoints_are_evaluated_in_every_mode(data, mode, capsys, tmp_path):
     how = ("--mode", mode, "--crop-size", 40, "--out", tmp_path)
     main(arguments(data, "--checkpoint", data / "model.pth", *how))
@@ -298,6 +299,8 @@ def test_checkpoints_are_evaluated_in_every_mode(data, mode, capsys, tmp_path):
                 scores = sliding_slowly(model, image, 40)
             elif mode == "center_crop":
                 scores, truth = model(image[:, :, 5:45, 15:55]), truth[5:45, 15:55]
+            elif mode == "square_windows":  # two of 50x50; logits added up have the mean's argmax
+                scores = pad(model(image[..., :50]), (0, 20)) + pad(model(image[..., 20:]), (20, 0))
             else:
                 scores = model(image)
         confusion = confusion + confusion_matrix(truth, scores.argmax(dim=1)[0].numpy(), 19)

@@ -22,7 +22,7 @@ from conformance import (
 from model import network
 from model.checkpoint import read_checkpoint
 from model.deeplabv3plus import DeepLabV3Plus, channel_dropout, parameter_count
-from model.network import load_network
+from model.network import load_network, square_windows
 from model.resnet import load_backbone, resnet
 from util.run import UserError
 
@@ -122,6 +122,8 @@ def original_checkpoint(name):
         parts = {part: formula_state(table) for part, table in shapes.items()}
         return {"iteration": 20000, **parts}, int(detail)
     state = formula_state(shapes)
+    if kind == "cma":
+        return state, 19
     if kind == "shade":
         return {"state_dict": state, "epoch": 3, "mean_iu": np.float64(0.4), "command": "x"}, 19
     class_num = shapes["layer5.head.1.weight"][0]
@@ -133,6 +135,7 @@ def original_checkpoint(name):
 ORIGINALS = {
     "dtst_19": ("DT-ST", (1536, 768), False),
     "dtst_16": ("DT-ST", (1280, 640), False),
+    "cma_deeplabv2": ("CMA", None, False),
     "proda_stage3": ("ProDA", (2048, 1024), True),
     "proda_warmup": ("ProDA", (2048, 1024), True),
     "shade_r50": ("SHADE", None, False),
@@ -157,12 +160,19 @@ def test_outputs_equal_the_original_codes(name, monkeypatch):
         np.testing.assert_allclose(mine, wanted, rtol=0, atol=2e-5 * np.abs(wanted).max())
 
     with torch.no_grad():
-        logits = found.logits(image, (96, 64))[0]
+        found.model(found.pixels(image, (96, 64)))
         hook.remove()
+        logits = found.logits(image, (96, 64))[0]
         if name.startswith("shade"):
             same(logits[:, ::4, ::4], "logits_every_4th")
         else:
             same(raw[0], "logits")
+        if name.startswith("cma"):
+            for height, width in ((96, 128), (108, 192)):
+                logits = found.logits(formula_image(height, width))[0]
+                same(logits[:, ::8, ::8], f"slide_{height}x{width}_every_8th")
+            mean = found.multi_scale(formula_image(108, 192), None)[0]
+            same(mean[:, ::8, ::8], "ensemble_108x192_every_8th")
         if name.startswith("proda"):
             same(logits[:, ::8, ::8], "upsampled_every_8th")
             mirrored = torch.from_numpy(image[:, ::-1].copy()).permute(2, 0, 1)[None] / 255
@@ -171,6 +181,14 @@ def test_outputs_equal_the_original_codes(name, monkeypatch):
             large = enlarged(both, (64, 96))
             same(large.mean(dim=0)[:, ::8, ::8], "flip_probabilities_every_8th")
     assert not expected
+
+
+def test_square_windows():
+    """Along the longer side, ACDC's as CMA has them; no pixel between windows is left out."""
+    starts = [left for _, _, left, _ in square_windows(1080, 1920)]
+    assert starts == [0, 420, 840] and square_windows(50, 50) == [(0, 50, 0, 50)]
+    assert square_windows(70, 50) == [(0, 50, 0, 50), (20, 70, 0, 50)]
+    assert [left for _, _, left, _ in square_windows(10, 43)] == [0, 10, 20, 30, 33]
 
 
 @pytest.mark.parametrize("depth", [50, 101])
