@@ -57,22 +57,22 @@ run "${LAUNCH[@]}" -m scripts.make_pseudo_labels --id-list-path "$SPLITS/train.t
 run "${LAUNCH[@]}" seco_sam.py --id-list-path "$SPLITS/$EXP/train.txt" --root-path "$DATA_ROOT" "${CLASSES[@]}" \
     --sam-type "$SAM_TYPE" ${SAM_CHECKPOINT:+--sam-checkpoint "$SAM_CHECKPOINT"} --recipe "$RECIPE" --vis 8 \
     --device "$DEVICE" ${CACHE[@]+"${CACHE[@]}"}
-LABELS="$PSA_EXP"
+FINAL="$PSA_EXP"
 
 # 5. SCC.
 if [ "$USE_SCC" = 1 ]; then
     run "${LAUNCH[@]}" seco_scc.py --id-list-path "$SPLITS/$PSA_EXP/train.txt" --root-path "$DATA_ROOT" "${CLASSES[@]}" \
         --recipe "$RECIPE" "${SCC[@]}" --backbone-weights "$SCC_WEIGHTS" --seed "$SEED" --device "$DEVICE"
-    LABELS="${PSA_EXP}_scc$SUFFIX"
+    FINAL="${PSA_EXP}_scc$SUFFIX"
 fi
 
 # 6. The most reliable images are the labeled subset.
-run "$PYTHON" -m scripts.make_split --id-list-path "$SPLITS/$LABELS/train.txt" --root-path "$DATA_ROOT" "${CLASSES[@]}" \
-    --labeled-fraction "$LABELED_FRACTION" --out "$SPLITS/$LABELS"
+run "$PYTHON" -m scripts.make_split --id-list-path "$SPLITS/$FINAL/train.txt" --root-path "$DATA_ROOT" "${CLASSES[@]}" \
+    --labeled-fraction "$LABELED_FRACTION" --out "$SPLITS/$FINAL"
 
 # 7. UniMatch.
-run "${LAUNCH[@]}" train_unimatch.py --labeled-id-path "$SPLITS/$LABELS/labeled.txt" \
-    --unlabeled-id-path "$SPLITS/$LABELS/unlabeled.txt" --val-id-path "$SPLITS/val.txt" --root-path "$DATA_ROOT" \
+run "${LAUNCH[@]}" train_unimatch.py --labeled-id-path "$SPLITS/$FINAL/labeled.txt" \
+    --unlabeled-id-path "$SPLITS/$FINAL/unlabeled.txt" --val-id-path "$SPLITS/val.txt" --root-path "$DATA_ROOT" \
     "${CLASSES[@]}" "${ADAPT[@]}" --stem "$STEM" --global-batch "$GLOBAL_BATCH" --crop-size "$CROP" \
     --backbone-weights "$BACKBONE_WEIGHTS" --eval-mode "$EVAL_MODE" --seed "$SEED" \
     --save-path "$OUT/adapt" --device "$DEVICE"

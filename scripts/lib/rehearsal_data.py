@@ -6,9 +6,11 @@ Outputs  <out>/data     cityscapes: leftImg8bit/{train,val}/<city>/*_leftImg8bit
          with gtFine/…_labelIds.png
                         bdd: images/10k/{train,val}/*.jpg, 1280x720, with
                         labels/sem_seg/masks/{train,val}/*.png
-         <out>/model_iter020000.pth   a DT-ST checkpoint (DeepLabV2): a random backbone, and a
-                                      classifier fitted by least squares to a few other scenes, so
-                                      that its labels are not pure noise
+                        acdc: rgb_anon/<condition>/{train,val,test}/<recording>/*_rgb_anon.png,
+                        1920x1080, with gt/…_gt_labelTrainIds.png
+         <out>/model_iter020000.pth   a DT-ST checkpoint (DeepLabV2), with acdc one of CMA: a random
+                                      backbone, and a classifier fitted by least squares to a few
+                                      other scenes, so that its labels are not pure noise
 
     python -m scripts.lib.rehearsal_data --layout cityscapes --class-num 19 \\
         --out runs/rehearse/gta2cs/inputs
@@ -22,7 +24,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # for `python scripts/lib/NAME.py`
 
@@ -31,17 +33,17 @@ import torch
 from PIL import Image
 
 from dataset.toy import draw_scene
-from model.deeplabv2 import DeepLabV2
+from model.deeplabv2 import CMA, DeepLabV2
 from model.resnet import to_tensor
 from scripts.lib.layouts import OFFICIAL
 from scripts.prepare_data import LABEL_IDS_OF_19
 from util.labels import IDS_16_IN_19, IGNORE
-from util.options import Folder, parse_options
+from util.options import Count, Folder, parse_options
 from util.outputs import atomic_path
 from util.run import run_main, seed_everything
 
 CITIES = {"train": ("aachen", "bochum"), "val": ("frankfurt",)}
-FIRST_SEEDS = {"train": 0, "val": 1000, "fit": 2000}
+FIRST_SEEDS = {"train": 0, "val": 1000, "fit": 2000, "test": 3000}
 FIT_SCENES, FIT_SIZE = 6, (128, 256)  # scenes, height and width that the classifier is fitted on
 RIDGE = 1e-3  # relative to the mean square of a feature
 # Keeps the activations of 33 residual blocks with random weights in bounds.
@@ -58,26 +60,33 @@ def label_ids(train_ids: np.ndarray) -> np.ndarray:
 
 def write_data(root: Path, layout: str, counts: dict[str, int]) -> None:
     """Images and official labels in the first layout of the data set, sizes and names as its own
-    are: Cityscapes' dealt out over cities, with label IDs; BDD's JPEG, with train IDs.
+    are: Cityscapes' dealt out over cities, with label IDs; BDD's JPEG, with train IDs; ACDC's dealt
+    out over conditions, with train IDs but for test images.
 
     counts: split → images.
     """
     files = OFFICIAL[layout].layouts[0]
     for split, count in counts.items():
         for i in range(count):
-            seed, city = FIRST_SEEDS[split] + i, CITIES[split][i % len(CITIES[split])]
-            name, size = f"{city}/{city}_{i:06d}_000019", (1024, 2048)
-            if layout == "bdd":
+            seed = FIRST_SEEDS[split] + i
+            name, size = f"GOPR0122/GOPR0122_frame_{i:06d}", (1080, 1920)
+            if layout == "cityscapes":
+                city = CITIES[split][i % len(CITIES[split])]
+                name, size = f"{city}/{city}_{i:06d}_000019", (1024, 2048)
+            elif layout == "bdd":
                 name, size = f"{seed:08x}-{i:08x}", (720, 1280)
+            names = {"split": split, "condition": files.conditions[i % len(files.conditions)]}
             image, label = (
-                root / folder.format(split) / f"{name}{ending}"
+                root / folder.format(**names) / f"{name}{ending}"
                 for folder, ending in (files.images, files.labels)
             )
-            if image.exists() and label.exists():
+            unlabeled = split in OFFICIAL[layout].unlabeled
+            if image.exists() and (unlabeled or label.exists()):
                 continue
             scene = draw_scene(seed, "target", *size)
             save(image, scene.image)
-            save(label, scene.label if layout == "bdd" else label_ids(scene.label))
+            if not unlabeled:
+                save(label, label_ids(scene.label) if layout == "cityscapes" else scene.label)
 
 
 def save(path: Path, array: np.ndarray) -> None:
@@ -85,22 +94,24 @@ def save(path: Path, array: np.ndarray) -> None:
         Image.fromarray(array).save(temporary)
 
 
-def fitted_checkpoint(class_num: int) -> dict:
-    """A checkpoint as DT-ST writes it. Only the centre taps of the first dilated convolution are
-    fitted; the rest is 0.
+@torch.no_grad()
+def fitted_checkpoint(class_num: int, of_cma: bool) -> dict:
+    """A checkpoint as DT-ST or CMA writes it. Only the centre taps of the first dilated convolution
+    are fitted; the rest is 0.
     """
     seed_everything(0)
-    model = DeepLabV2(class_num).eval()
-    for name, buffer in model.feature_extractor.named_buffers():
+    model = (CMA if of_cma else DeepLabV2)(class_num).eval()
+    backbone = model.backbone if of_cma else model.feature_extractor.backbone
+    head = model.head if of_cma else model.classifier
+    for name, weight in backbone.state_dict().items():
         if name.endswith("bn3.weight"):
-            buffer.fill_(LAST_NORM_WEIGHT)
+            weight.fill_(LAST_NORM_WEIGHT)
     to_class = np.full(256, IGNORE, dtype=np.int64)
     to_class[list(range(19) if class_num == 19 else IDS_16_IN_19)] = np.arange(class_num)
     features, targets = [], []
     for i in range(FIT_SCENES):
         scene = draw_scene(FIRST_SEEDS["fit"] + i, "target", *FIT_SIZE)
-        with torch.no_grad():
-            x = model.feature_extractor.backbone(to_tensor(scene.image)[None])[0]
+        x = backbone(to_tensor(scene.image)[None])[0]
         middle = scene.label[4::8, 4::8]  # of each stride-8 cell
         label = to_class[middle].ravel()
         features.append(x.flatten(1).T[torch.from_numpy(label != IGNORE)])
@@ -113,13 +124,14 @@ def fitted_checkpoint(class_num: int) -> dict:
     gram = x.T @ (row * x)
     ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(gram))
     solution = torch.linalg.solve(gram + ridge, x.T @ (row * y))
-    with torch.no_grad():
-        for convolution in model.classifier.conv2d_list:
-            convolution.weight.zero_()
-            convolution.bias.zero_()
-        first = model.classifier.conv2d_list[0]
-        first.weight[:, :, 1, 1] = LOGIT_SCALE * solution[:-1].T.float()
-        first.bias.copy_(LOGIT_SCALE * solution[-1].float())
+    for convolution in head.conv2d_list:
+        convolution.weight.zero_()
+        convolution.bias.zero_()
+    first = head.conv2d_list[0]
+    first.weight[:, :, 1, 1] = LOGIT_SCALE * solution[:-1].T.float()
+    first.bias.copy_(LOGIT_SCALE * solution[-1].float())
+    if of_cma:
+        return {"state_dict": model.state_dict()}
     checkpoint = {"iteration": 20000}
     for part in ("feature_extractor", "classifier"):
         state = getattr(model, part).state_dict()
@@ -131,25 +143,26 @@ def fitted_checkpoint(class_num: int) -> dict:
 class Options:
     """inputs"""
 
-    layout: Literal["cityscapes", "bdd"]
+    layout: Literal["cityscapes", "bdd", "acdc"]
     "the data set whose layout is made"
     class_num: Literal[19, 16] = 19
     "classes of the checkpoint"
     out: Folder
     "folder for both"
-    images: tuple[Annotated[int, "TRAIN VAL"], int] = (2, 1)
-    "images to make"
+    images: list[Count] | None = None
+    "images to make for training and validation, of acdc for testing too (default: 2 1)"
 
 
 def main(argv: list[str] | None = None) -> None:
     options = parse_options(Options, __doc__.split("\n\n")[0], argv)
-    write_data(options.out / "data", options.layout, dict(zip(("train", "val"), options.images)))
+    counts = dict(zip(OFFICIAL[options.layout].counts, options.images or [2, 1]))
+    write_data(options.out / "data", options.layout, counts)
     path = options.out / "model_iter020000.pth"
     if not path.exists():
-        checkpoint = fitted_checkpoint(options.class_num)
+        checkpoint = fitted_checkpoint(options.class_num, options.layout == "acdc")
         with atomic_path(path) as temporary:
             torch.save(checkpoint, temporary)
-    print(f"{options.out}: {options.images[0]} + {options.images[1]} images, {path.name}")
+    print(f"{options.out}: {' + '.join(map(str, options.images or [2, 1]))} images, {path.name}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-# What the three tasks share: the values that are the same in all, what is missing, and the miniature of REHEARSE=1.
+# What the four tasks share: the values that are the same in all, what is missing, and the miniature of REHEARSE=1.
 #
 # Exit code of a task: 0 every command ran and the run is within the tolerance of the shipped log (a rehearsal: every command
 # ran), 1 it is not, 2 something is missing or wrong.
@@ -31,6 +31,7 @@ esac
 
 ready() { # stops with a list of what is missing, or makes the values ready and sets up the packages
     local python
+    LABELS="${LABELS:-}"
     python="$(first_python ${PYTHON:+"$PYTHON"} python3 python python3.13 python3.12 python3.11 python3.10)"
     SAM_CHECKPOINT="${SAM_CHECKPOINT:-$(sam_file "$SAM_TYPE")}" CACHE=() EXPECT=()
     if [ "$REHEARSE" = 1 ]; then
@@ -38,7 +39,7 @@ ready() { # stops with a list of what is missing, or makes the values ready and 
     else
         OUT="${OUT:-runs/$TASK}"
         GPUS="$("$python" scripts/lib/preflight.py --title "$TITLE" --data "$DATA" --data-root "$DATA_ROOT" \
-            --probabilities "$PROBABILITIES" --checkpoint "$CHECKPOINT" --checkpoint-from "$CHECKPOINT_FROM" \
+            --probabilities "$PROBABILITIES" --labels "$LABELS" --checkpoint "$CHECKPOINT" --checkpoint-from "$CHECKPOINT_FROM" \
             --sam-type "$SAM_TYPE" --sam-checkpoint "$SAM_CHECKPOINT" --backbone-weights "$BACKBONE_WEIGHTS" \
             --scc-weights "$([ "$USE_SCC" = 0 ] || echo "$SCC_WEIGHTS")" --device "$DEVICE" --gpus "$GPUS" \
             --global-batch "$GLOBAL_BATCH")"
@@ -52,16 +53,18 @@ ready() { # stops with a list of what is missing, or makes the values ready and 
     if [ "$RECIPE" = paper ]; then SUFFIX=_paper; fi
     PSA_EXP="${EXP}_$(sam_name "$SAM_TYPE")$SUFFIX"
     if [ "$REHEARSE" = 1 ]; then
-        run "$PYTHON" -m scripts.lib.rehearsal_data --layout "$DATA" "${CLASSES[@]}" --out "$OUT/inputs" --images 2 1
+        run "$PYTHON" -m scripts.lib.rehearsal_data --layout "$DATA" "${CLASSES[@]}" --out "$OUT/inputs" \
+            --images "${EXPECT[@]:1}"
     fi
 }
 
 miniature() { # the values that are smaller in a rehearsal; the commands are the same
     OUT="${OUT:-runs/rehearse/$TASK}" GPUS=0 DEVICE=cpu
-    echo "rehearsal of $TITLE, smaller than the real run: 2 + 1 toy scenes in the official layout, half of them labeled; a" \
-        "checkpoint in DT-ST's format with a random backbone and a fitted classifier; the tiny SAM; a few iterations"
+    echo "rehearsal of $TITLE, smaller than the real run: a few toy scenes in the official layout, half of them labeled; a" \
+        "checkpoint in the authors' format with a random backbone and a fitted classifier; the tiny SAM; a few iterations"
     DATA_ROOT="$OUT/inputs/data" CHECKPOINT="$OUT/inputs/model_iter020000.pth" SPLITS="$OUT/splits" EXPECT=(--expect 2 1)
     TEST_SIZE=(--test-size 256 128) LABELED_FRACTION=0.5 CROP=129 GLOBAL_BATCH=1
+    if [ "$DATA" = acdc ]; then EXPECT=(--expect 2 2 1) TEST_SIZE=(--test-size 96 54); fi
     SAM_TYPE=tiny SAM_CHECKPOINT=model/sam_tiny.pth BACKBONE_WEIGHTS=none SCC_WEIGHTS=none
     CACHE=(--proposal-cache "$OUT/inputs/proposals") # a second rehearsal with other labels is quick
     SCC=(--backbone resnet10 --iterations 4 --patch-size 64 128)

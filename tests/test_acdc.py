@@ -1,0 +1,118 @@
+"""Cityscapes → ACDC in miniature: both layouts of the data, ready-made labels, every command of the
+task with a checkpoint in CMA's format, the zip for the server."""
+
+import shutil
+
+import numpy as np
+import pytest
+from test_prepare_data import blocks, image, prepare, run, sound
+
+from scripts.lib import layouts
+from util.labels import read_label, read_list
+
+SIZE = (1080, 1920)
+RECORDINGS = {"fog": "GOPR0475", "night": "GOPR0351", "rain": "GOPR0400", "snow": "GP010122"}
+
+
+@pytest.fixture
+def downloaded(tmp_path):
+    """One training, validation and test image of each condition, with all that lies beside them."""
+    root = tmp_path / "acdc"
+    for condition, recording in RECORDINGS.items():
+        for split in ("train", "val", "test"):
+            stem = f"{condition}/{split}/{recording}/{recording}_frame_000001"
+            image(root / f"rgb_anon/{stem}_rgb_anon.png", *SIZE)
+            reference = stem.replace(f"/{split}/", f"/{split}_ref/")
+            image(root / f"rgb_anon/{reference}_rgb_ref_anon.png", *SIZE)
+            if split != "test":
+                blocks(root / f"gt/{stem}_gt_labelTrainIds.png", [0, 10, 18, 255], *SIZE)
+                blocks(root / f"gt/{stem}_gt_labelIds.png", [7, 33], *SIZE)
+    return root
+
+
+def flattened(root):
+    """The layout that DAFormer's commands leave, without test images."""
+    for split in ("train", "val"):
+        for kind, ending in (("rgb_anon", "rgb_anon"), ("gt", "gt_labelTrainIds")):
+            (root / f"flat/{kind}/{split}").mkdir(parents=True)
+            for path in root.glob(f"{kind}/*/{split}/*/*_{ending}.png"):
+                shutil.copy(path, root / f"flat/{kind}/{split}")
+    return root / "flat"
+
+
+def test_the_layout_as_downloaded(downloaded, capsys):
+    out = sound(capsys, downloaded, data="acdc", expect=(4, 4, 4))
+    lists = downloaded / "lists"
+    assert {path.name for path in lists.glob("*.txt")} == {
+        *("train.txt", "val.txt", "test.txt"),
+        *(f"val_{condition}.txt" for condition in RECORDINGS),
+    }
+    stem = "night/val/GOPR0351/GOPR0351_frame_000001"
+    row = (f"rgb_anon/{stem}_rgb_anon.png", f"gt/{stem}_gt_labelTrainIds.png")
+    assert read_list(lists / "val_night.txt") == [row] and row in read_list(lists / "val.txt")
+    assert len(read_list(lists / "train.txt")) == 4 and len(read_list(lists / "test.txt", 1)) == 4
+    assert "conditions are unknown" not in out
+    again = sound(capsys, downloaded, data="acdc", expect=(4, 4, 4))
+    assert again.endswith("checked before, nothing has changed\n") and again.count("\n") == 1
+    missing = [what for what, _ in layouts.missing_data("acdc", downloaded)]
+    assert missing == [
+        f"{downloaded}/rgb_anon/*/train: 4 of 1600 files *_rgb_anon.png",
+        f"{downloaded}/rgb_anon/*/val: 4 of 406 files *_rgb_anon.png",
+        f"{downloaded}/gt/*/val: 4 of 406 files *_gt_labelTrainIds.png",
+    ]
+    assert "rgb_anon/*/test: 4 of 2000 files" in capsys.readouterr().err
+
+
+def test_the_flattened_layout_without_training_labels(downloaded, capsys):
+    flat = flattened(downloaded)
+    shutil.rmtree(flat / "gt/train")
+    out = sound(capsys, flat, data="acdc", expect=(4, 4))
+    assert "in this layout the conditions are unknown" in out
+    assert {path.name for path in (flat / "lists").glob("*.txt")} == {"train.txt", "val.txt"}
+    label = "gt/val/GOPR0351_frame_000001_gt_labelTrainIds.png"
+    assert label in dict(read_list(flat / "lists/val.txt")).values()
+
+
+@pytest.mark.parametrize(
+    "spoil, told",
+    [
+        ("rgb_anon/snow/test/GP010122/GP010122_frame_000001_rgb_anon.png", "3 test images"),
+        ("gt/fog/val/GOPR0475/GOPR0475_frame_000001_gt_labelTrainIds.png", "has no label"),
+        ("gt/fog/train/GOPR0475/GOPR0475_frame_000001_gt_labelTrainIds.png", "has no label"),
+    ],
+)
+def test_a_download_that_lacks_a_file(downloaded, capsys, spoil, told):
+    (downloaded / spoil).unlink()
+    code, _, err = prepare(capsys, downloaded, data="acdc", expect=(4, 4, 4))
+    assert code == 2 and told in err and not (downloaded / "lists").exists()
+
+
+def test_what_was_prepared_is_checked_again_when_a_file_changes(downloaded, capsys):
+    sound(capsys, downloaded, data="acdc", expect=(4, 4, 4))
+    [path] = downloaded.glob("gt/rain/val/*/*_gt_labelTrainIds.png")
+    blocks(path, [3], *SIZE)
+    assert "fence" in sound(capsys, downloaded, data="acdc", expect=(4, 4, 4))
+    (downloaded / "lists/val_rain.txt").unlink()
+    assert "val_rain.txt: 1 rows" in sound(capsys, downloaded, data="acdc", expect=(4, 4, 4))
+
+
+def test_ready_made_labels(downloaded, tmp_path, capsys):
+    sound(capsys, downloaded, data="acdc", expect=(4, 4, 4))
+    rows, folder = read_list(downloaded / "lists/train.txt"), tmp_path / "ready"
+    options = ("--id-list-path", downloaded / "lists/train.txt", "--root-path", downloaded)
+    options += ("--labels", folder, "--exp", "CMA", "--out-list", tmp_path / "CMA.txt")
+    for number, (picture, _) in enumerate(rows):
+        blocks(folder / picture.rpartition("/")[2], [number, 255], *SIZE)
+    code, _, err = run(capsys, "labels", *options)
+    assert code == 0, err
+    made = read_list(tmp_path / "CMA.txt")
+    assert [picture for picture, _ in made] == [picture for picture, _ in rows]
+    for number, (picture, label) in enumerate(made):
+        assert label == picture.replace("rgb_anon", "CMA", 1)
+        assert set(np.unique(read_label(downloaded / label, 19))) == {number, 255}
+    blocks(folder / rows[0][0].rpartition("/")[2], [5], *SIZE)
+    code, _, err = run(capsys, "labels", *options)
+    assert code == 2 and "differs from what" in err
+    (folder / rows[0][0].rpartition("/")[2]).unlink()
+    code, _, err = run(capsys, "labels", *options)
+    assert code == 2 and "no such label map (1 of 4 images lack theirs)" in err
