@@ -31,22 +31,14 @@ def iterations_range(log: TrainingLog) -> tuple[int, int]:
     8; the last row of a complete epoch is below L, and the row after it, if L reached that far,
     would have been printed.
     """
-    by_epoch: dict[int, list[int]] = {}
+    rows: dict[int, list[int]] = {}
     for epoch, iteration, _ in log.losses:
-        by_epoch.setdefault(epoch, []).append(iteration)
-    complete = [
-        rows
-        for epoch, rows in by_epoch.items()
-        if (epoch in log.miou or epoch < max(by_epoch)) and len(rows) > 1
-    ]
-    if not complete:
-        raise UserError(
-            f"{log.name}: no complete epoch, so its iterations per epoch are unknown; "
-            "give them with --iterations-per-epoch"
-        )
-    rows = complete[0]
-    spacing = rows[1] - rows[0]
-    return max(8 * spacing, rows[-1] + 1), min(8 * spacing + 7, rows[-1] + spacing)
+        rows.setdefault(epoch, []).append(iteration)
+    for epoch, iterations in rows.items():
+        if (epoch in log.miou or epoch < max(rows)) and len(iterations) > 1:  # complete
+            spacing, last = iterations[1] - iterations[0], iterations[-1]
+            return max(8 * spacing, last + 1), min(8 * spacing + 7, last + spacing)
+    raise UserError(f"{log.name}: no complete epoch, so its iterations per epoch are unknown")
 
 
 def write_events(path: Path, rows: list[tuple[float, int, str, float]]) -> None:
@@ -96,14 +88,10 @@ def main(argv=None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
     parser.add_argument("--iterations-per-epoch", type=int, help="(default: from the rows)")
     options = parser.parse_args(argv)
-    log, out, wanted = read_text_log(options.log), options.out, options.iterations_per_epoch
-    try:
-        low, high = iterations_range(log)
-    except UserError:
-        if not wanted or wanted < 1:
-            raise
-        low = high = wanted
-    length = (low + high) // 2 if wanted is None else wanted
+    log, out = read_text_log(options.log), options.out
+    low, high = iterations_range(log)
+    length = options.iterations_per_epoch
+    length = (low + high) // 2 if length is None else length
     if not low <= length <= high:
         raise UserError(f"--iterations-per-epoch {length}: {options.log} allows {low} to {high}")
     start = min(log.times.values())
