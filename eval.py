@@ -466,9 +466,11 @@ def main(argv: list[str] | None = None) -> None:
     header = header_of(args, len(rows), len(label_of_image))
     settings = {**settings_of(args), "names": classes.names}
     files = files_read(args, rows, label_of_image)
-    there = args.out and all((args.out / name).is_file() for name in RESULTS)
-    if there and all(path.is_file() for path in files.values()):
-        if made_before(args.out / "run.json", settings, files):
+    source = None
+    if args.out and all(path.is_file() for path in files.values()):
+        source = made_from(settings, files)
+        there = all((args.out / name).is_file() for name in RESULTS)
+        if there and made_before(args.out / "run.json", source):
             if process_rank()[0] == 0:
                 print(table(read_json(args.out / "metrics.json"), header))
             return
@@ -479,7 +481,6 @@ def main(argv: list[str] | None = None) -> None:
         model = checked_network(args.checkpoint, classes.count, args.mode, device)
         check_pairs(root, rows, args.id_list_path, classes.count, same_size=True)
     with Outputs(args.out) if args.out else contextlib.nullcontext():
-        source = made_from(settings, files) if args.out and process_rank()[0] == 0 else None
         with process_group(device) as (rank, _):
             if args.checkpoint:
                 how = (classes.count, args.mode, args.crop_size, device, "evaluation")

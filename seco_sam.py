@@ -40,7 +40,7 @@ list. From Python, for one image:
 
 Needs when copied away: dataset/psa.py,
 model/{segmenter,sam,sam_fast,sam_tiny,sam_transformers}.py,
-util/{connectivity,labels,options,outputs,pictures,run}.py and, for the tiny SAM,
+util/{labels,options,outputs,pictures,run}.py and, for the tiny SAM,
 model/sam_tiny.pth.
 """
 
@@ -66,12 +66,13 @@ from torch import Tensor
 from dataset.psa import Places, Row, image_record, panel, places_of, rows_to_do, write_summary
 from model.sam import files_digest, load_segmenter, output_name
 from model.segmenter import ProposalMask, Segmenter, load_proposals, save_proposals
-from util.connectivity import Connectivity, connectivities
 from util.labels import (
     IGNORE,
     ClassSet,
+    Connectivity,
     check_pairs,
     chosen_classes,
+    connectivities,
     ground_truth_of,
     label_folder,
     new_experiment,

@@ -33,7 +33,7 @@ with plain cross-entropy. Ours are: whole images at half size, four an iteration
 cells of the features.
 
 Needs when copied away: dataset/{scc,scc_report}.py, model/{checkpoint,resnet,scc}.py,
-util/{charts,connectivity,labels,options,outputs,page,pictures,run}.py.
+util/{charts,labels,options,outputs,page,pictures,run}.py.
 """
 
 from __future__ import annotations
@@ -478,7 +478,7 @@ def is_corrected(job: Correction) -> bool:
     files = [job.list_path, job.out / "connectivities.csv", job.out / "report" / "index.html"]
     files += [job.data.root / label for _, label in job.rows]
     there = all(file.is_file() for file in files)
-    return there and made_before(job.out / "run.json", *decided_by(job))
+    return there and made_before(job.out / "run.json", made_from(*decided_by(job)))
 
 
 # ------------------------------------------------------------------------------------------ options

@@ -17,11 +17,11 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from util.connectivity import connectivities
 from util.labels import (
     COLOURS,
     IGNORE,
     ClassSet,
+    connectivities,
     ground_truth_of,
     holds_pictures,
     in_experiment,

@@ -10,8 +10,7 @@ import cv2
 import numpy as np
 import torch
 
-from util.connectivity import connectivities
-from util.labels import IGNORE, check_pairs, read_image, read_label
+from util.labels import IGNORE, check_pairs, connectivities, read_image, read_label
 from util.outputs import atomic_path
 from util.run import ahead, progress
 

@@ -219,11 +219,12 @@ def main(argv: list[str] | None = None) -> None:
     settings = {**settings_of(options), "classes": classes.names}
     inputs = {"list": options.id_list_path, **{label: root / label for _, label in rows}}
     inputs |= {table.name: table} if table.is_file() else {}
-    split = read_json(record) if made_before(record, settings, inputs) else {}
+    source = made_from(settings, inputs)
+    split = read_json(record) if made_before(record, source) else {}
     if not split or any(digest(out / name) != split["sha256"][name] for name in LISTS):
         split = make_split(options, rows, classes, out)
         split["manifest"] = manifest(vars(options), {"list": options.id_list_path})
-        write_json(record, {**split, "made_from": made_from(settings, inputs)})
+        write_json(record, {**split, "made_from": source})
     images = split["images"]
     if without := split["images_without_labels"]:
         count, first = len(without), without[0]

@@ -29,8 +29,15 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # for `python test
 
 import numpy as np
 
-from util.connectivity import connectivities
-from util.labels import check_files, class_set, read_label, read_list, write_label, write_list
+from util.labels import (
+    check_files,
+    class_set,
+    connectivities,
+    read_label,
+    read_list,
+    write_label,
+    write_list,
+)
 from util.options import ClassOptions, CountFrom0, List, ListOptions, Pixels, Share, parse_options
 from util.outputs import check_writable
 from util.run import UserError, progress, run_main

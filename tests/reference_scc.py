@@ -14,8 +14,7 @@ import numpy as np
 from PIL import Image
 
 from dataset.scc import Data, patch_window
-from util.connectivity import connectivities
-from util.labels import read_image, read_label
+from util.labels import connectivities, read_image, read_label
 
 
 def store_masks(root: Path, data: Data, members: list[int]) -> None:

@@ -94,14 +94,14 @@ def test_inputs_may_change_until_there_are_results(tmp_path):
 
 def test_a_command_knows_what_it_made_before(tmp_path):
     record, inputs = tmp_path / "run.json", {"list": write(tmp_path / "list", "x")}
-    assert not made_before(record, {"k": (1,)}, inputs)
+    assert not made_before(record, made_from({"k": (1,)}, inputs))
     write(record, "not JSON")
-    assert not made_before(record, {"k": (1,)}, inputs)
+    assert not made_before(record, made_from({"k": (1,)}, inputs))
     write_json(record, {"made_from": made_from({"k": (1,)}, inputs)})
-    assert made_before(record, {"k": (1,)}, inputs)
-    assert not made_before(record, {"k": (2,)}, inputs)
+    assert made_before(record, made_from({"k": (1,)}, inputs))
+    assert not made_before(record, made_from({"k": (2,)}, inputs))
     write(tmp_path / "list", "y")
-    assert not made_before(record, {"k": (1,)}, inputs)
+    assert not made_before(record, made_from({"k": (1,)}, inputs))
 
 
 def test_a_file_is_whole_or_as_it_was(tmp_path):

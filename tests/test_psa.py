@@ -29,10 +29,10 @@ from model.sam import build_sam
 from model.sam_fast import FastSam
 from model.segmenter import ProposalSettings
 from tests.oracle_psa import components, entropy_at, oracle_psa, paper_prompt, release_prompt
-from util.connectivity import connectivities
 from util.labels import (
     CITYSCAPES_19,
     IGNORE,
+    connectivities,
     read_classes,
     read_image,
     read_label,

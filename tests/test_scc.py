@@ -26,8 +26,15 @@ from model import scc as scc_model
 from model.resnet import normalised
 from model.scc import PatchClassifier, PooledClassifier
 from tests.reference_scc import opened_patch, store_masks
-from util.connectivity import connectivities
-from util.labels import CITYSCAPES_19, IGNORE, read_label, read_list, write_label, write_list
+from util.labels import (
+    CITYSCAPES_19,
+    IGNORE,
+    connectivities,
+    read_label,
+    read_list,
+    write_label,
+    write_list,
+)
 from util.outputs import Outputs
 from util.run import UserError
 

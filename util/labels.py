@@ -13,12 +13,14 @@ import contextlib
 import posixpath
 import re
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
+from scipy import ndimage
 
 from util.outputs import atomic_path
 from util.run import UserError, process_rank, progress
@@ -345,6 +347,49 @@ def write_label(
     image.putpalette(channels + [0] * (768 - len(channels)))
     with atomic_path(path) as temporary:
         image.save(temporary, format="PNG")
+
+
+# ---------------------------------------------------------------------------------- connectivities
+
+
+@dataclass(frozen=True)
+class Connectivity:
+    """An 8-connected component of one class in a label map.
+
+    area: pixels. window: the slices (rows, columns) of its bounding box in the label map. mask:
+    bool array of the window's shape, true on the component's pixels.
+    """
+
+    class_id: int
+    area: int
+    window: tuple[slice, slice]
+    mask: np.ndarray
+
+    @property
+    def box(self) -> tuple[int, int, int, int]:
+        """(x, y, width, height) in pixels."""
+        rows, columns = self.window
+        return columns.start, rows.start, columns.stop - columns.start, rows.stop - rows.start
+
+
+def connectivities(label: np.ndarray, class_ids) -> Iterator[Connectivity]:
+    """All connectivities of a label map (uint8 H x W): classes in the order given, within a class
+    in raster order of the first pixel, as scipy numbers them.
+    """
+    boxes = ndimage.find_objects(label.astype(np.int32) + 1, max_label=256)  # of each class
+    for class_id in class_ids:
+        if boxes[class_id] is None:
+            continue
+        rows, columns = boxes[class_id]
+        of_class = label[rows, columns] == class_id
+        components, _ = ndimage.label(of_class, structure=np.ones((3, 3)))
+        for number, (row, column) in enumerate(ndimage.find_objects(components), start=1):
+            mask = components[row, column] == number
+            window = (
+                slice(row.start + rows.start, row.stop + rows.start),
+                slice(column.start + columns.start, column.stop + columns.start),
+            )
+            yield Connectivity(int(class_id), int(np.count_nonzero(mask)), window, mask)
 
 
 # -------------------------------------------------------------------------------------------- lists

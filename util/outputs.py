@@ -116,22 +116,21 @@ def difference(folder: Path, before: dict, now: dict, inputs: Mapping[str, Path]
     return f"{folder}: its inputs are the same, but in another order"
 
 
-def made_before(record: Path, settings: dict, inputs: Mapping[str, Path]) -> bool:
-    """Whether `record`, a JSON file that was written last, names these settings and inputs: of
-    commands that make a few files in seconds and replace those of other settings.
-    """
-    try:
-        noted = read_json(record)
-    except UserError:
-        return False
-    return isinstance(noted, dict) and noted.get("made_from") == made_from(settings, inputs)
-
-
 def made_from(settings: dict, inputs: Mapping[str, Path]) -> dict:
-    """What `made_before` looks for in a record, under "made_from"."""
+    """What results depend on: the settings and the SHA-256 of the input files. A command that makes
+    a few files in seconds notes it in the record that it writes last, under "made_from".
+    """
     found = digests(inputs.values())
     whole = {"settings": settings, "inputs": {n: found[str(p)] for n, p in inputs.items()}}
     return json.loads(json.dumps(whole))
+
+
+def made_before(record: Path, source: dict) -> bool:
+    """Whether a JSON file notes `source`, from `made_from`."""
+    try:
+        return read_json(record)["made_from"] == source
+    except (UserError, KeyError, TypeError):
+        return False
 
 
 # -------------------------------------------------------------------------------------------- files

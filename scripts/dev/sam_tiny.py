@@ -47,6 +47,7 @@ from util.labels import (
     CITYSCAPES_19,
     IGNORE,
     check_pairs,
+    connectivities,
     read_classes,
     read_label,
     read_list,

@@ -222,8 +222,9 @@ def draw(options: Options, seed: Path, classes: ClassSet, models: dict) -> None:
     """All pictures of a run, of its first seed; none if they were drawn of the same figures."""
     pictures = options.run / "pictures"
     figures = sorted(options.run.glob("seed*/eval/*/metrics.json"))
-    made = {"pictures": options.pictures}, {str(p.relative_to(options.run)): p for p in figures}
-    if made_before(pictures / "made_from.json", *made):
+    inputs = {str(path.relative_to(options.run)): path for path in figures}
+    source = made_from({"pictures": options.pictures}, inputs)
+    if made_before(pictures / "made_from.json", source):
         return
     pictures.mkdir(exist_ok=True)
     if options.pictures:
@@ -232,7 +233,7 @@ def draw(options: Options, seed: Path, classes: ClassSet, models: dict) -> None:
     if len(models) > 2:
         save_chart(pictures / "ablation.png", ablation_chart(models))
     copy_scc_pictures(seed)
-    write_json(pictures / "made_from.json", {"made_from": made_from(*made)})
+    write_json(pictures / "made_from.json", {"made_from": source})
 
 
 # --------------------------------------------------------------------------------------------- main
