@@ -47,7 +47,6 @@ from util.labels import (
     CITYSCAPES_19,
     IGNORE,
     check_pairs,
-    connectivities,
     read_classes,
     read_label,
     read_list,
