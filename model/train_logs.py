@@ -169,34 +169,27 @@ def announce(args, world: int, batch: int, steps: int, groups: int, device) -> N
 
 def epoch_picture(path: Path, shown: dict, classes, samples: int = 3) -> None:
     """Views, labels and predictions of an iteration's first samples, one a row."""
-
-    def label(values, row):
-        return colour_label(values[row].detach().to(torch.uint8).cpu().numpy(), classes.palette)
-
-    def prediction(logits, row):
-        return colour_label(
-            logits[row].detach().argmax(dim=0).to(torch.uint8).cpu().numpy(), classes.palette
-        )
-
     batch = shown["batch"]
-    titles, rows = ["img_x", "label", "prediction"], []
-    for row in range(min(samples, len(batch["x"]))):
-        panels = [
-            batch["x"][row].numpy(),
-            label(batch["mask_x"], row),
-            prediction(shown["pred_x"], row),
-        ]
-        if "w" in batch:
-            panels += [
-                batch["w"][row].numpy(),
-                prediction(shown["pred_w"], row),
-                batch["s1"][row].numpy(),
-                label(shown["label_s1"], row),
-            ]
-        rows.append(panels)
+    columns = {
+        "img_x": batch["x"],
+        "label": batch["mask_x"],
+        "prediction": shown["pred_x"].argmax(dim=1),
+    }
     if "w" in batch:
-        titles += ["img_u_w", "pseudo-label", "img_u_s1", "its labels"]
-    save_picture(path, contact_sheet(rows, titles, legend=classes, cell_width=192))
+        columns |= {
+            "img_u_w": batch["w"],
+            "pseudo-label": shown["pred_w"].argmax(dim=1),
+            "img_u_s1": batch["s1"],
+            "its labels": shown["label_s1"],
+        }
+
+    def panel(values: torch.Tensor) -> np.ndarray:
+        values = values.to(torch.uint8).cpu().numpy()
+        return values if values.ndim == 3 else colour_label(values, classes.palette)
+
+    count = min(samples, len(batch["x"]))
+    rows = [[panel(values[row]) for values in columns.values()] for row in range(count)]
+    save_picture(path, contact_sheet(rows, [*columns], legend=classes, cell_width=192))
 
 
 def curves_picture(path: Path, miou: dict[int, float], losses: dict[int, float]) -> None:
