@@ -83,9 +83,14 @@ To be fetched by you, behind a login and a licence:
   BDD100K      https://bdd-data.berkeley.edu/ (login)
                "10K Images" and "Segmentation", unpacked in data/bdd/
                then: python -m scripts.prepare_data bdd --root-path data/bdd
+  ACDC         https://acdc.vision.ee.ethz.ch/ (login)
+               rgb_anon_trainvaltest.zip and gt_trainval.zip, unpacked in data/acdc/
+               then: python -m scripts.prepare_data acdc --root-path data/acdc
 To be fetched by you, without a login:
   DT-ST        https://github.com/DZhaoXd/DT-ST: its links lead to G2C_model_iter020000.pth and S2C_model_iter020000.pth;
                put them, or adapted models of your own, in pretrained/
+  CMA          https://www.research-collection.ethz.ch, handle 20.500.11850/626144: deeplabv2_cityscapes.pth to pretrained/,
+               or its pixel labels of ACDC, pseudo_labels_train_ACDC_cma_deeplabv2.zip
 TEXT
         ;;
     *) die "$1: give sam or camvid, or nothing to see what there is" ;;

@@ -84,7 +84,7 @@ run "${LAUNCH[@]}" eval.py --checkpoint "$OUT/adapt/latest.pth" --id-list-path "
 code=0
 PYTHONIOENCODING=utf-8 run "$PYTHON" -m scripts.compare_logs "$OUT/adapt" "$SHIPPED_LOG" \
     --picture "$OUT/pictures/compare.png" | tee "$OUT/.compare" || code=$?
-tail -n +3 "$OUT/.compare" > "$OUT/compare.txt" # without the command
+sed 1,2d "$OUT/.compare" > "$OUT/compare.txt" # without the command
 if [ "$code" -gt 1 ]; then exit "$code"; fi
 run "$PYTHON" -m scripts.lib.page "$OUT"
 if [ "$REHEARSE" = 0 ]; then exit "$code"; fi

@@ -152,7 +152,7 @@ def missing_data(name: str, root: Path) -> list[tuple[str, str]]:
             download = data.downloads[kind == "labels"]
             get = f"{download} of {data.site} (login), unpacked in {root}"
             missing.append((line, get + (" (for evaluation)" if kind == "labels" else "")))
-        elif found < wanted:
+        elif 0 < found < wanted:
             print(f"note: {line}; going on with these", file=sys.stderr)
     return missing
 

@@ -31,7 +31,6 @@ esac
 
 ready() { # stops with a list of what is missing, or makes the values ready and sets up the packages
     local python
-    LABELS="${LABELS:-}"
     python="$(first_python ${PYTHON:+"$PYTHON"} python3 python python3.13 python3.12 python3.11 python3.10)"
     SAM_CHECKPOINT="${SAM_CHECKPOINT:-$(sam_file "$SAM_TYPE")}" CACHE=() EXPECT=()
     if [ "$REHEARSE" = 1 ]; then
@@ -39,7 +38,8 @@ ready() { # stops with a list of what is missing, or makes the values ready and 
     else
         OUT="${OUT:-runs/$TASK}"
         GPUS="$("$python" scripts/lib/preflight.py --title "$TITLE" --data "$DATA" --data-root "$DATA_ROOT" \
-            --probabilities "$PROBABILITIES" --labels "$LABELS" --checkpoint "$CHECKPOINT" --checkpoint-from "$CHECKPOINT_FROM" \
+            --probabilities "$PROBABILITIES" --labels "$([ "$DATA" != acdc ] || echo "$LABELS")" \
+            --checkpoint "$CHECKPOINT" --checkpoint-from "$CHECKPOINT_FROM" \
             --sam-type "$SAM_TYPE" --sam-checkpoint "$SAM_CHECKPOINT" --backbone-weights "$BACKBONE_WEIGHTS" \
             --scc-weights "$([ "$USE_SCC" = 0 ] || echo "$SCC_WEIGHTS")" --device "$DEVICE" --gpus "$GPUS" \
             --global-batch "$GLOBAL_BATCH")"
