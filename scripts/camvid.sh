@@ -23,7 +23,7 @@ CONTROLS="${CONTROLS:-0}"                   # 1: the paper's ablation and the up
 SAM_TYPE="${SAM_TYPE:-tiny}"                # tiny, vit_h, vit_l, vit_b, vit_t, or a model of the Hub
 OUT="${OUT:-runs/camvid_$RECIPE}"           # folder of the run
 arguments "$@"
-numbers SEEDS 0 4294967295
+numbers SEEDS 4294967295
 one_of RECIPE release paper both
 one_of CONTROLS 0 1
 sam_type

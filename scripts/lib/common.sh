@@ -20,26 +20,21 @@ arguments() { # arguments "$@": --help prints the script's head and the values t
     esac
 }
 
-one_of() { # one_of NAME VALUE…: the variable has one of these values
-    local name="$1" value
-    shift
-    for value in "$@"; do [ "${!name}" != "$value" ] || return 0; done
-    value="$*"
-    die "$name=${!name}: give one of ${value// /, }"
+accept() { # accept NAME PATTERN WORDS: the variable matches a regular expression as a whole
+    [[ "${!1}" =~ ^($2)$ ]] || die "$1=${!1}: give $3"
 }
 
-numbers() { # numbers NAME LEAST MOST: the variable has whole numbers in this range
-    local value
-    for value in ${!1}; do
-        case "$value" in *[!0-9]*) value=x ;; esac
-        if [ "$value" = x ] || [ "${#value}" -gt 10 ] || [ "$value" -lt "$2" ] || [ "$value" -gt "$3" ]; then
-            die "$1=${!1}: give whole numbers from $2 to $3"
-        fi
-    done
+one_of() { # one_of NAME VALUE…: the variable has one of these values
+    local values="${*:2}"
+    accept "$1" "${values// /|}" "one of ${values// /, }"
+}
+
+numbers() { # numbers NAME MOST: the variable has whole numbers of at most as many digits as MOST
+    accept "$1" "[0-9]{1,${#2}}( [0-9]{1,${#2}})*" "whole numbers from 0 to $2"
 }
 
 sam_type() { # SAM_TYPE is a type that model/README.md lists: a short name, a name of the Hub or a folder
-    case "$SAM_TYPE" in */*) ;; *) one_of SAM_TYPE tiny tiny_photo vit_t vit_b vit_l vit_h ;; esac
+    if [[ "$SAM_TYPE" != */* ]]; then one_of SAM_TYPE tiny tiny_photo vit_t vit_b vit_l vit_h; fi
 }
 
 sam_name() { # sam_name TYPE: what it is called in the names of outputs, as model/sam.py's output_name

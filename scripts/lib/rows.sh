@@ -34,16 +34,17 @@ pixel_labels() {
 }
 
 psa() { # psa NAME LABELS OPTION…: PSA of the pixel labels, in the folder LABELS
-    run "$PYTHON" seco_sam.py --id-list-path "$W/splits/pix/all.txt" --root-path "$W" "${CLASSES[@]}" "${PSA[@]}" "${@:3}"
+    run "$PYTHON" seco_sam.py --id-list-path "$W/splits/pix/all.txt" --root-path "$W" "${CLASSES[@]}" "${PSA[@]}" \
+        --recipe "$BY" "${@:3}"
     quality "$1" "$W/splits/$2/all.txt"
 }
 
-scc() { # scc NAME LABELS RECIPE: SCC of the labels in a folder, in <folder>_scc or <folder>_scc_paper
-    local options=("${SCC_RELEASE[@]}") corrected="$2_scc"
-    if [ "$3" = paper ]; then options=("${SCC_PAPER[@]}") corrected="$2_scc_paper"; fi
+scc() { # scc NAME LABELS: SCC of the labels in a folder, in <folder>_scc or <folder>_scc_paper
+    local options=("${SCC_RELEASE[@]}")
+    if [ "$BY" = paper ]; then options=("${SCC_PAPER[@]}"); fi
     run "$PYTHON" seco_scc.py --id-list-path "$W/splits/$2/all.txt" --root-path "$W" "${CLASSES[@]}" "${options[@]}" \
-        --recipe "$3" --backbone-weights "$W/source/latest.pth" --seed "$SEED"
-    quality "$1" "$W/splits/$corrected/all.txt"
+        --recipe "$BY" --backbone-weights "$W/source/latest.pth" --seed "$SEED"
+    quality "$1" "$W/splits/$2_scc$END/all.txt"
 }
 
 adapt() { # adapt NAME LABELS: split the labels and train UniMatch with them, from the source model
@@ -56,39 +57,37 @@ adapt() { # adapt NAME LABELS: split the labels and train UniMatch with them, fr
     validate "$1" "$W/adapt_$1/latest.pth"
 }
 
-seco() { # seco RECIPE: PSA, SCC and adaptation; the paper's rows and folders carry its name
-    local end=""
-    if [ "$1" = paper ]; then end=_paper; fi
-    psa "psa$end" "pix_$SAM$end" --recipe "$1" --vis 4
-    scc "scc$end" "pix_$SAM$end" "$1"
-    adapt "seco$end" "pix_$SAM${end}_scc$end"
+seco() { # PSA, SCC and adaptation by the recipe $BY; the paper's rows and folders end in _paper
+    psa "psa$END" "pix_$SAM$END" --vis 4
+    scc "scc$END" "pix_$SAM$END"
+    adapt "seco$END" "pix_$SAM${END}_scc$END"
 }
 
 # The rows of the paper's Tables 6 and 7 between the source model and SeCo, PSA that keeps the pixel label where no mask
 # reaches (a departure, off by default), and the upper bound.
-controls() { # controls RECIPE
-    local end=""
-    if [ "$1" = paper ]; then end=_paper; fi
+controls() {
     adapt pixel pix
-    psa prompting "pix_$SAM${end}_only_prompting" --recipe "$1" --only-prompting
-    adapt prompting "pix_$SAM${end}_only_prompting"
-    psa alignment "pix_$SAM${end}_only_alignment" --recipe "$1" --only-alignment
-    adapt alignment "pix_$SAM${end}_only_alignment"
-    adapt "psa$end" "pix_$SAM$end"
-    psa fill "pix_$SAM${end}_fill" --recipe "$1" --fill pixel
-    adapt fill "pix_$SAM${end}_fill"
-    scc scc_pixel pix "$1"
-    adapt scc_pixel "pix_scc$end"
+    psa prompting "pix_$SAM${END}_only_prompting" --only-prompting
+    adapt prompting "pix_$SAM${END}_only_prompting"
+    psa alignment "pix_$SAM${END}_only_alignment" --only-alignment
+    adapt alignment "pix_$SAM${END}_only_alignment"
+    adapt "psa$END" "pix_$SAM$END"
+    psa fill "pix_$SAM${END}_fill" --fill pixel
+    adapt fill "pix_$SAM${END}_fill"
+    scc scc_pixel pix
+    adapt scc_pixel "pix_scc$END"
     # The upper bound sees what no method may see: ground truth of the target's training images.
     run "$PYTHON" train_unimatch.py --supervised --labeled-id-path "$TARGET_GT" --val-id-path "$VAL_LIST" --root-path "$W" \
         "${CLASSES[@]}" "${ADAPT[@]}" --init-checkpoint "$W/source/latest.pth" --seed "$SEED" --save-path "$W/adapt_bound"
     validate bound "$W/adapt_bound/latest.pth"
 }
 
-rows() { # the recipes and the controls that are asked for
-    if [ "$RECIPE" != paper ]; then seco release; fi
-    if [ "$RECIPE" != release ]; then seco paper; fi
-    if [ "$CONTROLS" = 1 ]; then controls "$([ "$RECIPE" = paper ] && echo paper || echo release)"; fi
+rows() { # the recipes that are asked for, the controls with the first of them
+    for BY in ${RECIPE/both/release paper}; do
+        END="_$BY" END="${END/_release/}"
+        seco
+        if [ "$CONTROLS" = 1 ] && [ "$BY $RECIPE" != "paper both" ]; then controls; fi
+    done
 }
 
 report() { # tables, pictures and the page over all seeds

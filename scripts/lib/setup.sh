@@ -35,17 +35,6 @@ for name in sys.argv[1:]:
 CHECK
 }
 
-setup_find() {
-    local candidate
-    for candidate in ${PYTHON:+"$PYTHON"} python3 python "$setup_repo/.venv/bin/python"; do
-        if setup_satisfied "$candidate" "${setup_files[@]}"; then
-            PYTHON="$candidate"
-            return 0
-        fi
-    done
-    return 1
-}
-
 setup_install() { # setup_install FOLDER PIP-OPTION…: sets PYTHON to the one of the environment in FOLDER
     local folder="$1" base name need=() bar=off
     shift
@@ -79,9 +68,11 @@ setup_bases="python3 python python3.13 python3.12 python3.11 python3.10"
 if [ "${1:-}" = lowest ]; then
     setup_bases="python3.11 python3.10"
     setup_lowest
-elif ! setup_find; then
-    setup_install "$setup_repo/.venv"
-    setup_satisfied "$PYTHON" "${setup_files[@]}" ||
-        die "$PYTHON still lacks something of requirements.txt; delete .venv and run this command again"
+else
+    for candidate in ${PYTHON:+"$PYTHON"} python3 python "$setup_repo/.venv/bin/python" ""; do
+        if setup_satisfied "$candidate" "${setup_files[@]}"; then break; fi
+    done
+    PYTHON="$candidate"
+    if [ -z "$PYTHON" ]; then setup_install "$setup_repo/.venv"; fi
 fi
 export PYTHON
