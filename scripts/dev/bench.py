@@ -247,8 +247,7 @@ def prepared_segmenter(
     loaded or tuned while it is timed.
     """
     sam_type = options.sam_type
-    random = sam_type in WEIGHTS and not WEIGHTS[sam_type].is_file()
-    if random:
+    if random := sam_type in WEIGHTS and not WEIGHTS[sam_type].is_file():
         sam = FastSam(sam_builder(sam_type)().eval().to(device))
     else:
         sam = load_segmenter(sam_type, device=device)
@@ -256,10 +255,7 @@ def prepared_segmenter(
     sam.settings = replace(sam.settings, points_per_side=options.points)
     if random:
         sam.settings = settings_for_random_weights(sam, image)
-        print(
-            f"no weights of {sam_type} here: random ones, thresholds"
-            f" {sam.settings.predicted_iou:.3f} / {sam.settings.stability:.3f}, no box NMS"
-        )
+        print(f"no weights of {sam_type} here: random ones, no box NMS, {sam.settings}")
     if device.type == "cuda":
         aggregate(image, label, sam, CITYSCAPES_19)
     return sam
@@ -386,21 +382,20 @@ def train(options: TrainOptions) -> dict[str, dict]:
         f"{options.backbone}, crop {options.crop_size}, batch {options.batch} + {options.batch},"
         f" 19 classes, {torch.cuda.get_device_name(device) if cuda else threads},"
         f" torch {torch.__version__}; medians of {options.steps} steps\n"
-        "| variant | s / iteration (least .. greatest) | against plain | peak GPU memory, GB |\n"
+        "| variant | s / iteration | against plain | peak GPU memory, GB |\n"
         "|---|---|---|---|"
     )
     for variant, found in results.items():
         seconds, ratio = found["seconds"], results["plain fp32"]["seconds"] / found["seconds"]
         memory = f"{found['device_mb'] / 1000:.1f}" if cuda else "-"
-        extremes = f"{found['least']:.3f} .. {found['greatest']:.3f}"
-        print(f"| {variant} | {seconds:.3f} ({extremes}) | {ratio:.2f}x | {memory} |")
+        print(f"| {variant} | {seconds:.3f} | {ratio:.2f}x | {memory} |")
     return results
 
 
 def measure_train(
     variants: list[str], options: TrainOptions, device: torch.device
 ) -> dict[str, dict]:
-    """{variant: median, least and greatest seconds, peak memory in MB}. On a CPU the variants take
+    """{variant: median seconds, peak memory in MB}. On a CPU the variants take
     turns step by step, so that other load on the machine hits all alike; on a GPU, whose memory
     they would share, they follow one another.
     """
@@ -413,9 +408,8 @@ def measure_train(
             for variant, trainer in trainers.items():
                 seconds[variant].append(one_step(variant, trainer, copy.copy(batch), number))
         for variant in group:
-            timed = seconds[variant][2:]
-            found = {"seconds": statistics.median(timed), "least": min(timed)}
-            results[variant] = {**found, "greatest": max(timed), **run.peak_memory_mb(device)}
+            median = statistics.median(seconds[variant][2:])
+            results[variant] = {"seconds": median, **run.peak_memory_mb(device)}
     return results
 
 
@@ -455,19 +449,13 @@ def one_step(variant: str, trainer: train_unimatch.Trainer, batch: dict, number:
 PARTS = {data: DataOptions, psa: PsaOptions, scc: SccOptions, train: TrainOptions}
 
 
-def parse_args(argv=None) -> tuple[Callable, object]:
-    """(function of a part, its options)."""
-    argv = sys.argv[1:] if argv is None else argv
-    parts = {part.__name__: part for part in PARTS}
-    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=parts)
-    part = parts[parser.parse_args(argv[:1]).part]
-    return part, parse_options(PARTS[part], inspect.getdoc(part), argv[1:])
-
-
 def main(argv=None) -> None:
-    part, options = parse_args(argv)
-    part(options)
+    argv = sys.argv[1:] if argv is None else argv
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=[part.__name__ for part in PARTS])
+    name = parser.parse_args(argv[:1]).part
+    (part,) = (part for part in PARTS if part.__name__ == name)
+    part(parse_options(PARTS[part], inspect.getdoc(part), argv[1:]))
 
 
 if __name__ == "__main__":
