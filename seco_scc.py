@@ -17,15 +17,13 @@ Output:  <root>/<exp>_scc/ (`--recipe paper`: <exp>_scc_paper/): the corrected l
     # the paper's recipe
     python seco_scc.py --id-list-path splits/cityscapes/HRDA_seco_vit_h/all.txt \\
         --root-path data/cityscapes --class-num 19 --recipe paper
-    # another threshold: only the correction runs again
-    python seco_scc.py --id-list-path splits/cityscapes/HRDA_seco_vit_h/all.txt \\
-        --root-path data/cityscapes --class-num 19 --quantile 0.6
     # four GPUs share the scoring; the first one trains
     torchrun --nproc_per_node=4 seco_scc.py \\
         --id-list-path splits/cityscapes/HRDA_seco_vit_h/all.txt \\
         --root-path data/cityscapes --class-num 19
 
-If it is stopped, run the same command again; it goes on.
+If it is stopped, run the same command again; it goes on. With other thresholds only the correction
+runs again.
 
 The paper does not state its optimizer and network. Its recipe takes those of the released code,
 with plain cross-entropy. Ours are: whole images at half size, four an iteration; features at stride
@@ -33,7 +31,7 @@ with plain cross-entropy. Ours are: whole images at half size, four an iteration
 cells of the features.
 
 Needs when copied away: dataset/{scc,scc_report}.py, model/{checkpoint,resnet,scc}.py,
-util/{charts,labels,options,outputs,page,pictures,run}.py.
+util/{labels,options,outputs,page,run}.py.
 """
 
 from __future__ import annotations
@@ -42,7 +40,6 @@ import math
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +58,6 @@ from dataset.scc import (
     mask_shares,
     patch_batches,
     read_index,
-    remove_scores,
     score_path,
 )
 from dataset.scc_report import in_short, write_connectivities, write_report
@@ -117,7 +113,6 @@ from util.outputs import (
     Outputs,
     atomic_path,
     check_writable,
-    made_before,
     made_from,
     read_json,
     remove_leftovers,
@@ -129,7 +124,6 @@ from util.run import (
     ahead,
     exact_mode,
     manifest,
-    peak_memory_mb,
     process_group,
     process_rank,
     progress,
@@ -184,10 +178,10 @@ def correct(job: Correction) -> None:
     one of the three that --stage names. What is there already is not made again.
     """
     data, out, options = job.data, job.out, job.data.options
-    rank, world = process_rank()
-    checkpoint, record, watch = out / "checkpoint.pth", out / "run.json", Stopwatch()
+    rank, checkpoint, record, watch = process_rank()[0], out / "checkpoint.pth", {}, Stopwatch()
     if options.stage in ("all", "train") and rank == 0 and not checkpoint.is_file():
-        remove_scores(out)
+        for path in (out / "scores").glob("*.npz"):  # of a classifier that is gone
+            path.unlink()
         with watch("train"):
             train(data, out, job.device)
     wait_for_all()
@@ -195,14 +189,16 @@ def correct(job: Correction) -> None:
         if not checkpoint.is_file():
             raise UserError(f"{checkpoint}: no such file; run --stage train first")
         with watch("score"):
-            score(data, out, job.device, rank, world)
+            score(data, out, job.device)
     wait_for_all()
     if rank > 0:
         return
+    before = read_json(out / "run.json") if (out / "run.json").is_file() else {}
     if options.stage in ("all", "correct"):
         if not all(score_path(out, image).is_file() for image in range(len(data.rows))):
             raise UserError(f"{out / 'scores'}: not all images are scored; run --stage score first")
-        if is_corrected(job):
+        record["made_from"] = decided_by(job)
+        if is_corrected(job, before.get("made_from"), record["made_from"]):
             print(f"{out}: corrected before; list: {job.list_path}")
             return
         with watch("correct"):
@@ -210,14 +206,12 @@ def correct(job: Correction) -> None:
             write_labels(job, verdicts)
         with watch("report"):
             report(job, verdicts)
-    earlier = read_json(record) if record.is_file() else {"seconds": {}, "cost": {"seconds": 0}}
-    made = manifest(
-        vars(options), {"list": options.id_list_path}, job.device, earlier["cost"]["seconds"]
+    seconds = before.get("cost", {}).get("seconds", 0)
+    made = manifest(vars(options), {"list": options.id_list_path}, job.device, seconds)
+    watched = {name: round(spent, 2) for name, spent in watch.seconds.items()}
+    write_json(
+        out / "run.json", {**made, "seconds": {**before.get("seconds", {}), **watched}, **record}
     )
-    made["seconds"] = earlier["seconds"] | {n: round(s, 2) for n, s in watch.seconds.items()}
-    if options.stage in ("all", "correct"):
-        made["made_from"] = made_from(*decided_by(job))
-    write_json(record, {**made, "peak_memory": peak_memory_mb(job.device)})
 
 
 def corrected_label(numbers: np.ndarray, final: np.ndarray) -> np.ndarray:
@@ -237,13 +231,7 @@ class Release:
     suffix, batch_size, smoothing = "scc", 64, LABEL_SMOOTHING
     not_used = ("scale",)  # of the settings
 
-    @staticmethod
-    def batches(data: Data, start: int) -> Iterator:
-        return patch_batches(data, start, data.options.iterations)
-
-    @staticmethod
-    def read(data: Data, image: int) -> tuple[np.ndarray, np.ndarray]:
-        return data.read(image)
+    batches, read = staticmethod(patch_batches), Data.read
 
     @staticmethod
     def logits(classify, data: Data, image: int, read, pool: ThreadPoolExecutor) -> list:
@@ -288,13 +276,7 @@ class Paper:
     suffix, batch_size, smoothing = "scc_paper", 4, 0.0
     not_used = ("patch_size",)
 
-    @staticmethod
-    def batches(data: Data, start: int) -> Iterator:
-        return image_batches(data, start, data.options.iterations)
-
-    @staticmethod
-    def read(data: Data, image: int) -> tuple[np.ndarray, np.ndarray]:
-        return data.scaled(image)
+    batches, read = staticmethod(image_batches), Data.scaled
 
     @staticmethod
     def logits(classify, data: Data, image: int, read, pool: ThreadPoolExecutor) -> list:
@@ -336,11 +318,11 @@ def train(data: Data, out: Path, device: torch.device) -> None:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         done = state["iteration"]
-        recent.extend(state.get("losses", ()))
+        recent.extend(state["losses"])
         print(f"training goes on at iteration {done}")
     model.train()
     recipe, amp = RECIPES[options.recipe], options.amp == "bf16"
-    batches = recipe.batches(data, done)
+    batches = recipe.batches(data, done, options.iterations)
     total, saved = EPOCHS * batches_per_epoch(data), time.monotonic()
     bar = progress(batches, "SCC training", options.iterations, "it", initial=done)
     for t, batch in enumerate(bar, start=done + 1):
@@ -391,8 +373,9 @@ def score_image(
     return {"loss": loss, "score": score, "predicted": predicted}
 
 
-def score(data: Data, out: Path, device: torch.device, rank: int, world: int) -> None:
+def score(data: Data, out: Path, device: torch.device) -> None:
     """Scores of this process's images to scores/; those that exist are left."""
+    rank, world = process_rank()
     todo = [i for i in range(rank, len(data.rows), world) if not score_path(out, i).is_file()]
     if not todo:
         return
@@ -422,7 +405,6 @@ def save_state(path: Path, **content) -> None:
 def write_labels(job: Correction, verdicts: Verdicts) -> None:
     """Write the corrected labels, connectivities.csv and the list of the labels."""
     data, table = job.data, job.out / "connectivities.csv"
-    tell_replaced(job)
     # Labels of other thresholds may be there; while they are replaced nothing may list them.
     for path in (job.list_path, table, job.out / "run.json"):
         path.unlink(missing_ok=True)
@@ -440,45 +422,37 @@ def write_labels(job: Correction, verdicts: Verdicts) -> None:
 
 def report(job: Correction, verdicts: Verdicts) -> None:
     """The report, and what it says in short."""
-    folder, shown = job.out / "report", job.data.options.vis
+    folder = job.out / "report"
     state = torch.load(job.out / "checkpoint.pth", map_location="cpu", weights_only=True)
-    loss = state.get("loss")
-    figures = write_report(folder, job.data, verdicts, job.classes, job.truth, shown, loss)
+    figures = write_report(folder, job.data, verdicts, job.classes, job.truth, state.get("loss"))
     write_json(folder / "report.json", figures)
-    for line in in_short(figures, job.classes.count):
-        print(line)
+    print("\n".join(in_short(figures, job.classes.count)))
     for warning in figures["warnings"]:
         print(f"warning: {warning}", file=sys.stderr)
-    page = folder / "index.html"
-    print(f"labels: {job.out}\nlist: {job.list_path}\nreport: {page}")
+    print(f"labels: {job.out}\nlist: {job.list_path}\nreport: {folder / 'index.html'}")
 
 
-def decided_by(job: Correction) -> tuple[dict, dict[str, Path]]:
-    """(options, files) that decisions and report depend on, beside the scores."""
+def decided_by(job: Correction) -> dict:
+    """What decisions and report depend on, beside the scores."""
     options = job.data.options
     names = ("filter", "quantile", "tau_ns", "tau_cr", "stuff", "things", "vis")
     files = {"ground truth list": options.gt} if options.gt else {}
     files |= {truth: job.data.root / truth for truth in (job.truth or {}).values()}
-    return {name: getattr(options, name) for name in names}, files
+    return made_from({name: getattr(options, name) for name in names}, files)
 
 
-def tell_replaced(job: Correction) -> None:
-    """Say which thresholds' labels are replaced."""
-    if not (record := job.out / "run.json").is_file():
-        return
-    before = read_json(record).get("made_from", {}).get("settings", {})
-    now, _ = decided_by(job)
-    other = [f"--{name} {before[name]}" for name in before if before[name] != now.get(name)]
-    if other and job.list_path.is_file():
-        print(f"the labels of {', '.join(other)} are replaced; --exp NAME would keep both")
-
-
-def is_corrected(job: Correction) -> bool:
-    """Whether labels, list and report of these thresholds are there."""
+def is_corrected(job: Correction, before: dict | None, now: dict) -> bool:
+    """Whether labels, list and report of these thresholds are there; says if others are replaced.
+    before, now: what `decided_by` gave when the labels there were written, and gives now.
+    """
     files = [job.list_path, job.out / "connectivities.csv", job.out / "report" / "index.html"]
     files += [job.data.root / label for _, label in job.rows]
     there = all(file.is_file() for file in files)
-    return there and made_before(job.out / "run.json", made_from(*decided_by(job)))
+    old, new = (made["settings"] for made in (before or now, now))
+    other = [f"--{name} {value}" for name, value in old.items() if value != new.get(name)]
+    if other and there:
+        print(f"the labels of {', '.join(other)} are replaced; --exp NAME would keep both")
+    return there and before == now
 
 
 # ------------------------------------------------------------------------------------------ options
@@ -578,22 +552,16 @@ def settings_of_scores(options: Options) -> dict:
     return settings
 
 
-def prepare(
-    options: Options, out: Outputs, labels: list[Path], rows: list, truth: dict[str, str] | None
-) -> None:
-    """All checks that open files; leaves settings, inputs and index.npz. labels: the files that
-    will be written.
-    """
+def prepare(options: Options, out: Outputs, rows: list, truth: dict[str, str] | None) -> None:
+    """All checks that open files; leaves settings, inputs and index.npz."""
     root, folder = options.root_path, out.folder
-    for place in {folder, folder / "scores", folder / "report", *(path.parent for path in labels)}:
+    for place in (folder, *filter(Path.is_dir, folder.rglob("*"))):
         remove_leftovers(place)
     names = [name for row in rows for name in row]
     check_files(root, names, options.id_list_path)
-    results = ("training.pth", "checkpoint.pth", "connectivities.csv")
-    begun = any((folder / name).is_file() for name in results)
-    begun |= any((folder / "scores").glob("*.npz"))
-    if not (folder / "settings.json").is_file():
-        begun |= holds_pictures(folder) or any(map(Path.exists, labels))
+    results = ("training.pth", "checkpoint.pth", "connectivities.csv", "scores/*.npz")
+    begun = any(any(folder.glob(name)) for name in results)
+    begun |= not (folder / "settings.json").is_file() and holds_pictures(folder)
     inputs = {name: root / name for name in names}
     same = out.accept(settings_of_scores(options), inputs, begun)
     index = make_index(folder, root, rows, options.class_num, options.id_list_path, same)
@@ -628,8 +596,7 @@ def main(argv: list[str] | None = None) -> None:
     check_writable(list_path.parent)
     with Outputs(folder) as out, process_group(torch.device("cpu")) as (rank, _):
         if rank == 0:
-            labels = [root / in_experiment(label, experiment) for _, label in rows]
-            prepare(options, out, labels, rows, truth)
+            prepare(options, out, rows, truth)
             write_classes(folder, classes)
         wait_for_all()
         data = Data(root, rows, read_index(folder, classes.count), classes.count, options)

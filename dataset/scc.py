@@ -71,12 +71,6 @@ def score_path(folder: Path, image: int) -> Path:
     return folder / "scores" / f"{image:06d}.npz"
 
 
-def remove_scores(folder: Path) -> None:
-    """Remove the scores of all images, whose classifier is gone."""
-    for path in (folder / "scores").glob("*.npz"):
-        path.unlink()
-
-
 class Data:
     """The images of a list with their connectivities.
 

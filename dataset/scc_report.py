@@ -14,14 +14,14 @@ from PIL import Image
 from scipy.stats import norm
 from sklearn.metrics import roc_auc_score
 
-from util.charts import CYCLE, bar_chart, histogram, save_chart
-from util.labels import IGNORE, ClassSet, read_label
+from util.labels import COLOURS, IGNORE, ClassSet, read_label
 from util.outputs import atomic_path
 from util.page import write_page
-from util.pictures import colour_label, contact_sheet, hatch, heat, overlay, save_picture
 
-DECISIONS = {"kept": CYCLE[0], "corrected": CYCLE[1], "dropped": CYCLE[6]}
-THUMBNAIL = (96, 96)  # pixels
+BLUE, ORANGE, GREEN, PURPLE, RED, _, GREY = (tuple(c / 255 for c in colour) for colour in COLOURS)
+DECISIONS = {"kept": BLUE, "corrected": ORANGE, "dropped": GREY}
+DPI, GAP = 100, 4  # of pictures; pixels between those of a sheet
+PANEL_WIDTH, THUMBNAIL = 400, 96  # pixels
 # A classifier has learned if it gives so many times the largest class's share of the labels their
 # class (or half of the rest, where that is less). Of 12 photographs, 60 iterations gave 1.9 times
 # and ruined the labels, 1,000 gave 3.0 times and helped.
@@ -35,8 +35,7 @@ def write_report(
     data,
     verdicts,
     classes: ClassSet,
-    gt_rows: dict[str, str] | None,
-    images: int,
+    truth: dict[str, str] | None,
     loss: float | None,
 ) -> dict:
     """Write the pictures and index.html into `folder`; return the figures of report.json.
@@ -45,26 +44,23 @@ def write_report(
         folder: where the report goes.
         data, verdicts: what was judged, and how.
         classes: of the labels.
-        gt_rows: {image path: ground-truth path} or None.
-        images: how many are shown as panels.
+        truth: {image path: ground-truth path} or None.
         loss: of the classifier's last iterations, if it is known.
     """
-    report = figures(data, verdicts, classes) | health(data, verdicts, classes, loss)
-    if gt_rows is not None:  # the only ground truth that is ever opened
-        report["ground_truth"] = compare_with_ground_truth(data, verdicts, gt_rows)
-    charts = {
+    report = counts(data, verdicts, classes) | health(data, verdicts, classes, loss)
+    if truth is not None:  # the only ground truth that is ever opened
+        report["ground_truth"] = compare_with_ground_truth(data, verdicts, truth)
+    pictures = {
         "loss_histogram": ("Losses", loss_histogram(data, verdicts)),
-        "decisions": ("Decisions per class", decisions_chart(data, verdicts, classes)),
+        "decisions": ("Decisions per class", decisions_chart(report["per_class"])),
     }
-    pictures = {}
-    if images:
-        pictures["panels"] = ("Before and after", panels(data, verdicts, classes, images))
-    thumbnails = trust_sheet(data, verdicts, classes)
-    if thumbnails is not None:
-        pictures["thumbnails"] = ("Most and least trusted connectivities of each class", thumbnails)
-    for save, shown in ((save_chart, charts), (save_picture, pictures)):
-        for name, (_, picture) in shown.items():
-            save(folder / f"{name}.png", picture)
+    if data.options.vis:
+        pictures["panels"] = ("Before and after", panels(data, verdicts, classes))
+    if (sheet := trust_sheet(data, verdicts, classes)) is not None:
+        pictures["thumbnails"] = ("Most and least trusted connectivities of each class", sheet)
+    for name, (_, figure) in pictures.items():
+        with atomic_path(folder / f"{name}.png") as temporary:
+            figure.savefig(temporary, dpi=DPI, bbox_inches="tight")
     rows = [
         (name.replace("_", " "), f"{value:.2f}" if isinstance(value, float) else value)
         for name, value in {**report, **report.get("ground_truth", {})}.items()
@@ -72,32 +68,25 @@ def write_report(
     ]
     rows += [("classes that lose all their pixels", ", ".join(report["lost classes"]) or "none")]
     rows += [("warning", text) for text in report["warnings"]]
-    figures_shown = [(f"{name}.png", title) for name, (title, _) in {**charts, **pictures}.items()]
-    parts = [{"rows": rows}, {"figures": figures_shown}]
-    write_page(folder / "index.html", f"SCC: {data.options.recipe} recipe", parts)
+    shown = [(f"{name}.png", title) for name, (title, _) in pictures.items()]
+    title = f"SCC: {data.options.recipe} recipe"
+    write_page(folder / "index.html", title, [{"rows": rows}, {"figures": shown}])
     return report
 
 
 def write_connectivities(path: Path, data, verdicts) -> None:
-    """connectivities.csv: one line each, numbers at full precision. verdicts: seco_scc's."""
+    """connectivities.csv: one line each, numbers at full precision."""
     columns = ("image", "id", "class", "area", "x", "y", "width", "height", "loss", "score")
+    numbers = (verdicts.loss, verdicts.score, verdicts.predicted, verdicts.eta)
+    judged = zip(*(values.tolist() for values in (*numbers, verdicts.decision, verdicts.final)))
     with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow([*columns, "prediction", "eta", "decision", "final"])
-        for i, row in enumerate(data.index):
-            eta = float(verdicts.eta[i])
-            writer.writerow(
-                [
-                    data.rows[row["image"]][0],
-                    *(int(value) for value in list(row)[1:]),
-                    repr(float(verdicts.loss[i])),
-                    repr(float(verdicts.score[i])),
-                    int(verdicts.predicted[i]),
-                    "" if np.isnan(eta) else repr(eta),
-                    verdicts.decision[i],
-                    int(verdicts.final[i]),
-                ]
-            )
+        for (image, *place), (loss, score, predicted, eta, *end) in zip(
+            data.index.tolist(), judged
+        ):
+            eta = "" if np.isnan(eta) else eta
+            writer.writerow([data.rows[image][0], *place, loss, score, predicted, eta, *end])
 
 
 def trust(verdicts) -> np.ndarray:
@@ -108,38 +97,38 @@ def trust(verdicts) -> np.ndarray:
     return np.where(np.isnan(verdicts.eta), probability, 1 - verdicts.eta)
 
 
-def figures(data, verdicts, classes: ClassSet) -> dict:
+# ------------------------------------------------------------------------------------------ figures
+
+
+def counts(data, verdicts, classes: ClassSet) -> dict:
     """Counts and shares of the decisions; shares of pixels in percent."""
-    areas = data.index["area"].astype(np.int64)
-    sizes = sum(label_size(data, i) for i in range(len(data.rows)))
-    per_class = {}
-    for class_id, name in enumerate(classes.names):
-        mine = data.index["class_id"] == class_id
-        per_class[name] = {d: int((mine & (verdicts.decision == d)).sum()) for d in DECISIONS}
-    noise = verdicts.noise
+    areas, labels = data.index["area"].astype(np.int64), data.index["class_id"]
+    kept, noise, pixels = verdicts.final != IGNORE, verdicts.noise, 0
+    for _, path in data.rows:
+        with Image.open(data.root / path) as label:
+            pixels += label.width * label.height
+    decided = {d: verdicts.decision == d for d in DECISIONS}
     return {
         "images": len(data.rows),
-        "connectivities": len(data.index),
+        "connectivities": len(labels),
         "judged": int(data.judged.sum()),
-        **{d: int((verdicts.decision == d).sum()) for d in DECISIONS},
-        "changed class": int(
-            ((verdicts.final != data.index["class_id"]) & (verdicts.final != IGNORE)).sum()
-        ),
-        "coverage_before": 100 * float(areas.sum()) / sizes,
-        "coverage_after": 100 * float(areas[verdicts.final != IGNORE].sum()) / sizes,
-        "note": noise.fallback if noise is not None else None,
+        **{d: int(which.sum()) for d, which in decided.items()},
+        "changed class": int((kept & (verdicts.final != labels)).sum()),
+        "coverage_before": 100 * float(areas.sum()) / pixels,
+        "coverage_after": 100 * float(areas[kept].sum()) / pixels,
+        "note": noise and noise.fallback,
         "thresholds": {str(k): v for k, v in verdicts.thresholds.items()},
-        "mixture": (
-            None
-            if noise is None
-            else {
-                "means": noise.means,
-                "deviations": noise.deviations,
-                "weights": noise.weights,
-                "loss_range": (noise.low, noise.high),
-            }
-        ),
-        "per_class": per_class,
+        "mixture": noise
+        and {
+            "means": noise.means,
+            "deviations": noise.deviations,
+            "weights": noise.weights,
+            "loss_range": (noise.low, noise.high),
+        },
+        "per_class": {
+            name: {d: int((which & (labels == c)).sum()) for d, which in decided.items()}
+            for c, name in enumerate(classes.names)
+        },
     }
 
 
@@ -154,7 +143,6 @@ def health(data, verdicts, classes: ClassSet, loss: float | None) -> dict:
     judged = labels[data.judged]
     right = 100 * float(np.mean(verdicts.predicted[data.judged] == judged))
     largest = 100 * float(np.bincount(judged).max() / len(judged))
-    lost = [n for c, n in enumerate(classes.names) if c in labels and c not in final]
     warnings = []
     if right < min(LEARNED * largest, (100 + largest) / 2):
         warnings.append(
@@ -167,219 +155,227 @@ def health(data, verdicts, classes: ClassSet, loss: float | None) -> dict:
         "largest class": largest,
         "last loss": loss,
         "loss of chance": float(np.log(classes.count)),
-        "lost classes": lost,
+        "lost classes": [n for c, n in enumerate(classes.names) if c in labels and c not in final],
         "warnings": warnings,
     }
 
 
-def in_short(figures: dict, class_num: int) -> list[str]:
+def in_short(report: dict, class_num: int) -> list[str]:
     """What the figures of a report say, in lines for the terminal."""
-    right, largest = figures["accuracy on its labels"], figures["largest class"]
-    lost = ", ".join(figures["lost classes"])
     lines = [
-        f"note: {figures['note']}",
-        f"the classifier gives {right:.1f} % of the labels their class; the largest class is"
-        f" {largest:.1f} % of them, chance {100 / class_num:.1f} %",
-        f"note: all pixels of these classes are dropped: {lost}",
-        f"{figures['kept']} connectivities kept, {figures['corrected']} corrected,"
-        f" {figures['dropped']} dropped; {figures['coverage_before']:.1f} % of the pixels labeled"
-        f" before, {figures['coverage_after']:.1f} % after",
+        f"the classifier gives {report['accuracy on its labels']:.1f} % of the labels their class;"
+        f" the largest class is {report['largest class']:.1f} % of them, chance"
+        f" {100 / class_num:.1f} %",
+        f"{report['kept']} connectivities kept, {report['corrected']} corrected,"
+        f" {report['dropped']} dropped; {report['coverage_before']:.1f} % of the pixels labeled"
+        f" before, {report['coverage_after']:.1f} % after",
     ]
-    there = (figures["note"], True, lost, True)
-    return [line for line, is_there in zip(lines, there) if is_there]
+    if report["lost classes"]:
+        lost = ", ".join(report["lost classes"])
+        lines.insert(1, f"note: all pixels of these classes are dropped: {lost}")
+    return [f"note: {report['note']}", *lines] if report["note"] else lines
 
 
-def label_size(data, image: int) -> int:
-    with Image.open(data.root / data.rows[image][1]) as label:
-        return label.width * label.height
+def ground_truth_votes(data, truth: dict[str, str]) -> np.ndarray:
+    """Ground-truth pixels of each class in each connectivity: int64 N x K."""
+    votes = []
+    for image, (path, _) in enumerate(data.rows):
+        true, numbers = read_label(data.root / truth[path], data.class_num), data.numbers(image)
+        shape, counted = (len(data.of_image(image)), data.class_num), true != IGNORE
+        counted &= numbers >= 0
+        places = numbers[counted].astype(np.int64) * data.class_num + true[counted]
+        votes.append(np.bincount(places, minlength=shape[0] * shape[1]).reshape(shape))
+    return np.concatenate(votes)
 
 
-def votes_of_image(data, image: int, truth_path: str) -> np.ndarray:
-    """Ground-truth pixels of each class in each connectivity of image i: int64 N x K."""
-    truth, numbers = read_label(data.root / truth_path, data.class_num), data.numbers(image)
-    count, counted = len(data.of_image(image)), (numbers >= 0) & (truth != IGNORE)
-    places = numbers[counted].astype(np.int64) * data.class_num + truth[counted]
-    return np.bincount(places, minlength=count * data.class_num).reshape(count, data.class_num)
-
-
-def compare_with_ground_truth(data, verdicts, gt_rows: dict[str, str]) -> dict:
+def compare_with_ground_truth(data, verdicts, truth: dict[str, str]) -> dict:
     """Purity, accuracies in percent, and the AUROC of eta (or the loss) for connectivities of a
     wrong class. The ground truth has the label maps' sizes.
 
     A connectivity's true class is the most frequent ground-truth class in it, its purity that
-    class's share; those on ground-truth 255 alone are left out. accuracy_*: of labeled pixels,
-    before, after, and if exactly the connectivities of a wrong class were dropped, as a perfect
-    noise model would. The rest counts connectivities:
-    - kept_right: the share of true labels among those kept;
-    - changed_right: of true classes among those given another class;
-    - dropped_wrong: of wrong labels among those dropped;
-    - sure_right: of true classes among predictions other than the label whose probability exceeds
-      tau_cr, whatever was decided;
-    - not_judged_wrong: of wrong labels among those under --min-area.
+    class's share; those on ground-truth 255 alone are left out. accuracy_*: of labeled pixels. The
+    rest counts connectivities: kept_right, the share of true labels among those kept;
+    changed_right, of true classes among those given another class; dropped_wrong, of wrong labels
+    among those dropped.
     """
-    true, purity, right_before, right_after, known = (np.zeros(len(data.index)) for _ in range(5))
-    for image, (image_path, _) in enumerate(data.rows):
-        votes, part = votes_of_image(data, image, gt_rows[image_path]), data.part(image)
-        each, final = np.arange(len(votes)), verdicts.final[part]
-        true[part], known[part] = votes.argmax(axis=1), votes.sum(axis=1)
-        purity[part] = votes.max(axis=1) / np.maximum(known[part], 1)
-        right_before[part] = votes[each, data.index["class_id"][part]]
-        right_after[part] = np.where(
-            final == IGNORE, 0, votes[each, np.minimum(final, data.class_num - 1)]
-        )
-    seen = known > 0
-    wrong = true != data.index["class_id"]
-    labeled, changed = verdicts.final != IGNORE, verdicts.final != data.index["class_id"]
+    votes, labels, final = ground_truth_votes(data, truth), data.index["class_id"], verdicts.final
+    each, known, true = np.arange(len(votes)), votes.sum(axis=1), votes.argmax(axis=1)
+    seen, wrong, labeled = known > 0, true != labels, final != IGNORE
+    right = votes[each, labels]
+    right_after = votes[each, np.where(labeled, final, 0)] * labeled
     share = lambda part, of: 100 * float(part.sum() / of.sum()) if of.sum() else None
-    among = lambda which, those: share(which[those], np.ones(those.sum()))
+    among = lambda which, those: share(which & those, those)
     signal = np.where(np.isnan(verdicts.eta), verdicts.loss, verdicts.eta)
     usable = seen & data.judged & np.isfinite(signal)
-    sure = seen & (verdicts.score > data.options.tau_cr)
-    sure &= verdicts.predicted != data.index["class_id"]
+    two_kinds = 0 < wrong[usable].sum() < usable.sum()
+    purity = votes.max(axis=1)[seen] / known[seen]
     return {
-        "purity": 100 * float(np.average(purity[seen], weights=data.index["area"][seen])),
+        "purity": 100 * float(np.average(purity, weights=data.index["area"][seen])),
         "wrong_connectivities": among(wrong, seen),
-        "auroc": (
-            float(roc_auc_score(wrong[usable], signal[usable]))
-            if 0 < wrong[usable].sum() < usable.sum()
-            else None
-        ),
-        "accuracy_before": share(right_before, known),
+        "auroc": float(roc_auc_score(wrong[usable], signal[usable])) if two_kinds else None,
+        "accuracy_before": share(right, known),
         "accuracy_after": share(right_after, known[labeled]),
-        "accuracy_wrong_dropped": share(right_before[~wrong], known[~wrong]),
         "kept_right": among(~wrong, seen & (verdicts.decision == "kept")),
-        "changed_right": among(verdicts.final == true, seen & labeled & changed),
-        "sure_right": among(verdicts.predicted == true, sure),
-        "sure": int(sure.sum()),
+        "changed_right": among(final == true, seen & labeled & (final != labels)),
         "dropped_wrong": among(wrong, seen & (verdicts.decision == "dropped")),
-        "not_judged_wrong": among(wrong, seen & ~data.judged),
     }
+
+
+# ------------------------------------------------------------------------------- charts, pictures
+
+
+def new_axes(title: str, x_label: str, height: int):
+    """Empty axes with a grid, `height` pixels high, alone on their figure."""
+    from matplotlib.figure import Figure
+
+    axes = Figure((8.6, height / DPI), layout="constrained").subplots()
+    axes.set_title(title, loc="left")
+    axes.set(xlabel=x_label, axisbelow=True, xmargin=0.01)
+    axes.spines[["top", "right"]].set_visible(False)
+    return axes
 
 
 def loss_histogram(data, verdicts):
     """The losses by decision; paper: normalised, with both Gaussians and the loss at tau_ns (the
     paper's Figure 4). A matplotlib Figure.
     """
-    noise, decision = verdicts.noise, verdicts.decision[data.judged]
+    noise, decision, bins = verdicts.noise, verdicts.decision[data.judged], 60
     losses = np.where(np.isfinite(verdicts.loss), verdicts.loss, 0)[data.judged]
-    curves, thresholds, bins = {}, {}, 60
-    if noise is None:
-        limit = verdicts.thresholds["global"]
-        if limit is not None and data.options.filter != "score":
-            thresholds = {"mean of the classes' thresholds": limit}
-    else:
+    threshold, name = verdicts.thresholds.get("global"), "mean of the classes' thresholds"
+    if noise:
         losses = (losses - noise.low) / max(noise.high - noise.low, 1e-12)
-        if noise.fallback is None:
-            grid = np.linspace(0, 1, 300)
-            for name, *gaussian, weight in zip(
-                ("clean", "noisy"), noise.means, noise.deviations, noise.weights
-            ):
-                height = weight * norm.pdf(grid, *gaussian) * len(losses) / bins
-                curves[name] = (grid, np.minimum(height, len(losses)))
-            below = losses[noise.eta < verdicts.thresholds["tau_ns"]]
-            thresholds = {"tau_ns": float(below.max())} if len(below) else {}
-    return histogram(
-        {name: losses[decision == name] for name in DECISIONS},
-        "SCC: losses of the connectivities",
-        ("" if noise is None else "normalised ") + "cross-entropy against the label",
-        "connectivities",
-        bins,
-        curves,
-        thresholds,
-        colours=(*DECISIONS.values(), CYCLE[2], CYCLE[3]),  # the last two: of the Gaussians
-    )
+        below = losses[noise.eta < verdicts.thresholds["tau_ns"]]
+        threshold, name = below.max(initial=0) if not noise.fallback else None, "tau_ns"
+    elif data.options.filter == "score":
+        threshold = None
+    x_label = ("normalised " if noise else "") + "cross-entropy against the label"
+    axes = new_axes("SCC: losses of the connectivities", x_label, 460)
+    groups, colours = [losses[decision == name] for name in DECISIONS], [*DECISIONS.values()]
+    axes.hist(groups, bins, stacked=True, color=colours, label=[*DECISIONS])
+    axes.grid(color="#e1e1e1")
+    if noise and not noise.fallback:
+        grid, gaussians = np.linspace(0, 1, 300), zip(noise.means, noise.deviations, noise.weights)
+        for title, colour, (*gaussian, weight) in zip(
+            ("clean", "noisy"), (GREEN, PURPLE), gaussians
+        ):
+            height = np.minimum(weight * norm.pdf(grid, *gaussian) / bins, 1) * len(losses)
+            axes.plot(grid, height, color=colour, linewidth=3, label=title)
+    if threshold is not None:
+        axes.axvline(threshold, color="black", linestyle="--", label=name)
+    axes.set_ylabel("connectivities")
+    axes.figure.legend(loc="outside lower center", ncols=6)
+    return axes.figure
 
 
-def decisions_chart(data, verdicts, classes: ClassSet):
+def decisions_chart(per_class: dict[str, dict[str, int]]):
     """Shares of each class's connectivities that are kept, corrected and dropped. A matplotlib
     Figure.
     """
-    shares: dict[str, dict[str, float]] = {decision: {} for decision in DECISIONS}
-    for class_id in np.unique(data.index["class_id"]):
-        mine = data.index["class_id"] == class_id
-        for decision in DECISIONS:
-            share = 100 * np.mean(verdicts.decision[mine] == decision)
-            shares[decision][f"{classes.names[class_id]} ({mine.sum()})"] = share
-    return bar_chart(
-        shares,
-        "SCC: decisions per class",
-        "% of the connectivities (their number)",
-        colours=DECISIONS.values(),
-    )
+    names = {f"{n} ({sum(of.values())})": of for n, of in per_class.items() if any(of.values())}
+    x_label = "% of the connectivities (their number)"
+    axes = new_axes("SCC: decisions per class", x_label, 100 + 30 * len(names))
+    table = np.array([[of[decision] for decision in DECISIONS] for of in names.values()]).T
+    shares = 100 * table / table.sum(axis=0)
+    for decision, share, end in zip(DECISIONS, shares, shares.cumsum(axis=0)):
+        axes.barh([*names], share, left=end - share, color=DECISIONS[decision], label=decision)
+    axes.invert_yaxis()
+    axes.figure.legend(loc="outside lower center", ncols=3)
+    return axes.figure
 
 
-def panels(data, verdicts, classes: ClassSet, images: int) -> Image.Image:
+def panels(data, verdicts, classes: ClassSet):
     """Image | labels before | eta, or doubt: 1 - probability of the label | labels after, dropped
-    regions hatched.
+    regions hatched. A matplotlib Figure.
     """
-    rows = []
-    for image in range(min(images, len(data.rows))):
+    from matplotlib.patches import Patch
+
+    palette, rows = np.zeros((256, 3), np.uint8), []
+    palette[: classes.count] = classes.palette
+    for image in range(min(data.options.vis, len(data.rows))):
         picture, numbers = data.read(image)
-        part = data.part(image)
-        take = lambda values, empty: np.append(values[part], empty)[numbers]  # noqa: E731
-        before = take(data.index["class_id"], IGNORE)
-        after = take(verdicts.final, IGNORE)
-        doubt = take((1 - trust(verdicts)).astype(float), np.nan)
-        after_picture = hatch(
-            overlay(picture, after, classes.palette, 0.9), (before != IGNORE) & (after == IGNORE)
+        part, labels, doubt = data.part(image), data.index["class_id"], 1 - trust(verdicts)
+        before, after, doubt = (
+            np.append(values[part], empty)[numbers]
+            for values, empty in ((labels, IGNORE), (verdicts.final, IGNORE), (doubt, np.nan))
         )
-        rows.append([picture, colour_label(before, classes.palette), heat(doubt), after_picture])
-    doubt_title = "doubt" if verdicts.noise is None else "eta"
-    return contact_sheet(
-        rows,
-        ["image", "before", f"{doubt_title}, blue 0, orange 1", "after, dropped hatched"],
-        legend=classes,
-        cell_width=400,
-    )
+        mixed = np.where((after < IGNORE)[..., None], 0.1 * picture + 0.9 * palette[after], picture)
+        stripes = np.indices(after.shape).sum(axis=0) % 8 < 2
+        mixed[stripes & (before < IGNORE) & (after == IGNORE)] = 255
+        rows.append([picture, palette[before], heat(doubt), mixed.round().astype(np.uint8)])
+    size = (PANEL_WIDTH, round(PANEL_WIDTH * rows[0][0].shape[0] / rows[0][0].shape[1]))
+    rows = [
+        [np.asarray(Image.fromarray(tile).resize(size, Image.Resampling.BILINEAR)) for tile in row]
+        for row in rows
+    ]
+    doubt = "eta" if verdicts.noise else "doubt"
+    columns = ["image", "before", f"{doubt}, blue 0, orange 1", "after, dropped hatched"]
+    figure = contact_sheet(rows, columns)
+    colours = {**dict(zip(classes.names, palette / 255)), "no label": (0, 0, 0)}
+    key = [Patch(color=colour, label=name) for name, colour in colours.items()]
+    figure.legend(handles=key, loc="upper left", bbox_to_anchor=(0, 0), ncols=8, fontsize=13)
+    return figure
 
 
-def trust_sheet(data, verdicts, classes: ClassSet) -> Image.Image | None:
-    """For each class the EXAMPLES most and least trusted connectivities, outlined in their
-    image.
+def heat(values: np.ndarray) -> np.ndarray:
+    """Values in [0, 1] (H x W, NaN allowed) → RGB from blue (0) over white to orange (1); NaN is
+    black.
     """
-    confidence, chosen = trust(verdicts), {}
-    for class_id in range(classes.count):
-        mine = np.flatnonzero(
-            (data.index["class_id"] == class_id) & (data.index["area"] >= MIN_THUMBNAIL_AREA)
-        )
-        if len(mine) >= 2:
-            order = mine[np.argsort(-confidence[mine], kind="stable")]
-            half = min(EXAMPLES, len(order) // 2)
-            chosen[class_id] = ([*order[:half]], [*order[-half:]])
+    stops = np.array([BLUE, (0.96, 0.96, 0.96), RED]).T
+    colours = np.stack([np.interp(values, (0, 0.5, 1), stop) for stop in stops], axis=-1)
+    return (255 * np.nan_to_num(colours)).round().astype(np.uint8)
+
+
+def trust_sheet(data, verdicts, classes: ClassSet):
+    """For each class the EXAMPLES most and least trusted connectivities, outlined in their image. A
+    matplotlib Figure, or None where all are too small.
+    """
+    confidence, chosen, index = trust(verdicts), {}, data.index
+    for class_id, name in enumerate(classes.names):
+        large = (index["class_id"] == class_id) & (index["area"] >= MIN_THUMBNAIL_AREA)
+        mine = np.flatnonzero(large)
+        order = mine[np.argsort(-confidence[mine], kind="stable")].tolist()
+        if half := min(EXAMPLES, len(order) // 2):
+            pad = [None] * (EXAMPLES - half)
+            chosen[name] = [*order[:half], *pad, *order[-half:], *pad]
     if not chosen:
         return None
-    wanted: dict[int, list[int]] = {}
-    for best, worst in chosen.values():
-        for member in (*best, *worst):
-            wanted.setdefault(int(data.index["image"][member]), []).append(int(member))
-    tiles = {}
-    for image, members in wanted.items():
+    members = [member for row in chosen.values() for member in row if member is not None]
+    tiles = {None: np.full((THUMBNAIL, THUMBNAIL, 3), 255, np.uint8)}
+    for image in np.unique(index["image"][members]):
         picture, numbers = data.read(image)
         for member in members:
-            tiles[member] = thumbnail(picture, numbers, data.index[member])
-    empty = np.full((*THUMBNAIL, 3), 255, np.uint8)
-    rows = []
-    for best, worst in chosen.values():
-        pad = [empty] * (EXAMPLES - len(best))
-        rows.append([*(tiles[int(m)] for m in best), *pad, *(tiles[int(m)] for m in worst), *pad])
-    return contact_sheet(
-        rows,
-        ["most trusted", *[""] * (EXAMPLES - 1), "least trusted", *[""] * (EXAMPLES - 1)],
-        [classes.names[c] for c in chosen],
-    )
+            if index["image"][member] == image:
+                tiles[member] = thumbnail(picture, numbers, index[member])
+    blank = [""] * (EXAMPLES - 1)
+    rows = [[tiles[member] for member in row] for row in chosen.values()]
+    return contact_sheet(rows, ["most trusted", *blank, "least trusted", *blank], [*chosen])
 
 
 def thumbnail(picture: np.ndarray, numbers: np.ndarray, row: np.ndarray) -> np.ndarray:
     """A square cut of the image around a connectivity, what is not the connectivity darkened."""
     side = int(max(row["width"], row["height"]) * 1.3) + 8
-    y, x = (int(row[a] + row[s] / 2 - side / 2) for a, s in (("y", "height"), ("x", "width")))
-    cut = (
-        Image.fromarray(picture)
-        .crop((x, y, x + side, y + side))
-        .resize(THUMBNAIL, Image.Resampling.BILINEAR)
-    )
-    mask = Image.fromarray((numbers == row["number"]).astype(np.uint8) * 255).crop(
-        (x, y, x + side, y + side)
-    )
-    inside = np.asarray(mask.resize(THUMBNAIL, Image.Resampling.BILINEAR))[..., None] / 255
-    return (np.asarray(cut) * (0.45 + 0.55 * inside)).astype(np.uint8)
+    x, y = int(row["x"] + (row["width"] - side) / 2), int(row["y"] + (row["height"] - side) / 2)
+    shown = np.where((numbers == row["number"])[..., None], picture, picture // 2)
+    cut = Image.fromarray(shown).crop((x, y, x + side, y + side))
+    return np.asarray(cut.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BILINEAR))
+
+
+def contact_sheet(rows: list[list[np.ndarray]], columns: list[str], names: list[str] | None = None):
+    """Pictures of one size (uint8 H x W x 3) in a grid, pixel by pixel, below titles of the columns
+    and beside names of the rows. A matplotlib Figure.
+    """
+    from matplotlib.figure import Figure
+
+    edge = ((0, GAP), (0, GAP), (0, 0))
+    padded = [[np.pad(tile, edge, constant_values=255) for tile in row] for row in rows]
+    height, width = padded[0][0].shape[:2]
+    picture = np.concatenate([np.concatenate(row, axis=1) for row in padded])
+    figure = Figure((picture.shape[1] / DPI, picture.shape[0] / DPI))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.imshow(picture, aspect="auto")
+    axes.set_xticks([(i + 0.5) * width for i in range(len(columns))], columns)
+    names = names or [""] * len(rows)
+    axes.set_yticks([(i + 0.5) * height for i in range(len(rows))], names)
+    axes.tick_params(length=0, labelsize=13, labeltop=True, labelbottom=False)
+    axes.spines[:].set_visible(False)
+    return figure

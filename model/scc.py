@@ -47,7 +47,7 @@ class PatchClassifier(nn.Module):
         """
         stem = self.backbone.forward_stem(patches)
         features = self.backbone.forward_from_stem(stem * masks.to(stem.dtype))[-1]
-        return self.classifier(features.mean(dim=(2, 3)).float())
+        return self.classifier(features.mean(dim=(2, 3)).to(self.classifier.weight.dtype))
 
 
 class PooledClassifier(nn.Module):
@@ -229,68 +229,38 @@ def noise_posterior(loss: np.ndarray, seed: int) -> NoiseModel:
     so the labels are kept, and `fallback` says why.
     """
     finite = np.isfinite(loss)
-    model = fit_mixture(loss[finite], seed)
-    eta = np.ones(len(loss))
-    eta[finite] = model.eta
-    fallback, lost = model.fallback, len(loss) - int(finite.sum())
-    if fallback and lost:
-        fallback = f"{lost} losses are not finite (called noisy); {fallback}"
-    return replace(model, eta=eta, fallback=fallback)
-
-
-def fit_mixture(loss: np.ndarray, seed: int) -> NoiseModel:
-    """`noise_posterior` of finite losses."""
-    none = np.zeros(len(loss))
-    if len(loss) < MIN_CONNECTIVITIES:
-        why = f"{len(loss)} connectivities are fewer than {MIN_CONNECTIVITIES}"
-        return NoiseModel(none, fallback=f"{why}: no mixture is fitted, the labels are kept")
-    low, high = float(loss.min()), float(loss.max())
+    values, eta = loss[finite], np.where(finite, 0.0, 1.0)
+    if len(values) < MIN_CONNECTIVITIES:
+        few = f"{len(values)} finite losses are fewer than {MIN_CONNECTIVITIES}"
+        return NoiseModel(eta, fallback=f"{few}: no mixture is fitted, the labels are kept")
+    low, high = float(values.min()), float(values.max())
     if high - low < 1e-9:
         why = "all losses are equal: no mixture is fitted, the labels are kept"
-        return NoiseModel(none, low, high, fallback=why)
-    x = ((loss - low) / (high - low))[:, None]
+        return NoiseModel(eta, low, high, fallback=why)
+    x = ((values - low) / (high - low))[:, None]
     single, mixture = (
         GaussianMixture(k, tol=1e-4, max_iter=200, reg_covar=5e-4, random_state=seed).fit(x)
         for k in (1, 2)
     )
     order = mixture.means_[:, 0].argsort()
-    means = tuple(float(v) for v in mixture.means_[order, 0])
-    deviations = tuple(float(v) for v in np.sqrt(mixture.covariances_[order, 0, 0]))
-    weights = tuple(float(v) for v in mixture.weights_[order])
-    model = NoiseModel(none, low, high, means, deviations, weights)
-    floor = float(mixture.predict_proba(np.array([[means[0]]]))[0, order[1]])
-    why = not_separate(model, single.bic(x), mixture.bic(x), floor)
-    if why:
-        return replace(model, fallback=f"{why}: the labels are kept")
+    means, variances = mixture.means_[order, 0], mixture.covariances_[order, 0, 0]
+    found = (means, np.sqrt(variances), mixture.weights_[order])
+    model = NoiseModel(eta, low, high, *(tuple(map(float, pair)) for pair in found))
+    at_clean_mean = float(mixture.predict_proba(means[:1, None])[0, order[1]])
+    bic, distance = (single.bic(x), mixture.bic(x)), np.diff(means)[0] / np.sqrt(variances.mean())
+    if bic[0] <= bic[1] or distance < MIN_SEPARATION or at_clean_mean >= 0.5:
+        why = (
+            f"the mixture's components do not separate (means {means[0]:.3f} and {means[1]:.3f},"
+            f" {distance:.2f} deviations apart; Bayesian information criterion of one Gaussian"
+            f" {bic[0]:.1f}, of two {bic[1]:.1f}; eta at the lower mean {at_clean_mean:.2f}): the"
+            " labels are kept"
+        )
+        return replace(model, fallback=why)
+    posterior = mixture.predict_proba(x)[:, order[1]]
     # Below the clean mean a wide noisy component would take over again.
-    eta = mixture.predict_proba(x)[:, order[1]]
-    return replace(model, eta=np.where(x[:, 0] < means[0], np.minimum(eta, floor), eta))
-
-
-def not_separate(model: NoiseModel, bic_one: float, bic_two: float, floor: float) -> str | None:
-    """Why the mixture's components are not two groups, or None.
-
-    bic_one, bic_two: Bayesian information criterion of one Gaussian and of two; floor: eta at the
-    clean component's mean.
-    """
-    if bic_one <= bic_two:
-        return (
-            "one Gaussian describes the losses as well as two (Bayesian information criterion"
-            f" {bic_one:.1f} and {bic_two:.1f}), the components do not separate"
-        )
-    deviation = np.sqrt(np.mean(np.square(model.deviations)))
-    separation = (model.means[1] - model.means[0]) / deviation
-    if separation < MIN_SEPARATION:
-        return (
-            f"the mixture's components do not separate (means {model.means[0]:.3f} and"
-            f" {model.means[1]:.3f}, distance {separation:.2f} deviations)"
-        )
-    if floor >= 0.5:
-        return (
-            "the mixture's components do not separate (at the clean one's mean"
-            f" {model.means[0]:.3f} the noisy one is as likely)"
-        )
-    return None
+    below = x[:, 0] < means[0]
+    eta[finite] = np.where(below, np.minimum(posterior, at_clean_mean), posterior)
+    return model
 
 
 def decide(

@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-from util.charts import bar_chart, confusion_chart, histogram, line_chart, save_chart
+from util.charts import bar_chart, confusion_chart, line_chart, save_chart
 
 NAN = float("nan")
 LONG = "UniMatch on PSA, pixel label where no mask reaches, and some more words to make it long"
@@ -59,13 +59,11 @@ def test_a_confusion_matrix_is_in_percent_of_its_rows():
 
 
 def test_charts_of_nothing_are_drawn(tmp_path):
-    none, one, titles = np.array([]), np.full(5, 3, np.float32), ("", "x", "y")
+    titles = ("", "x", "y")
     for figure in (
         line_chart({}, *titles),
         line_chart({"a": ([], []), "b": ([4], [NAN])}, *titles),
         bar_chart({"": {}}, "", "%"),
-        histogram({"kept": none, "dropped": none}, *titles),
-        histogram({"kept": one, "dropped": none}, *titles),
         confusion_chart(np.zeros((2, 2), int), ("a", "b")),
     ):
         save_chart(tmp_path / "x.png", figure)

@@ -1,25 +1,25 @@
-"""SCC beside the authors' code: tests/data/scc/ holds what it made of two label maps and of three
-sets of losses (DZhaoXd/SeCo at 04c4a05), and six iterations of its schedule are written out here.
+"""SCC beside the authors' code: tests/data/scc/ holds what it made of two label maps, of three sets
+of losses and of five batches (DZhaoXd/SeCo at 04c4a05).
 
 regions_<map>.csv: all connectivities of label_<map>.png with the window cut from the image, the
 mask in the network, and the patch. filter_cases.npz: losses, scores, predictions, and the classes
-that each filter leaves.
+that each filter leaves. steps.json: five training steps of its ResNet-50 in float64, and the logits
+after them.
 """
 
 import csv
-import shutil
+import json
 import zlib
 
 import numpy as np
 import pytest
 import torch
-from conformance import DATA, formula_image, read_arrays
-from PIL import Image
-from torch.nn import functional as F
+from conformance import DATA, formula_image, formula_state, hashed, read_arrays
 
 import seco_scc as scc
-from dataset.scc import Data, index_image, numbered, patch_batches, patch_window
-from model.resnet import normalised
+from dataset.scc import index_image, numbered, patch_window
+from model import scc as scc_model
+from model.resnet import IMAGENET_MEAN, IMAGENET_STD
 from model.scc import PatchClassifier, PooledClassifier, linear
 from util.labels import IGNORE, read_label
 
@@ -106,44 +106,62 @@ def test_the_classifier_starts_from_xavier_normal_weights_and_torchs_bias(networ
     assert float((weight.abs() > 2 * deviation).float().mean()) == pytest.approx(0.0455, abs=0.003)
 
 
-@pytest.fixture
-def camvid(tmp_path):
-    """seco_scc's Data of label_camvid.png and its image; a network that is small enough for it."""
-    Image.fromarray(formula_image(*MAPS["camvid"])).save(tmp_path / "image.png")
-    (tmp_path / "pix").mkdir()
-    shutil.copy(DATA / "scc/label_camvid.png", tmp_path / "pix/label.png")
-    rows = [("image.png", "pix/label.png")]
-    options = scc.parse_args(
-        ["--id-list-path=all.txt", "--backbone=resnet10", "--backbone-weights=none"]
-        + ["--patch-size", "32", "64", "--batch-size=8", "--iterations=6", "--device=cpu"]
-    )
-    index = index_image(tmp_path / "pix/label.png", 0, 19)
-    return Data(tmp_path, rows, index, 19, options)
+def batch_of_step(t: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(patches float64 4 x 3 x 64 x 128, masks 4 x 1 x 32 x 64, classes 4) of step t = 1 .. 6."""
+    blocks = lambda name, *shape: (hashed(name, np.prod(shape)) >> 24).reshape(shape)  # noqa: E731
+    patches = np.stack([blocks(f"x {t} {b}", 8, 16, 3) for b in range(4)])
+    patches = (patches / 255 - np.array(IMAGENET_MEAN)) / np.array(IMAGENET_STD)
+    patches = patches.repeat(8, axis=1).repeat(8, axis=2).transpose(0, 3, 1, 2)
+    masks = np.stack([blocks(f"m {t} {b}", 8, 16) >= 128 for b in range(4)])
+    masks = masks.repeat(4, axis=1).repeat(4, axis=2)[:, None]
+    classes = blocks(f"y {t}", 4).astype(np.int64) % 19
+    return tuple(torch.from_numpy(np.ascontiguousarray(x)) for x in (patches, masks, classes))
 
 
-def test_six_iterations_against_the_schedule_written_out(camvid, tmp_path):
-    """SGD with Nesterov's momentum, weight decay, two learning rates, label smoothing, by hand."""
-    data = camvid
-    lr, total = 0.01, 20 * (482 // 8)
-    scc.seed_everything(0)
-    model = scc.make_classifier(data.options, 19, torch.device("cpu")).train()
-    momentum = {}
-    for t, (patches, masks, classes) in enumerate(patch_batches(data, 0, 6), start=1):
-        logits = model(normalised(patches), masks)
-        target = F.one_hot(classes, 19) * 0.9 + 0.1 / 19
-        loss = -(target * logits.log_softmax(dim=1)).sum(dim=1).mean()
-        model.zero_grad()
-        loss.backward()
-        rate = lr * (1 + 10 * t / total) ** -0.75
-        with torch.no_grad():
-            for name, weight in model.named_parameters():
-                step = weight.grad + 1e-3 * weight
-                before = momentum.get(name)
-                momentum[name] = step if before is None else 0.9 * before + step
-                factor = 1 if name.startswith("classifier.") else 0.1
-                weight -= factor * rate * (step + 0.9 * momentum[name])
-    scc.train(data, tmp_path, torch.device("cpu"))
-    found = torch.load(tmp_path / "checkpoint.pth", weights_only=True)["model"]
-    assert found.keys() == model.state_dict().keys()
-    for name, expected in model.state_dict().items():
-        assert torch.allclose(found[name], expected, rtol=0, atol=2e-6), name
+@pytest.fixture(scope="module")
+def steps():
+    """What the release's network gave, the same of ours, and the network after the steps."""
+    expected = json.loads((DATA / "scc/steps.json").read_text(encoding="utf-8"))
+    model = PatchClassifier(50, "torchvision", 19)
+    shapes = {released(name): value.shape for name, value in model.state_dict().items()}
+    state = formula_state(shapes)
+    model.load_state_dict({name: state[released(name)] for name in model.state_dict()})
+    model.double().train()
+    optimizer, found = scc.make_optimizer(model, 0.01), []
+    base = [group["lr"] for group in optimizer.param_groups]
+    with pytest.MonkeyPatch.context() as patch:  # the inputs are normalised, in float64
+        patch.setattr(scc_model, "logits_of", lambda model, images, masks, *_: model(images, masks))
+        for t in range(1, 6):
+            rates = [scc.decayed(lr, t, 60) for lr in base]
+            for group, lr in zip(optimizer.param_groups, rates):
+                group["lr"] = lr
+            optimizer.zero_grad()
+            loss = scc.gradients(model, batch_of_step(t), torch.device("cpu"), False, 0.1)
+            optimizer.step()
+            found.append({"loss": loss, "lr": rates})
+    return expected, found, model
+
+
+def released(name: str) -> str:
+    """The release's name of a weight of ours."""
+    return name.removeprefix("backbone.").replace("classifier.", "fc.")
+
+
+def test_five_training_steps_are_the_releases(steps):
+    expected, found, model = steps
+    for step, mine in zip(expected["steps"], found, strict=True):
+        assert mine["loss"] == pytest.approx(step["loss"], rel=1e-12)
+        assert mine["lr"] == pytest.approx(step["lr"], rel=1e-15)
+    after = {released(name): value for name, value in model.state_dict().items()}
+    for name, (total, largest) in expected["after"].items():
+        assert float(after[name].sum()) == pytest.approx(total, rel=1e-9)
+        assert float(after[name].abs().max()) == pytest.approx(largest, rel=1e-10)
+
+
+def test_the_network_is_the_releases(steps):
+    """Its logits for other patches, with the running statistics."""
+    expected, _, model = steps
+    patches, masks, _ = batch_of_step(6)
+    with torch.no_grad():
+        logits = model.eval()(patches, masks).numpy()
+    assert np.abs(logits - expected["eval_logits_of_batch_6"]).max() < 1e-10

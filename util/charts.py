@@ -1,4 +1,4 @@
-"""Charts, drawn by matplotlib without a display: curves, bars, histograms, a confusion matrix. Each
+"""Charts, drawn by matplotlib without a display: curves, bars, a confusion matrix. Each
 function but the last gives a Figure, to which more may be drawn; save_chart writes it.
 """
 
@@ -99,29 +99,6 @@ def bar_chart(
     axes.set_yticks(range(len(names)), [textwrap.fill(name, NAME_CHARACTERS) for name in names])
     axes.invert_yaxis()
     axes.grid(False, axis="y")
-    return axes.figure
-
-
-def histogram(
-    groups: dict[str, np.ndarray],
-    title: str,
-    x_label: str,
-    y_label: str,
-    bins: int = 60,
-    curves: dict[str, tuple] | None = None,
-    thresholds: dict[str, float] | None = None,
-    colours=CYCLE,
-):
-    """Stacked histogram of several groups of values, with curves `{name: (xs, counts)}` and dashed
-    `thresholds` `{name: x}` over it. colours: of the groups and then of the curves.
-    """
-    axes, colours = new_chart(title, x_label, y_label), [*colours]
-    values = [np.asarray(group, dtype=float) for group in groups.values()]
-    axes.hist(values, bins, stacked=True, color=colours[: len(groups)], label=[*groups])
-    for (name, (xs, ys)), colour in zip((curves or {}).items(), colours[len(groups) :]):
-        axes.plot(xs, ys, color=colour, linewidth=3, label=name)
-    for name, x in (thresholds or {}).items():
-        axes.axvline(x, color=INK, linestyle="--", label=name)
     return axes.figure
 
 
