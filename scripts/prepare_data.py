@@ -429,8 +429,8 @@ def prepare(options: DataSetOptions) -> None:
     folder = options.out or Path("splits") / name
     record, settings = folder / f"prepared{data.suffix}.json", {"data": name, "expect": stated}
     lists = {split: folder / f"{split}{data.suffix}.txt" for split in lists_of(found)}
-    if all(path.is_file() for path in lists.values()):
-        if made_before(record, settings, files_of(root, found, lists)):
+    if all(path.is_file() for path in (record, *lists.values())):
+        if made_before(record, made_from(settings, files_of(root, found, lists))):
             print(f"{', '.join(map(str, lists.values()))}: checked before, nothing has changed")
             return
     for split, checked in found.items():
