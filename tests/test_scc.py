@@ -131,22 +131,6 @@ def data_of(root, recipe="release", **changes):
     return scc_data.Data(root, rows, np.concatenate(parts), 19, options)
 
 
-# ------------------------------------------------------------------------------- connectivities
-
-
-def test_index_and_numbers_agree_with_the_masks(made):
-    for _, path in read_list(made / "splits/pix/all.txt"):
-        label = read_label(made / path)
-        numbers, rows = scc_data.numbered(label, 19), scc_data.index_image(made / path, 7, 19)
-        assert ((numbers < 0) == (label == IGNORE)).all()
-        assert len(rows) == numbers.max() + 1 and (rows["image"] == 7).all()
-        for row in rows:
-            ys, xs = np.nonzero(numbers == row["number"])
-            assert (label[ys, xs] == row["class_id"]).all() and len(ys) == row["area"]
-            box = (xs.min(), ys.min(), np.ptp(xs) + 1, np.ptp(ys) + 1)
-            assert box == row[["x", "y", "width", "height"]].item()
-
-
 # ----------------------------------------------------------------------------------------- networks
 
 
@@ -199,33 +183,6 @@ def test_one_pass_serves_all_connectivities():
 
 
 # -------------------------------------------------------------------------- thresholds, the mixture
-
-
-@pytest.mark.parametrize(
-    "rule, quantile",
-    [("both_loss", 0.5), ("loss", 0.3), ("score", 0.5), ("score", 0.7), ("loss", 1.0)],
-)
-def test_filter_against_loops(rule, quantile):
-    random = np.random.default_rng(5)
-    loss, score = random.integers(0, 12, 200) / 4, random.integers(1, 9, 200) / 8  # many ties
-    predicted = random.integers(0, 5, 200)
-    kept, thresholds = scc.filter_connectivities(loss, score, predicted, rule, quantile)
-    values = score if rule == "score" else loss
-    local = {}
-    for c in range(5):
-        ranked = sorted(v for v, p in zip(values, predicted) if p == c)
-        share = 1 - quantile if rule == "score" else quantile
-        local[c] = ranked[min(int(len(ranked) * share), len(ranked) - 1)]
-    overall = sum(local[p] for p in predicted) / 200
-    for i, p in enumerate(predicted):
-        dropped = {
-            "both_loss": loss[i] > local[p] and loss[i] > overall,
-            "loss": loss[i] > local[p],
-            "score": score[i] < local[p],
-        }[rule]
-        assert kept[i] == (not dropped)
-    assert thresholds["per_class"] == local and thresholds["global"] == pytest.approx(overall)
-    assert 0 < kept.sum() and (kept.sum() < 200 or quantile == 1)
 
 
 def test_filter_drops_losses_that_are_not_finite_and_leaves_the_rest_alone():
@@ -476,11 +433,6 @@ def test_small_connectivities_might_as_well_not_be_there(root, recipe):
         assert [row[name] for name in names] == [same[name] for name in names]
     for i in range(5):
         assert (read_label(out / f"train/{i}.png") == read_label(other / f"train/{i}.png")).all()
-
-
-def test_same_bytes_again(finished, root):
-    scc.main(command(root, "release", "--workers", "1"))
-    assert results(root, "release") == results(finished, "release")
 
 
 @pytest.mark.parametrize(

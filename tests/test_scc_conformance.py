@@ -82,15 +82,16 @@ def test_the_filters_keep_what_the_releases_keep(case, theirs, rule):
 
 
 @pytest.mark.parametrize("quantile", [0.0, 0.2, 0.5, 0.7, 1.0])
-def test_the_score_filter_keeps_the_same_share_as_the_loss_filter(quantile):
-    """sorted[int(n (1 - q))] of the scores: a larger q keeps more, as with losses."""
+@pytest.mark.parametrize("rule", ["score", "loss", "both_loss"])
+def test_a_larger_quantile_keeps_more(rule, quantile):
+    """The threshold is sorted[int(n q)] of the losses, sorted[int(n (1 - q))] of the scores."""
     score = np.random.default_rng(0).permutation(100) / 100
-    kept, thresholds = scc.filter_connectivities(
-        1 - score, score, np.zeros(100, int), "score", quantile
-    )
-    expected = sorted(score)[min(int(100 * (1 - quantile)), 99)]
+    loss, predicted = 1 - score, np.zeros(100, int)
+    kept, thresholds = scc.filter_connectivities(loss, score, predicted, rule, quantile)
+    values, share = (score, 1 - quantile) if rule == "score" else (loss, quantile)
+    expected = sorted(values)[min(int(100 * share), 99)]
     assert thresholds["per_class"] == {0: expected}
-    assert (kept == (score >= expected)).all()
+    assert (kept == (score >= expected if rule == "score" else loss <= expected)).all()
 
 
 @pytest.mark.parametrize("network", [PatchClassifier, PooledClassifier])
