@@ -39,7 +39,7 @@ list. From Python, for one image:
     write_label("street_psa.png", result.label, classes.palette)
 
 Needs when copied away: dataset/psa.py,
-model/{segmenter,sam,sam_fast,sam_tiny,sam_transformers}.py,
+model/{segmenter,sam,sam_fast}.py,
 util/{labels,options,outputs,pictures,run}.py and, for the tiny SAM,
 model/sam_tiny.pth.
 """
@@ -90,7 +90,6 @@ from util.options import (
     Folder,
     List,
     ListOptions,
-    Setting,
     one_of,
     parse_options,
 )
@@ -237,12 +236,8 @@ def semantic_alignment(
     aligned = []
     for mask, (x0, y0, x1, y1) in masks:
         window = slice(y0, y1 + 1), slice(x0, x1 + 1)
-        counts = (
-            torch.bincount(label[window][mask].int(), minlength=IGNORE + 1)[:class_num]
-            .cpu()
-            .numpy()
-        )
-        class_id = aligned_class(counts, allowed, recipe)
+        counts = torch.bincount(label[window][mask].int(), minlength=IGNORE + 1)[:class_num]
+        class_id = aligned_class(counts.cpu().numpy(), allowed, recipe)
         aligned.append(class_id)
         if class_id != IGNORE:
             paint(painted[window], mask, class_id, recipe)
@@ -337,9 +332,8 @@ def label_entropy(label: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     whatever the order of the sum.
     """
     side = (ENTROPY_WINDOW, ENTROPY_WINDOW)
-    box_sum = lambda x: cv2.boxFilter(
-        x, cv2.CV_32F, side, normalize=False, borderType=cv2.BORDER_CONSTANT
-    )  # noqa: E731
+    how = {"normalize": False, "borderType": cv2.BORDER_CONSTANT}
+    box_sum = lambda x: cv2.boxFilter(x, cv2.CV_32F, side, **how)
     total = box_sum(np.ones(label.shape, np.uint8))[wanted].astype(np.float64)
     value = np.zeros(len(total))
     for class_id in np.flatnonzero(np.bincount(label.ravel(), minlength=IGNORE + 1)):
@@ -357,23 +351,21 @@ def purest_points(connectivity: Connectivity, entropy: np.ndarray) -> np.ndarray
 
     The released code means two points always; for even n its loop never reaches the second.
     """
+    x, y, _, _ = connectivity.box
     rows, columns = np.nonzero(connectivity.mask)
     values = entropy[connectivity.window][rows, columns]
     half = len(values) // 2
     chosen = [int(values[: half + 1].argmin())]
     if len(values) % 2:
         chosen.append(half + 1 + int(values[half + 1 :].argmin()))
-    top, left = connectivity.window[0].start, connectivity.window[1].start
-    return np.stack([columns[chosen] + left, rows[chosen] + top], axis=1).astype(np.float64)
+    return np.stack([columns[chosen] + x, rows[chosen] + y], axis=1).astype(np.float64)
 
 
 def centre_point(connectivity: Connectivity) -> np.ndarray:
-    """Paper point, 1 x 2 (x, y): the geometric centre (mean position) of the connectivity's
-    pixels.
-    """
+    """Paper point, 1 x 2 (x, y): the geometric centre of the connectivity's pixels."""
+    x, y, _, _ = connectivity.box
     rows, columns = np.nonzero(connectivity.mask)
-    top, left = connectivity.window[0].start, connectivity.window[1].start
-    return np.array([[columns.mean() + left, rows.mean() + top]])
+    return np.array([[columns.mean() + x, rows.mean() + y]])
 
 
 def thing_prompts(label: np.ndarray, class_ids: tuple[int, ...], recipe: str) -> list[Prompt]:
@@ -394,18 +386,12 @@ def thing_prompts(label: np.ndarray, class_ids: tuple[int, ...], recipe: str) ->
             continue
         if recipe == "release":
             box = rotated_unclip_box(connectivity, *label.shape)
-            if box is not None:
-                prompts.append(
-                    Prompt(connectivity.class_id, box, purest_points(connectivity, entropy))
-                )
+            points = purest_points(connectivity, entropy)
         else:
-            prompts.append(
-                Prompt(
-                    connectivity.class_id,
-                    enlarged_box(connectivity, *label.shape),
-                    centre_point(connectivity),
-                )
-            )
+            box = enlarged_box(connectivity, *label.shape)
+            points = centre_point(connectivity)
+        if box is not None:
+            prompts.append(Prompt(connectivity.class_id, box, points))
     return prompts
 
 
@@ -532,18 +518,18 @@ class Options(ListOptions, ClassOptions, DeviceOptions):
     "name>; tiny: the file shipped here)"
     prompt_batch: Count | None = None
     "prompts decoded at a time, halved when memory runs out (default: 4 on a CPU, 64 on a GPU)"
-    amp: Setting[Literal["none", "bf16"]] = "none"
+    amp: Literal["none", "bf16"] = "none"
     "bf16 is faster; its agreement with fp32 on the first image is reported"
     proposal_cache: Folder | None = None
     "keep the mask proposals here, the larger part of the work: another recipe, ablation or set of"
     "labels of the same images takes them from there (default: not kept)"
-    recipe: Setting[Literal["release", "paper"]] = "release"
+    recipe: Literal["release", "paper"] = "release"
     "what the released code does, or what the paper says"
     only_alignment: bool = False
     "ablation: semantic alignment for all classes, no prompts"
     only_prompting: bool = False
     "ablation: prompts for all classes, no proposals"
-    fill: Setting[Literal["pixel"] | None] = None
+    fill: Literal["pixel"] | None = None
     "where no mask reaches, keep the pixel-level pseudo-label; neither recipe does it (default: no"
     "label there)"
     exp: str | None = None
@@ -565,12 +551,9 @@ class Options(ListOptions, ClassOptions, DeviceOptions):
     @property
     def suffix(self) -> str:
         """What the results' names have after the experiment's."""
-        return (
-            output_name(self.sam_type)
-            + ("_paper" if self.recipe == "paper" else "")
-            + (f"_only_{self.only}" if self.only else "")
-            + ("_fill" if self.fill else "")
-        )
+        paper = "_paper" if self.recipe == "paper" else ""
+        only = f"_only_{self.only}" if self.only else ""
+        return output_name(self.sam_type) + paper + only + ("_fill" if self.fill else "")
 
 
 def parse_args(argv: list[str] | None = None) -> Options:

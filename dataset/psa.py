@@ -75,17 +75,10 @@ class Places:
         return {"image_sha256": image, "label_sha256": label}
 
     def is_done(self, row: Row) -> bool:
-        """Whether an image's results are there; UserError if what they were made from has
-        changed. A record that is not readable is made again.
-        """
-        try:
-            record = read_json(self.record(row))
-        except UserError:
+        """Whether an image's results are there; UserError if their inputs have changed."""
+        if not (self.record(row).is_file() and self.label(row).is_file()):
             return False
-        if not isinstance(record, dict) or "label_sha256" not in record:
-            return False
-        if not self.label(row).is_file():
-            return False
+        record = read_json(self.record(row))
         for path, (name, digest) in zip(row, self.digests(row).items()):
             if record[name] != digest:
                 raise UserError(
@@ -185,7 +178,7 @@ def summarise(records: list[dict], classes: ClassSet) -> dict:
         "seconds_per_stage": {stage: round(value, 2) for stage, value in seconds.items()},
         "seconds_per_image": round(total("total_seconds") / len(records), 3),
     }
-    if all("kept" in record for record in records) and total("labeled_before"):
+    if total("labeled_before"):
         share = lambda pixels: 100 * pixels / total("labeled_before")
         kept, lost = total("kept"), total("lost")
         summary["of_labeled_pixels"] = {
@@ -200,8 +193,7 @@ def summarise(records: list[dict], classes: ClassSet) -> dict:
 def write_summary(
     rows: list[Row], classes: ClassSet, places: Places, gt: Path | None, sam_type: str, record: dict
 ) -> None:
-    """The list of results, and its summary with `record`, which is told in short too, when all
-    processes have made their part.
+    """The list of results and its summary, when all processes have made their part.
 
     Args:
         rows: all of the list.

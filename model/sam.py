@@ -1,34 +1,39 @@
 """Segmenters of every kind behind one door: `load_segmenter(sam_type, checkpoint, device)`.
 
-A type is one of WEIGHTS or a model of the `transformers` package.
-
 `vit_h`, `vit_l`, `vit_b`: segment_anything's models with the official weights. `vit_t`: MobileSAM,
-for which the package mobilesam-mirror must be installed. `tiny`: the small SAM that comes with this
-repository (model/sam_tiny.py). Any other type is a model's name on the Hugging Face Hub, such as
-facebook/sam2.1-hiera-large, or a local folder with such a model (model/sam_transformers.py).
-model/README.md has the table of models.
+for which the package mobilesam-mirror must be installed. `tiny`, `tiny_photo`: the small SAM that
+comes with this repository (model/sam_fast.py). Any other type is a model of the package
+`transformers`: SAM, SAM-HQ, SAM 2 and 2.1, SAM 3's tracker or EdgeTAM, by its name on the Hugging
+Face Hub, such as facebook/sam2.1-hiera-large, or as a local folder with config.json,
+preprocessor_config.json and model.safetensors. model/README.md has the table of models.
 
-Needs when copied away: model/{segmenter,sam_fast,sam_tiny,sam_transformers}.py,
-util/{outputs,run}.py and, for `tiny`, model/sam_tiny.pth.
+Masks of a model of transformers are those of the package's own processor, pixel by pixel. One thing
+differs on purpose: for models whose input is stretched to a square (SAM 2, SAM 3, EdgeTAM) the
+package's own generator puts the grid of points of an image that is not square in the wrong places;
+here it covers the image, as Meta's generator of SAM 2 does.
+
+Needs when copied away: model/{segmenter,sam_fast}.py, util/{outputs,run}.py and, for `tiny`,
+model/sam_tiny.pth.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import pickle
 import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from segment_anything import sam_model_registry
 from segment_anything.modeling import Sam
 from torch import Tensor
 
-from model.sam_fast import FastSam
-from model.sam_tiny import TINY_CHECKPOINT, build_sam_tiny
-from model.segmenter import Segmenter
+from model.sam_fast import TINY_CHECKPOINT, FastSam, build_sam_tiny
+from model.segmenter import SAM_SETTINGS, Decoded, ProposalSettings, Segmenter, Size
 from util.run import UserError, sha256
 
 # {type: where its weights are looked for without --sam-checkpoint}. Six hexadecimal digits at the
@@ -45,6 +50,42 @@ WEIGHTS = {
 OFFICIAL_URL = "https://dl.fbaipublicfiles.com/segment_anything/"
 MOBILE_URL = "https://raw.githubusercontent.com/ChaoningZhang/MobileSAM/master/weights/"
 
+# {model_type of config.json: settings of the family's own automatic mask generator}.
+# SAM: segment_anything 1.0. SAM-HQ: segment-anything-hq 0.3, the same values. SAM 2 and 2.1: sam2
+# 1.1.0. EdgeTAM and SAM 3's tracker, whose decoders are SAM 2's, get SAM 2's values; SAM 3 has no
+# generator of its own. All in automatic_mask_generator.py.
+LIKE_SAM2 = ("sam2", "sam2_video", "edgetam", "edgetam_video", "sam3_tracker", "sam3_video")
+SETTINGS = {
+    **dict.fromkeys(("sam", "sam_hq"), SAM_SETTINGS),
+    **dict.fromkeys(LIKE_SAM2, ProposalSettings(predicted_iou=0.8)),
+}
+HUB = "https://huggingface.co/"
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # owner/model
+PATTERNS = ("*.safetensors", "*.safetensors.index.json", "config.json", "p*processor_config.json")
+PICKLED = ("pytorch_model*.bin*", "config.json", "p*processor_config.json")  # of older folders
+
+
+def load_segmenter(
+    sam_type: str,
+    checkpoint: str | Path | None = None,
+    device: str | torch.device = "cpu",
+    prompt_batch: int | None = None,
+    amp: bool = False,
+) -> Segmenter:
+    """The segmenter of a type, in eval mode on `device`, with the settings of its own generator.
+
+    sam_type: one of WEIGHTS, or a model of transformers: its name on the Hub or a local folder.
+    checkpoint: weight file, or for a model of transformers its local folder; None: the default
+    place. Its attribute `files` lists what it was made from. UserError as in `build_sam`.
+    """
+    options = {"prompt_batch": prompt_batch, "amp": amp}
+    if sam_type in WEIGHTS:
+        path = Path(checkpoint or WEIGHTS[sam_type])
+        sam = FastSam(build_sam(sam_type, path, device), **options)
+        sam.files = [path]
+        return sam
+    return load_transformers(sam_type, checkpoint, torch.device(device), **options)
+
 
 def output_name(sam_type: str) -> str:
     """What a type is called in the names of outputs: `vit_h`, `sam2.1-hiera-large`.
@@ -53,6 +94,16 @@ def output_name(sam_type: str) -> str:
     could not hold.
     """
     return re.sub(r"[^\w.+-]", "_", Path(sam_type).name or Path(sam_type).resolve().name)
+
+
+def files_digest(files: list[Path]) -> str:
+    """One SHA-256 for the files of a segmenter: the file's, or that of the digests of several."""
+    digests = [sha256(path) for path in files]
+    several = hashlib.sha256("".join(digests).encode()).hexdigest()
+    return several if len(digests) > 1 else digests[0]
+
+
+# ---------------------------------------------------------------- segment_anything, MobileSAM, tiny
 
 
 def checkpoint_type(state: dict) -> str | None:
@@ -165,32 +216,154 @@ def build_sam(
     return sam.eval().to(device)
 
 
-def load_segmenter(
-    sam_type: str,
-    checkpoint: str | Path | None = None,
-    device: str | torch.device = "cpu",
-    prompt_batch: int | None = None,
-    amp: bool = False,
-) -> Segmenter:
-    """The segmenter of a type, in eval mode on `device`, with the settings of its own generator.
+# ------------------------------------------------------------------------------------- transformers
 
-    sam_type: one of WEIGHTS, or a model of transformers: its name on the Hub or a local folder.
-    checkpoint: weight file, or for a model of transformers its local folder; None: the default
-    place. Its attribute `files` lists what it was made from. UserError as in `build_sam`.
+
+class TransformersSam(Segmenter):
+    """One model of transformers and the image it has encoded (see `Segmenter`).
+
+    model: with `get_image_embeddings` and prompts in `forward`; image_processor: the package's,
+    which makes pixel values of images; options: of `Segmenter`.
     """
-    options = {"prompt_batch": prompt_batch, "amp": amp}
-    if sam_type in WEIGHTS:
-        path = Path(checkpoint or WEIGHTS[sam_type])
-        sam = FastSam(build_sam(sam_type, path, device), **options)
-        sam.files = [path]
-        return sam
-    from model.sam_transformers import load_transformers  # optional package, seconds to import
 
-    return load_transformers(sam_type, checkpoint, torch.device(device), **options)
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        image_processor: Callable,
+        settings: ProposalSettings = SAM_SETTINGS,
+        **options,
+    ):
+        super().__init__(model.device, settings, **options)
+        self.model, self.image_processor = model, image_processor
+
+    def encode(self, image: np.ndarray) -> None:
+        """SAM and SAM-HQ pad an image to a square, the others stretch it to one."""
+        writable = image.copy()  # the processor warns of arrays that are read-only
+        inputs = self.image_processor(
+            images=writable, input_data_format="channels_last", return_tensors="pt"
+        )
+        pixels = inputs["pixel_values"].to(self.device)
+        self.square = tuple(pixels.shape[-2:])
+        reshaped = inputs.get("reshaped_input_sizes")
+        self.padded = reshaped is not None
+        self.input_size = tuple(reshaped[0].tolist()) if self.padded else self.square
+        with self.watch("encode"), self.autocast():
+            embeddings = self.model.get_image_embeddings(pixels)
+        self.embeddings = {"image_embeddings": embeddings}
+        if isinstance(embeddings, tuple):  # SAM-HQ
+            self.embeddings = dict(zip(("image_embeddings", "intermediate_embeddings"), embeddings))
+
+    def to_input(self, points: np.ndarray) -> np.ndarray:
+        (height, width), (rows, columns) = self.size, self.input_size
+        return points * np.array([columns / width, rows / height])
+
+    def decode(
+        self, points: Tensor, boxes: Tensor | None, several: bool
+    ) -> Callable[[int, int], Decoded]:
+        labels = torch.ones(points.shape[:2], dtype=torch.int, device=self.device)
+
+        def decoded(start: int, stop: int) -> Decoded:
+            with self.autocast():
+                result = self.model(
+                    input_points=points[None, start:stop].float(),
+                    input_labels=labels[None, start:stop],
+                    input_boxes=None if boxes is None else boxes[None, start:stop],
+                    multimask_output=several,
+                    **self.embeddings,
+                )
+            return Decoded(result.iou_scores[0].float(), result.pred_masks[0].float())
+
+        return decoded
+
+    def enlargement(self, height: int, width: int) -> list[tuple[Size, Size]]:
+        """As the processors' `post_process_masks` do."""
+        first = [(self.square, self.input_size)] if self.padded else []
+        return [*first, (self.size, self.size)]
 
 
-def files_digest(files: list[Path]) -> str:
-    """One SHA-256 for the files of a segmenter: the file's, or that of the digests of several."""
-    digests = [sha256(path) for path in files]
-    several = hashlib.sha256("".join(digests).encode()).hexdigest()
-    return several if len(digests) > 1 else digests[0]
+def model_folder(sam_type: str, checkpoint: str | Path | None) -> Path:
+    """The folder of a model: `checkpoint`, else `sam_type` where that is a folder, else what the
+    Hub or an earlier download from it has. UserError where there is none.
+    """
+    if checkpoint is not None:
+        if not Path(checkpoint).is_dir():
+            raise UserError(
+                f"{checkpoint}: no such folder; give the folder of --sam-type {sam_type}"
+                " (config.json, preprocessor_config.json, model.safetensors)"
+            )
+        return Path(checkpoint)
+    if Path(sam_type).is_dir():
+        return Path(sam_type)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError
+
+    try:
+        return Path(snapshot_download(sam_type, allow_patterns=list(PATTERNS)))
+    except GatedRepoError:
+        remedy = f"accept its licence at {HUB}{sam_type} and log in (hf auth login)"
+    except Exception as error:  # of the network, the Hub or the disk: all mean that it is not here
+        remedy = f"the Hub gave none ({str(error).strip().splitlines()[0][:100]})"
+    raise UserError(
+        f"--sam-type {sam_type}: no weights here: {remedy}; or download {HUB}{sam_type} elsewhere"
+        " and give the folder as --sam-checkpoint"
+    )
+
+
+def load_transformers(
+    sam_type: str, checkpoint: str | Path | None, device: torch.device, **options
+) -> TransformersSam:
+    """See `load_segmenter`. Weights are read as float32. options: of `Segmenter`."""
+    if not (checkpoint or Path(sam_type).is_dir() or HUB_NAME.fullmatch(sam_type)):
+        raise UserError(
+            f"--sam-type {sam_type}: neither vit_h, vit_l, vit_b, vit_t or tiny, nor a model on the"
+            " Hugging Face Hub such as facebook/sam2.1-hiera-large, nor a folder that is there"
+        )
+    try:
+        import transformers
+    except ImportError as error:
+        raise UserError(
+            f"--sam-type {sam_type} needs a package that is absent ({error}):"
+            ' pip install "transformers>=5"'
+        ) from None
+    folder = model_folder(sam_type, checkpoint)
+    family = model_family(folder)
+    transformers.utils.logging.set_verbosity_error()  # no notes about loading
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        model, report = transformers.AutoModelForMaskGeneration.from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
+        )
+        image_processor = transformers.AutoImageProcessor
+        processor = image_processor.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # a folder can be wrong in more ways than errors have names
+        raise UserError(
+            f"{folder}: {str(error).strip().splitlines()[0][:200]}; give the folder of a model"
+            " as the Hub has it"
+        ) from None
+    lacking = sorted([*report["missing_keys"], *(row[0] for row in report["mismatched_keys"])])
+    if lacking:
+        raise UserError(
+            f"{folder}: its weights do not fit its config.json ({lacking[0]} and"
+            f" {len(lacking) - 1} more are absent or of another shape); download it again"
+        )
+    sam = TransformersSam(model.eval().to(device), processor, SETTINGS[family], **options)
+    patterns = PATTERNS if any(folder.glob(PATTERNS[0])) else PICKLED
+    sam.files = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
+    return sam
+
+
+def model_family(folder: Path) -> str:
+    """The `model_type` of a folder's config.json. UserError if it is none of SETTINGS."""
+    path = folder / "config.json"
+    try:
+        family = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{path}: not readable ({error}); give the folder of a model as the Hub has it"
+        ) from None
+    if family not in SETTINGS:
+        raise UserError(
+            f"{path}: model_type {family} takes no boxes and points, or is unknown here; give a"
+            f" model of {', '.join(SETTINGS)}"
+        )
+    return family

@@ -1,24 +1,22 @@
 """What PSA asks of a promptable segmenter, and all of it that is not the network.
 
-`Segmenter` is the one interface: `set_image`, then `proposals` and `predict`. PSA knows nothing
-else. The grid of points, the filters by predicted IoU and stability, the suppression of doubles,
-the halving of the batch when memory runs out and the streaming of full-size masks are here, shared
-by all models. A backend supplies the network: `encode` an image, `decode` prompts, `enlargement` of
-its masks (model/sam_fast.py, model/sam_transformers.py).
+`Segmenter` is the one interface: `set_image`, then `proposals` and `predict`. A backend supplies
+the network: `encode` an image, `decode` prompts, `enlargement` of its masks (model/sam_fast.py,
+model/sam.py).
 
 Pixels of an image are (x, y) with (0, 0) at the upper left. H x W is the image's size, h x w that
 of the low-resolution masks, P counts prompts, k points of a prompt, M masks.
+
+Needs when copied away: util/{outputs,run}.py.
 """
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import cv2
 import numpy as np
@@ -33,13 +31,14 @@ from torch.nn import functional as F
 from torchvision.ops.boxes import batched_nms
 
 from util.outputs import atomic_path
-from util.run import Stopwatch, UserError
+from util.run import Stopwatch
 
-T = TypeVar("T")
+MASK_THRESHOLD = 0.0  # logits above it are the mask
 FULL_SIZE_PIXELS = 1 << 28  # of masks that a GPU looks at together at the image's size
 
 # A proposal: its mask (bool, inside its box) and the box x0 y0 x1 y1, inclusive.
 ProposalMask = tuple[Tensor, tuple[int, int, int, int]]
+Size = tuple[int, int]  # height, width
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,6 @@ class Segmenter:
     `files`: what `load_segmenter` made it from.
     """
 
-    mask_threshold = 0.0  # logits above it are the mask
     files: list[Path]
 
     def __init__(
@@ -109,7 +107,7 @@ class Segmenter:
         self.device, self.settings, self.amp = device, settings, amp
         self.prompt_batch = prompt_batch or (64 if device.type == "cuda" else 4)
         self.watch = Stopwatch()
-        self.size: tuple[int, int] = (0, 0)  # of the image, H W
+        self.size: Size = (0, 0)  # of the image
         self.threads, self._map = 1, map
         if device.type == "cpu" and torch.get_num_threads() > 1:
             self.threads = torch.get_num_threads()
@@ -137,7 +135,7 @@ class Segmenter:
         """
         raise NotImplementedError
 
-    def enlargement(self, height: int, width: int) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    def enlargement(self, height: int, width: int) -> list[tuple[Size, Size]]:
         """How low-resolution masks of this size come to the image's: steps of a size to enlarge to
         (bilinear) and the size of the upper left part that is kept.
         """
@@ -152,9 +150,8 @@ class Segmenter:
         self.encode(image)
 
     def proposals(self) -> Iterator[ProposalMask]:
-        """Automatic masks of the image in descending predicted IoU, on the device.
-
-        They are found at once; the masks are made at full size while they are taken, few at a time.
+        """Automatic masks of the image in descending predicted IoU, on the device. They are found
+        at once, and made at full size while they are taken, few at a time.
         """
         return self._full_size_masks(self.find_proposals())
 
@@ -175,7 +172,7 @@ class Segmenter:
             decode = self.decode(tensor(coords), tensor(corners.reshape(-1, 4)), several=False)
 
             def masks(start: int, stop: int) -> Tensor:
-                return self.full_size(decode(start, stop).masks()) > self.mask_threshold
+                return self.full_size(decode(start, stop).masks()) > MASK_THRESHOLD
 
             with self.watch("prompts"):
                 batches = self._in_batches(masks, len(chosen))
@@ -195,9 +192,9 @@ class Segmenter:
         The order and the tests are segment_anything's generator's. Its test for boxes at the edge
         of a crop is left out: the only crop is the image, where it never fires.
         """
-        settings = self.settings
+        settings, device = self.settings, self.device
         grid = build_point_grid(settings.points_per_side) * np.array(self.size)[None, ::-1]
-        points = torch.as_tensor(self.to_input(grid), device=self.device)[:, None]
+        points = torch.as_tensor(self.to_input(grid), device=device)[:, None]
         decode = self.decode(points, None, several=True)
 
         def good_masks(start: int, stop: int) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -212,14 +209,14 @@ class Segmenter:
                 stable, boxes = self._stable(low)
                 return low[stable], boxes, decoded.iou[likely][stable]
 
-        batches = self._in_batches(good_masks, len(points))
-        batches = [batch for batch in batches if batch is not None]
-        zeros = partial(torch.zeros, device=self.device)
+        batches = [found for found in self._in_batches(good_masks, len(points)) if found]
         if not batches:
-            return Proposals(zeros(0, 1, 1), zeros(0, 4, dtype=torch.long), zeros(0))
+            boxes = torch.zeros(0, 4, dtype=torch.long, device=device)
+            return Proposals(torch.zeros(0, 1, 1, device=device), boxes, boxes[:, 0].float())
         with self.watch("nms"):
             low, boxes, iou = (torch.cat(part) for part in zip(*batches))
-            keep = batched_nms(boxes.float(), iou, zeros(len(boxes)), settings.box_nms)
+            one_class = torch.zeros(len(boxes), device=device)
+            keep = batched_nms(boxes.float(), iou, one_class, settings.box_nms)
             return Proposals(low[keep], boxes[keep], iou[keep])
 
     @torch.inference_mode()
@@ -233,16 +230,12 @@ class Segmenter:
 
     @torch.inference_mode()
     def _full_size_masks(self, proposals: Proposals) -> Iterator[ProposalMask]:
-        """The proposals' masks one after the other, made at full size in small batches."""
-        start = 0
-        while start < len(proposals.low):
-            part = slice(start, start + self.prompt_batch)
-            masks = self.full_size(proposals.low[part]) > self.mask_threshold
-            for mask, (x0, y0, x1, y1) in zip(masks, proposals.boxes[part].tolist()):
+        for i in range(0, len(proposals.low), batch := self.prompt_batch):
+            masks = self.full_size(proposals.low[i : i + batch]) > MASK_THRESHOLD
+            for mask, (x0, y0, x1, y1) in zip(masks, proposals.boxes[i : i + batch].tolist()):
                 yield mask[y0 : y1 + 1, x0 : x1 + 1], (x0, y0, x1, y1)
-            start = part.stop
 
-    def _in_batches(self, function: Callable[[int, int], T], count: int) -> list[T]:
+    def _in_batches(self, function: Callable[[int, int], Any], count: int) -> list:
         """`function(start, stop)` over 0..count in prompt batches; on out-of-memory the batch is
         halved, for good.
 
@@ -270,13 +263,13 @@ class Segmenter:
         """
         if self.device.type == "cpu":
             return self._stable_on_cpu(low)
-        threshold, settings = self.mask_threshold, self.settings
+        settings = self.settings
         stable, boxes = [], []
         for part in low.split(max(1, FULL_SIZE_PIXELS // (self.size[0] * self.size[1]))):
             logits = self.full_size(part)
-            score = calculate_stability_score(logits, threshold, settings.stability_offset)
+            score = calculate_stability_score(logits, MASK_THRESHOLD, settings.stability_offset)
             stable.append(score >= settings.stability)
-            boxes.append(batched_mask_to_box(logits[stable[-1]] > threshold).long())
+            boxes.append(batched_mask_to_box(logits[stable[-1]] > MASK_THRESHOLD).long())
         return torch.cat(stable), torch.cat(boxes)
 
     def _stable_on_cpu(self, low: Tensor) -> tuple[Tensor, Tensor]:
@@ -284,7 +277,7 @@ class Segmenter:
         numpy counts several times faster than torch does on a CPU. OpenCV rounds other last bits: a
         score may change by a pixel on its threshold.
         """
-        threshold, settings = np.float32(self.mask_threshold), self.settings
+        threshold, settings = np.float32(MASK_THRESHOLD), self.settings
         offset = np.float32(settings.stability_offset)
         stable, boxes = torch.zeros(len(low), dtype=torch.bool), []
         steps = self.enlargement(*low.shape[-2:])
@@ -318,13 +311,8 @@ def save_proposals(path: Path, masks: list[ProposalMask]) -> None:
 
 def load_proposals(path: Path, device: torch.device) -> list[ProposalMask]:
     """What `save_proposals` wrote."""
-    try:
-        with np.load(path) as file:
-            boxes, bits = file["boxes"].tolist(), np.unpackbits(file["bits"]).astype(bool)
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise UserError(
-            f"{path}: not mask proposals of this script ({error}); remove the file"
-        ) from None
+    with np.load(path) as file:
+        boxes, bits = file["boxes"].tolist(), np.unpackbits(file["bits"]).astype(bool)
     masks, start = [], 0
     for x0, y0, x1, y1 in boxes:
         height, width = y1 - y0 + 1, x1 - x0 + 1

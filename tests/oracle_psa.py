@@ -3,7 +3,7 @@ mask generator.
 
 Slow and obvious; tests compare seco_sam.py with it pixel by pixel, scripts/dev/bench.py
 measures against it. It shares no code with the fast path but the constants' values, which are
-written out again; of the tiny SAM it shares model/sam_tiny.py, which is its definition.
+written out again; of the tiny SAM it shares model/sam_fast.py, which is its definition.
 """
 
 from __future__ import annotations

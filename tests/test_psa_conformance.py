@@ -13,7 +13,7 @@ from PIL import Image
 
 import seco_sam
 from model.sam import load_segmenter
-from model.sam_tiny import TINY_CHECKPOINT
+from model.sam_fast import TINY_CHECKPOINT
 from util.labels import CITYSCAPES_19, SYNTHIA_16, connectivities, write_label
 from util.pictures import save_picture
 from util.run import Stopwatch, sha256

@@ -16,8 +16,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from model.sam import WEIGHTS, build_sam
-from model.sam_fast import mask_logits, tokens_to_pixels, two_way_transformer
-from model.sam_tiny import TINY_CHECKPOINT, build_sam_tiny, occupied_extent
+from model.sam_fast import (
+    TINY_CHECKPOINT,
+    build_sam_tiny,
+    mask_logits,
+    occupied_extent,
+    tokens_to_pixels,
+    two_way_transformer,
+)
 from scripts.dev import sam_tiny
 from util.labels import class_set, read_list
 from util.outputs import read_json, write_json

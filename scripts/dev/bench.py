@@ -41,7 +41,7 @@ from dataset.scc import BUFFER, Data, index_image, patch_batches
 from dataset.toy import draw_scene
 from model.sam import WEIGHTS, load_segmenter, output_name, sam_builder
 from model.sam_fast import FastSam
-from model.segmenter import ProposalSettings, Segmenter
+from model.segmenter import MASK_THRESHOLD, ProposalSettings, Segmenter
 from model.training import build_model, perturbation_factors, set_precision, to_device
 from seco_sam import aggregate
 from seco_scc import parse_args as scc_options
@@ -268,7 +268,7 @@ def settings_for_random_weights(sam: Segmenter, image: np.ndarray) -> ProposalSe
     everything = sam.find_proposals()
     iou = float(everything.predicted_iou.quantile(2 / 3))
     stability = [
-        calculate_stability_score(sam.full_size(low), sam.mask_threshold, 1.0)
+        calculate_stability_score(sam.full_size(low), MASK_THRESHOLD, 1.0)
         for low in everything.low[everything.predicted_iou > iou].split(8)
     ]
     ranked = torch.cat(stability).sort(descending=True).values

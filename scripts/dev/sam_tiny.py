@@ -41,8 +41,13 @@ from torch.nn import functional as F
 from dataset.scc import numbered
 from dataset.toy import draw_scene
 from model.checkpoint import load_exactly, read_checkpoint, state_dict_in
-from model.sam_fast import mask_logits, two_way_transformer
-from model.sam_tiny import TINY_CHECKPOINT, TINY_PE_FREQUENCIES, build_sam_tiny
+from model.sam_fast import (
+    TINY_CHECKPOINT,
+    TINY_PE_FREQUENCIES,
+    build_sam_tiny,
+    mask_logits,
+    two_way_transformer,
+)
 from util.labels import (
     CITYSCAPES_19,
     IGNORE,
