@@ -47,24 +47,21 @@ def run(script, *arguments, folder=ROOT, timeout=60, **values):
     )
 
 
+SEEDS = "give whole numbers from 0 to 99"
+
+
 @pytest.mark.parametrize(
     "script, name, value, words",
     [
         ("toy", "RECIPE", "cake", "give one of release, paper, both"),
-        ("toy", "SEEDS", "x", "give whole numbers from 0 to 99"),
-        ("toy", "SEEDS", "0 100", "give whole numbers from 0 to 99"),
-        ("toy", "SEEDS", "99999999999999999999", "give whole numbers from 0 to 99"),
-        ("toy", "CONTROLS", "yes", "give one of 0, 1"),
+        *(("toy", "SEEDS", value, SEEDS) for value in ("x", "0 100", "99999999999999999999")),
         ("toy", "SMALLEST", "2", "give one of 0, 1"),
         ("camvid", "SAM_TYPE", "huge", "give one of tiny, tiny_photo, vit_t, vit_b, vit_l, vit_h"),
-        ("ablation toy", "SEEDS", "q", "give whole numbers from 0 to 99"),
+        ("ablation toy", "SEEDS", "q", SEEDS),
         ("gta2cs", "RECIPE", "both", "give one of release, paper"),
-        ("gta2cs", "REHEARSE", "yes", "give one of 0, 1"),
         ("gta2cs", "SEED", "-1", "give whole numbers from 0 to 4294967295"),
-        ("gta2cs", "DEVICE", "banana", "give auto, cpu, cuda or cuda:N"),
-        ("gta2bdd", "DEVICE", "cuda:x", "give auto, cpu, cuda or cuda:N"),
-        ("gta2bdd", "DEVICE", "mps", "give auto, cpu, cuda or cuda:N"),
-        ("gta2bdd", "USE_SCC", "no", "give one of 0, 1"),
+        *(("gta2cs", "DEVICE", x, "give auto, cpu, cuda or cuda:N") for x in ("mps", "cuda:x")),
+        *(("gta2bdd", x, "no", "give one of 0, 1") for x in ("USE_SCC", "REHEARSE")),
         ("gta2bdd", "STEM", "shallow", "give one of deep, torchvision"),
     ],
 )
@@ -80,13 +77,7 @@ def test_an_argument_is_an_error(script):
     assert result.returncode == 2 and result.stdout == ""
     name = f"scripts/{script.split()[-1]}.sh"
     assert result.stderr == f"error: --seed: {name} takes no such argument; bash {name} --help\n"
-
-
-@pytest.mark.parametrize("arguments", [(), ("tiny",)])
-def test_ablation_is_told_of_what(arguments):
-    result = run("ablation", *arguments)
-    assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr == "error: bash scripts/ablation.sh toy|camvid\n"
+    assert run("ablation", "tiny").stderr == "error: bash scripts/ablation.sh toy|camvid\n"
 
 
 @pytest.mark.parametrize(
@@ -215,18 +206,8 @@ def test_preflight_is_about_what_is_missing_only(monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize(
     "count, visible, expected",
     [
-        (8, None, 8),
-        (8, "2,3", 2),
-        (8, "2, 3", 2),
-        (8, "GPU-5", 1),
-        (8, "1,0,-1,2,3", 2),
-        (8, "1,,2,3", 1),
-        (2, "1,0,2,3", 2),
-        (1, "MIG-a,MIG-b", 1),
-        (8, "", 0),
-        (8, "-1", 0),
-        (0, None, 0),
-        (None, None, 0),
+        *((8, None, 8), (8, "2, 3", 2), (8, "GPU-5", 1), (8, "1,0,-1,2,3", 2), (8, "1,,2,3", 1)),
+        *((2, "1,0,2,3", 2), (1, "MIG-a,MIG-b", 1), (8, "", 0), (0, None, 0), (None, None, 0)),
     ],
     ids=str,
 )
@@ -246,21 +227,21 @@ def test_gpus_that_cuda_sees(monkeypatch, tmp_path, count, visible, expected):
 @pytest.mark.parametrize(
     "found, settings, processes, said",
     [
-        (8, {}, 8, ""),
-        (8, {"device": "cuda"}, 8, ""),
+        *((8, settings, 8, "") for settings in ({}, {"device": "cuda"})),
         (8, {"asked": "2"}, 2, ""),
         (8, {"device": "cpu"}, 0, ""),
+        *(
+            (found, {}, fit, f"note: {fit} of {found} GPUs are used")
+            for found, fit in ((7, 4), (10, 8))
+        ),
         (8, {"batch": 4}, 4, "note: 4 of 8 GPUs are used"),
-        (7, {}, 4, "note: 4 of 7 GPUs are used"),
-        (10, {}, 8, "note: 8 of 10 GPUs are used"),
-        (0, {}, None, "an NVIDIA GPU (nvidia-smi shows none, or CUDA_V"),
-        (0, {"asked": "2"}, None, "an NVIDIA GPU"),
+        *(
+            (0, x, None, "an NVIDIA GPU (nvidia-smi shows none, or CUDA_V")
+            for x in ({}, {"asked": "2"})
+        ),
         (2, {"asked": "4"}, None, "GPUS=4: 2 GPUs are here"),
-        (8, {"asked": "0"}, None, "GPUS=0: 8 GPUs are here"),
-        (8, {"asked": "08"}, None, "GPUS=08: 8 GPUs are here"),
-        (4, {"asked": "two"}, None, "GPUS=two: 4 GPUs are here"),
-        *((8, {"asked": n}, None, "give one of 1, 2, 4, 8, or leave it out") for n in "3567"),
-        (8, {"asked": "16"}, None, "give one of 1, 2, 4, 8, or leave it out"),
+        *((8, {"asked": x}, None, f"GPUS={x}: 8 GPUs are here") for x in ("0", "08", "two")),
+        *((8, {"asked": x}, None, "give one of 1, 2, 4, 8, or leave it out") for x in ("6", "16")),
         (6, {"asked": "6"}, None, "give one of 1, 2, 4, or leave it out"),
         (8, {"asked": "6", "batch": 4}, None, "give one of 1, 2, 4, or leave it out"),
         (8, {"device": "cuda:1"}, 1, ""),
@@ -296,21 +277,17 @@ def test_gpus_share_the_work(empty_machine, tmp_path):
     """
     folder, tools, stub = empty_machine
     stub.write_text(STUB.format(python=sys.executable), encoding="utf-8")
-    cards = "".join(f"echo 'GPU {n}: a card'\n" for n in range(4))
-    (tools / "nvidia-smi").write_text(f"#!/bin/sh\n{cards}", encoding="utf-8")
+    (tools / "nvidia-smi").write_text("#!/bin/sh\n" + 4 * "echo GPU\n", encoding="utf-8")
     (tools / "nvidia-smi").chmod(0o755)
     (tools / "tee").symlink_to(shutil.which("tee"))
-    module = folder / "scripts/lib/preflight.py"
-    text = module.read_text(encoding="utf-8")
-    module.write_text(text.replace("DISK_GB = 60", "DISK_GB = 0"), encoding="utf-8")
-    for path, count in (
-        ("leftImg8bit/train/a/{}_leftImg8bit.png", 2975),
-        ("leftImg8bit/val/a/{}_leftImg8bit.png", 500),
-        ("gtFine/val/a/{}_gtFine_labelIds.png", 500),
+    for module, before, after in (
+        ("preflight", "DISK_GB = 60", "DISK_GB = 0"),
+        ("layouts", 'counts={"train": 2975, "val": 500}', 'counts={"train": 0, "val": 0}'),
     ):
-        (tmp_path / path).parent.mkdir(parents=True)
-        for number in range(count):
-            (tmp_path / path.format(number)).touch()
+        path = folder / f"scripts/lib/{module}.py"
+        text = path.read_text(encoding="utf-8")
+        assert before in text
+        path.write_text(text.replace(before, after), encoding="utf-8")
     weights = ("CHECKPOINT", "SAM_CHECKPOINT", "BACKBONE_WEIGHTS")
     values = {name: stub for name in weights} | {"DATA_ROOT": tmp_path, "OUT": tmp_path}
     result = run("gta2cs", folder=folder, PATH=tools, PYTHON=stub, **values)
