@@ -114,29 +114,24 @@ def value_table(values: Sequence[int], void: Iterable[int]) -> np.ndarray:
 class DataSet(Official):
     """Official files, and what their labels are.
 
-    table: `value_table`, or None if the official labels hold train IDs; size: (height, width) of
-    the official images, None for any.
+    table: `value_table`, or None if the official labels hold train IDs.
     """
 
     classes: ClassSet
     table: np.ndarray | None = None
-    size: tuple[int, int] | None = None
-
-
-def cityscapes(name: str, classes: ClassSet, label_ids: Sequence[int]) -> DataSet:
-    """label_ids: official, in the order of the train IDs."""
-    table = value_table(label_ids, void=range(34))
-    return DataSet(**vars(OFFICIAL[name]), classes=classes, table=table, size=(1024, 2048))
 
 
 CAMVID = read_classes(Path(__file__).resolve().parents[1] / "splits/camvid/classes.txt")
-CAMVID_TABLE = value_table(range(11), void=(11, IGNORE))
+LABELS = {  # classes and table
+    "cityscapes": (CITYSCAPES_19, value_table(LABEL_IDS_OF_19, void=range(34))),
+    "cityscapes_16": (SYNTHIA_16, value_table(LABEL_IDS_OF_16, void=range(34))),
+    "bdd": (CITYSCAPES_19, None),
+    "acdc": (CITYSCAPES_19, None),
+    "camvid": (CAMVID, value_table(range(11), void=(11, IGNORE))),
+}
 DATA_SETS = {
-    "cityscapes": cityscapes("cityscapes", CITYSCAPES_19, LABEL_IDS_OF_19),
-    "cityscapes_16": cityscapes("cityscapes_16", SYNTHIA_16, LABEL_IDS_OF_16),
-    "bdd": DataSet(**vars(OFFICIAL["bdd"]), classes=CITYSCAPES_19, size=(720, 1280)),
-    "acdc": DataSet(**vars(OFFICIAL["acdc"]), classes=CITYSCAPES_19, size=(1080, 1920)),
-    "camvid": DataSet(**vars(OFFICIAL["camvid"]), classes=CAMVID, table=CAMVID_TABLE),
+    name: DataSet(**vars(OFFICIAL[name]), classes=classes, table=table)
+    for name, (classes, table) in LABELS.items()
 }
 
 

@@ -50,14 +50,16 @@ class Official:
 
     layouts: those in use, of which a root has one; counts: split → official number of images;
     downloads: the official file with the images and that with the labels; site: where both are;
-    suffix: of the lists' names; has_gaps: published with images that lack a usable label; optional:
-    splits that may be absent; unlabeled: splits whose labels are not published.
+    size: (height, width) of the images, None for any; suffix: of the lists' names; has_gaps:
+    published with images that lack a usable label; optional: splits that may be absent; unlabeled:
+    splits whose labels are not published.
     """
 
     layouts: tuple[Layout, ...]
     counts: dict[str, int]
     downloads: tuple[str, str]
     site: str
+    size: tuple[int, int] | None = None
     suffix: str = ""
     has_gaps: bool = False
     optional: tuple[str, ...] = ()
@@ -84,6 +86,7 @@ def cityscapes(number: str, suffix: str) -> Official:
         counts={"train": 2975, "val": 500},
         downloads=("leftImg8bit_trainvaltest.zip", "gtFine_trainvaltest.zip"),
         site="cityscapes-dataset.com",
+        size=(1024, 2048),
         suffix=suffix,
     )
 
@@ -114,6 +117,7 @@ OFFICIAL = {
         counts={"train": 7000, "val": 1000},
         downloads=("BDD100K's '10K Images'", "'Segmentation'"),
         site="bdd-data.berkeley.edu",
+        size=(720, 1280),
         has_gaps=True,
     ),
     "acdc": Official(
@@ -121,6 +125,7 @@ OFFICIAL = {
         counts={"train": 1600, "val": 406, "test": 2000},
         downloads=("rgb_anon_trainvaltest.zip", "gt_trainval.zip"),
         site="acdc.vision.ee.ethz.ch",
+        size=(1080, 1920),
         optional=("test",),
         unlabeled=("test",),
     ),

@@ -69,12 +69,12 @@ def write_data(root: Path, layout: str, counts: dict[str, int]) -> None:
     for split, count in counts.items():
         for i in range(count):
             seed = FIRST_SEEDS[split] + i
-            name, size = f"GOPR0122/GOPR0122_frame_{i:06d}", (1080, 1920)
+            name = f"GOPR0122/GOPR0122_frame_{i:06d}"
             if layout == "cityscapes":
                 city = CITIES[split][i % len(CITIES[split])]
-                name, size = f"{city}/{city}_{i:06d}_000019", (1024, 2048)
+                name = f"{city}/{city}_{i:06d}_000019"
             elif layout == "bdd":
-                name, size = f"{seed:08x}-{i:08x}", (720, 1280)
+                name = f"{seed:08x}-{i:08x}"
             names = {"split": split, "condition": files.conditions[i % len(files.conditions)]}
             image, label = (
                 root / folder.format(**names) / f"{name}{ending}"
@@ -83,7 +83,7 @@ def write_data(root: Path, layout: str, counts: dict[str, int]) -> None:
             unlabeled = split in OFFICIAL[layout].unlabeled
             if image.exists() and (unlabeled or label.exists()):
                 continue
-            scene = draw_scene(seed, "target", *size)
+            scene = draw_scene(seed, "target", *OFFICIAL[layout].size)
             save(image, scene.image)
             if not unlabeled:
                 save(label, label_ids(scene.label) if layout == "cityscapes" else scene.label)
