@@ -31,7 +31,7 @@ with plain cross-entropy. Ours are: whole images at half size, four an iteration
 cells of the features.
 
 Needs when copied away: dataset/{scc,scc_report}.py, model/{checkpoint,resnet,scc}.py,
-util/{labels,options,outputs,page,run}.py.
+util/{labels,options,outputs,page,pictures,run}.py.
 """
 
 from __future__ import annotations

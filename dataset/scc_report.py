@@ -17,11 +17,12 @@ from sklearn.metrics import roc_auc_score
 from util.labels import COLOURS, IGNORE, ClassSet, read_label
 from util.outputs import atomic_path
 from util.page import write_page
+from util.pictures import colour_label, contact_sheet, hatch, heat, overlay, save_picture
 
-BLUE, ORANGE, GREEN, PURPLE, RED, _, GREY = (tuple(c / 255 for c in colour) for colour in COLOURS)
+BLUE, ORANGE, GREEN, PURPLE, *_, GREY = (tuple(c / 255 for c in colour) for colour in COLOURS)
 DECISIONS = {"kept": BLUE, "corrected": ORANGE, "dropped": GREY}
-DPI, GAP = 100, 4  # of pictures; pixels between those of a sheet
-PANEL_WIDTH, THUMBNAIL = 400, 96  # pixels
+DPI = 100  # of charts
+THUMBNAIL = (96, 96)  # pixels
 # A classifier has learned if it gives so many times the largest class's share of the labels their
 # class (or half of the rest, where that is less). Of 12 photographs, 60 iterations gave 1.9 times
 # and ruined the labels, 1,000 gave 3.0 times and helped.
@@ -50,17 +51,20 @@ def write_report(
     report = counts(data, verdicts, classes) | health(data, verdicts, classes, loss)
     if truth is not None:  # the only ground truth that is ever opened
         report["ground_truth"] = compare_with_ground_truth(data, verdicts, truth)
-    pictures = {
+    shown = {
         "loss_histogram": ("Losses", loss_histogram(data, verdicts)),
         "decisions": ("Decisions per class", decisions_chart(report["per_class"])),
     }
+    for name, (_, figure) in shown.items():
+        with atomic_path(folder / f"{name}.png") as temporary:
+            figure.savefig(temporary)
+    pictures = {}
     if data.options.vis:
         pictures["panels"] = ("Before and after", panels(data, verdicts, classes))
-    if (sheet := trust_sheet(data, verdicts, classes)) is not None:
+    if sheet := trust_sheet(data, verdicts, classes):
         pictures["thumbnails"] = ("Most and least trusted connectivities of each class", sheet)
-    for name, (_, figure) in pictures.items():
-        with atomic_path(folder / f"{name}.png") as temporary:
-            figure.savefig(temporary, dpi=DPI, bbox_inches="tight")
+    for name, (_, picture) in pictures.items():
+        save_picture(folder / f"{name}.png", picture)
     rows = [
         (name.replace("_", " "), f"{value:.2f}" if isinstance(value, float) else value)
         for name, value in {**report, **report.get("ground_truth", {})}.items()
@@ -68,9 +72,9 @@ def write_report(
     ]
     rows += [("classes that lose all their pixels", ", ".join(report["lost classes"]) or "none")]
     rows += [("warning", text) for text in report["warnings"]]
-    shown = [(f"{name}.png", title) for name, (title, _) in pictures.items()]
+    files = [(f"{name}.png", title) for name, (title, _) in {**shown, **pictures}.items()]
     title = f"SCC: {data.options.recipe} recipe"
-    write_page(folder / "index.html", title, [{"rows": rows}, {"figures": shown}])
+    write_page(folder / "index.html", title, [{"rows": rows}, {"figures": files}])
     return report
 
 
@@ -228,7 +232,7 @@ def new_axes(title: str, x_label: str, height: int):
     """Empty axes with a grid, `height` pixels high, alone on their figure."""
     from matplotlib.figure import Figure
 
-    axes = Figure((8.6, height / DPI), layout="constrained").subplots()
+    axes = Figure((8.6, height / DPI), DPI, layout="constrained").subplots()
     axes.set_title(title, loc="left")
     axes.set(xlabel=x_label, axisbelow=True, xmargin=0.01)
     axes.spines[["top", "right"]].set_visible(False)
@@ -283,51 +287,28 @@ def decisions_chart(per_class: dict[str, dict[str, int]]):
     return axes.figure
 
 
-def panels(data, verdicts, classes: ClassSet):
+def panels(data, verdicts, classes: ClassSet) -> Image.Image:
     """Image | labels before | eta, or doubt: 1 - probability of the label | labels after, dropped
-    regions hatched. A matplotlib Figure.
+    regions hatched.
     """
-    from matplotlib.patches import Patch
-
-    palette, rows = np.zeros((256, 3), np.uint8), []
-    palette[: classes.count] = classes.palette
+    rows, labels, doubts = [], data.index["class_id"], 1 - trust(verdicts)
     for image in range(min(data.options.vis, len(data.rows))):
         picture, numbers = data.read(image)
-        part, labels, doubt = data.part(image), data.index["class_id"], 1 - trust(verdicts)
         before, after, doubt = (
-            np.append(values[part], empty)[numbers]
-            for values, empty in ((labels, IGNORE), (verdicts.final, IGNORE), (doubt, np.nan))
+            np.append(values[data.part(image)], empty)[numbers]
+            for values, empty in ((labels, IGNORE), (verdicts.final, IGNORE), (doubts, np.nan))
         )
-        mixed = np.where((after < IGNORE)[..., None], 0.1 * picture + 0.9 * palette[after], picture)
-        stripes = np.indices(after.shape).sum(axis=0) % 8 < 2
-        mixed[stripes & (before < IGNORE) & (after == IGNORE)] = 255
-        rows.append([picture, palette[before], heat(doubt), mixed.round().astype(np.uint8)])
-    size = (PANEL_WIDTH, round(PANEL_WIDTH * rows[0][0].shape[0] / rows[0][0].shape[1]))
-    rows = [
-        [np.asarray(Image.fromarray(tile).resize(size, Image.Resampling.BILINEAR)) for tile in row]
-        for row in rows
-    ]
+        corrected = overlay(picture, after, classes.palette, 0.9)
+        corrected = hatch(corrected, (before != IGNORE) & (after == IGNORE))
+        rows.append([picture, colour_label(before, classes.palette), heat(doubt), corrected])
     doubt = "eta" if verdicts.noise else "doubt"
     columns = ["image", "before", f"{doubt}, blue 0, orange 1", "after, dropped hatched"]
-    figure = contact_sheet(rows, columns)
-    colours = {**dict(zip(classes.names, palette / 255)), "no label": (0, 0, 0)}
-    key = [Patch(color=colour, label=name) for name, colour in colours.items()]
-    figure.legend(handles=key, loc="upper left", bbox_to_anchor=(0, 0), ncols=8, fontsize=13)
-    return figure
+    return contact_sheet(rows, columns, legend=classes, cell_width=400)
 
 
-def heat(values: np.ndarray) -> np.ndarray:
-    """Values in [0, 1] (H x W, NaN allowed) → RGB from blue (0) over white to orange (1); NaN is
-    black.
-    """
-    stops = np.array([BLUE, (0.96, 0.96, 0.96), RED]).T
-    colours = np.stack([np.interp(values, (0, 0.5, 1), stop) for stop in stops], axis=-1)
-    return (255 * np.nan_to_num(colours)).round().astype(np.uint8)
-
-
-def trust_sheet(data, verdicts, classes: ClassSet):
-    """For each class the EXAMPLES most and least trusted connectivities, outlined in their image. A
-    matplotlib Figure, or None where all are too small.
+def trust_sheet(data, verdicts, classes: ClassSet) -> Image.Image | None:
+    """For each class the EXAMPLES most and least trusted connectivities, outlined in their image;
+    None where all are too small.
     """
     confidence, chosen, index = trust(verdicts), {}, data.index
     for class_id, name in enumerate(classes.names):
@@ -340,7 +321,7 @@ def trust_sheet(data, verdicts, classes: ClassSet):
     if not chosen:
         return None
     members = [member for row in chosen.values() for member in row if member is not None]
-    tiles = {None: np.full((THUMBNAIL, THUMBNAIL, 3), 255, np.uint8)}
+    tiles = {None: np.full((*THUMBNAIL, 3), 255, np.uint8)}
     for image in np.unique(index["image"][members]):
         picture, numbers = data.read(image)
         for member in members:
@@ -357,25 +338,4 @@ def thumbnail(picture: np.ndarray, numbers: np.ndarray, row: np.ndarray) -> np.n
     x, y = int(row["x"] + (row["width"] - side) / 2), int(row["y"] + (row["height"] - side) / 2)
     shown = np.where((numbers == row["number"])[..., None], picture, picture // 2)
     cut = Image.fromarray(shown).crop((x, y, x + side, y + side))
-    return np.asarray(cut.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BILINEAR))
-
-
-def contact_sheet(rows: list[list[np.ndarray]], columns: list[str], names: list[str] | None = None):
-    """Pictures of one size (uint8 H x W x 3) in a grid, pixel by pixel, below titles of the columns
-    and beside names of the rows. A matplotlib Figure.
-    """
-    from matplotlib.figure import Figure
-
-    edge = ((0, GAP), (0, GAP), (0, 0))
-    padded = [[np.pad(tile, edge, constant_values=255) for tile in row] for row in rows]
-    height, width = padded[0][0].shape[:2]
-    picture = np.concatenate([np.concatenate(row, axis=1) for row in padded])
-    figure = Figure((picture.shape[1] / DPI, picture.shape[0] / DPI))
-    axes = figure.add_axes((0, 0, 1, 1))
-    axes.imshow(picture, aspect="auto")
-    axes.set_xticks([(i + 0.5) * width for i in range(len(columns))], columns)
-    names = names or [""] * len(rows)
-    axes.set_yticks([(i + 0.5) * height for i in range(len(rows))], names)
-    axes.tick_params(length=0, labelsize=13, labeltop=True, labelbottom=False)
-    axes.spines[:].set_visible(False)
-    return figure
+    return np.asarray(cut.resize(THUMBNAIL, Image.Resampling.BILINEAR))
