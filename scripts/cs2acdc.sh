@@ -51,7 +51,8 @@ else
     done
 fi
 
-# 3. Starting labels: CBST's rule on the mean of seven sizes and mirror images, as CMA's own; or labels that are ready.
+# 3. Starting labels: CBST's rule on the mean of seven sizes and mirror images, as CMA's own (which ranks every tenth pixel of a
+#    class, not every fourth); or labels that are ready.
 if [ -n "$LABELS" ]; then
     run "$PYTHON" -m scripts.prepare_data labels --id-list-path "$SPLITS/train.txt" --root-path "$DATA_ROOT" "${CLASSES[@]}" \
         --labels "$LABELS" --exp "$EXP" --out-list "$SPLITS/$EXP/train.txt"

@@ -39,10 +39,10 @@ def truncate(path, left):
     path.write_bytes(path.read_bytes()[:left])
 
 
-@pytest.fixture(scope="module")
-def cityscapes_source(tmp_path_factory):
+@pytest.fixture
+def cityscapes(tmp_path):
     """Three training and two validation images in the official layout."""
-    root = tmp_path_factory.mktemp("cityscapes")
+    root = tmp_path / "data"
     for split, city, count in (("train", "aachen", 3), ("val", "munster", 2)):
         for i in range(count):
             stem = f"{split}/{city}/{city}_{i:06d}_000019"
@@ -50,12 +50,6 @@ def cityscapes_source(tmp_path_factory):
             blocks(root / f"gtFine/{stem}_gtFine_labelIds.png", range(34), HEIGHT, WIDTH)
             (root / f"gtFine/{stem}_gtFine_color.png").write_bytes(b"not read")
     return root
-
-
-@pytest.fixture
-def cityscapes(cityscapes_source, tmp_path):
-    shutil.copytree(cityscapes_source, tmp_path / "data")
-    return tmp_path / "data"
 
 
 def run(capsys, *arguments):
@@ -204,18 +198,19 @@ def test_both_layouts_of_bdd(tmp_path, capsys, base, images, labels, ending):
     assert code == 2 and "look like label IDs" in err
 
 
-def write_bdd(root, split, count, label=True, size=(720, 1280), start=0):
-    for i in range(start, start + count):
+def write_bdd(root, split, numbers, label=(720, 1280), size=(720, 1280)):
+    """Images of these numbers; label: the size of their labels, None: they have none."""
+    for i in numbers:
         image(root / f"images/10k/{split}/{split}{i}.jpg", *size)
         if label:
-            blocks(root / f"labels/sem_seg/masks/{split}/{split}{i}.png", [0, 255], *size)
+            blocks(root / f"labels/sem_seg/masks/{split}/{split}{i}.png", [0, 255], *label)
 
 
 @pytest.fixture
 def bdd(tmp_path):
     """Four training and three validation images, sound."""
-    write_bdd(tmp_path, "train", 4)
-    write_bdd(tmp_path, "val", 3)
+    write_bdd(tmp_path, "train", range(4))
+    write_bdd(tmp_path, "val", range(3))
     return tmp_path
 
 
@@ -225,11 +220,10 @@ def names(path):
 
 def test_bdd_with_its_gaps(bdd, capsys):
     """Training images without labels and portrait images stay, what cannot be used is left out."""
-    write_bdd(bdd, "train", 1, label=False, start=4)
-    write_bdd(bdd, "train", 1, size=(1280, 720), start=5)  # portrait, image and label agree
-    write_bdd(bdd, "train", 1, size=(1280, 720), start=6)
-    blocks(bdd / "labels/sem_seg/masks/train/train6.png", [0], 720, 1280)
-    write_bdd(bdd, "val", 1, label=False, start=3)
+    write_bdd(bdd, "train", [4], label=None)
+    write_bdd(bdd, "train", [5], label=(1280, 720), size=(1280, 720))  # portrait, and they agree
+    write_bdd(bdd, "train", [6], size=(1280, 720))
+    write_bdd(bdd, "val", [3], label=None)
     blocks(bdd / "labels/sem_seg/masks/val/nothing.png", [0], 720, 1280)
     out = sound(capsys, bdd, data="bdd", expect=(7, 4))
     assert names(bdd / "lists/train.txt") == [f"train{i}.jpg" for i in range(6)]
@@ -246,14 +240,15 @@ def test_bdd_with_its_gaps(bdd, capsys):
 
 def test_bdd_that_lacks_more_is_refused(bdd, capsys):
     shutil.rmtree(bdd / "labels/sem_seg/masks/val")
-    code, _, err = prepare(capsys, bdd, data="bdd", expect=(4, 3))
-    assert code == 2 and "3 of 3 val images have no usable label; unpack BDD100K" in err
-    code, _, err = prepare(capsys, bdd, data="bdd", expect=(5, 3))  # said by the user: exact
-    assert code == 2 and "4 train images, the official set has 5; unpack" in err
-    image(bdd / "images/10k/train/train0.jpg", 360, 640)
-    code, _, err = prepare(capsys, bdd, data="bdd", expect=(4, 3))
-    assert code == 2 and "is 640x360, the official images are 1280x720" in err
-    assert not (bdd / "lists").exists()
+    for expect, told in (
+        ((4, 3), "3 of 3 val images have no usable label; unpack BDD100K"),
+        ((5, 3), "4 train images, the official set has 5; unpack"),  # said by the user: exact
+        ((4, 3), "is 640x360, the official images are 1280x720"),
+    ):
+        if "640x360" in told:
+            image(bdd / "images/10k/train/train0.jpg", 360, 640)
+        code, _, err = prepare(capsys, bdd, data="bdd", expect=expect)
+        assert code == 2 and told in err and not (bdd / "lists").exists()
 
 
 @pytest.mark.parametrize("found, accepted", [(6996, True), (6930, True), (6929, False), (7001, 0)])
@@ -378,37 +373,34 @@ def test_a_list_is_sound_or_broken_in_one_line(listed, capsys, spoil, told):
 # ---------------------------------------------------------------------------------------- downloads
 
 
-def download(tmp_path, *arguments, **environment):
-    return subprocess.run(
-        ["bash", str(ROOT / "scripts/download.sh"), *arguments],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "SAM_DIR": str(tmp_path / "sam"), **environment},
-    )
+def download(tmp_path, *arguments, path="", **environment):
+    """(exit code, all that is printed) of download.sh."""
+    environment["PATH"] = f"{path}{os.environ['PATH']}"
+    environment = {**os.environ, "SAM_DIR": str(tmp_path / "sam"), **environment}
+    command = ["bash", str(ROOT / "scripts/download.sh"), *arguments]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    return result.returncode, result.stdout + result.stderr
 
 
 def test_download_does_nothing_unasked(tmp_path):
-    result = download(tmp_path)
-    assert result.returncode == 0 and "login" in result.stdout and not list(tmp_path.iterdir())
-    assert download(tmp_path, "nonsense").returncode == 2
+    code, text = download(tmp_path)
+    assert code == 0 and "login" in text and not list(tmp_path.iterdir())
+    assert download(tmp_path, "nonsense")[0] == 2
 
 
 def test_download_checks_what_it_gets(tmp_path):
     (tmp_path / "server").mkdir()
     (tmp_path / "server/sam_vit_b_01ec64.pth").write_bytes(b"not the weights")
-    url = f"file://{tmp_path}/server"
-    result = download(tmp_path, "sam", "vit_b", SAM_URL=url)
-    assert result.returncode == 2 and "MD5" in result.stderr
-    assert not list((tmp_path / "sam").glob("*.pth"))
+    sam = {"SAM_URL": f"file://{tmp_path}/server"}
+    code, text = download(tmp_path, "sam", "vit_b", **sam)
+    assert code == 2 and "MD5" in text and not list((tmp_path / "sam").glob("*.pth"))
     # A stand-in for md5sum that says what the official file's would: the file is then kept, and not
     # fetched again.
-    (tmp_path / "bin").mkdir()
-    tool = tmp_path / "bin/md5sum"
+    tool = tmp_path / "server/md5sum"
     tool.write_text("#!/bin/sh\necho 01ec6400000000000000000000000000\n")
     tool.chmod(0o755)
-    path = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
-    assert download(tmp_path, "sam", "vit_b", SAM_URL=url, **path).returncode == 0
+    sam["path"] = f"{tmp_path}/server:"
+    assert download(tmp_path, "sam", "vit_b", **sam)[0] == 0
     assert (tmp_path / "sam/sam_vit_b_01ec64.pth").read_bytes() == b"not the weights"
-    again = download(tmp_path, "sam", "vit_b", SAM_URL="file:///nowhere", **path)
-    assert again.returncode == 0 and "there already" in again.stdout
+    code, text = download(tmp_path, "sam", "vit_b", **sam | {"SAM_URL": "file:///nowhere"})
+    assert code == 0 and "there already" in text

@@ -238,6 +238,7 @@ def test_bad_input_is_one_clear_line(data, spoil, told):
         (("--rule", "cbst", "--top-p-things", "0.3"), "--top-p-things 0.3: belongs to"),
         (("--vis", "-1"), "--vis -1"),
         (("--policy", "global"), "--policy global: belongs to --rule cbst"),
+        (("--multi-scale",), "--multi-scale: is for --checkpoint"),
         (("--test-size", "64", "16"), "--test-size 64 16"),
         (("--device", "banana"), "--device banana"),
         (("--exp", "a/b"), "--exp a/b"),
