@@ -57,6 +57,7 @@ from util.outputs import check_writable, made_before, made_from, read_json, writ
 from util.run import UserError, manifest, progress, run_main, sha256
 
 LISTS = ("labeled.txt", "unlabeled.txt")
+TRUST = "connectivities.csv"  # SCC's table, in the labels' experiment folder
 
 
 def labeled_size(fraction: float, images: int) -> int:
@@ -139,7 +140,7 @@ def reliabilities(
     coverage = pixels.sum(axis=1) / values.sum(axis=1)
     if not coverage.any():
         raise UserError(f"{list_path}: no label map of it has a labeled pixel; nothing to split by")
-    table = trust_path(root, rows)
+    table = label_folder(root, rows) / TRUST
     trusts = mean_trust(table)
     for row, covered in zip(rows, coverage):
         if trusts and covered and row[0] not in trusts:
@@ -148,11 +149,6 @@ def reliabilities(
                 " seco_scc.py's correction again"
             )
     return coverage * np.array([trusts.get(row[0], 1.0) for row in rows]), pixels, bool(trusts)
-
-
-def trust_path(root: Path, rows: list[tuple[str, str]]) -> Path:
-    """SCC's table of the experiment that the labels belong to."""
-    return root / Path(rows[0][1]).parts[0] / "connectivities.csv"
 
 
 # --------------------------------------------------------------------------------------------- main
@@ -212,10 +208,11 @@ def make_split(options: Options, rows: list[tuple[str, str]], classes: ClassSet,
 def main(argv: list[str] | None = None) -> None:
     options = parse_args(argv)
     root, rows = options.root_path, read_list(options.id_list_path)
-    classes = chosen_classes(options, label_folder(root, rows))
+    folder = label_folder(root, rows)
+    classes = chosen_classes(options, folder)
     out = options.out or options.id_list_path.parent
     check_input(options, rows, out)
-    record, table = out / "split.json", trust_path(root, rows)
+    record, table = out / "split.json", folder / TRUST
     settings = {**settings_of(options), "classes": classes.names}
     inputs = {"list": options.id_list_path, **{label: root / label for _, label in rows}}
     inputs |= {table.name: table} if table.is_file() else {}

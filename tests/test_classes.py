@@ -59,7 +59,7 @@ def test_camvids_classes_are_a_file():
         ("sky stuff 1,2,300\n", "1,2,300 is no colour"),
         ("sky stuff a,b,c\n", "a,b,c is no colour"),
         ("# nothing\n", "names no classes"),
-        (None, "cannot be read"),
+        (None, "no such file of classes"),
     ],
 )
 def test_a_bad_file_of_classes_is_told(tmp_path, text, told):

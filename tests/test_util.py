@@ -22,9 +22,8 @@ from util.labels import (
     read_image,
     read_label,
     read_list,
-    root_relative,
 )
-from util.options import Bounds, RunOptions, parse_options
+from util.options import RunOptions, parse_options
 from util.outputs import atomic_path
 from util.run import (
     PACKAGES,
@@ -61,10 +60,6 @@ def test_repeated_images_and_labels_are_refused(tmp_path, second):
     path = write(tmp_path / "l.txt", f"a.png q/a.png\n{second}\n")
     with pytest.raises(UserError, match="line 2: .* is in line 1 already"):
         read_list(path)
-
-
-def test_root_relative_keeps_what_is_right():
-    assert root_relative("a/b c.png", "x") == "a/b c.png"
 
 
 # --- images and labels
@@ -132,7 +127,7 @@ def test_huge_images_get_one_line(tmp_path, monkeypatch):
     path = saved(tmp_path / "h.png", np.zeros((40, 40), np.uint8))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     for read in (read_image, read_label, image_size):
-        with pytest.raises(UserError, match="million pixels"):
+        with pytest.raises(UserError, match="exceeds limit"):
             read(path)
 
 
@@ -239,17 +234,6 @@ def test_unknown_devices_are_refused(device):
         options("--device", device)
 
 
-@pytest.mark.parametrize(
-    "value, fits",
-    [(0.5, True), (0, False), (-1, False), (2, True), (3, False), (None, True)]
-    + [(float("nan"), False), (float("inf"), False), ([1, 2], True), ([1, -1], False)],
-)
-def test_bounds(value, fits):
-    told = pytest.raises(UserError, match="--batch-size .*: give a number above 0 and at most 2")
-    with contextlib.nullcontext() if fits else told:
-        Bounds(above=0, most=2).check("batch_size", value)
-
-
 # --- runs
 
 
@@ -331,14 +315,6 @@ def test_memory_that_has_run_out_is_one_line(capsys, error):
     line = capsys.readouterr().err
     assert line.startswith("error: memory has run out (") and line.count("\n") == 1
     assert "use --amp bf16. What is finished is kept" in line
-
-
-def test_other_runtime_errors_are_not_hidden():
-    def main():
-        raise RuntimeError("size mismatch")
-
-    with pytest.raises(RuntimeError, match="size mismatch"):
-        run_main(main)
 
 
 # --- progress

@@ -105,33 +105,21 @@ def class_set(
     19 and 16 are known. Any other number needs both `stuff` and `things`, disjoint lists of train
     IDs in 0 .. class_num - 1 which need not cover all.
     """
-    if class_num < 1 or class_num > 255:
-        raise UserError(f"--class-num {class_num}: give a number of classes from 1 to 255")
     known = {19: CITYSCAPES_19, 16: SYNTHIA_16}.get(class_num)
-    if stuff is None and things is None:
-        if known is None:
-            raise UserError(
-                f"--class-num {class_num}: stuff and things are known for 16 and 19 classes only; "
-                "give --classes FILE, or the train IDs of both with --stuff and --things"
-            )
+    if known and stuff is None and things is None:
         return known
     if stuff is None or things is None:
         raise UserError(
-            "--stuff and --things belong together: give both (an empty list is allowed)"
-        )
-    for option, ids in (("--stuff", stuff), ("--things", things)):
-        wrong = [i for i in ids if not 0 <= i < class_num]
-        if wrong:
-            raise UserError(
-                f"{option} {wrong[0]}: train IDs run from 0 to {class_num - 1} with --class-num"
-                f" {class_num}"
-            )
-    both = set(stuff) & set(things)
-    if both:
-        raise UserError(
-            f"class {min(both)} is in --stuff and in --things; a class is one of the two"
+            f"--class-num {class_num}: give both --stuff and --things, or --classes FILE; without"
+            " them only 16 and 19 classes are known"
         )
     stuff, things = tuple(sorted(set(stuff))), tuple(sorted(set(things)))
+    for i in stuff + things:
+        if not 0 <= i < class_num or (i in stuff and i in things):
+            raise UserError(
+                f"--stuff, --things: {i} is in both, or none of the train IDs 0 to {class_num - 1}"
+                f" of --class-num {class_num}"
+            )
     if known:
         return replace(known, stuff=stuff, things=things)
     names = tuple(f"class {i}" for i in range(class_num))
@@ -143,13 +131,20 @@ def read_classes(path: str | Path) -> ClassSet:
     `thing` or `neither` and, if wanted, its colour: `traffic sign thing 220,220,0`. `#` begins a
     comment.
     """
-    names, kinds, palette, lines = [], [], [], _lines_of(path, "classes")
+    names, palette, ids, lines = (
+        [],
+        [],
+        {"stuff": [], "thing": [], "neither": []},
+        lines_of(path, "file of classes"),
+    )
     generated = generated_palette(len(lines))
-    for number, words in lines:
-        where = f"{path}, line {number}"
+    for number, line in enumerate(lines, start=1):
+        where, words = f"{path}, line {number}", line.split("#")[0].split()
+        if not words:
+            continue
         colour = words.pop() if "," in words[-1] else None
         kind = words.pop().rstrip("s") if len(words) > 1 else ""
-        if kind not in ("stuff", "thing", "neither"):
+        if kind not in ids:
             raise UserError(
                 f"{where}: give a name, `stuff` or `thing` and a colour: `sky stuff 70,130,180`"
             )
@@ -160,21 +155,22 @@ def read_classes(path: str | Path) -> ClassSet:
             rgb = tuple(int(part) if part.isdecimal() else 256 for part in colour.split(","))
             if len(rgb) != 3 or max(rgb) > 255:
                 raise UserError(f"{where}: {colour} is no colour; give red,green,blue, 0 to 255")
-        names.append(name), kinds.append(kind), palette.append(rgb)
-    ids = lambda wanted: tuple(i for i, kind in enumerate(kinds) if kind == wanted)  # noqa: E731
-    return ClassSet(tuple(names), tuple(palette), ids("stuff"), ids("thing"))
+        ids[kind].append(len(names))
+        names.append(name)
+        palette.append(rgb)
+    if not names:
+        raise UserError(f"{path}: names no classes")
+    return ClassSet(tuple(names), tuple(palette), tuple(ids["stuff"]), tuple(ids["thing"]))
 
 
-def _lines_of(path: str | Path, what: str) -> list[tuple[int, list[str]]]:
-    """(number, words) of the lines of a text file that are neither empty nor a comment."""
+def lines_of(path: str | Path, what: str) -> list[str]:
+    """The lines of a text file; what: it is, for errors."""
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        return Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such {what}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: the file of {what} cannot be read ({error})") from None
-    lines = [(n, line.split("#")[0].split()) for n, line in enumerate(text.splitlines(), start=1)]
-    if not any(words for _, words in lines):
-        raise UserError(f"{path}: names no {what}")
-    return [(number, words) for number, words in lines if words]
+        raise UserError(f"{path}: the {what} cannot be read ({error})") from None
 
 
 def write_classes(folder: Path, classes: ClassSet) -> None:
@@ -301,13 +297,11 @@ def check_label_values(label: np.ndarray, class_num: int, path: str | Path) -> N
     present[IGNORE] = 0
     wrong = np.flatnonzero(present[class_num:]) + class_num
     if wrong.size:
-        told = (
-            f"{path}: holds the value {wrong[0]}, but with {class_num} classes train IDs are "
-            f"0 to {class_num - 1} and 255 for no label"
+        raise UserError(
+            f"{path}: holds the value {wrong[0]}, but with {class_num} classes train IDs are 0 to"
+            f" {class_num - 1} and 255 for no label; scripts/prepare_data.py makes train IDs of"
+            " Cityscapes' label IDs"
         )
-        if class_num == 19:
-            told += "; these look like label IDs, make train IDs with scripts/prepare_data.py"
-        raise UserError(told)
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
@@ -326,11 +320,6 @@ def _reading(path: str | Path, what: str):
         raise
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; check the list and --root-path") from None
-    except Image.DecompressionBombError:
-        raise UserError(
-            f"{path}: more than {2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels; cut it into"
-            " smaller ones"
-        ) from None
     except Exception as error:  # the library's own kinds are many
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
@@ -403,18 +392,10 @@ def read_list(path: str | Path, columns: int | tuple[int, ...] = 2) -> list[tupl
     ends are accepted. An error names the line of anything else that is odd: a path that is absolute
     or leaves the root, an image or a label that an earlier line has.
     """
-    allowed = (columns,) if isinstance(columns, int) else tuple(columns)
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(
-            f"{path}: no such list file; each line of it is `<image path> <label path>`"
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: the list cannot be read ({error})") from None
+    allowed = (columns,) if isinstance(columns, int) else columns
     rows = []
     seen: dict[tuple[int, str], int] = {}
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(lines_of(path, "list file"), start=1):
         row = tuple(line.split())
         if not row:
             continue

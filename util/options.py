@@ -36,29 +36,28 @@ SETTING, ARGUMENT = "setting", "argument"
 class Bounds:
     """least, most: bounds that are allowed; above: one that is not."""
 
-    least: float | None = None
-    above: float | None = None
-    most: float | None = None
+    least: float = -math.inf
+    above: float = -math.inf
+    most: float = math.inf
 
     def check(self, name: str, value) -> None:
         """UserError unless the number, or each of several, lies within; None passes."""
         numbers = value if isinstance(value, (list, tuple)) else [value]
-        if not all(number is None or self.hold(number) for number in numbers):
+        for number in numbers:
+            if (
+                number is None
+                or self.above < number < math.inf
+                and self.least <= number <= self.most
+            ):
+                continue
+            bounds = {
+                f"{self.least:g} or more": self.least,
+                f"a number above {self.above:g}": self.above,
+                f"at most {self.most:.10g}": self.most,
+            }
+            words = " and ".join(text for text, bound in bounds.items() if math.isfinite(bound))
             given = " ".join(map(str, numbers))
-            raise UserError(f"--{name.replace('_', '-')} {given}: give {self.words()}")
-
-    def hold(self, number: float) -> bool:
-        return (
-            math.isfinite(number)
-            and (self.least is None or number >= self.least)
-            and (self.above is None or number > self.above)
-            and (self.most is None or number <= self.most)
-        )
-
-    def words(self) -> str:
-        words = [] if self.least is None else [f"{self.least:g} or more"]
-        words += [] if self.above is None else [f"a number above {self.above:g}"]
-        return " and ".join(words + ([] if self.most is None else [f"at most {self.most:.10g}"]))
+            raise UserError(f"--{name.replace('_', '-')} {given}: give {words}")
 
 
 Setting = Annotated[T, SETTING]
@@ -92,7 +91,7 @@ class ClassOptions:
     classes: File | None = None
     "the classes: a line for each with its name, stuff or thing, and colour, as `sky stuff"
     "70,130,180` (default: classes.txt beside what is read, else --class-num)"
-    class_num: Setting[Annotated[int, "K"]] = 19
+    class_num: Setting[Annotated[int, Bounds(least=1, most=255), "K"]] = 19
     "instead: number of classes; 19 (Cityscapes) and 16 (SYNTHIA) need nothing more"
     stuff: Annotated[list[int], "ID"] | None = None
     "train IDs of stuff, for other class sets"

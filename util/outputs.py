@@ -71,14 +71,14 @@ class Outputs:
         replaced. Call this after every other check. Returns whether the inputs are as they were
         noted before.
         """
-        if begun and not (self.folder / "settings.json").exists():
-            raise UserError(
-                f"{self.folder}: is not empty, but has no settings.json that says what made its"
-                " content; move it away, or choose another name"
-            )
-        settings = json.loads(json.dumps(settings))  # tuples become lists
+        path, settings = self.folder / "settings.json", json.loads(json.dumps(settings))
         if begun:
-            before = read_json(self.folder / "settings.json")
+            if not path.exists():
+                raise UserError(
+                    f"{self.folder}: is not empty, but has no settings.json that says what made its"
+                    " content; move it away, or choose another name"
+                )
+            before = read_json(path)
             for name in {**before, **settings}:
                 if before.get(name) != settings.get(name):
                     raise UserError(
@@ -87,7 +87,7 @@ class Outputs:
                     )
         same = inputs is None or self._inputs_are_as_before(inputs, begun)
         if not begun:
-            write_json(self.folder / "settings.json", settings)
+            write_json(path, settings)
         return same
 
     def _inputs_are_as_before(self, inputs: Mapping[str, Path], begun: bool) -> bool:

@@ -37,21 +37,9 @@ OUT_OF_MEMORY = ("out of memory", "allocate memory", "Unable to allocate", "_ALL
 
 # What requirements.txt names: versions that results may depend on.
 PACKAGES = (
-    "torch",
-    "torchvision",
-    "segment-anything",
-    "numpy",
-    "pillow",
-    "scipy",
-    "tensorboard",
-    "matplotlib",
-    "jinja2",
-    "tqdm",
-    "scikit-learn",
-    "opencv-python-headless",
-    "pyclipper",
-    "transformers",
-)
+    "torch torchvision segment-anything numpy pillow scipy tensorboard matplotlib jinja2 tqdm"
+    " scikit-learn opencv-python-headless pyclipper transformers"
+).split()
 
 
 class UserError(Exception):
@@ -141,20 +129,17 @@ def select_device(name: str):
 
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    kind, _, number = name.partition(":")
-    if kind not in ("cpu", "cuda") or (":" in name and not number.isdigit()):
+    if not re.fullmatch(r"(cpu|cuda)(:\d+)?", name):
         raise UserError(f"--device {name}: no such device; give auto, cpu, cuda or cuda:N")
-    if kind == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if not count:
-            raise UserError(f"--device {name}: torch sees no CUDA device here; use --device cpu")
-        if not number:
-            number = str(int(os.environ.get("LOCAL_RANK", 0)) % count)
-        if int(number) >= count:
-            raise UserError(f"--device {name}: torch sees {count} CUDA devices, 0 to {count - 1}")
-        name = f"cuda:{number}"
-        torch.cuda.set_device(torch.device(name))
-    return torch.device(name)
+    if name.startswith("cpu"):
+        return torch.device(name)
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    number = int(name.partition(":")[2] or int(os.environ.get("LOCAL_RANK", 0)) % max(count, 1))
+    if number >= count:
+        raise UserError(f"--device {name}: torch sees {count} CUDA devices here; use --device cpu")
+    device = torch.device("cuda", number)
+    torch.cuda.set_device(device)
+    return device
 
 
 def exact_mode() -> None:
@@ -282,15 +267,11 @@ def path_from_here(path: str | Path) -> str:
     return str(path)
 
 
-def package_versions() -> dict[str, str | None]:
-    """{package: version} of PACKAGES; None: not installed (transformers is optional)."""
-    versions: dict[str, str | None] = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = None
-    return versions
+def version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:  # transformers is optional
+        return None
 
 
 def hardware() -> dict:
@@ -346,7 +327,7 @@ def manifest(
             for name, value in options.items()
             if name != "given"
         },
-        "versions": {"python": platform.python_version(), **package_versions()},
+        "versions": {"python": platform.python_version()} | {n: version(n) for n in PACKAGES},
         "git": {
             "commit": _output(*git, "rev-parse", "HEAD"),
             "changed": None if changed is None else bool(changed),
@@ -384,13 +365,10 @@ class Stopwatch:
 
 
 def tune_cpu() -> None:
-    """Settle two things that cost small machines half of the time. Call it before the first
-    computation.
+    """Twice the speed on small machines; call it before the first computation and thread.
 
-    Denormal numbers count as zero: a softmax over a thousand tokens is full of them, and a CPU
-    takes many times longer over each. Threads inherit this from the one that starts them. And glibc
-    keeps freed memory for the next step instead of returning it to the kernel, whose page faults
-    are slow on virtual machines.
+    Denormal numbers, which a softmax over a thousand tokens is full of, count as zero. And glibc
+    keeps freed memory: to get it again from the kernel costs page faults.
     """
     import torch
 
