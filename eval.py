@@ -1,8 +1,9 @@
 #!/usr/bin/env python
 """Evaluate a checkpoint, or a set of pseudo-labels, against ground truth: mean IoU from one
-confusion matrix.
+confusion matrix. Or write a checkpoint's predictions.
 
-Inputs   --id-list-path   rows `<image path> <ground-truth path>`, relative to --root-path; and one
+Inputs   --id-list-path   rows `<image path> <ground-truth path>`, relative to --root-path; with
+                          --predictions also `<image path>` alone, which gives no figures; and one
          of
          --checkpoint     a network of train_unimatch.py, UniMatch, DT-ST, CMA, ProDA or SHADE;
                           images enter it as its authors feed it (model/network.py)
@@ -11,20 +12,27 @@ Inputs   --id-list-path   rows `<image path> <ground-truth path>`, relative to -
                           first folder. An image of the ground truth that has no label map counts as
                           unlabeled
 Outputs  the table on screen; in --out: metrics.json, confusion.png, confusion.csv, run.json
-         (manifest, and what they were made from: of the same, they are not made again)
+         (manifest, and what they were made from: of the same, they are not made again).
+         With --predictions FOLDER, FOLDER/<image path>.png of every image, in its size: train IDs
+         (with the classes' colours as palette), Cityscapes' label IDs or colours. Stopped, the same
+         command goes on; FOLDER holds predictions of one checkpoint, list and mode
 
     python eval.py --checkpoint runs/seco/latest.pth --id-list-path splits/cityscapes/val.txt \\
         --root-path data/cityscapes --mode sliding_window
     python eval.py --labels splits/cityscapes/DTST_gta_vit_h/train.txt \\
         --id-list-path splits/cityscapes/train.txt --root-path data/cityscapes
-    # the same figures, images shared out to four processes
+    python eval.py --checkpoint runs/seco/latest.pth --id-list-path splits/cityscapes/test.txt \\
+        --root-path data/cityscapes --mode sliding_window --predictions runs/seco/test \\
+        --prediction-values label-ids
+    # the same figures and predictions, images shared out to four processes
     torchrun --nproc_per_node 4 eval.py …
 
 Modes (UniMatch's): `original`, the whole image in one pass; `sliding_window`, windows of
 --crop-size every two thirds of it, cut at the border, their probabilities summed; `center_crop`,
-the central square of image and label. CMA's, for wide images as ACDC's: `square_windows`, squares
-of the image's height, their logits averaged (model/network.py). The shipped GTA log was evaluated
-with sliding windows, SYNTHIA's and BDD's with original: state the mode with every figure.
+the central square of image and label (255 around it in a prediction). CMA's, for wide images as
+ACDC's: `square_windows`, squares of the image's height, their logits averaged (model/network.py).
+The shipped GTA log was evaluated with sliding windows, SYNTHIA's and BDD's with original: state the
+mode with every figure.
 
 Copied away, this file needs util/ and model/.
 """
@@ -35,6 +43,7 @@ import contextlib
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -43,19 +52,23 @@ from PIL import Image
 
 from util.charts import confusion_chart, save_chart
 from util.labels import (
-    IDS_13_IN_16,
-    IDS_16_IN_19,
+    CITYSCAPES_19,
     IGNORE,
+    LABEL_IDS_OF_19,
+    ClassSet,
     check_files,
     check_pairs,
     check_same_shape,
     chosen_classes,
+    holds_pictures,
     image_size,
     label_folder,
     read_image,
     read_label,
     read_list,
+    write_label,
 )
+from util.metrics import confusion_matrix, metrics_of, table
 from util.options import (
     Bounds,
     ClassOptions,
@@ -68,7 +81,15 @@ from util.options import (
     parse_options,
     settings_of,
 )
-from util.outputs import Outputs, atomic_path, made_before, made_from, read_json, write_json
+from util.outputs import (
+    Outputs,
+    atomic_path,
+    made_before,
+    made_from,
+    read_json,
+    remove_leftovers,
+    write_json,
+)
 from util.run import (
     UserError,
     exact_mode,
@@ -78,16 +99,21 @@ from util.run import (
     progress,
     run_main,
     select_device,
+    wait_for_all,
 )
 
 if TYPE_CHECKING:  # else where they are used: seconds that a finished evaluation does not need
+    from collections.abc import Callable
+
     import torch
     from torch import nn
 
     from model.network import Network
 
 Mode = Literal["original", "sliding_window", "center_crop", "square_windows"]
+Values = Literal["train-ids", "label-ids", "colour"]
 RESULTS = ("confusion.csv", "confusion.png", "metrics.json")
+REMEDY = "choose another --predictions, or remove that folder"
 CropSize = Annotated[int, Bounds(least=33), "PIXELS"]  # 33: the least that DeepLabV3+ takes
 
 
@@ -154,43 +180,91 @@ def predict(
     return scores
 
 
+def label_map(
+    network: Network, image: np.ndarray, mode: Mode = "original", crop_size: int = 769
+) -> np.ndarray:
+    """The predicted class of every pixel, uint8 H x W, of a uint8 H x W x 3 image; IGNORE around
+    the square of `center_crop`. Networks other than DeepLabV3+ have one mode, `network.mode`.
+    """
+    import torch
+
+    from model.resnet import to_tensor
+
+    with torch.inference_mode():
+        if mode == network.mode:
+            scores = network.logits(image).softmax(dim=1)
+        else:
+            device = next(network.model.parameters()).device
+            scores = predict(network.model, to_tensor(image)[None].to(device), mode, crop_size)
+        label = scores.argmax(dim=1)[0].to(torch.uint8).cpu().numpy()
+    if mode != "center_crop":
+        return label
+    whole = np.full(image.shape[:2], IGNORE, dtype=np.uint8)
+    whole[center_square(*whole.shape, crop_size)] = label
+    return whole
+
+
+def prediction_files(folder: Path | None, images: list[str]) -> dict[str, Path]:
+    """{image path: where its prediction goes}; none without a folder."""
+    image_of: dict[Path, str] = {}
+    for image in images if folder else ():
+        path = (folder / image).with_suffix(".png")
+        if image_of.setdefault(path, image) != image:
+            raise UserError(
+                f"{path}: would be the prediction of {image_of[path]} and of {image}; give each in"
+                " a list of its own"
+            )
+    return {image: path for path, image in image_of.items()}
+
+
+def write_prediction(path: Path, label: np.ndarray, classes: ClassSet, values: Values) -> None:
+    """A PNG of train IDs with palette; or 8 bits of Cityscapes' label IDs, 0 for IGNORE; or RGB,
+    black for IGNORE.
+    """
+    if values == "train-ids":
+        write_label(path, label, classes.palette)
+        return
+    value_of = LABEL_IDS_OF_19 if values == "label-ids" else classes.palette
+    table = np.zeros((256, *np.shape(value_of)[1:]), dtype=np.uint8)
+    table[: len(value_of)] = value_of
+    with atomic_path(path) as temporary:
+        Image.fromarray(table[label]).save(temporary, format="PNG")
+
+
 # --------------------------------------------------------------------------------------- evaluation
 
 
 def evaluate_checkpoint(
-    model: nn.Module | Network,
+    network: Network,
     rows,
     root: Path,
-    class_num: int,
-    mode: str,
+    mode: Mode,
     crop_size: int,
-    device,
     bar: str | None = None,
+    keep: Callable[[str, np.ndarray], None] | None = None,
 ) -> np.ndarray:
     """The confusion matrix of a network (in eval mode) over `rows` (image path, ground-truth path),
-    of this process's share of them; `summed` adds the processes' up. `bar`: title of the progress
-    bar of process 0. A `model.network.Network` does all of this itself: mode is then its
-    own. Ground truth has its image's size (util.labels.check_pairs, with same_size).
+    of this process's share of them; `summed` adds the processes' up. Rows of an image alone count
+    nothing.
+
+    Ground truth has its image's size (util.labels.check_pairs, with same_size).
+
+    bar: title of the progress bar of process 0.
+    keep: called with the image path and the prediction of each.
     """
-    import torch
-    from torch import nn
-
-    from model.resnet import to_tensor
-
     rank, world = process_rank()
+    class_num = network.class_num
     confusion = np.zeros((class_num, class_num + 1), dtype=np.int64)
-    share = rows[rank::world]
-    for image_path, truth_path in progress(share, bar or "", quiet=bar is None or rank > 0):
-        image, truth = read_image(root / image_path), read_label(root / truth_path, class_num)
-        if mode == "center_crop":
-            truth = truth[center_square(*truth.shape, crop_size)]
-        with torch.inference_mode():
-            if isinstance(model, nn.Module):
-                scores = predict(model, to_tensor(image)[None].to(device), mode, crop_size)
-            else:
-                scores = model.logits(image).softmax(dim=1)
-            prediction = scores.argmax(dim=1)[0].to(torch.uint8).cpu().numpy()
-        confusion += confusion_matrix(truth, prediction, class_num)
+    for image_path, *truth_path in progress(
+        rows[rank::world], bar or "", quiet=bar is None or rank > 0
+    ):
+        prediction = label_map(network, read_image(root / image_path), mode, crop_size)
+        if keep:
+            keep(image_path, prediction)
+        if truth_path:
+            truth = read_label(root / truth_path[0], class_num)
+            truth[prediction == IGNORE] = IGNORE  # around the square of center_crop
+            confusion += confusion_matrix(truth, prediction, class_num)
     return confusion
 
 
@@ -270,98 +344,6 @@ def summed(confusion: np.ndarray, device) -> np.ndarray:
     return total.cpu().numpy()
 
 
-# ------------------------------------------------------------------------------------------ metrics
-
-
-def confusion_matrix(truth: np.ndarray, prediction: np.ndarray, class_num: int) -> np.ndarray:
-    """int64 class_num x (class_num + 1): rows true class, columns predicted class; the last column
-    counts labeled ground-truth pixels without a prediction (IGNORE in a pseudo-label map).
-
-    truth, prediction: integer arrays of one shape with train IDs and IGNORE. Ground-truth IGNORE is
-    left out.
-    """
-    if truth.shape != prediction.shape:
-        raise ValueError(f"ground truth is {truth.shape}, prediction {prediction.shape}")
-    counted = truth != IGNORE
-    predicted = np.minimum(prediction[counted].astype(np.int64), class_num)
-    cells = truth[counted].astype(np.int64) * (class_num + 1) + predicted
-    shape = (class_num, class_num + 1)
-    return np.bincount(cells, minlength=class_num * (class_num + 1)).reshape(shape)
-
-
-def class_iou(confusion: np.ndarray) -> np.ndarray:
-    """IoU per class in [0, 1], float64; NaN for a class that is neither in the ground truth nor
-    predicted.
-
-    Pixels without a prediction count as missed (they are in the union through the ground truth).
-    """
-    square = confusion[:, :-1].astype(np.float64)
-    hit = np.diag(square)
-    union = confusion.sum(axis=1) + square.sum(axis=0) - hit
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(union > 0, hit / union, np.nan)
-
-
-def metrics_of(confusion: np.ndarray, names: tuple[str, ...]) -> dict:
-    """What is read off a confusion matrix (K x (K + 1)), in percent. names: of the K classes.
-
-    miou: mean over all classes, a class absent from the ground truth counting 0 (the shipped logs'
-    convention); miou_present: mean over classes present in the ground truth; accuracy: share of the
-    predicted pixels that are right; coverage: share of ground-truth pixels with a prediction;
-    miou_16, miou_13: means over the classes that SYNTHIA papers give, of 19 and of 16 classes;
-    iou: per class, None where neither in the ground truth nor predicted; absent: the classes that
-    the ground truth lacks.
-    """
-    iou, present = class_iou(confusion), confusion.sum(axis=1) > 0
-    counted = np.where(present, np.nan_to_num(iou), 0.0)
-    total, predicted = int(confusion.sum()), int(confusion[:, :-1].sum())
-    hit = int(np.trace(confusion[:, :-1]))
-    metrics = {
-        "miou": 100 * float(counted.mean()),
-        "miou_present": 100 * float(iou[present].mean()) if present.any() else 0.0,
-        "coverage": 100 * predicted / total if total else 0.0,
-        "accuracy": 100 * hit / predicted if predicted else 0.0,
-    }
-    ids_13 = [IDS_16_IN_19[i] for i in IDS_13_IN_16]
-    parts = {19: {"miou_16": IDS_16_IN_19, "miou_13": ids_13}, 16: {"miou_13": IDS_13_IN_16}}
-    for name, ids in parts.get(len(confusion), {}).items():
-        metrics[name] = float(np.mean([100 * float(counted[i]) for i in ids]))
-    found = [None if np.isnan(value) else 100 * float(value) for value in iou]
-    metrics["iou"] = dict(zip(names, found))
-    metrics["absent"] = [name for name, there in zip(names, present) if not there]
-    return metrics
-
-
-def table(metrics: dict, header: str) -> str:
-    """The figures as text: one class a line, then the means, named by their convention."""
-    width = max(len(name) for name in metrics["iou"])
-    lines = [header]
-    for number, (name, value) in enumerate(metrics["iou"].items()):
-        shown = "     -" if value is None else f"{value:6.2f}"
-        absent = "   absent from the ground truth" if name in metrics["absent"] else ""
-        lines.append(f"  {number:3d} {name:{width}s} {shown}{absent}")
-    count = len(metrics["iou"])
-    lines.append(
-        f"mIoU {metrics['miou']:.2f} %  over all {count} classes, one absent from the ground truth"
-        " counting 0 (as in the shipped logs)"
-    )
-    lines.append(
-        f"mIoU {metrics['miou_present']:.2f} %  over the {count - len(metrics['absent'])} classes"
-        " present in the ground truth"
-    )
-    for key, what in (
-        ("miou_16", "over SYNTHIA's 16 classes, absent = 0"),
-        ("miou_13", "over SYNTHIA's 13 classes (without wall, fence, pole), absent = 0"),
-    ):
-        if key in metrics:
-            lines.append(f"mIoU {metrics[key]:.2f} %  {what}")
-    lines.append(
-        f"accuracy {metrics['accuracy']:.2f} % of labeled pixels; coverage"
-        f" {metrics['coverage']:.2f} % of the ground truth's pixels are labeled"
-    )
-    return "\n".join(lines)
-
-
 # --------------------------------------------------------------------------------------------- main
 
 
@@ -383,6 +365,10 @@ class EvalOptions:
     "side of windows and of the central square, 33 or more"
     out: Folder | None = None
     "where to leave metrics.json and the pictures"
+    predictions: Folder | None = None
+    "where to leave the label map of every image, as PNG"
+    prediction_values: Values = "train-ids"
+    "what its pixels are; label-ids are Cityscapes' 34, which its server wants"
 
 
 @dataclass(kw_only=True)
@@ -392,24 +378,130 @@ class Options(DeviceOptions, ClassOptions, EvalOptions):
 
 def parse_args(argv: list[str] | None = None) -> Options:
     args = parse_options(Options, __doc__, argv)
-    one_of(args, "checkpoint", "labels")
+    if one_of(args, "checkpoint", "labels") == "labels" and args.predictions:
+        raise UserError("--predictions: a network makes them; give --checkpoint, not --labels")
     return args
 
 
-def checked_network(checkpoint: Path, class_num: int, mode: str, device):
-    """The network of a checkpoint; other networks than DeepLabV3+ have one mode, their authors'."""
+@dataclass
+class Evaluation:
+    """What is asked for.
+
+    rows: (image path, ground-truth path), or of images alone. label_of_image: {image path: its
+    label map}, of --labels. predictions: {image path: where its prediction goes}.
+    """
+
+    args: Options
+    rows: list[tuple[str, ...]]
+    classes: ClassSet
+    label_of_image: dict[str, str | Path]
+    predictions: dict[str, Path]
+
+    def __post_init__(self):
+        args, root = self.args, self.args.root_path
+        self.labeled = len(self.rows[0]) == 2
+        self.settings = {**settings_of(args), "names": self.classes.names}
+        given = {"list": args.id_list_path, "checkpoint": args.checkpoint, "labels": args.labels}
+        self.named = {name: path for name, path in given.items() if path and not path.is_dir()}
+        names = [row[-1] for row in self.rows] + [row[0] for row in self.rows if args.checkpoint]
+        maps = {f"of {image}": root / path for image, path in self.label_of_image.items()}
+        # {name: file} of all that the metrics are made from; with --labels no image is read
+        self.files = self.named | {name: root / name for name in names} | maps
+
+    def header(self) -> str:
+        """What is measured."""
+        args, count = self.args, len(self.rows)
+        if args.checkpoint:
+            crop = f" {args.crop_size}" if args.mode in ("sliding_window", "center_crop") else ""
+            what = (
+                f"{args.checkpoint}, {count} images of {args.id_list_path}, mode {args.mode}{crop}"
+            )
+            return f"{what}, IoU in percent" if self.labeled else what
+        header = f"{args.labels} against {args.id_list_path}: {count} images, IoU in percent"
+        if lacking := count - len(self.label_of_image):
+            header += f"; {lacking} of them have no label map and count as unlabeled"
+        return header
+
+    def finished(self) -> bool:
+        """Whether an earlier call has left all that is asked for; found without torch."""
+        out = self.args.out
+        if self.labeled and not out:
+            return False
+        results = [out / name for name in RESULTS] if out else []
+        files = [*results, *self.predictions.values(), *self.files.values()]
+        if not all(path.is_file() for path in files):
+            return False
+        return not self.labeled or made_before(out / "run.json", self.source)
+
+    @cached_property
+    def source(self) -> dict:
+        """What the metrics are made from."""
+        return made_from(self.settings, self.files)
+
+    def accept(self, folder: Outputs) -> None:
+        """In process 0: refuse the folder of --predictions if it holds those of something else."""
+        values, colours = self.args.prediction_values, self.classes.palette
+        inputs = {"checkpoint": self.args.checkpoint}
+        inputs |= {image: self.args.root_path / image for image in self.predictions}
+        settings = {**self.settings, "prediction_values": values, "colours": colours}
+        folder.accept(settings, inputs, holds_pictures(folder.folder))
+        for parent in {path.parent for path in self.predictions.values()}:
+            remove_leftovers(parent)
+
+    def keep(self, image: str, label: np.ndarray) -> None:
+        """Write the prediction of an image, unless it is there."""
+        path = self.predictions[image]
+        if not path.is_file():
+            write_prediction(path, label, self.classes, self.args.prediction_values)
+
+    def show(self, metrics: dict | None) -> None:
+        """On screen, the figures and where the predictions are."""
+        print(table(metrics, self.header()) if metrics else self.header())
+        if self.predictions:
+            print(f"{len(self.predictions)} label maps in {self.args.predictions}")
+
+
+def evaluation_of(args: Options) -> Evaluation:
+    """What the options ask for; lists and label maps checked."""
+    root, label_of_image = args.root_path, {}
+    rows = read_list(args.id_list_path, (1, 2) if args.predictions and not args.out else 2)
+    if len({len(row) for row in rows}) > 1:
+        raise UserError(f"{args.id_list_path}: some lines lack a ground truth; give two lists")
+    beside = args.checkpoint.parent if args.checkpoint else args.labels
+    if beside.is_file():
+        beside = label_folder(root, read_list(beside))
+    classes = chosen_classes(args, beside)
+    if args.prediction_values == "label-ids" and classes.names != CITYSCAPES_19.names:
+        raise UserError(
+            "--prediction-values label-ids: they are known of Cityscapes' 19 classes only; use"
+            " train-ids"
+        )
+    if args.labels:
+        check_files(root, [truth for _, truth in rows], args.id_list_path)
+        label_of_image = label_of_images(args.labels, rows, args.id_list_path, root)
+    predictions = prediction_files(args.predictions, [row[0] for row in rows])
+    return Evaluation(args, rows, classes, label_of_image, predictions)
+
+
+def checked_network(task: Evaluation, device) -> Network:
+    """The network of the checkpoint; other networks than DeepLabV3+ have one mode, their authors'.
+    And its images and ground truth are checked.
+    """
     from model.deeplabv3plus import DeepLabV3Plus
     from model.network import load_network
 
-    network = load_network(checkpoint, device, class_num)
-    if isinstance(network.model, DeepLabV3Plus):
-        return network.model
-    if mode != network.mode:
+    args, count = task.args, task.classes.count
+    network = load_network(args.checkpoint, device, count)
+    if args.mode != network.mode and not isinstance(network.model, DeepLabV3Plus):
         images = "whole images" if network.mode == "original" else "square windows"
         raise UserError(
-            f"{checkpoint}: a network of {network.format}, which is evaluated on {images}; use"
-            f" --mode {network.mode}, not {mode}"
+            f"{args.checkpoint}: a network of {network.format}, which is evaluated on {images}; use"
+            f" --mode {network.mode}, not {args.mode}"
         )
+    if task.labeled:
+        check_pairs(args.root_path, task.rows, args.id_list_path, count, same_size=True)
+    else:
+        check_files(args.root_path, [image for (image,) in task.rows], args.id_list_path)
     return network
 
 
@@ -428,74 +520,50 @@ def write_results(folder: Path, confusion: np.ndarray, metrics: dict, record: di
     write_json(folder / "run.json", record)
 
 
-def header_of(args: Options, images: int, labels: int) -> str:
-    """What is measured; labels: how many of the images have a label map (with --labels)."""
-    if args.checkpoint:
-        crop = f" {args.crop_size}" if args.mode in ("sliding_window", "center_crop") else ""
-        what = f"{images} images of {args.id_list_path}, mode {args.mode}{crop}"
-        return f"{args.checkpoint}, {what}, IoU in percent"
-    header = f"{args.labels} against {args.id_list_path}: {images} images, IoU in percent"
-    if labels < images:
-        header += f"; {images - labels} of them have no label map and count as unlabeled"
-    return header
-
-
-def named_files(args: Options) -> dict[str, Path]:
-    """{name: file} of what the options name."""
-    files = {"list": args.id_list_path, "checkpoint": args.checkpoint, "labels": args.labels}
-    return {name: path for name, path in files.items() if path and not path.is_dir()}
-
-
-def files_read(args: Options, rows, label_of_image: dict[str, str | Path]) -> dict[str, Path]:
-    """{name: file} of all that the metrics are made from; with --labels no image is read."""
-    names = [truth for _, truth in rows] + [image for image, _ in rows if args.checkpoint]
-    maps = {f"of {image}": args.root_path / path for image, path in label_of_image.items()}
-    return named_files(args) | {name: args.root_path / name for name in names} | maps
-
-
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    root, rows, label_of_image = args.root_path, read_list(args.id_list_path), {}
-    beside = args.checkpoint.parent if args.checkpoint else args.labels
-    if beside.is_file():
-        beside = label_folder(root, read_list(beside))
-    classes = chosen_classes(args, beside)
-    if args.labels:
-        check_files(root, [truth for _, truth in rows], args.id_list_path)
-        label_of_image = label_of_images(args.labels, rows, args.id_list_path, root)
-    header = header_of(args, len(rows), len(label_of_image))
-    settings = {**settings_of(args), "names": classes.names}
-    files = files_read(args, rows, label_of_image)
-    source = None
-    if args.out and all(path.is_file() for path in files.values()):
-        source = made_from(settings, files)
-        there = all((args.out / name).is_file() for name in RESULTS)
-        if there and made_before(args.out / "run.json", source):
-            if process_rank()[0] == 0:
-                print(table(read_json(args.out / "metrics.json"), header))
-            return
+    task, first = evaluation_of(args), process_rank()[0] == 0
+    if task.finished():
+        if first and args.predictions:
+            with Outputs(args.predictions, REMEDY) as folder:
+                task.accept(folder)
+        if first:
+            task.show(read_json(args.out / "metrics.json") if args.out else None)
+        return
 
     device = select_device(args.device)
     exact_mode()
-    if args.checkpoint:
-        model = checked_network(args.checkpoint, classes.count, args.mode, device)
-        check_pairs(root, rows, args.id_list_path, classes.count, same_size=True)
-    with Outputs(args.out) if args.out else contextlib.nullcontext():
-        with process_group(device) as (rank, _):
-            if args.checkpoint:
-                how = (classes.count, args.mode, args.crop_size, device, "evaluation")
-                confusion = evaluate_checkpoint(model, rows, root, *how)
-            else:
-                confusion = evaluate_labels(label_of_image, rows, root, classes.count)
-            confusion = summed(confusion, device)
-        if rank > 0:
+    network = checked_network(task, device) if args.checkpoint else None
+    with contextlib.ExitStack() as held:
+        folders = [
+            held.enter_context(Outputs(f, REMEDY)) for f in (args.predictions, args.out) if f
+        ]
+        source = task.source if args.out and first else None
+        held.enter_context(process_group(device))
+        if args.predictions and first:
+            task.accept(folders[0])
+        rows = task.rows
+        if not task.labeled:
+            rows = [row for row in rows if not task.predictions[row[0]].is_file()]
+        wait_for_all()
+        if network:
+            how = (args.root_path, args.mode, args.crop_size, "evaluation")
+            keep = task.keep if args.predictions else None
+            confusion = evaluate_checkpoint(network, rows, *how, keep)
+        else:
+            labels = task.label_of_image
+            confusion = evaluate_labels(labels, rows, args.root_path, task.classes.count)
+        confusion = summed(confusion, device)
+        if not first:
             return
-        metrics = metrics_of(confusion, classes.names)
-        print(table(metrics, header))
+        metrics = metrics_of(confusion, task.classes.names) if task.labeled else None
+        task.show(metrics)
+        record = manifest(vars(args), task.named, device)
+        if args.predictions:
+            write_json(args.predictions / "run.json", record)
         if args.out:
             mode = args.mode if args.checkpoint else "labels"
-            metrics |= {"mode": mode, "images": len(rows), "class_num": classes.count}
-            record = manifest(vars(args), named_files(args), device)
+            metrics |= {"mode": mode, "images": len(rows), "class_num": task.classes.count}
             write_results(args.out, confusion, metrics, {**record, "made_from": source})
 
 

@@ -63,6 +63,7 @@ from dataset.samples import (
 from eval import CropSize, Mode, evaluate_checkpoint, metrics_of, summed
 from model import losses
 from model.checkpoint import load_exactly, read_checkpoint
+from model.network import Network
 from model.resnet import BLOCKS, STEMS, normalised
 from model.train_logs import (
     Logs,
@@ -313,9 +314,9 @@ class Adaptation:
     def evaluate(self, rows) -> np.ndarray:
         """The confusion matrix over `rows` in fp32, so that eval.py gives the same figures."""
         args, trainer = self.args, self.trainer
-        how = (self.classes.count, args.eval_mode, args.crop_size, trainer.device, "evaluation")
-        trainer.model.eval()
-        confusion = evaluate_checkpoint(trainer.model, rows, args.root_path, *how)
+        network = Network(trainer.model.eval(), "DeepLabV3+", self.classes.count)
+        how = (args.root_path, args.eval_mode, args.crop_size, "evaluation")
+        confusion = evaluate_checkpoint(network, rows, *how)
         trainer.model.train()
         return summed(confusion, trainer.device)
 

@@ -69,6 +69,7 @@ from util.labels import (
     CITYSCAPES_19,
     IDS_16_IN_19,
     IGNORE,
+    LABEL_IDS_OF_19,
     SYNTHIA_16,
     ClassSet,
     check_classes,
@@ -91,9 +92,6 @@ from util.outputs import made_before, made_from, write_json
 from util.run import UserError, manifest, progress, run_main
 
 LINES_SHOWN = 20  # problems printed before the rest is counted only
-# Cityscapes' official label IDs in the order of the 19 train IDs (cityscapesscripts,
-# helpers/labels.py); all other IDs up to 33 are 255.
-LABEL_IDS_OF_19 = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
 LABEL_IDS_OF_16 = [LABEL_IDS_OF_19[id_in_19] for id_in_19 in IDS_16_IN_19]
 
 

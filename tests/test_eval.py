@@ -23,6 +23,7 @@ from eval import (
     table,
 )
 from model.deeplabv3plus import DeepLabV3Plus
+from model.network import Network, load_network
 from model.resnet import to_tensor
 from util.labels import (
     CITYSCAPES_19,
@@ -33,10 +34,8 @@ from util.labels import (
     write_label,
     write_list,
 )
+from util.outputs import Outputs
 from util.run import run_main
-
-CPU = torch.device("cpu")
-
 
 # --------------------------------------------------------------------------------------- prediction
 
@@ -338,15 +337,92 @@ def test_a_finished_evaluation_is_not_made_again(data, tmp_path, what, capsys):
         assert measured() and not measured()
 
 
+@pytest.mark.parametrize("mode", ["original", "sliding_window", "center_crop"])
+def test_predictions_are_the_network_s_at_full_size(data, tmp_path, mode):
+    """In each of the three forms, of the images' own size, with and without ground truth."""
+    (tmp_path / "test.txt").write_text("".join(f"images/val/city/{n}.png\n" for n in range(3)))
+    network, expected = load_network(data / "model.pth", "cpu", 19), []
+    for number in range(3):
+        image = to_tensor(np.asarray(Image.open(data / f"images/val/city/{number}.png")))[None]
+        with torch.no_grad():
+            label = predict(network.model, image, mode, 40).argmax(dim=1)[0].numpy()
+        whole = np.full((50, 70), 255)
+        whole[(slice(5, 45), slice(15, 55)) if mode == "center_crop" else ...] = label
+        expected.append(whole)
+    how = ("--checkpoint", data / "model.pth", "--mode", mode, "--crop-size", 40, "--predictions")
+    official = pytest.importorskip("cityscapesscripts.helpers.labels").trainId2label
+    for values in ("train-ids", "label-ids", "colour"):
+        argv = arguments(data, *how, tmp_path / values, "--prediction-values", values)
+        if values != "train-ids":
+            argv[1] = str(tmp_path / "test.txt")
+        main(argv)
+        for number, label in enumerate(expected):
+            with Image.open(tmp_path / values / f"images/val/city/{number}.png") as image:
+                assert image.mode == {"train-ids": "P", "label-ids": "L", "colour": "RGB"}[values]
+                found, colours = np.asarray(image), np.asarray(image.convert("RGB"))
+            if values == "train-ids":
+                assert np.array_equal(found, label)
+            for class_id in np.unique(label):
+                there, known = label == class_id, class_id != 255
+                if values == "label-ids":
+                    assert (found[there] == (official[class_id].id if known else 0)).all()
+                else:
+                    assert (colours[there] == (official[class_id].color if known else 0)).all()
+
+
+def test_predictions_resume_and_are_not_mixed(data, tmp_path, capsys):
+    shutil.copytree(data, tmp_path / "data")
+    unchanged, data, out = data / "model.pth", tmp_path / "data", tmp_path / "out"
+    (data / "val.txt").write_text("".join(f"images/val/city/{n}.png\n" for n in range(3)))
+    argv = arguments(data, "--checkpoint", data / "model.pth", "--predictions", out)
+
+    def told(*more) -> str:
+        """The error that ends the command."""
+        assert run_main(lambda: main([*argv, *map(str, more)])) == 2
+        return capsys.readouterr().err.strip().splitlines()[-1]
+
+    main(argv)
+    printed = capsys.readouterr().out
+    assert f"3 label maps in {out}" in printed and "IoU" not in printed
+    files = sorted(out.glob("images/**/*.png"))
+    content = [path.read_bytes() for path in files]
+    files[1].unlink()
+    before = [path.stat().st_mtime_ns for path in (files[0], files[2])]
+    main(argv)
+    main(argv)
+    assert [path.read_bytes() for path in files] == content
+    assert [path.stat().st_mtime_ns for path in (files[0], files[2])] == before
+    assert capsys.readouterr().out == 2 * printed
+    for gone in (False, True):  # of a finished folder, and of one that is not
+        if gone:
+            files[1].unlink()
+        assert "mode = original, now it is center_crop" in told("--mode", "center_crop")
+        assert "prediction_values = train-ids, now" in told("--prediction-values", "colour")
+        torch.save(torch.load(data / "model.pth") | {"epoch": 1}, data / "model.pth")
+        assert "model.pth: has changed since" in told()
+        shutil.copy(unchanged, data / "model.pth")
+    write_label(tmp_path / "other/a.png", np.zeros((2, 2), np.uint8), ())
+    argv[-1] = str(tmp_path / "other")
+    assert "but has no settings.json" in told()
+    with Outputs(tmp_path / "held"):
+        argv[-1] = str(tmp_path / "held")
+        assert "another run is writing there" in told()
+    (data / "val.txt").write_text("images/a.png\nimages/a.jpg\n")
+    assert "a.png: would be the prediction of images/a.png and of images/a.jpg" in told()
+
+
 def test_two_processes_give_the_figures_of_one(data, tmp_path, monkeypatch, capsys):
-    """Three images on two processes: none is counted twice, and one table is printed."""
+    """Three images on two processes: none is counted or predicted twice, and one table printed."""
     argv = arguments(
         data, "--checkpoint", data / "model.pth", "--mode", "sliding_window", "--crop-size", 40
     )
-    together = [*argv, "--out", str(tmp_path / "two")]
+    together = [*argv, "--out", str(tmp_path / "two"), "--predictions", str(tmp_path / "maps")]
     second = beside_a_second(monkeypatch, lambda: main(together), "eval.py", *together)
     assert second == "" and capsys.readouterr().out.count("over all 19 classes") == 1
-    main([*argv, "--out", str(tmp_path / "one")])
+    main([*argv, "--out", str(tmp_path / "one"), "--predictions", str(tmp_path / "map")])
+    for path in (data / "images").glob("**/*.png"):
+        name = path.relative_to(data)
+        assert (tmp_path / "map" / name).read_bytes() == (tmp_path / "maps" / name).read_bytes()
     for name in ("metrics.json", "confusion.csv", "confusion.png"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
@@ -383,6 +459,7 @@ def test_bad_input_is_told_in_one_line(data, tmp_path, capsys):
         "bad": "images/val/city/0.png gt/bad.png\n",
         "small": "images/val/city/0.png gt/small.png\n",
         "columns": "images/val/city/0.png\n",
+        "mixed": "images/val/city/0.png\nimages/val/city/1.png gt/small.png\n",
         "others": "images/val/city/9.png exp/val/city/0.png\n",
         "turned": "images/val/city/0.png gt/turned.png\n",
         "away": "images/val/city/0.png ../gt.png\n",
@@ -393,6 +470,7 @@ def test_bad_input_is_told_in_one_line(data, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     (tmp_path / "folder").mkdir()
     model = ("--checkpoint", data / "model.pth")
+    labels_ids = (*model, "--predictions", tmp_path / "p", "--prediction-values", "label-ids")
     cases = [
         (("--checkpoint", tmp_path / "no.pth"), None, "no.pth: no such checkpoint"),
         (("--checkpoint", tmp_path / "file"), None, "not a checkpoint of tensors"),
@@ -407,6 +485,10 @@ def test_bad_input_is_told_in_one_line(data, tmp_path, capsys):
         (model, "turned", "turned.png: 50x70 pixels do not show the same as the 70x50"),
         (model, "away", "line 1: ../gt.png does not lie below --root-path"),
         (model, "twice", "line 2: images/val/city/0.png is in line 1 already"),
+        ((*model, "--predictions", tmp_path / "p", "--out", tmp_path), "columns", "line 1: 1 col"),
+        ((*model, "--predictions", tmp_path / "p"), "mixed", "some lines lack a ground truth"),
+        (("--labels", tmp_path, "--predictions", tmp_path / "p"), None, "give --checkpoint, not"),
+        ((*labels_ids, "--class-num", 16), None, "known of Cityscapes' 19 classes only"),
         (model, "columns", "line 1: 1 columns where 2 are wanted"),
         (("--labels", tmp_path / "no.txt"), None, "no.txt: no such list file"),
         (("--labels", tmp_path / "others.txt"), None, "has none of the images of"),
@@ -432,6 +514,7 @@ def test_evaluation_leaves_the_network_as_it_was(data):
     model = DeepLabV3Plus(10, 19).eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     rows = [("images/val/city/0.png", "gt/val/city/0.png")]
-    confusion = evaluate_checkpoint(model, rows, Path(data), 19, "original", 40, CPU)
+    network = Network(model, "DeepLabV3+", 19)
+    confusion = evaluate_checkpoint(network, rows, Path(data), "original", 40)
     assert confusion.sum() == (read_label(data / rows[0][1]) != 255).sum()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

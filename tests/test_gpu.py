@@ -19,6 +19,7 @@ from dataset.toy import SPLITS, draw_scene, make_toy
 from eval import evaluate_checkpoint
 from model import scc
 from model.deeplabv3plus import DeepLabV3Plus
+from model.network import Network
 from model.sam import load_segmenter
 from model.training import perturbation_factors
 from scripts.dev import bench, gpu
@@ -92,11 +93,13 @@ def test_evaluation_has_the_cpu_s_confusion(mode, tmp_path):
     save_picture(tmp_path / "image.png", scene.image)
     write_label(tmp_path / "truth.png", scene.label, CITYSCAPES_19.palette)
     seed_everything(0)
-    model, rows = DeepLabV3Plus(10, 19).eval(), [("image.png", "truth.png")]
-    here, there = (
-        evaluate_checkpoint(model.to(name), rows, tmp_path, 19, mode, 129, torch.device(name))
-        for name in DEVICES
-    )
+    network = Network(DeepLabV3Plus(10, 19).eval(), "DeepLabV3+", 19)
+    found = []
+    for name in DEVICES:
+        network.model.to(name)
+        rows = [("image.png", "truth.png")]
+        found.append(evaluate_checkpoint(network, rows, tmp_path, mode, 129))
+    here, there = found
     assert np.abs(here - there).sum() <= 2 * 0.001 * here.sum()
 
 

@@ -11,8 +11,10 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 
 from dataset.toy import draw_scene
+from model.deeplabv3plus import DeepLabV3Plus
 from util.labels import class_set, read_label, write_label
 from util.pictures import save_picture
 
@@ -60,9 +62,9 @@ def help_text(script: str) -> str:
     return text.getvalue()
 
 
-def test_the_python_call_runs(tmp_path, monkeypatch):
-    """With the tiny SAM on the CPU in ViT-H's place."""
-    block = re.search(r"```python\n(.*?)```", README, re.S)[1]
+def test_the_python_calls_run(tmp_path, monkeypatch):
+    """With the tiny SAM in ViT-H's place and a small random network, on the CPU."""
+    block, predicting = re.findall(r"```python\n(.*?)```", README, re.S)
     assert block.count('"vit_h", device="cuda"') == 1
     scene = draw_scene(3, "target", 96, 192)
     monkeypatch.chdir(tmp_path)
@@ -71,6 +73,12 @@ def test_the_python_call_runs(tmp_path, monkeypatch):
     exec(block.replace('"vit_h", device="cuda"', '"tiny", device="cpu"'), {})
     label = read_label(tmp_path / "street_psa.png", 19)
     assert label.shape == (96, 192) and (label != 255).any()
+    model = DeepLabV3Plus(10, 19)
+    (tmp_path / "runs/seco").mkdir(parents=True)
+    torch.save({"model": model.state_dict(), "config": model.config}, "runs/seco/latest.pth")
+    exec(predicting.replace('"cuda"', '"cpu"'), {})
+    label = read_label(tmp_path / "street_label.png", 19)
+    assert label.shape == (96, 192) and (label != 255).all()
 
 
 def test_the_commands_are_found():

@@ -84,6 +84,8 @@ CITYSCAPES_19 = ClassSet(
     stuff=(0, 1, 2, 3, 4, 8, 9, 10),
     things=(5, 6, 7, 11, 12, 13, 14, 15, 16, 17, 18),
 )
+# Their official label IDs (cityscapesscripts, helpers/labels.py).
+LABEL_IDS_OF_19 = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
 
 # SYNTHIA's 16 classes: the 19 without terrain, truck and train, renumbered without gaps.
 IDS_16_IN_19 = (0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 11, 12, 13, 15, 17, 18)

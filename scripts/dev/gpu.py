@@ -33,6 +33,7 @@ import seco_scc
 from dataset.toy import draw_scene
 from eval import evaluate_checkpoint
 from model.deeplabv3plus import DeepLabV3Plus
+from model.network import Network
 from model.sam import load_segmenter
 from model.scc import LABEL_SMOOTHING, gradients, make_classifier, make_optimizer
 from scripts.dev import bench
@@ -137,10 +138,10 @@ def evaluation(case: str, size: dict, device: torch.device) -> dict:
         root = Path(folder)
         save_picture(root / "image.png", scene.image)
         write_label(root / "truth.png", scene.label, CITYSCAPES_19.palette)
-        how = (root, 19, case, size["crop"], device)
+        network, how = Network(model, "DeepLabV3+", 19), (root, case, size["crop"])
         for images in (1, size["images"]):  # one to warm up
             start = bench.clock(device)
-            evaluate_checkpoint(model, [("image.png", "truth.png")] * images, *how)
+            evaluate_checkpoint(network, [("image.png", "truth.png")] * images, *how)
             rate = images / (bench.clock(device) - start)
     return {"images/s": rate, **in_gb(run.peak_memory_mb(device))}
 

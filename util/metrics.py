@@ -1,0 +1,96 @@
+"""IoU and accuracy, read off one confusion matrix."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from util.labels import IDS_13_IN_16, IDS_16_IN_19, IGNORE
+
+
+def confusion_matrix(truth: np.ndarray, prediction: np.ndarray, class_num: int) -> np.ndarray:
+    """int64 class_num x (class_num + 1): rows true class, columns predicted class; the last column
+    counts labeled ground-truth pixels without a prediction (IGNORE in a pseudo-label map).
+
+    truth, prediction: integer arrays of one shape with train IDs and IGNORE. Ground-truth IGNORE is
+    left out.
+    """
+    if truth.shape != prediction.shape:
+        raise ValueError(f"ground truth is {truth.shape}, prediction {prediction.shape}")
+    counted = truth != IGNORE
+    predicted = np.minimum(prediction[counted].astype(np.int64), class_num)
+    cells = truth[counted].astype(np.int64) * (class_num + 1) + predicted
+    shape = (class_num, class_num + 1)
+    return np.bincount(cells, minlength=class_num * (class_num + 1)).reshape(shape)
+
+
+def class_iou(confusion: np.ndarray) -> np.ndarray:
+    """IoU per class in [0, 1], float64; NaN for a class that is neither in the ground truth nor
+    predicted.
+
+    Pixels without a prediction count as missed (they are in the union through the ground truth).
+    """
+    square = confusion[:, :-1].astype(np.float64)
+    hit = np.diag(square)
+    union = confusion.sum(axis=1) + square.sum(axis=0) - hit
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(union > 0, hit / union, np.nan)
+
+
+def metrics_of(confusion: np.ndarray, names: tuple[str, ...]) -> dict:
+    """What is read off a confusion matrix (K x (K + 1)), in percent. names: of the K classes.
+
+    miou: mean over all classes, a class absent from the ground truth counting 0 (the shipped logs'
+    convention); miou_present: mean over classes present in the ground truth; accuracy: share of the
+    predicted pixels that are right; coverage: share of ground-truth pixels with a prediction;
+    miou_16, miou_13: means over the classes that SYNTHIA papers give, of 19 and of 16 classes;
+    iou: per class, None where neither in the ground truth nor predicted; absent: the classes that
+    the ground truth lacks.
+    """
+    iou, present = class_iou(confusion), confusion.sum(axis=1) > 0
+    counted = np.where(present, np.nan_to_num(iou), 0.0)
+    total, predicted = int(confusion.sum()), int(confusion[:, :-1].sum())
+    hit = int(np.trace(confusion[:, :-1]))
+    metrics = {
+        "miou": 100 * float(counted.mean()),
+        "miou_present": 100 * float(iou[present].mean()) if present.any() else 0.0,
+        "coverage": 100 * predicted / total if total else 0.0,
+        "accuracy": 100 * hit / predicted if predicted else 0.0,
+    }
+    ids_13 = [IDS_16_IN_19[i] for i in IDS_13_IN_16]
+    parts = {19: {"miou_16": IDS_16_IN_19, "miou_13": ids_13}, 16: {"miou_13": IDS_13_IN_16}}
+    for name, ids in parts.get(len(confusion), {}).items():
+        metrics[name] = float(np.mean([100 * float(counted[i]) for i in ids]))
+    found = [None if np.isnan(value) else 100 * float(value) for value in iou]
+    metrics["iou"] = dict(zip(names, found))
+    metrics["absent"] = [name for name, there in zip(names, present) if not there]
+    return metrics
+
+
+def table(metrics: dict, header: str) -> str:
+    """The figures as text: one class a line, then the means, named by their convention."""
+    width = max(len(name) for name in metrics["iou"])
+    lines = [header]
+    for number, (name, value) in enumerate(metrics["iou"].items()):
+        shown = "     -" if value is None else f"{value:6.2f}"
+        absent = "   absent from the ground truth" if name in metrics["absent"] else ""
+        lines.append(f"  {number:3d} {name:{width}s} {shown}{absent}")
+    count = len(metrics["iou"])
+    lines.append(
+        f"mIoU {metrics['miou']:.2f} %  over all {count} classes, one absent from the ground truth"
+        " counting 0 (as in the shipped logs)"
+    )
+    lines.append(
+        f"mIoU {metrics['miou_present']:.2f} %  over the {count - len(metrics['absent'])} classes"
+        " present in the ground truth"
+    )
+    for key, what in (
+        ("miou_16", "over SYNTHIA's 16 classes, absent = 0"),
+        ("miou_13", "over SYNTHIA's 13 classes (without wall, fence, pole), absent = 0"),
+    ):
+        if key in metrics:
+            lines.append(f"mIoU {metrics[key]:.2f} %  {what}")
+    lines.append(
+        f"accuracy {metrics['accuracy']:.2f} % of labeled pixels; coverage"
+        f" {metrics['coverage']:.2f} % of the ground truth's pixels are labeled"
+    )
+    return "\n".join(lines)
