@@ -63,7 +63,6 @@ from dataset.samples import (
 from eval import CropSize, Mode, evaluate_checkpoint, metrics_of, summed
 from model import losses
 from model.checkpoint import load_exactly, read_checkpoint
-from model.network import Network
 from model.resnet import BLOCKS, STEMS, normalised
 from model.train_logs import (
     Logs,
@@ -313,6 +312,8 @@ class Adaptation:
 
     def evaluate(self, rows) -> np.ndarray:
         """The confusion matrix over `rows` in fp32, so that eval.py gives the same figures."""
+        from model.network import Network  # here: the other networks load torchvision
+
         args, trainer = self.args, self.trainer
         network = Network(trainer.model.eval(), "DeepLabV3+", self.classes.count)
         how = (args.root_path, args.eval_mode, args.crop_size, "evaluation")

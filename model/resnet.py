@@ -17,8 +17,6 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from torchvision.models import get_weight
-from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from model.checkpoint import load_exactly, read_checkpoint, state_dict_in
 from util.run import UserError
@@ -43,34 +41,50 @@ def to_tensor(image: np.ndarray) -> torch.Tensor:
     return normalised(torch.from_numpy(np.array(image))[None])[0].contiguous()
 
 
-def conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+def conv3x3(inputs: int, outputs: int, stride: int = 1, dilation: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, 3, stride, padding=dilation, dilation=dilation, bias=False)
 
 
-def dilated_block(
-    kind: type[BasicBlock | Bottleneck], inputs: int, width: int, stride: int, dilation: int
-) -> nn.Module:
-    """torchvision's block with a dilation, which its BasicBlock does not offer: B x inputs x h x w
-    to B x (width * kind.expansion) x h/stride x w/stride.
+def conv1x1(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+
+
+class Block(nn.Module):
+    """torchvision's BasicBlock (`bottleneck` false) or Bottleneck, with a dilation of its 3x3
+    convolutions: B x inputs x h x w to B x (width or 4 width) x h/stride x w/stride.
     """
-    outputs, shortcut = width * kind.expansion, None
-    if stride > 1 or inputs != outputs:
-        convolution = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
-        shortcut = nn.Sequential(convolution, nn.BatchNorm2d(outputs))
-    block = kind(inputs, width, stride, shortcut)
-    for module in block.modules():
-        if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
-            module.dilation = module.padding = (dilation, dilation)
-    return block
+
+    def __init__(self, bottleneck: bool, inputs: int, width: int, stride: int, dilation: int):
+        super().__init__()
+        outputs, shortcut = width * EXPANSION[bottleneck], None
+        if stride > 1 or inputs != outputs:
+            shortcut = nn.Sequential(conv1x1(inputs, outputs, stride), nn.BatchNorm2d(outputs))
+        self.bottleneck, self.relu = bottleneck, nn.ReLU(inplace=True)
+        if bottleneck:
+            self.conv1, self.bn1 = conv1x1(inputs, width), nn.BatchNorm2d(width)
+            self.conv2, self.bn2 = conv3x3(width, width, stride, dilation), nn.BatchNorm2d(width)
+            self.conv3, self.bn3 = conv1x1(width, outputs), nn.BatchNorm2d(outputs)
+        else:
+            self.conv1, self.bn1 = conv3x3(inputs, width, stride, dilation), nn.BatchNorm2d(width)
+            self.conv2, self.bn2 = conv3x3(width, width, 1, dilation), nn.BatchNorm2d(width)
+        self.downsample = shortcut
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        if self.bottleneck:
+            y = self.bn3(self.conv3(self.relu(y)))
+        y += x if self.downsample is None else self.downsample(x)
+        return self.relu(y)
 
 
-# Depth: block, blocks in layer1 .. layer4, width of layer1's 3x3 convolutions, which doubles from
-# layer to layer (He et al. 2016, table 1; 10 is ours).
+EXPANSION = {False: 1, True: 4}  # a block's output channels over its width, by `bottleneck`
+# Depth: whether of bottlenecks, blocks in layer1 .. layer4, width of layer1's 3x3 convolutions,
+# which doubles from layer to layer (He et al. 2016, table 1; 10 is ours).
 BLOCKS = {
-    10: (BasicBlock, (1, 1, 1, 1), 32),
-    18: (BasicBlock, (2, 2, 2, 2), 64),
-    50: (Bottleneck, (3, 4, 6, 3), 64),
-    101: (Bottleneck, (3, 4, 23, 3), 64),
+    10: (False, (1, 1, 1, 1), 32),
+    18: (False, (2, 2, 2, 2), 64),
+    50: (True, (3, 4, 6, 3), 64),
+    101: (True, (3, 4, 23, 3), 64),
 }
 
 
@@ -87,7 +101,8 @@ class ResNet(nn.Module):
 
     def __init__(self, depth: int, stem: str = "deep", dilate_last: bool = True):
         super().__init__()
-        block, counts, base = BLOCKS[depth]
+        bottleneck, counts, base = BLOCKS[depth]
+        expansion = EXPANSION[bottleneck]
         self.depth, self.stem = depth, stem
         if stem == "deep":
             inputs = 2 * base
@@ -113,10 +128,10 @@ class ResNet(nn.Module):
             for index in range(count):
                 stride = 1 if number == 1 or dilated or index > 0 else 2
                 dilation = 2 if dilated and index > 0 else 1
-                blocks.append(dilated_block(block, inputs, width, stride, dilation))
-                inputs = width * block.expansion
+                blocks.append(Block(bottleneck, inputs, width, stride, dilation))
+                inputs = width * expansion
             setattr(self, f"layer{number}", nn.Sequential(*blocks))
-        self.channels = tuple(width * block.expansion for width in widths)
+        self.channels = tuple(width * expansion for width in widths)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -210,6 +225,8 @@ def _imagenet_weights(backbone: ResNet) -> dict[str, torch.Tensor]:
             "--backbone-weights imagenet: torchvision has weights for its own stem only; use --stem"
             " torchvision, or give UniMatch's pretrained/resnet101.pth for the deep stem"
         )
+    from torchvision.models import get_weight  # here: loading it takes two seconds
+
     weights = get_weight(f"ResNet{backbone.depth}_Weights.IMAGENET1K_V1")
     try:
         return weights.get_state_dict(progress=True)
