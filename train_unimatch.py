@@ -188,8 +188,7 @@ class Trainer:
             "loss_w_fp": loss_fp,
             "mask_ratio": kept,
         }
-        shown = {"pred_x": pred_x, "pred_w": pred_w, "label_s1": target_s1["label"]}
-        return loss, logged, shown
+        return loss, logged, {"pred_x": pred_x, "pred_w": pred_w, "label_s1": target_s1["label"]}
 
     def supervised_losses(self, batch: dict) -> tuple[torch.Tensor, dict, dict]:
         """The same three of the labeled list alone."""
