@@ -353,6 +353,7 @@ def take_labels(options: LabelOptions) -> None:
         rows.append((image, path))
     write_classes(root / exp, classes)
     write_list(options.out_list, rows)
+    write_json(root / exp / "run.json", manifest(vars(options)))  # by which a page finds them
     print(f"{options.out_list}: {len(rows)} labels of {options.labels}, in {root / exp}")
 
 
