@@ -12,11 +12,13 @@ Needs when copied away: util/{outputs,run}.py.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import cv2
 import numpy as np
@@ -31,7 +33,7 @@ from torch.nn import functional as F
 from torchvision.ops.boxes import batched_nms
 
 from util.outputs import atomic_path
-from util.run import Stopwatch
+from util.run import Stopwatch, UserError
 
 MASK_THRESHOLD = 0.0  # logits above it are the mask
 FULL_SIZE_PIXELS = 1 << 28  # of masks that a GPU looks at together at the image's size
@@ -311,8 +313,13 @@ def save_proposals(path: Path, masks: list[ProposalMask]) -> None:
 
 def load_proposals(path: Path, device: torch.device) -> list[ProposalMask]:
     """What `save_proposals` wrote."""
-    with np.load(path) as file:
-        boxes, bits = file["boxes"].tolist(), np.unpackbits(file["bits"]).astype(bool)
+    try:
+        with np.load(path) as file:
+            boxes, bits = file["boxes"].tolist(), np.unpackbits(file["bits"]).astype(bool)
+    except (OSError, ValueError, EOFError, KeyError, BadZipFile, zlib.error) as error:
+        raise UserError(
+            f"{path}: not readable as mask proposals ({error}); remove the file"
+        ) from None
     masks, start = [], 0
     for x0, y0, x1, y1 in boxes:
         height, width = y1 - y0 + 1, x1 - x0 + 1

@@ -39,7 +39,7 @@ from util.labels import (
     write_list,
 )
 from util.pictures import save_picture
-from util.run import run_main
+from util.run import UserError, run_main
 
 ROOT = Path(__file__).resolve().parents[1]
 CAMVID = ROOT.parent / "shared" / "data" / "camvid"
@@ -251,6 +251,11 @@ def test_cached_proposals_give_the_same_labels(sam, tmp_path):
         )
         assert plain.aligned == made.aligned == taken.aligned
         assert (plain.label == taken.label).all() and (plain.label == made.label).all()
+    whole = (tmp_path / "x.npz").read_bytes()
+    for damaged in (b"", whole[:-30], whole[:90] + whole[99:], whole.replace(b"bits", b"pits")):
+        (tmp_path / "x.npz").write_bytes(damaged)
+        with pytest.raises(UserError, match="x.npz: not readable as mask proposals.*; remove the"):
+            seco_sam.cached_proposals(reader, tmp_path / "x.npz")
 
 
 def test_batches_decoded_side_by_side_give_what_one_thread_gives(sam):
@@ -444,10 +449,17 @@ def test_outputs(finished):
 
 
 def test_a_finished_list_is_not_computed_again(finished):
+    """But the image whose record is of an older form, which lacked a field, is."""
     before = {p: p.stat().st_mtime_ns for p in (finished / "pix_tiny").glob("*.png")}
     result = run(finished)
     assert result.code == 0 and "4 of 4 images are done" in result.out
     assert before == {p: p.stat().st_mtime_ns for p in (finished / "pix_tiny").glob("*.png")}
+    path = finished / "pix_tiny/stats/0.png.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps({name: record[name] for name in record if name != "kept"}))
+    result = run(finished)
+    assert result.code == 0 and "3 of 4 images are done" in result.out
+    assert json.loads(path.read_text()).keys() == record.keys()
 
 
 def test_two_processes_give_the_same_bytes(finished, tmp_path):

@@ -133,12 +133,8 @@ def read_classes(path: str | Path) -> ClassSet:
     `thing` or `neither` and, if wanted, its colour: `traffic sign thing 220,220,0`. `#` begins a
     comment.
     """
-    names, palette, ids, lines = (
-        [],
-        [],
-        {"stuff": [], "thing": [], "neither": []},
-        lines_of(path, "file of classes"),
-    )
+    names, palette, ids = [], [], {"stuff": [], "thing": [], "neither": []}
+    lines = lines_of(path, "file of classes")
     generated = generated_palette(len(lines))
     for number, line in enumerate(lines, start=1):
         where, words = f"{path}, line {number}", line.split("#")[0].split()
@@ -166,7 +162,7 @@ def read_classes(path: str | Path) -> ClassSet:
 
 
 def lines_of(path: str | Path, what: str) -> list[str]:
-    """The lines of a text file; what: it is, for errors."""
+    """The lines of a text file; what: its kind, for errors."""
     try:
         return Path(path).read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError:
