@@ -2,9 +2,8 @@
 """Stage 0: pixel-level pseudo-labels of any model, thresholded class by class over the whole list.
 
 Two rules. `top-p`, DT-ST's: of all pixels of the list that the model predicts as a class, the top p
-by confidence (largest softmax probability) keep the class; the rest becomes 255. Paper: p = 0.5;
-`--top-p-things` sets another p for things. `cbst`: the rule of CBST's released code, see
-`cbst_label`. No ground truth is read.
+by confidence (largest softmax probability) keep the class; the rest becomes 255. Paper: p = 0.5.
+`cbst`: the rule of CBST's released code, see `cbst_label`. No ground truth is read.
 
 Inputs   --id-list-path: one image a line, relative to --root-path; further columns are not read;
          and one of
@@ -16,22 +15,17 @@ Inputs   --id-list-path: one image a line, relative to --root-path; further colu
                             smaller than the images. scripts/README.md: how mmsegmentation's models
                             (HRDA, DAFormer, MIC) write them
 Outputs  <root>/<exp>/<image path without its first folder>.png   palette PNG of train IDs and 255
-         --out-list, rows `<image> <label>`; <root>/<exp>/summary.json (thresholds and shares per
-         class), overview.png, settings.json and inputs.json (what the labels were made from),
-         run.json (manifest)
+         --out-list, rows `<image> <label>`; beside the labels summary.json (thresholds and shares
+         per class), overview.png, settings.json, inputs.json and run.json (manifest)
 
-    python -m scripts.make_pseudo_labels --id-list-path splits/cityscapes/train.txt \\
-        --root-path data/cityscapes --checkpoint runs/source/latest.pth \\
-        --exp pix --out-list splits/cityscapes/pix/train.txt
     python -m scripts.make_pseudo_labels --id-list-path splits/cityscapes/train.txt \\
         --root-path data/cityscapes --checkpoint pretrained/G2C_model_iter020000.pth \\
         --preset dtst --exp DTST --out-list splits/cityscapes/DTST/train.txt
-    # the same on four GPUs
-    torchrun --nproc_per_node 4 -m scripts.make_pseudo_labels …
+    # on four GPUs: torchrun --nproc_per_node 4 -m scripts.make_pseudo_labels …
 
-Confidences wait in <root>/<exp>/.confidence (5 bytes a pixel, 6 with cbst; removed at the end), so
-a stopped run goes on where it was. With `top-p` the model runs once an image, with `cbst` twice.
-The ranking is exact: see `radix_select`.
+Predictions wait in <root>/<exp>/.confidence, so a stopped run goes on where it was; they are
+removed at the end. They take 5 bytes a pixel (6 with cbst), 31 GB for Cityscapes' 2975 images, and
+with --preset dtst a sixteenth. With `top-p` the model runs once an image, with `cbst` twice.
 
 Copied away, this file needs util/ and model/.
 """
@@ -43,23 +37,24 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # for `python scripts/NAME.py`
 
 import numpy as np
+import torch
 from PIL import Image
 
+from model.network import load_network
 from util.labels import (
     IGNORE,
     ClassSet,
-    check_files,
     check_same_shape,
     chosen_classes,
     holds_pictures,
     image_size,
+    in_experiment,
     read_image,
     read_list,
     write_classes,
@@ -102,7 +97,7 @@ from util.run import (
     wait_for_all,
 )
 
-HALF = 1 << 16  # values of half a float32's bits
+DIGITS = 1 << 16  # values of half a float32's bits
 # DT-ST keeps every fourth pixel of the label in each direction (256x512 of 1024x2048) and writes it
 # as a 4x4 block.
 DTST_STEP = 4
@@ -216,43 +211,24 @@ def radix_select(
     predictions: called twice, gives (prediction, confidence) arrays of one shape, image by image.
     rank_of: of all classes at once, whole numbers, K → K.
     """
-    counts = digit_counts(predictions(), class_num)
-    n = counts.sum(axis=1)
-    rank = rank_of(n)
-    has_rank = (rank >= 0) & (rank < n)
-    upper, rank = digit_at(np.where(has_rank, rank, 0), counts)
-    lower, _ = digit_at(rank, digit_counts(predictions(), class_num, upper))
-    values = (upper * HALF + lower).astype(np.uint32).view(np.float32)
-    return np.where(has_rank, values, np.float32(np.nan))
-
-
-def digit_counts(
-    predictions: Iterable, class_num: int, upper: np.ndarray | None = None
-) -> np.ndarray:
-    """int64 K x HALF: in each class, how many confidences have which upper 16 bits; or, given each
-    class's `upper` ones (K), which lower 16 bits, of those that have these.
-    """
-    counts = np.zeros(class_num * HALF, dtype=np.int64)
-    for prediction, confidence in predictions:
-        bits = confidence.view(np.uint32)
-        digit = bits >> 16
-        if upper is not None:
-            inside = digit == upper[prediction]
-            prediction, digit = prediction[inside], bits[inside] & (HALF - 1)
-        cells = prediction.astype(np.int64) * HALF + digit
-        counts += np.bincount(cells.ravel(), minlength=counts.size)
-    return counts.reshape(class_num, HALF)
-
-
-def digit_at(rank: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Per class (K each) the digit of number `rank`, and its rank among those of this digit; counts
-    as `digit_counts` has them. 0 in a class without pixels.
-    """
-    running = counts.cumsum(axis=1)
-    found = [np.searchsorted(row, r, side="right") for row, r in zip(running, rank)]
-    digit = np.array(found) % HALF
-    every = np.arange(len(rank))
-    return digit, rank - (running - counts)[every, digit]
+    found, rank = np.zeros(class_num, dtype=np.uint32), None
+    for shift in (16, 0):
+        counts = np.zeros(class_num * DIGITS, dtype=np.int64)
+        for prediction, confidence in predictions():
+            bits = confidence.view(np.uint32) >> shift
+            inside = bits // DIGITS == found[prediction]  # in the first pass 0, as found is
+            cells = prediction[inside].astype(np.int64) * DIGITS + bits[inside] % DIGITS
+            counts += np.bincount(cells, minlength=counts.size)
+        counts = counts.reshape(class_num, DIGITS)
+        if rank is None:
+            n = counts.sum(axis=1)
+            rank = rank_of(n)
+            has_rank = (rank >= 0) & (rank < n)
+        running = counts.cumsum(axis=1)
+        digit = (running <= rank[:, None]).sum(axis=1) % DIGITS
+        rank = rank - np.take_along_axis(running - counts, digit[:, None], axis=1)[:, 0]
+        found = found * np.uint32(DIGITS) + digit.astype(np.uint32)
+    return np.where(has_rank, found.view(np.float32), np.float32(np.nan))
 
 
 def resized_nearest(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -270,55 +246,42 @@ def resized_nearest(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 def load_source(
     options: Options, images: list[str], device
-) -> tuple[dict[str, Path], dict[str, tuple[int, int]], Probabilities]:
+) -> tuple[dict[str, Path], Probabilities]:
     """The network of --checkpoint or the arrays of --probabilities, one for every image.
 
-    Returns the files that it reads, {image: path}; the (height, width) of the grid on which each
-    image's pixels are ranked: every `pixel_step`-th in each direction, or all of a smaller array;
-    and what gives the probabilities of an image on it, float32 K x height x width.
+    Returns the input files, {image or kind: path}, and what gives the probabilities of an image on
+    the grid whose pixels are ranked: every `pixel_step`-th of the image's in each direction, or all
+    of a smaller array; float32 K x height x width.
     """
-    root, class_num = options.root_path, options.class_num
-    if options.checkpoint:
-        files = {image: root / image for image in images}
-    else:
-        files = {image: options.probabilities / f"{image}.npy" for image in images}
-        if missing := [path for path in files.values() if not path.is_file()]:
-            raise UserError(
-                f"{missing[0]}: no such array ({len(missing)} of {len(images)} images lack theirs);"
-                " wanted is <folder>/<image path>.npy"
-            )
-    grids = {}
-    for image, path in files.items():
-        size = found = image_size(root / image)
+    root, class_num, network = options.root_path, options.class_num, None
+    files = {"list": options.id_list_path}
+    for image in images:
+        path, size = root / image, image_size(root / image)
         if options.probabilities:
-            found = open_array(path, class_num).shape[1:]
-            check_same_shape(path, found, root / image, size)
-        grids[image] = tuple(min(-(-n // options.pixel_step), m) for n, m in zip(size, found))
-    read = partial(read_probabilities, class_num=class_num)
+            path = options.probabilities / f"{image}.npy"
+            check_same_shape(path, open_array(path, class_num).shape[1:], root / image, size)
+        files[image] = path
     if options.checkpoint:
-        read = network_reader(options, device)
-    return files, grids, lambda image: resized_nearest(read(files[image]), grids[image])
-
-
-def network_reader(options: Options, device) -> Callable[[Path], np.ndarray]:
-    """What gives the probabilities of an image file by the network of --checkpoint."""
-    import torch
-
-    from model.network import load_network
-
-    exact_mode()
-    network = load_network(options.checkpoint, device, options.class_num)
-    test_size = options.test_size and tuple(options.test_size)
+        files["checkpoint"] = options.checkpoint
+        exact_mode()
+        network = load_network(options.checkpoint, device, class_num)
 
     @torch.no_grad()
-    def read(path: Path) -> np.ndarray:
-        if options.multi_scale:
-            scores = network.multi_scale(read_image(path), test_size)
+    def probabilities(image: str) -> np.ndarray:
+        if not network:
+            found = read_probabilities(files[image], class_num)
+        elif options.multi_scale:
+            found = (
+                network.multi_scale(read_image(files[image]), options.test_size)[0].cpu().numpy()
+            )
         else:
-            scores = network.logits(read_image(path), test_size).softmax(dim=1)
-        return scores[0].cpu().numpy()
+            logits = network.logits(read_image(files[image]), options.test_size)
+            found = logits.softmax(dim=1)[0].cpu().numpy()
+        size = image_size(root / image)
+        grid = [min(-(-n // options.pixel_step), m) for n, m in zip(size, found.shape[1:])]
+        return resized_nearest(found, tuple(grid))
 
-    return read
+    return files, probabilities
 
 
 def open_array(path: Path, class_num: int) -> np.ndarray:
@@ -327,7 +290,7 @@ def open_array(path: Path, class_num: int) -> np.ndarray:
         array = np.lib.format.open_memmap(path, mode="r")
     except (OSError, ValueError, EOFError) as error:
         raise UserError(
-            f"{path}: not readable as a numpy array ({error}); write it again"
+            f"{path}: not readable as an array ({error}); write <folder>/<image path>.npy"
         ) from None
     shape, dtype = array.shape, array.dtype
     if len(shape) != 3 or shape[0] != class_num or dtype.kind != "f" or 0 in shape:
@@ -354,7 +317,7 @@ def read_probabilities(path: Path, class_num: int) -> np.ndarray:
     return probabilities
 
 
-# -------------------------------------------------------------------------------------------- files
+# ------------------------------------------------------------------------------------------- stages
 
 
 def label_rows(options: Options) -> list[tuple[str, str]]:
@@ -362,95 +325,61 @@ def label_rows(options: Options) -> list[tuple[str, str]]:
     images share a label, and nothing takes the place of an input.
     """
     images = [row[0] for row in read_list(options.id_list_path, columns=(1, 2))]
-    rows, owners, taken = [], {}, set(images)
+    owners: dict[str, str] = {}
     for image in images:
-        parts = PurePosixPath(image).parts
-        if len(parts) < 2:
+        if image.partition("/")[0] in (image, options.exp):
             raise UserError(
-                f"image path {image}: it must lie in at least one folder, which the experiment's"
-                " name replaces in the label's path"
+                f"image path {image}: it must lie in a folder other than --exp {options.exp}, which"
+                " takes that folder's place in the label's path"
             )
-        label = str(PurePosixPath(options.exp, *parts[1:]).with_suffix(".png"))
+        label = str(PurePosixPath(in_experiment(image, options.exp)).with_suffix(".png"))
         if owners.setdefault(label, image) != image:
             raise UserError(
                 f"{options.id_list_path}: {owners[label]} and {image} would share the label"
                 f" {label}; images must differ in more than first folder and suffix"
             )
-        if label in taken:
-            raise UserError(
-                f"--exp {options.exp}: the label of {image} would overwrite the image {label};"
-                " choose another name"
-            )
-        rows.append((image, label))
-    check_files(options.root_path, images, options.id_list_path)
     if options.out_list.resolve() == options.id_list_path.resolve():
         raise UserError(f"--out-list {options.out_list}: is the list that is read; name another")
-    return rows
+    return [(image, label) for label, image in owners.items()]
 
 
-def stored_path(folder: Path, label: str, stage: str = "ranked") -> Path:
-    """Where the arrays of an image wait. Stage ranked: `prediction` and `confidence`; cbst: `label`
-    on the grid.
+def stored_path(folder: Path, label: str, stage: str) -> Path:
+    return folder / ".confidence" / stage / f"{label}.npz"
+
+
+def stored(folder: Path, label: str, stage: str = "predictions") -> list[np.ndarray]:
+    """What `store` has saved: of stage predictions the class and the confidence, of cbst the
+    label.
     """
-    path = PurePosixPath(*PurePosixPath(label).parts[1:])
-    return folder / ".confidence" / stage / path.with_suffix(".npz")
-
-
-def stored(folder: Path, label: str, *names: str, stage: str = "ranked") -> list[np.ndarray]:
     with np.load(stored_path(folder, label, stage)) as content:
-        return [content[name] for name in names]
+        return list(content.values())
 
 
-def check_disk(folder: Path, rows, grids: dict, bytes_a_pixel: int) -> None:
-    """The confidences of every image that has none yet must fit."""
-    rows = [row for row in rows if not stored_path(folder, row[1]).exists()]
-    need = bytes_a_pixel * sum(math.prod(grids[image]) for image, _ in rows)
-    free = shutil.disk_usage(folder).free
-    if need > free:
-        raise UserError(
-            f"{folder}: confidences of {len(rows)} images need {need / 1e9:.1f} GB for a while,"
-            f" {free / 1e9:.1f} GB are free; make room, or use --preset dtst, which takes a"
-            " sixteenth"
-        )
-
-
-# ------------------------------------------------------------------------------------------- stages
-
-
-def store(rows, folder: Path, stage: str, desc: str, arrays_of: Callable) -> None:
-    """Save arrays_of(image), {name: array}, where it is missing; this process does its share.
-    stage: of `stored_path`.
-    """
+def store(rows, folder: Path, stage: str, arrays_of: Callable) -> None:
+    """Save the arrays of arrays_of(image) where they are missing; this process does its share."""
     rank, world = process_rank()
     share = [(image, stored_path(folder, label, stage)) for image, label in rows[rank::world]]
     share = [(image, path) for image, path in share if not path.exists()]
-    for image, path in progress(share, desc, quiet=rank > 0):
+    for image, path in progress(share, stage, quiet=rank > 0):
         arrays = arrays_of(image)
         with atomic_path(path) as temporary:
-            np.savez(temporary, **arrays)
+            np.savez(temporary, *arrays)
     wait_for_all()
 
 
 def thresholds_of_list(rows, folder: Path, options: Options, classes: ClassSet) -> np.ndarray:
-    """The thresholds (float32, K), ranked by process 0 and handed to the others in a file."""
-    path = folder / ".confidence" / "thresholds.npy"
-    if process_rank()[0] == 0:
+    """The thresholds (float32, K), which every process finds by itself."""
 
-        def predictions():
-            for _, label in progress(rows, "ranking"):
-                yield stored(folder, label, "prediction", "confidence")
+    def predictions():
+        for _, label in progress(rows, "ranking", quiet=process_rank()[0] > 0):
+            yield stored(folder, label)
 
-        if options.rule == "cbst":
-            found = cbst_thresholds(predictions, classes.count, options.top_p, options.policy)
-        else:
-            top_p = np.full(classes.count, options.top_p)
-            if options.top_p_things:
-                top_p[list(classes.things)] = options.top_p_things
-            found = top_p_thresholds(predictions, classes.count, top_p)
-        with atomic_path(path) as temporary:
-            np.save(temporary, found)
-    wait_for_all()
-    return np.load(path)
+    if options.rule == "cbst":
+        return cbst_thresholds(predictions, classes.count, options.top_p, options.policy)
+    top_p = np.full(classes.count, options.top_p)
+    if options.top_p_things:
+        top_p[list(classes.things)] = options.top_p_things
+    return top_p_thresholds(predictions, classes.count, top_p)
 
 
 def write_labels(
@@ -460,9 +389,9 @@ def write_labels(
     predicted, kept = np.zeros((2, classes.count), dtype=np.int64)
     panels = []
     for image, label in progress(rows, "labels"):
-        prediction, confidence = stored(folder, label, "prediction", "confidence")
+        prediction, confidence = stored(folder, label)
         if options.rule == "cbst":
-            [result] = stored(folder, label, "label", stage="cbst")
+            [result] = stored(folder, label, "cbst")
         else:
             result = thresholded(prediction, confidence, thresholds)
         predicted += np.bincount(prediction.ravel(), minlength=classes.count)
@@ -501,21 +430,16 @@ def make_labels(
     """All stages; every process of torchrun takes its share of the model's work. run.json tells
     what this and the starts that were stopped have cost.
     """
-
-    def ranked(image: str) -> dict[str, np.ndarray]:
-        prediction, confidence = prediction_and_confidence(probabilities(image))
-        return {"prediction": prediction, "confidence": confidence}
-
-    def weighed(image: str) -> dict[str, np.ndarray]:
-        return {"label": cbst_label(probabilities(image), thresholds)}
-
     record, first = folder / "run.json", process_rank()[0] == 0
     earlier = read_json(record)["cost"]["seconds"] if first and record.exists() else 0
     try:
-        store(rows, folder, "ranked", "predictions", ranked)
+        ranked = lambda image: prediction_and_confidence(probabilities(image))
+        store(rows, folder, "predictions", ranked)
         thresholds = thresholds_of_list(rows, folder, options, classes)
         if options.rule == "cbst":
-            store(rows, folder, "cbst", "CBST's second pass", weighed)
+            store(
+                rows, folder, "cbst", lambda image: [cbst_label(probabilities(image), thresholds)]
+            )
         if first:
             summary = write_labels(rows, folder, thresholds, options, classes)
     finally:
@@ -595,32 +519,21 @@ def main(argv: list[str] | None = None) -> None:
     options = parse_args(argv)
     classes = chosen_classes(options, options.checkpoint and options.checkpoint.parent)
     rows, device = label_rows(options), select_device(options.device)
-    images, labels = zip(*rows)
     root, folder = options.root_path, options.root_path / options.exp
-    files, grids, probabilities = load_source(options, images, device)
-    inputs = {"list": options.id_list_path} | files
-    if options.checkpoint:
-        inputs["checkpoint"] = options.checkpoint
+    inputs, probabilities = load_source(options, [image for image, _ in rows], device)
     check_writable(options.out_list.parent)
     summary_path = folder / "summary.json"
     remedy = "thresholds are of the whole list: choose another --exp, or remove that folder"
 
     with Outputs(folder, remedy) as out, process_group(device) as (rank, _):
         if rank == 0:
-            made = [root / label for label in labels]
-            waiting = [stored_path(folder, label) for label in labels]
-            begun = any(path.exists() for path in made + waiting) or holds_pictures(folder)
+            begun = holds_pictures(folder) or (folder / ".confidence").exists()
             out.accept(options.settings, inputs, begun)
             write_classes(folder, classes)
-            check_disk(folder, rows, grids, 6 if options.rule == "cbst" else 5)
-            for parent in {path.parent for path in made}:
+            for parent in {(root / label).parent for _, label in rows}:
                 remove_leftovers(parent)
-            if not begun:  # what a failed run has left
-                (folder / "run.json").unlink(missing_ok=True)
-                shutil.rmtree(folder / ".confidence", ignore_errors=True)
         wait_for_all()  # nothing is made before process 0 has accepted the settings
-        finished = summary_path.exists() and all((root / label).exists() for label in labels)
-        wait_for_all()
+        finished = summary_path.exists() and all((root / label).exists() for _, label in rows)
         if not finished:
             make_labels(rows, folder, probabilities, options, classes, device)
         if rank > 0:

@@ -214,11 +214,17 @@ def bad_array(*shape, value=1 / K):
         (lambda root: array_of(root, 0).write_bytes(b"\x93NUMPY"), "not readable"),
         (lambda root: os.truncate(array_of(root, 0), 2000), "not readable"),
         (lambda root: np.savez(array_of(root, 0).open("wb"), p=0), "not readable"),
-        (lambda root: array_of(root, 0).unlink(), "a/im0_leftImg8bit.png.npy: no such array"),
+        (
+            lambda root: array_of(root, 0).unlink(),
+            "a/im0_leftImg8bit.png.npy: not readable as an array",
+        ),
         (lambda root: (root / IMAGE.format(0)).unlink(), "no such file"),
         (lambda root: (root / IMAGE.format(1)).write_bytes(b"x"), "im1_leftImg8bit.png: the image"),
         (lambda root: (root / "list.txt").write_text("a/x.png\na/x.png\n"), "in line 1 already"),
-        (lambda root: (root / "list.txt").write_text("x.png\n"), "at least one folder"),
+        (
+            lambda root: (root / "list.txt").write_text("x.png\n"),
+            "image path x.png: it must lie in a folder",
+        ),
     ],
 )
 def test_bad_input_is_one_clear_line(data, spoil, told):
@@ -242,7 +248,7 @@ def test_bad_input_is_one_clear_line(data, spoil, told):
         (("--test-size", "64", "16"), "--test-size 64 16"),
         (("--device", "banana"), "--device banana"),
         (("--exp", "a/b"), "--exp a/b"),
-        (("--exp", "leftImg8bit"), "would overwrite the image"),
+        (("--exp", "leftImg8bit"), "a folder other than --exp leftImg8bit"),
         (("--out-list", "list.txt"), "is the list that is read"),
     ],
 )
