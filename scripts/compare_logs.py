@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import math
 import sys
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -246,37 +245,20 @@ def read_both(options: Options) -> tuple[TrainingLog, TrainingLog]:
             f"{options.run} has {counts[0]} classes, {options.reference} {counts[1]} (or other"
             " names); take the reference of the same task"
         )
-    if not common_epochs(run, reference) and (reason := never_meet(run, reference)):
-        raise UserError(f"{options.run} cannot be compared with {options.reference}: {reason}")
+    reached = max([*run.miou, *(epoch for epoch, _, _ in run.losses)], default=-1)
+    to_come = min(run.config.get("epochs", math.inf), reference.epochs[-1] + 1) - 1 - reached
+    if to_come <= 0 and not common_epochs(run, reference):
+        raise UserError(
+            f"{options.run} cannot be compared with {options.reference}: it has {reached + 1}"
+            f" epochs, evaluated at {listed(run.epochs) or 'none'}, the reference at"
+            f" {listed(reference.epochs)}; train with --val-id-path and --eval-every 1"
+        )
     return run, reference
 
 
 def class_count(log: TrainingLog) -> int | None:
     """By the log's evaluations, or by its options; None if neither tells it."""
     return len(log.class_names) or log.config.get("nclass") or log.config.get("class_num")
-
-
-def never_meet(run: TrainingLog, reference: TrainingLog) -> str | None:
-    """Why no evaluation of the run will be at an epoch that the reference has evaluated; None if
-    one may still come.
-    """
-    length, last = run.config.get("epochs", math.inf), reference.epochs[-1]
-    if run.epochs:
-        every = spacing(run.epochs)
-        coming = range(run.epochs[-1] + every, min(length, last + 1), every)
-        if set(coming).isdisjoint(reference.epochs):
-            return (
-                f"it is evaluated at epochs {listed(run.epochs)}, the reference at"
-                f" {listed(reference.epochs)}, never at the same; train with --eval-every 1"
-            )
-        return None
-    rows = Counter(epoch for epoch, _, _ in run.losses)
-    complete = len(rows) > 1 and rows[length - 1] == max(rows.values())
-    if complete or max(rows, default=0) > last or run.config.get("val_id_path", "") is None:
-        if run.miou:
-            return f"its mIoU is not a number at epochs {listed(sorted(run.miou))}"
-        return f"it has {len(rows)} epochs and no evaluation; train with --val-id-path"
-    return None
 
 
 def overall(rows: list[Row], classes: list[Row]) -> tuple[str, bool]:

@@ -51,7 +51,7 @@ def test_psa_gives_the_cpu_s_labels(recipe):
 
 @pytest.mark.gpu
 def test_a_unimatch_step_has_the_cpu_s_losses():
-    options = bench.TrainOptions(backbone="resnet10", crop_size=65, min_kept=300)
+    options = bench.Options(part="train", backbone="resnet10", crop_size=65, min_kept=300)
     batch, losses = random_batch(2, 65, 19, 0), []
     factors = perturbation_factors(0, 0, 2, (32, 256))
     for name in DEVICES:

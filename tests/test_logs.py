@@ -1,5 +1,6 @@
 """The shipped logs against excerpts of the authors' text logs, logs of other versions of UniMatch,
-comparison, and the README's results table."""
+comparison, and the README's results table.
+"""
 
 import csv
 import json
@@ -23,7 +24,6 @@ from util.labels import IDS_13_IN_16
 from util.run import UserError
 from util.training_log import (
     LOSS_NAMES,
-    OFFICIAL_NAMES,
     TrainingLog,
     read_events,
     read_text_log,
@@ -45,27 +45,6 @@ def table(path):
         return list(csv.DictReader(file))
 
 
-def plain_parse(path):
-    """An independent reading of a text log, for what was logged: rows, evaluations, learning
-    rates.
-    """
-    rows, evaluations, rates, epoch, ious = [], [], [], None, []
-    for line in path.read_text().split("\n"):
-        if "Epoch:" in line:
-            epoch = int(line.split("Epoch: ")[1].split(",")[0])
-            rates.append((epoch, line.split("LR: ")[1].split(",")[0]))
-        if "Iters:" in line:
-            iteration = int(re.search(r"Iters: (\d+)", line)[1])
-            rows.append((epoch, iteration, re.findall(r": (\d\.\d{3})", line)))
-        if "Class [" in line:
-            name = re.search(r"Class \[\d+ (.*?)\]", line)[1]
-            ious.append((OFFICIAL_NAMES.get(name, name), line.rsplit(" ", 1)[1]))
-        if "MeanIoU" in line:
-            evaluations.append((epoch, line.rsplit(" ", 1)[1], ious))
-            ious = []
-    return rows, evaluations, rates
-
-
 def scalars(folder, epochs, length):
     """{tag: (wall time, step, value) of these epochs} of an event file."""
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
@@ -81,30 +60,12 @@ def scalars(folder, epochs, length):
 
 
 @pytest.mark.parametrize("name", COUNTS)
-def test_every_figure_of_the_text_log_is_in_the_csvs(name):
-    rows, evaluations, rates = plain_parse(EXCERPTS / f"{name}.log")
-    epochs = {epoch for epoch, _ in rates}
-    assert epochs == ({0, 1, 235} if name == "seco_gta" else {0, 1})
-    assert len(evaluations) == 2 and len(rows) == (21 if name == "seco_gta" else 18)
-    found = [
-        (int(row["epoch"]), int(row["iteration"]), [row[n] for n in LOSS_NAMES])
-        for row in table(SHIPPED / name / "losses.csv")
-    ]
-    assert [row for row in found if row[0] in epochs] == rows
-    kept = [row for row in table(SHIPPED / name / "epochs.csv") if int(row["epoch"]) in epochs]
-    assert [(int(row["epoch"]), row["lr"]) for row in kept] == rates
-    for row, (epoch, miou, ious) in zip((row for row in kept if row["mIoU"]), evaluations):
-        assert (int(row["epoch"]), row["mIoU"]) == (epoch, miou)
-        assert {class_name: row[class_name] for class_name, _ in ious} == dict(ious)
-
-
-@pytest.mark.parametrize("name", COUNTS)
 def test_importing_again_gives_the_shipped_rows(name, tmp_path):
     """Line by line in the CSVs, with clock and value in the events, key by key in config.json."""
     out, length = tmp_path / name, COUNTS[name][3]
     log = str(EXCERPTS / f"{name}.log")
     import_log.main([log, "--out", str(out), "--iterations-per-epoch", str(length)])
-    epochs = {row[0] for row in plain_parse(EXCERPTS / f"{name}.log")[2]}
+    epochs = {0, 1, 235} if name == "seco_gta" else {0, 1}  # those of the excerpt
     for table in ("epochs.csv", "losses.csv"):
         shipped = (SHIPPED / name / table).read_text().splitlines()
         kept = [line for line in shipped[1:] if int(line.split(",")[0]) in epochs]
@@ -355,13 +316,6 @@ def test_events_of_a_run_started_again(tmp_path, purge, start, end, epochs):
     assert log.lr == {epoch: 100 * epoch >= start for epoch in range((end - 1) // 100 + 1)}
 
 
-def test_broken_records_are_told_in_one_line(tmp_path):
-    shutil.copytree(SHIPPED / "seco_bdd", tmp_path / "a")
-    (tmp_path / "a/epochs.csv").write_text("epoch,lr\n0,0.005\n")
-    with pytest.raises(UserError, match="import the text log again"):
-        read_training_log(tmp_path / "a")
-
-
 # ---------------------------------------------------------------------------------------- comparing
 
 
@@ -467,7 +421,7 @@ def test_a_class_without_iou_counts_0_on_both_sides(tmp_path, capsys):
 def test_an_miou_that_is_no_number_is_named_and_left_out(tmp_path, capsys):
     whole, path = text_log(tmp_path / "whole.log", 6), tmp_path / "a.log"
     path.write_text(whole.read_text().replace("MeanIoU: 42.00", "MeanIoU: nan"))
-    for pair, who in (((path, path), "run"), ((path, whole), "run"), ((whole, path), "reference")):
+    for pair, who in (((path, whole), "run"), ((whole, path), "reference")):
         code, printed = compared(*pair, capsys)
         assert code == 0 and "overall: pass" in printed and "nan" not in printed
         assert f"the {who}'s mIoU is not a number, left out: epoch 2\n" in printed
@@ -475,7 +429,7 @@ def test_an_miou_that_is_no_number_is_named_and_left_out(tmp_path, capsys):
 
 
 def evaluated_at(path, epochs, kept):
-    """A text log of 0 to `epochs` - 1, of 15, with the evaluations at `kept` alone."""
+    """A text log of 0 to `epochs` - 1, of 15, with a mIoU at `kept` alone."""
     text = text_log(path, epochs).read_text().replace("'epochs': 9", "'epochs': 15")
     parts = re.split(r"(?m)^(?=\[.*Epoch: )", text)
     rows = [
@@ -485,31 +439,23 @@ def evaluated_at(path, epochs, kept):
     return path
 
 
-def test_evaluations_that_never_meet_are_told(tmp_path):
+def test_evaluations_that_never_meet_are_told_others_waited_for(tmp_path, capsys):
     reference = str(evaluated_at(tmp_path / "reference.log", 15, (4, 9, 14)))
-    for epochs, kept, message in (
-        (16, (5, 10, 15), "at epochs 5, 10, 15, the reference at 4, 9, 14, never at the same"),
-        (12, (5, 10), "at epochs 5, 10, the reference at 4, 9, 14, never at the same"),
-        (15, (), "it has 15 epochs and no evaluation"),  # complete, as its options say
-        (16, (), "it has 16 epochs and no evaluation"),
+    for epochs, kept, found in (
+        (15, (5, 10), "5, 10"),
+        (16, (5, 10, 15), "5, 10, 15"),
+        (15, (), "none"),
     ):
         run = evaluated_at(tmp_path / "run.log", epochs, kept)
-        with pytest.raises(UserError, match=f"run.log cannot be compared .*: .*{message}") as error:
+        message = (
+            f"run.log cannot be compared .*: it has {epochs} epochs, evaluated at {found}, the"
+        )
+        with pytest.raises(UserError, match=f"{message} reference at 4, 9, 14; train with"):
             compare_logs.main([str(run), reference])
-        assert "\n" not in str(error.value)
-    run.write_text(text_log(run, 9).read_text().replace("MeanIoU: 4", "MeanIoU: nan"))
-    run.write_text(re.sub("nan.*", "nan", run.read_text()))
-    with pytest.raises(UserError, match="its mIoU is not a number at epochs 0, 1, 2 …"):
-        compare_logs.main([str(run), reference])
     with pytest.raises(UserError, match="no evaluation with a mIoU in it"):
         compare_logs.main([reference, str(run)])
-
-
-def test_a_run_before_its_first_evaluation_is_waited_for(tmp_path, capsys):
-    reference = evaluated_at(tmp_path / "reference.log", 15, (4, 9, 14))
-    for epochs, kept in ((3, ()), (8, ()), (3, (0, 1, 2)), (6, (5,))):
-        run = evaluated_at(tmp_path / "run.log", epochs, kept)
-        code, printed = compared(run, reference, capsys)
+    for epochs, kept in ((8, ()), (3, (0, 1, 2)), (6, (5,)), (12, (5, 10))):
+        code, printed = compared(evaluated_at(run, epochs, kept), reference, capsys)
         assert code == 0 and "overall: nothing to compare yet" in printed
 
 
@@ -592,13 +538,9 @@ def test_comparison_of_unlike_things_is_refused(our_run, tmp_path):
     # by the options, where there are no IoUs
     text = (our_run / "train.log").read_text()
     (our_run / "train.log").write_text(text.split("*****")[0].rpartition("\n")[0] + "\n")
-    for options, message in (
-        ({"class_num": 11}, "run has 11 classes, .*seco_gta 19 "),
-        ({"class_num": 19, "val_id_path": None}, "no evaluation; train with --val-id-path"),
-    ):
-        (our_run / "manifest.json").write_text(json.dumps({"options": options}))
-        with pytest.raises(UserError, match=message):
-            compare_logs.main([str(our_run), gta])
+    (our_run / "manifest.json").write_text(json.dumps({"options": {"class_num": 11}}))
+    with pytest.raises(UserError, match="run has 11 classes, .*seco_gta 19 "):
+        compare_logs.main([str(our_run), gta])
 
 
 # ------------------------------------------------------------------------------------------- claims

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import csv
 import datetime
+import itertools
 import math
 import re
 from dataclasses import dataclass, field
@@ -118,7 +119,12 @@ def read_text_log(path: str | Path) -> TrainingLog:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
-    lines = _whole_lines(text)
+    lines = text.splitlines()
+    if lines and not text.endswith("\n"):
+        # It is whole if an earlier one is like it in all but digits, with as many decimals.
+        kinds = [re.sub(r"(?<![.\d])\d+|\d", "0", line) for line in lines]
+        if kinds[-1] not in kinds[:-1]:
+            lines.pop()
     log = TrainingLog(path.stem, config=_text_config(lines))
     epoch, begun, time, ious, modes = -1, 0, 0.0, {}, {}
     for number, line in enumerate(lines):
@@ -158,21 +164,6 @@ def read_text_log(path: str | Path) -> TrainingLog:
     return log
 
 
-def _whole_lines(text: str) -> list[str]:
-    """The lines of a log. A last one without a line end counts only if it is as long as its kind:
-    an earlier line is like it in all but digits, with as many decimals.
-    """
-    lines = text.splitlines()
-    if lines and not text.endswith("\n"):
-
-        def kind(line: str) -> str:
-            return re.sub(r"\d", "0", re.sub(r"(?<![.\d])\d+", "0", line))
-
-        if kind(lines[-1]) not in {kind(line) for line in lines[:-1]}:
-            lines.pop()
-    return lines
-
-
 def _seconds(line: str) -> float | None:
     """Seconds since 1970 by the clock that the line starts with, if it does."""
     match = _TIME.match(line)
@@ -193,11 +184,7 @@ def _text_config(lines: list[str]) -> dict:
     for number, line in enumerate(lines):
         start = line.find("{")
         if start >= 0 and _TIME.match(line):
-            block = [line[start:]]
-            for following in lines[number + 1 :]:
-                if not following.strip():
-                    break
-                block.append(following)
+            block = itertools.takewhile(str.strip, [line[start:], *lines[number + 1 :]])
             try:
                 return ast.literal_eval("\n".join(block))
             except (ValueError, SyntaxError):
@@ -210,12 +197,12 @@ def _text_config(lines: list[str]) -> dict:
 
 def read_training_logs_folder(folder: Path) -> TrainingLog:
     """A folder that scripts/dev/import_log.py wrote: epochs.csv, losses.csv, config.json."""
-    try:
-        config = read_json(folder / "config.json")
-        names, length = tuple(config["class_names"]), config["iterations_per_epoch"]
-        log = TrainingLog(folder.name, config["options"], config["eval_mode"], names)
-        log.iterations_per_epoch = length
-        for row in _csv_rows(folder / "epochs.csv"):
+    config = read_json(folder / "config.json")
+    names = tuple(config["class_names"])
+    log = TrainingLog(folder.name, config["options"], config["eval_mode"], names)
+    log.iterations_per_epoch = config["iterations_per_epoch"]
+    with open(folder / "epochs.csv", newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
             epoch, ious = int(row["epoch"]), [row[name] for name in names]
             if row["lr"]:
                 log.lr[epoch] = float(row["lr"])
@@ -223,22 +210,11 @@ def read_training_logs_folder(folder: Path) -> TrainingLog:
                 log.miou[epoch] = float(row["mIoU"])
             if ious and all(ious):
                 log.class_iou[epoch] = tuple(map(float, ious))
-        for row in _csv_rows(folder / "losses.csv"):
-            losses = {name: float(row[name]) for name in LOSS_NAMES if row.get(name)}
+    with open(folder / "losses.csv", newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            losses = {name: float(row[name]) for name in LOSS_NAMES if row[name]}
             log.losses.append((int(row["epoch"]), int(row["iteration"]), losses))
-    except (KeyError, ValueError, TypeError) as error:
-        raise UserError(
-            f"{folder}: epochs.csv, losses.csv or config.json is not as import_log.py writes it"
-            f" ({type(error).__name__}: {error}); import the text log again"
-        ) from None
-    except OSError as error:
-        raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from None
     return log
-
-
-def _csv_rows(path: Path) -> list[dict[str, str]]:
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 def read_events(path: Path) -> TrainingLog:

@@ -88,7 +88,9 @@ def psa_equal(case: str, size: dict, device: torch.device) -> dict:
 def psa_speed(case: str, size: dict, device: torch.device) -> dict:
     amp, plainly = "bf16" if case == "bf16" else "none", case == ORACLE
     how = {"sam_type": size["sam"], "size": size["image"], "images": 1, "points": size["points"]}
-    found = bench.measure_psa(bench.PsaOptions(**how, amp=amp, no_oracle=not plainly), device)
+    found = bench.measure_psa(
+        bench.Options(part="psa", **how, amp=amp, no_oracle=not plainly), device
+    )
     if not plainly:
         return {"s an image": found["psa"]["seconds"], **in_gb(found["psa"]["memory"])}
     # the oracle makes its prompts pixel by pixel, which is no call of segment_anything
@@ -126,7 +128,7 @@ def scc_training(case: str, size: dict, device: torch.device) -> dict:
 
 def unimatch(case: str, size: dict, device: torch.device) -> dict:
     how = {"backbone": size["backbone"], "crop_size": size["crop"], "steps": size["steps"]}
-    found = bench.measure_train([VARIANTS[case]], bench.TrainOptions(**how), device)
+    found = bench.measure_train([VARIANTS[case]], bench.Options(part="train", **how), device)
     return {"iterations/s": 1 / found[VARIANTS[case]]["seconds"], **in_gb(found[VARIANTS[case]])}
 
 
