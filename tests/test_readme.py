@@ -123,14 +123,15 @@ def test_links_lead_to_files():
 
 def test_figures_are_put_where_the_markers_are(tmp_path):
     figures = importlib.import_module("scripts.dev.figures")
-    (tmp_path / "model").mkdir()
+    other = tmp_path / "training_logs/ours/README.md"
+    other.parent.mkdir(parents=True)
     (tmp_path / "README.md").write_text("a\n<!-- b:begin -->\nold\n<!-- b:end -->\nc\n")
-    (tmp_path / "model/README.md").write_text("<!-- d:begin --><!-- d:end --> e\n")
+    other.write_text("<!-- d:begin --><!-- d:end --> e\n")
     figures.put("b", "| new |\n", tmp_path)
     figures.put("d", "x", tmp_path)
     text = (tmp_path / "README.md").read_text()
     assert text == "a\n<!-- b:begin -->\n| new |\n<!-- b:end -->\nc\n"
-    assert (tmp_path / "model/README.md").read_text() == "<!-- d:begin -->\nx\n<!-- d:end --> e\n"
+    assert other.read_text() == "<!-- d:begin -->\nx\n<!-- d:end --> e\n"
     with pytest.raises(figures.UserError, match="need one place"):
         figures.put("f", "x", tmp_path)
 

@@ -1,14 +1,11 @@
 """The pictures and tables of the READMEs, made from runs: nothing in them is typed by hand.
 
-    # whatever of runs/{ablation_toy,toy_unseen,camvid_release,camvid_unseen} exists
-    python -m scripts.dev.figures
-    python -m scripts.dev.figures --image 2           another image for the pipeline picture
+    python -m scripts.dev.figures        # whatever of the runs in RUNS is in runs/
 
-Reads runs/<name>/ (results.md, results.json, pictures/, seed0/), model/sam_tiny*.json and
-training_logs/. Writes images/, training_logs/ours/<name>/ (results, the first seed's manifests
-and the curves of the run, so that its figures can be traced) and what stands between the markers
-`<!-- <name>:begin -->` and `<!-- <name>:end -->` in the README that has them: the repository's,
-that of training_logs/ours/ or that of model/.
+Reads runs/<name>/ (results.md, results.json, pictures/, seed0/) and training_logs/. Writes images/,
+training_logs/ours/<name>/ (results, the first seed's manifests and the curves of the run, so that
+its figures can be traced) and what stands between the markers `<!-- <name>:begin -->` and
+`<!-- <name>:end -->` in the README that has them: the repository's or that of training_logs/ours/.
 """
 
 from __future__ import annotations
@@ -16,7 +13,7 @@ from __future__ import annotations
 import csv
 import shutil
 import sys
-from dataclasses import dataclass
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # for `python scripts/dev/NAME.py`
@@ -36,17 +33,17 @@ from scripts.lib.report import (
 from scripts.lib.run_folder import manifest_of, seeds_in, stage_folders
 from util.charts import line_chart, save_chart
 from util.labels import CITYSCAPES_19, IGNORE, read_image, read_label, read_list
-from util.options import CountFrom0, parse_options
-from util.outputs import atomic_path, read_json, write_json
+from util.outputs import read_json, write_json
 from util.pictures import colour_label, contact_sheet, hatch, heat, overlay, save_picture
 from util.run import UserError, run_main
-from util.training_log import read_training_log
+from util.training_log import MIOU_TAG, read_training_log
 
 ROOT = Path(__file__).resolve().parents[2]
 OURS = ROOT / "training_logs/ours"
 
-DOCUMENTS = ("README.md", "training_logs/ours/README.md", "model/README.md")
+DOCUMENTS = ("README.md", "training_logs/ours/README.md")
 PICTURE_WIDTH = 1400  # pixels, at most
+PIPELINE_IMAGE = 4  # of the list, in the pipeline picture
 # The paper's Tables 6 and 7, GTA to Cityscapes, DTST (source-free), mIoU after adaptation; "no SAM"
 # is DTST itself.
 PAPER_ABLATION = {"pixel": 52.1, "prompting": 46.7, "alignment": 56.1, "psa": 57.9, "seco": 60.5}
@@ -72,50 +69,33 @@ SHIPPED = {  # of training_logs/
 }
 
 
-@dataclass(kw_only=True)
-class Options:
-    """pictures"""
-
-    image: CountFrom0 = 4
-    "image of the pipeline picture"
-
-
 def put(name: str, content: str, root: Path = ROOT) -> None:
     """Replace what stands between the markers of `name`, in the document that has them."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-    paths = [root / document for document in DOCUMENTS if (root / document).is_file()]
-    texts = {path: path.read_text(encoding="utf-8") for path in paths}
-    found = [path for path, text in texts.items() if begin in text]
-    if len(found) != 1 or not texts[found[0]].count(begin) == texts[found[0]].count(end) == 1:
+    paths = [root / document for document in DOCUMENTS]
+    found = [path for path in paths if begin in path.read_text(encoding="utf-8")]
+    if len(found) != 1:
         raise UserError(f"{begin} and {end}: need one place in {', '.join(DOCUMENTS)}")
-    head, rest = texts[found[0]].split(begin)
+    head, rest = found[0].read_text(encoding="utf-8").split(begin)
     text = f"{head}{begin}\n{content.strip()}\n{end}{rest.split(end)[1]}"
-    with atomic_path(found[0]) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-# ----------------------------------------------------------------------------- of the recorded runs
+    found[0].write_text(text, encoding="utf-8")
 
 
 def keep_records(run: Path) -> None:
     """Results, the first seed's manifests and the figures of all evaluations of a run to
     training_logs/ours/<name>/.
     """
-    folder = OURS / run.name
+    folder, seeds = OURS / run.name, seeds_in(run)
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("results.json", "results.md", "sweep.json", "sweep.md"):
-        if (run / name).is_file():
-            shutil.copyfile(run / name, folder / name)
-    for number, seed in enumerate(seeds_in(run)):
+    for path in [*run.glob("results.*"), *run.glob("sweep.*")]:
+        shutil.copyfile(path, folder / path.name)
+    manifests = {stage: manifest_of(path) for stage, path in stage_folders(seeds[0]).items()}
+    write_json(folder / f"{seeds[0].name}_manifests.json", manifests)
+    for seed in seeds:
         stages, evaluations = stage_folders(seed), {}
-        if number == 0:
-            manifests = {stage: manifest_of(path) for stage, path in stages.items()}
-            write_json(folder / f"{seed.name}_manifests.json", manifests)
-        for stage, path in stages.items():
-            if not (stage.startswith("adapt_") and (path / "train.log").is_file()):
-                continue
-            log = read_training_log(path)
-            tags = ["eval/mIoU", *(f"eval/{name}_IoU" for name in log.class_names)]
+        for stage in [s for s in stages if s.startswith("adapt_")]:
+            log = read_training_log(stages[stage])
+            tags = [MIOU_TAG, *(f"eval/{name}_IoU" for name in log.class_names)]
             evaluations[stage] = [
                 {"epoch": epoch, "eval_mode": log.eval_mode}
                 | dict(zip(tags, (miou, *log.class_iou.get(epoch, ()))))
@@ -140,7 +120,7 @@ def ablation_tables(run: Path) -> str:
     return "\n".join(table for table in tables if table)
 
 
-def pipeline_picture(run: Path, index: int) -> Image.Image:
+def pipeline_picture(run: Path) -> Image.Image:
     """One target image on its way: pixel labels with prompts, proposals, PSA, SCC's doubt,
     corrected, ground truth.
     """
@@ -150,7 +130,7 @@ def pipeline_picture(run: Path, index: int) -> Image.Image:
     from seco_sam import aggregate
 
     seed, classes = run / "seed0", CITYSCAPES_19
-    image_path, pixel_path = read_list(seed / "splits/pix/all.txt")[index]
+    image_path, pixel_path = read_list(seed / "splits/pix/all.txt")[PIPELINE_IMAGE]
     psa, corrected = (
         read_label(seed / pixel_path.replace("pix/", f"{folder}/", 1))
         for folder in ("pix_tiny", "pix_tiny_scc")
@@ -219,9 +199,6 @@ def toy_output() -> str:
     return f"```\n{labels}\n{model_table(first(results['models'], 'before', 'seco'))}```"
 
 
-# ------------------------------------------------------------------------------------ of what ships
-
-
 def shipped_curves():
     """mIoU per epoch of the three shipped logs, and of no run of ours: nobody has run them yet."""
     logs = {title: read_training_log(ROOT / "training_logs" / n) for n, title in SHIPPED.items()}
@@ -229,34 +206,11 @@ def shipped_curves():
     return line_chart(series, "the authors' logs", "epoch", "mIoU (%)")
 
 
-def sam_table(name: str) -> str:
-    """The measurements of a tiny SAM (model/<name>.json) as tables."""
-    measured = read_json(ROOT / "model" / f"{name}.json")
-    training, results = measured["training"], measured["results"]
-    rows, proposals = [], []
-    for style, result in results.items():
-        for kind, sizes in result["prompts"].items():
-            cells = [f"{share(v['iou'])} ({share(v['fill'])})" for v in sizes.values()]
-            rows.append([style, kind, *cells])
-        found = result["proposals"]
-        covered = [f"{100 * found[key]:.0f} %" for key in ("covered", "stuff_covered")]
-        proposals.append([style, f"{found['number']:.1f}", share(found["iou"]), *covered])
-    columns = ["images", "proposals an image", "mean IoU", "pixels covered", "stuff covered"]
-    return (
-        f"Training: {training['step']} steps, seed {training['options']['seed']}. Box and point"
-        " prompts, mean IoU by the object's size in pixels (in brackets: filling the box):\n\n"
-        f"{markdown_table(['images', 'objects', *sizes], rows)}\n"
-        "Mask proposals at the official thresholds:\n\n"
-        f"{markdown_table(columns, proposals)}"
-    )
-
-
-def share(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}"
-
-
 def main(argv=None) -> None:
-    options, runs = parse_options(Options, __doc__, argv), ROOT / "runs"
+    ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter).parse_args(
+        argv
+    )
+    runs = ROOT / "runs"
     for name in RUNS:
         run = runs / name
         if not (run / "results.md").is_file():
@@ -267,16 +221,13 @@ def main(argv=None) -> None:
         if "adapt_bound" in read_json(run / "results.json")["stages"]:
             text = ablation_tables(run)
         put(name, text.replace("### ", "#### "))
-    if (runs / "ablation_toy/results.md").is_file():
-        picture = pipeline_picture(runs / "ablation_toy", options.image)
-        save_picture(ROOT / "images/pipeline.jpg", picture)
+        if name == "ablation_toy":
+            save_picture(ROOT / "images/pipeline.jpg", pipeline_picture(run))
     for name, path in PICTURES.items():
         if (runs / path).is_file():
             image = Image.open(runs / path)
             image.thumbnail((PICTURE_WIDTH, image.height))
             save_picture(ROOT / "images" / name, image)
-    for name in ("sam_tiny", "sam_tiny_photo"):
-        put(name, sam_table(name))
     put("ours", ours_table())
     put("toy_output", toy_output())
     save_chart(ROOT / "images/shipped_logs.png", shipped_curves())

@@ -53,10 +53,8 @@ def sweep_seed(seed: Path, class_num: int) -> dict[tuple[str, float], dict]:
     paper's value.
     """
     lists = label_lists(seed)
-    labels, truth = (
-        dict(read_list(lists["psa_paper"])),
-        dict(read_list(truth_list(seed, "scc_paper"))),
-    )
+    labels = dict(read_list(lists["psa_paper"]))
+    truth = dict(read_list(truth_list(seed, "scc_paper")))
     corrected = Path(read_list(lists["scc_paper"])[0][1]).parts[0]
     with open(seed / corrected / "connectivities.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
@@ -81,18 +79,6 @@ def sweep_seed(seed: Path, class_num: int) -> dict[tuple[str, float], dict]:
     return {key: metrics_of(confusion, names) for key, confusion in confusions.items()}
 
 
-def sweep(seeds: list[Path], class_num: int) -> dict:
-    """{threshold: {value: {figure: [per seed]}}}."""
-    found = [sweep_seed(seed, class_num) for seed in seeds]
-    return {
-        name: {
-            str(value): {f: [of_seed[name, value][f] for of_seed in found] for f in LABEL_FIGURES}
-            for value in values
-        }
-        for name, values in SWEEPS.items()
-    }
-
-
 def main(argv=None) -> None:
     options = parse_options(Options, __doc__, argv)
     classes = chosen_classes(options)
@@ -102,11 +88,18 @@ def main(argv=None) -> None:
             f"{options.run}: no seed<n> folder with SCC of the paper's recipe; run"
             " scripts/ablation.sh, or RECIPE=paper bash scripts/toy.sh"
         )
-    results, series = sweep(seeds, classes.count), {}
-    for name, rows in results.items():
+    of_seeds = [sweep_seed(seed, classes.count) for seed in seeds]
+    results, series = {}, {}  # results: {threshold: {value: {figure: [per seed]}}}
+    for name, values in SWEEPS.items():
+        results[name] = {
+            str(value): {
+                f: [of_seed[name, value][f] for of_seed in of_seeds] for f in LABEL_FIGURES
+            }
+            for value in values
+        }
         for figure in LABEL_FIGURES:
-            means = [statistics.mean(found[figure]) for found in rows.values()]
-            series[f"{figure}, {name}"] = ([float(value) for value in rows], means)
+            means = [statistics.mean(found[figure]) for found in results[name].values()]
+            series[f"{figure}, {name}"] = (list(values), means)
     chart = line_chart(series, "", "threshold", "labels after SCC (%)", y_range=(0, 100))
     save_chart(options.run / "pictures/sweep.png", chart)
     write_json(options.run / "sweep.json", {"seeds": [seed.name for seed in seeds], **results})
