@@ -73,3 +73,24 @@ def read_arrays(name: str) -> dict[str, np.ndarray]:
     """tests/data/<name>.npz."""
     with np.load(DATA / f"{name}.npz") as content:
         return {key: content[key] for key in content.files}
+
+
+def original_checkpoint(name):
+    """A file's content as the original code saves it, with the formula's weights; (content, number
+    of classes).
+    """
+    kind, _, detail = name.partition("_")
+    shapes = read_keys("dtst" if kind == "dtst" else name)
+    if kind == "dtst":
+        for key, shape in shapes["classifier"].items():
+            shapes["classifier"][key] = [int(detail), *shape[1:]]
+        parts = {part: formula_state(table) for part, table in shapes.items()}
+        return {"iteration": 20000, **parts}, int(detail)
+    state = formula_state(shapes)
+    if kind == "cma":
+        return state, 19
+    if kind == "shade":
+        return {"state_dict": state, "epoch": 3, "mean_iu": np.float64(0.4), "command": "x"}, 19
+    class_num = shapes["layer5.head.1.weight"][0]
+    part = {"model_state": state, "objective_vectors": torch.zeros(class_num, 256)}
+    return {"ResNet101": part, "iter": 1, "best_iou": np.float64(0.5)}, class_num

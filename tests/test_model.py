@@ -12,9 +12,9 @@ import torch
 import torchvision
 from conformance import (
     formula_image,
-    formula_state,
     formula_tensor,
     hashed,
+    original_checkpoint,
     read_arrays,
     read_keys,
 )
@@ -108,27 +108,6 @@ def test_the_fixtures_formula():
     assert hashed("image", 3).tolist() == [113825699, 2033281112, 3082829439]
     for size, crc in (((64, 96), 3510499283), ((1024, 2048), 1413914461)):
         assert zlib.crc32(formula_image(*size).tobytes()) == crc
-
-
-def original_checkpoint(name):
-    """A file's content as the original code saves it, with the formula's weights; (content, number
-    of classes).
-    """
-    kind, _, detail = name.partition("_")
-    shapes = read_keys("dtst" if kind == "dtst" else name)
-    if kind == "dtst":
-        for key, shape in shapes["classifier"].items():
-            shapes["classifier"][key] = [int(detail), *shape[1:]]
-        parts = {part: formula_state(table) for part, table in shapes.items()}
-        return {"iteration": 20000, **parts}, int(detail)
-    state = formula_state(shapes)
-    if kind == "cma":
-        return state, 19
-    if kind == "shade":
-        return {"state_dict": state, "epoch": 3, "mean_iu": np.float64(0.4), "command": "x"}, 19
-    class_num = shapes["layer5.head.1.weight"][0]
-    part = {"model_state": state, "objective_vectors": torch.zeros(class_num, 256)}
-    return {"ResNet101": part, "iter": 1, "best_iou": np.float64(0.5)}, class_num
 
 
 # {name: format, its input size, whether the input is RGB / 255 alone}
