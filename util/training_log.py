@@ -68,7 +68,6 @@ class TrainingLog:
     lr: dict[int, float] = field(default_factory=dict)
     losses: list[tuple[int, int, dict[str, float]]] = field(default_factory=list)
     times: dict[tuple, float] = field(default_factory=dict)
-    iterations_per_epoch: int | None = None
 
     @property
     def epochs(self) -> list[int]:
@@ -200,7 +199,6 @@ def read_training_logs_folder(folder: Path) -> TrainingLog:
     config = read_json(folder / "config.json")
     names = tuple(config["class_names"])
     log = TrainingLog(folder.name, config["options"], config["eval_mode"], names)
-    log.iterations_per_epoch = config["iterations_per_epoch"]
     with open(folder / "epochs.csv", newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             epoch, ious = int(row["epoch"]), [row[name] for name in names]
@@ -251,7 +249,11 @@ def read_events(path: Path) -> TrainingLog:
     if names:
         for e in log.miou:
             log.class_iou[e] = tuple(evaluations[e].get(n, math.nan) for n in log.class_names)
-    length = log.iterations_per_epoch = _iterations_in(path) or length or step + 1
+    folder = path if path.is_dir() else path.parent
+    for record in (folder / "config.json", folder / "manifest.json"):
+        if record.is_file():
+            length = read_json(record).get("iterations_per_epoch") or length
+    length = length or step + 1
     for number, values in sorted(steps.items()):
         if LR_TAG in values:
             log.lr.setdefault(number // length, values.pop(LR_TAG))
@@ -285,15 +287,6 @@ def _events_by_clock(path: Path) -> list[tuple[float, bool, int, str, float]]:
     return sorted(found)
 
 
-def _iterations_in(path: Path) -> int | None:
-    """Iterations per epoch as the records beside the event files tell it."""
-    folder = path if path.is_dir() else path.parent
-    for name in ("config.json", "manifest.json"):
-        if (folder / name).is_file() and (record := read_json(folder / name)):
-            return record.get("iterations_per_epoch")
-    return None
-
-
 # --------------------------------------------------------------------------------- whatever it is
 
 
@@ -313,7 +306,7 @@ def read_training_log(path: str | Path) -> TrainingLog:
         return read_training_logs_folder(path)
     if (path / "train.log").is_file():
         log = read_text_log(path / "train.log")
-        log.name, log.iterations_per_epoch = path.name, _iterations_in(path)
+        log.name = path.name
         if (path / "manifest.json").is_file():
             log.config = read_json(path / "manifest.json")["options"]
         return log
