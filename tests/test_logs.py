@@ -107,11 +107,6 @@ def test_shipped_folders_are_consistent(name):
     assert len(events.losses) == loss_rows
     for ours, (epoch, iteration, values) in zip(events.losses, log.losses):
         assert ours[:2] == (epoch, iteration) and ours[2] == pytest.approx(values)
-    timed = scalars(SHIPPED / name, set(log.miou), length)
-    times = [time for time, _, _ in timed["eval/mIoU"]]
-    assert times == sorted(times) and times[0] > 1.7e9
-    tags = {"train/lr", "eval/mIoU", *(f"train/{loss}" for loss in LOSS_NAMES)}
-    assert timed.keys() == tags | {f"eval/{class_name}_IoU" for class_name in log.class_names}
     text = (SHIPPED / name / "README.md").read_text().replace("\n", " ")
     found = best_and_last(log.miou)
     assert all(f"{found[key]:.2f}" in text for key in ("best", "last", "last_mean"))
@@ -233,7 +228,7 @@ def test_rows_of_other_wordings(tmp_path):
     log = read_text_log(path)
     assert log.losses == [(0, 0, {"loss_all": 0.75})] and log.lr == {0: 1e-5}
     assert log.miou == {0: 41.5} and log.eval_mode is None
-    assert log.times["eval", 0] == log.times["epoch", 1] == 1672531200.25
+    assert log.times[0, "eval"] == log.times[1, "begin"] == 1672531200.25
     path.write_text(path.read_text().replace("INFO:root:Iters: 0", "INFO:root:Iters: 1"))
     known = {"loss_all": 0.5, "loss_x": 1.25, "loss_w_fp": 2, "mask_ratio": 0.01}
     assert read_text_log(path).losses[0][2] == known

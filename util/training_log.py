@@ -10,7 +10,6 @@ from __future__ import annotations
 import ast
 import csv
 import datetime
-import itertools
 import math
 import re
 from dataclasses import dataclass, field
@@ -54,8 +53,8 @@ class TrainingLog:
 
     miou: epoch → mIoU; class_iou: epoch → IoU per class, in the order of class_names; lr: epoch →
     learning rate as printed at the epoch's start; losses: rows (epoch, iteration, {loss name:
-    value}); times: ("eval" | "epoch", epoch) or (epoch, iteration) → seconds since 1970, the log's
-    clock read as UTC. eval_mode: several modes are joined by `, then `. A log may have no IoU per
+    value}); times: (epoch, "begin" | iteration | "eval") → seconds since 1970, the log's clock read
+    as UTC. eval_mode: several modes are joined by `, then `. A log may have no IoU per
     class, for all epochs or for some. IoU and mIoU may be NaN, as they were printed.
     """
 
@@ -78,18 +77,6 @@ class TrainingLog:
     def curve(self) -> tuple[list[int], list[float]]:
         """(epochs, mIoU) of all evaluations, in order; NaN where it is not a number."""
         return sorted(self.miou), [self.miou[epoch] for epoch in sorted(self.miou)]
-
-    def forget_from(self, epoch: int) -> None:
-        """Drop all that is logged of this epoch and of later ones."""
-        for name in ("miou", "class_iou", "lr"):
-            kept = {e: value for e, value in getattr(self, name).items() if e < epoch}
-            setattr(self, name, kept)
-        self.losses = [row for row in self.losses if row[0] < epoch]
-        self.times = {
-            (a, b): time
-            for (a, b), time in self.times.items()
-            if (b if a in ("epoch", "eval") else a) < epoch
-        }
 
 
 # ----------------------------------------------------------------------------------------- text log
@@ -118,48 +105,44 @@ def read_text_log(path: str | Path) -> TrainingLog:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
-    lines = text.splitlines()
-    if lines and not text.endswith("\n"):
-        # It is whole if an earlier one is like it in all but digits, with as many decimals.
-        kinds = [re.sub(r"(?<![.\d])\d+|\d", "0", line) for line in lines]
-        if kinds[-1] not in kinds[:-1]:
-            lines.pop()
-    log = TrainingLog(path.stem, config=_text_config(lines))
-    epoch, begun, time, ious, modes = -1, 0, 0.0, {}, {}
-    for number, line in enumerate(lines):
-        time = _seconds(line) or time
-        if match := _EPOCH.search(line):
-            before, epoch = epoch, int(match.group(1))
-            if epoch <= before:
-                log.forget_from(epoch)
-                modes = {e: mode for e, mode in modes.items() if e < epoch}
-                log.config = _text_config(lines[begun:number]) or log.config
-            begun, ious = number, {}
-            log.times["epoch", epoch] = time
-            if rate := _LR.search(line):
-                log.lr[epoch] = float(rate.group(1))
-        elif epoch < 0:
-            continue
-        elif match := _ROW.search(line):
-            row = (epoch, int(match.group(1)), _text_losses(match.group(2)))
-            if row[2]:
-                repeated = bool(log.losses) and log.losses[-1][:2] == row[:2]
-                log.losses[len(log.losses) - repeated :] = [row]
-                log.times[row[:2]] = time
-        elif match := _CLASS.search(line):
-            ious[int(match.group(1))] = (official_name(match.group(2)), float(match.group(3)))
-        elif match := _MEAN.search(line):
-            log.miou[epoch], log.times["eval", epoch] = float(match.group(2)), time
-            if ious:
-                log.class_names, log.class_iou[epoch] = zip(*(ious[i] for i in sorted(ious)))
-            ious = {}
-            if match.group(1):
-                modes[epoch] = match.group(1)
-    if epoch < 0:
+    if not text.endswith("\n"):
+        # Its end is whole if an earlier line is like it in all but digits, with as many decimals.
+        kinds = re.sub(r"(?<![.\d])\d+|\d", "0", text).split("\n")
+        text = text if kinds[-1] in kinds[:-1] else text.rpartition("\n")[0]
+    header, *chunks = re.split(r"(?m)^(?=.*=> Epoch:? *\d)", text)
+    config, epochs = _text_config(header), {}
+    for before, chunk in zip([header, *chunks], chunks):
+        epoch = int(_EPOCH.search(chunk)[1])
+        if epoch <= max(epochs, default=-1):
+            config = _text_config(before) or config
+            epochs = {e: text for e, text in epochs.items() if e < epoch}
+        epochs[epoch] = chunk
+    if not epochs:
         raise UserError(
             f"{path}: no line `===========> Epoch: …`; this is not a UniMatch-style text log"
         )
-    log.eval_mode = ", then ".join(dict.fromkeys(modes.values())) or None
+    log, time, modes = TrainingLog(path.stem, config=config), 0.0, []
+    for epoch, chunk in epochs.items():
+        rows, ious = {}, {}
+        for line in chunk.splitlines():
+            time = _seconds(line) or time
+            log.times.setdefault((epoch, "begin"), time)
+            if _EPOCH.search(line) and (rate := _LR.search(line)):
+                log.lr[epoch] = float(rate[1])
+            elif match := _ROW.search(line):
+                iteration, losses = int(match[1]), _text_losses(match[2])
+                if losses:
+                    rows[iteration], log.times[epoch, iteration] = losses, time
+            elif match := _CLASS.search(line):
+                ious[int(match[1])] = (official_name(match[2]), float(match[3]))
+            elif match := _MEAN.search(line):
+                log.miou[epoch], log.times[epoch, "eval"] = float(match[2]), time
+                modes += [match[1]] if match[1] else []
+                if ious:
+                    log.class_names, log.class_iou[epoch] = zip(*(ious[i] for i in sorted(ious)))
+                ious = {}
+        log.losses += [(epoch, iteration, losses) for iteration, losses in rows.items()]
+    log.eval_mode = ", then ".join(dict.fromkeys(modes)) or None
     return log
 
 
@@ -178,17 +161,13 @@ def _text_losses(text: str) -> dict[str, float]:
     return {name: float(value) for name, value in found if name}
 
 
-def _text_config(lines: list[str]) -> dict:
-    """The pretty-printed dict that UniMatch logs first; {} if there is none."""
-    for number, line in enumerate(lines):
-        start = line.find("{")
-        if start >= 0 and _TIME.match(line):
-            block = itertools.takewhile(str.strip, [line[start:], *lines[number + 1 :]])
-            try:
-                return ast.literal_eval("\n".join(block))
-            except (ValueError, SyntaxError):
-                return {}
-    return {}
+def _text_config(text: str) -> dict:
+    """The pretty-printed dict that UniMatch logs first, up to an empty line; {} without one."""
+    found = re.search(rf"(?m){_TIME.pattern}[^{{\n]*(?P<dict>\{{.*(?:\n.*\S.*)*)", text)
+    try:
+        return ast.literal_eval(found["dict"]) if found else {}
+    except (ValueError, SyntaxError):
+        return {}
 
 
 # -------------------------------------------------------------------------------------- CSV, events

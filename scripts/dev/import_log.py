@@ -63,7 +63,7 @@ def tables(log, length: int) -> tuple[list[list], list[list], list[tuple]]:
     """
     epochs = [["epoch", "started", "lr", "evaluated", "mIoU", *log.class_names]]
     losses = [["epoch", "iteration", "step", "time", *LOSS_NAMES]]
-    begun = {epoch: time for (kind, epoch), time in log.times.items() if kind == "epoch"}
+    begun = {epoch: time for (epoch, what), time in log.times.items() if what == "begin"}
     events = [(begun[epoch], epoch * length, LR_TAG, rate) for epoch, rate in log.lr.items()]
     for epoch, iteration, values in log.losses:
         step, time = epoch * length + iteration, log.times[epoch, iteration]
@@ -75,7 +75,7 @@ def tables(log, length: int) -> tuple[list[list], list[list], list[tuple]]:
         row = [epoch, clock(time), f"{log.lr[epoch]:.5f}" if epoch in log.lr else ""]
         if epoch in log.miou:
             values = (log.miou[epoch], *log.class_iou.get(epoch, ()))
-            time = log.times["eval", epoch]
+            time = log.times[epoch, "eval"]
             events += [(time, epoch, tag, value) for tag, value in zip(tags, values)]
             row += [clock(time), *(f"{value:.2f}" for value in values)]
         epochs.append(row + [""] * (len(epochs[0]) - len(row)))
