@@ -1,19 +1,14 @@
 """Segmenters of every architecture with random weights and few channels, for the tests.
 
-`FAMILIES` maps a name to a function that makes model and image processor of transformers;
-`small_sam` and `small_mobile_sam` are `Sam`s. Images have 64 pixels on their longest side, models
-take SIDE.
+Images have 64 pixels on their longest side, models take SIDE.
 """
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
 import warnings
-from pathlib import Path
 
 import torch
+import transformers as t
 from segment_anything.modeling import (
     ImageEncoderViT,
     MaskDecoder,
@@ -22,6 +17,11 @@ from segment_anything.modeling import (
     TwoWayTransformer,
 )
 from torch import nn
+
+with warnings.catch_warnings():  # names that timm has already are registered again
+    warnings.simplefilter("ignore")
+    import mobile_sam
+    from mobile_sam.modeling.tiny_vit_sam import TinyViT
 
 SIDE, WIDTH = 96, 32  # pixels of the networks' input; channels
 NORM = {"pixel_mean": [123.675, 116.28, 103.53], "pixel_std": [58.395, 57.12, 57.375]}
@@ -80,10 +80,6 @@ def small_mobile_sam() -> Sam:
     """mobile_sam's `Sam` with its own parts: a narrow TinyViT. Its input of 1024 pixels, its last
     stage of 320 channels and its output of 256 cannot be changed.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from mobile_sam import modeling
-        from mobile_sam.modeling.tiny_vit_sam import TinyViT
     torch.manual_seed(0)
     encoder = TinyViT(
         img_size=1024,
@@ -94,10 +90,13 @@ def small_mobile_sam() -> Sam:
         mlp_ratio=1.0,
         window_sizes=[8, 8, 8, 8],
     )
-    prompts = modeling.PromptEncoder(256, (64, 64), (1024, 1024), 16)
-    transformer, head = modeling.TwoWayTransformer(1, 256, 2, 64), {"iou_head_hidden_dim": WIDTH}
-    decoder = modeling.MaskDecoder(transformer_dim=256, transformer=transformer, **head)
-    return stirred(modeling.Sam(encoder, prompts, decoder, **NORM))
+    prompts = mobile_sam.modeling.PromptEncoder(256, (64, 64), (1024, 1024), 16)
+    transformer, head = (
+        mobile_sam.modeling.TwoWayTransformer(1, 256, 2, 64),
+        {"iou_head_hidden_dim": WIDTH},
+    )
+    decoder = mobile_sam.modeling.MaskDecoder(transformer_dim=256, transformer=transformer, **head)
+    return stirred(mobile_sam.modeling.Sam(encoder, prompts, decoder, **NORM))
 
 
 # ----------------------------------------------------------------------------------- transformers
@@ -105,10 +104,8 @@ def small_mobile_sam() -> Sam:
 
 def prompts_and_decoder(prefix: str, **sizes) -> dict:
     """Configurations of the two parts that all families share."""
-    import transformers
-
-    prompt = getattr(transformers, f"{prefix}PromptEncoderConfig")
-    decoder = getattr(transformers, f"{prefix}MaskDecoderConfig")
+    prompt = getattr(t, f"{prefix}PromptEncoderConfig")
+    decoder = getattr(t, f"{prefix}MaskDecoderConfig")
     how = {"mlp_dim": 64, "num_attention_heads": 2, "iou_head_hidden_dim": WIDTH}
     how |= {"vit_dim": WIDTH} if prefix == "SamHQ" else {}
     return {
@@ -119,8 +116,6 @@ def prompts_and_decoder(prefix: str, **sizes) -> dict:
 
 def padded(prefix: str):
     """SAM or SAM-HQ of the sizes of `small_sam`."""
-    import transformers as t
-
     sizes, widths = {"image_size": SIDE, "patch_size": 16}, {"output_channels": WIDTH}
     widths |= {"mlp_dim": 4 * WIDTH, "num_pos_feats": WIDTH // 2}
     vision = getattr(t, f"{prefix}VisionConfig")(**VIT, **sizes, **widths)
@@ -132,8 +127,6 @@ def padded(prefix: str):
 
 
 def sam2_vision(side: int = SIDE):
-    import transformers as t
-
     backbone = t.Sam2HieraDetConfig(
         hidden_size=8,
         image_size=[side, side],
@@ -153,21 +146,15 @@ def sam2_vision(side: int = SIDE):
 
 
 def square_processor(kind: str, side: int = SIDE):
-    import transformers as t
-
     return getattr(t, f"{kind}ImageProcessor")(size={"height": side, "width": side})
 
 
 def sam2():
-    import transformers as t
-
     parts = prompts_and_decoder("Sam2", image_size=SIDE)
     return t.Sam2Model(t.Sam2Config(vision_config=sam2_vision(), **parts)), square_processor("Sam2")
 
 
 def sam3_vision(side: int):
-    import transformers as t
-
     sizes = {"intermediate_size": 64, "image_size": side, "pretrain_image_size": 56}
     backbone = t.Sam3ViTConfig(**VIT, **sizes)
     return t.Sam3VisionConfig(
@@ -178,8 +165,6 @@ def sam3_vision(side: int):
 
 
 def sam3():
-    import transformers as t
-
     side = 84
     parts = prompts_and_decoder("Sam3Tracker", image_size=side, patch_size=14)
     config = t.Sam3TrackerConfig(vision_config=sam3_vision(side), **parts)
@@ -187,8 +172,6 @@ def sam3():
 
 
 def edgetam():
-    import transformers as t
-
     backbone = t.TimmWrapperConfig(
         architecture="repvit_m1",
         model_args={"in_chans": 3, "features_only": True, "out_indices": [0, 1, 2, 3]},
@@ -202,6 +185,7 @@ def edgetam():
     return t.EdgeTamModel(t.EdgeTamConfig(vision_config=vision, **parts)), square_processor("Sam2")
 
 
+# {family: what makes a model and its image processor}
 FAMILIES = {
     "sam": lambda: padded("Sam"),
     "sam_hq": lambda: padded("SamHQ"),
@@ -211,60 +195,9 @@ FAMILIES = {
 }
 # The package's processors, whose masks the tests compare with.
 PROCESSORS = {
-    "sam": "SamProcessor",
-    "sam_hq": "SamHQProcessor",
-    "sam2": "Sam2Processor",
-    "sam3_tracker": "Sam3TrackerProcessor",
-    "edgetam": "Sam2Processor",
+    "sam": t.SamProcessor,
+    "sam_hq": t.SamHQProcessor,
+    "sam2": t.Sam2Processor,
+    "sam3_tracker": t.Sam3TrackerProcessor,
+    "edgetam": t.Sam2Processor,
 }
-
-
-# -------------------------------------------------------------------------- PSA in other processes
-
-
-# transformers imports its parts when they are asked for: once, in the process that is forked.
-PRELOADED = [
-    "transformers.models.auto.modeling_auto",
-    "transformers.models.auto.image_processing_auto",
-    *(f"transformers.models.{n}.image_processing_{n}" for n in ("sam", "sam2", "sam3")),
-    *(f"transformers.models.{n}.modeling_{n}" for n in (*FAMILIES, "sam3", "timm_wrapper")),
-    "mobile_sam",
-]
-
-
-def start_psa(arguments: list[str], rank: int = 0, world: int = 1, kill_after: int = 0):
-    """seco_sam.py with small models in a process of its own, forked from one that has imported
-    everything. Proposals are few and none is rejected. kill_after: it kills itself once it has
-    written so many labels.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["seco_sam", *PRELOADED])
-    process = context.Process(target=run_psa, args=(arguments, rank, world, kill_after))
-    process.start()
-    return process
-
-
-def run_psa(arguments: list[str], rank: int, world: int, kill_after: int) -> None:
-    import seco_sam
-    from model import sam
-    from model.segmenter import ProposalSettings
-
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
-    sam.sam_builder = lambda sam_type: small_mobile_sam if sam_type == "vit_t" else small_sam
-    load, write_label = seco_sam.load_segmenter, seco_sam.write_label
-    written = []
-
-    def load_small(*args):
-        segmenter = load(*args)
-        segmenter.settings = ProposalSettings(2, -1e9, -1.0, box_nms=1.0)
-        return segmenter
-
-    def write_and_die(path: Path, *args) -> None:
-        write_label(path, *args)
-        written.append(path)
-        if len(written) == kill_after:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    seco_sam.load_segmenter, seco_sam.write_label = load_small, write_and_die
-    seco_sam.main(arguments)
