@@ -176,33 +176,26 @@ def test_an_epoch_started_again_voids_all_later_ones(tmp_path, again):
 # -------------------------------------------------------------------------- other versions' records
 
 
-def log_of_2022(path, epochs, miou, tail=""):
+def log_of_2022(path, epochs, miou):
     """As UniMatch of 2022 wrote it: `Mask`, `meanIOU`, four decimals of the learning rate, center
     crops until the last two epochs, no class rows.
     """
-    lines = ["[2022-11-14 10:00:00,000][    INFO] {'dataset': 'cityscapes', 'epochs': 240}", ""]
-    for epoch in range(epochs):
-        clock = f"[2022-11-14 {epoch // 60 + 10:02d}:{epoch % 60:02d}:01,500][    INFO]"
-        best = f"{max([miou(e) for e in range(epoch)], default=0):.2f}"
-        lines.append(f"{clock} ===========> Epoch: {epoch}, LR: 0.0050, Previous best: {best}\n")
-        lines += [
-            f"{clock} Iters: {i}, Total loss: {1 + i / 1000:.3f}, Loss x: 0.250, Loss s: 0.500,"
-            " Loss w_fp: 0.125, Mask: 0.750"
-            for i in range(0, 236, 29)
-        ]
-        mode = "sliding_window" if epoch >= epochs - 2 else "center_crop"
-        lines.append(f"{clock} ***** Evaluation {mode} ***** >>>> meanIOU: {miou(epoch):.2f}\n")
-    path.write_text("\n".join(lines) + tail)
+    text = text_log(path, epochs, miou, 236, ()).read_text()
+    words = {"Mask ratio": "Mask", "MeanIoU": "meanIOU", "0.00500": "0.0050", "s: nan": "s: 0.25"}
+    for today, of_2022 in {**words, " 'nclass': 2}": " 'batch_size': 2}"}.items():
+        text = text.replace(today, of_2022)
+    text = text.replace("original", "center_crop", epochs - 2)
+    path.write_text(text.replace("original", "sliding_window"))
     return path
 
 
 def test_log_of_2022_keeps_its_rows(tmp_path, capsys):
     reference = read_training_log(SHIPPED / "seco_gta")
-    path = log_of_2022(tmp_path / "a.log", 12, reference.miou.get, "\n")
+    path = log_of_2022(tmp_path / "a.log", 12, reference.miou.get)
     log = read_text_log(path)
     assert log.epochs == list(range(12)) and log.miou[3] == reference.miou[3]
     assert len(log.losses) == 12 * 9 and log.lr[5] == 0.005
-    assert log.losses[10] == (1, 29, dict(zip(LOSS_NAMES, (1.029, 0.25, 0.5, 0.125, 0.75))))
+    assert log.losses[10] == (1, 29, dict(zip(LOSS_NAMES, (0.001, 1, 0.25, 0.5, 1))))
     assert log.eval_mode == "center_crop, then sliding_window" and not log.class_iou
     assert iterations_range(log) == iterations_range(reference)
 
@@ -380,11 +373,6 @@ def test_runs_evaluated_now_and_then(tmp_path, capsys):
         best, last = max(log.miou.values()), np.mean([log.miou[e] for e in log.epochs[-20:]])
         assert re.search(rf"best up to epoch 234 +{best:.2f} +{best:.2f} ", printed)
         assert re.search(rf"mean of the last 20 +{last:.2f} +{last:.2f} ", printed)
-    lower = shifted("mIoU", -12, range(240))
-    worse = perturbed(tmp_path / "worse", lambda row: every_five(lower(row)))
-    code, printed = compared(worse, often, capsys)
-    rows = {line[:24].strip() for line in printed.splitlines() if line.endswith(FAILED)}
-    assert {"epoch 99", "last (epoch 234)", "mean of the last 20"} <= rows and code == 1
 
 
 def test_a_log_with_itself_passes(tmp_path, capsys):
