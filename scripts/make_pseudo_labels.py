@@ -127,27 +127,7 @@ def top_p_thresholds(
     return np.where(np.isnan(found), np.float32(np.inf), found)
 
 
-def thresholded(
-    prediction: np.ndarray, confidence: np.ndarray, thresholds: np.ndarray
-) -> np.ndarray:
-    """uint8 H x W: the predicted class where its probability reaches the class's threshold, else
-    IGNORE.
-    """
-    return np.where(confidence >= thresholds[prediction], prediction, IGNORE).astype(np.uint8)
-
-
 # --------------------------------------------------------------------------------------------- CBST
-
-
-def every_fourth(predictions: Iterable, one_class: bool) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """What CBST ranks: of each image and predicted class every fourth pixel in raster order.
-    one_class: all as of class 0.
-    """
-    for prediction, confidence in predictions:
-        flat = prediction.ravel()
-        chosen = np.concatenate([np.flatnonzero(flat == c)[::CBST_STEP] for c in np.unique(flat)])
-        classes = np.zeros_like(chosen) if one_class else flat[chosen]
-        yield classes, confidence.ravel()[chosen]
 
 
 def cbst_thresholds(
@@ -156,17 +136,25 @@ def cbst_thresholds(
     """What CBST divides a class's probabilities by (float32, K).
 
     predictions as in `radix_select`, every pixel; portion in (0, 1]. Released code: a list of
-    the sampled confidences and one 0.0 (policy cb, a list a class), in falling order; of n numbers
-    the threshold is number floor(n * portion), counted from 1. Policy global: one list of all
+    confidences and one 0.0 (policy cb, a list a class), in falling order; of n numbers the
+    threshold is number floor(n * portion), counted from 1. The confidences are those of every
+    fourth pixel of each image and predicted class in raster order. Policy global: one list of all
     classes, each with its 0.0, and another 0.0. A threshold of 0, or of no number, becomes 1.
     """
     zeros, ranked = (1, class_num) if policy == "cb" else (class_num + 1, 1)
 
+    def sampled() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for prediction, confidence in predictions():
+            flat = prediction.ravel()
+            parts = [np.flatnonzero(flat == c)[::CBST_STEP] for c in np.unique(flat)]
+            chosen = np.concatenate(parts)
+            classes = flat[chosen] if policy == "cb" else np.zeros_like(chosen)
+            yield classes, confidence.ravel()[chosen]
+
     def rank_of(samples):
         return samples - np.floor((samples + zeros) * portion).astype(np.int64)
 
-    found = radix_select(lambda: every_fourth(predictions(), ranked == 1), ranked, rank_of)
-    found = np.broadcast_to(found, class_num)
+    found = np.broadcast_to(radix_select(sampled, ranked, rank_of), class_num)
     return np.where(np.isnan(found) | (found == 0), np.float32(1), found)
 
 
@@ -254,6 +242,7 @@ def load_source(
     of a smaller array; float32 K x height x width.
     """
     root, class_num, network = options.root_path, options.class_num, None
+    test_size = options.test_size and tuple(options.test_size)
     files = {"list": options.id_list_path}
     for image in images:
         path, size = root / image, image_size(root / image)
@@ -270,13 +259,13 @@ def load_source(
     def probabilities(image: str) -> np.ndarray:
         if not network:
             found = read_probabilities(files[image], class_num)
-        elif options.multi_scale:
-            found = (
-                network.multi_scale(read_image(files[image]), options.test_size)[0].cpu().numpy()
-            )
         else:
-            logits = network.logits(read_image(files[image]), options.test_size)
-            found = logits.softmax(dim=1)[0].cpu().numpy()
+            pixels = read_image(files[image])
+            if options.multi_scale:
+                scores = network.multi_scale(pixels, test_size)
+            else:
+                scores = network.logits(pixels, test_size).softmax(dim=1)
+            found = scores[0].cpu().numpy()
         size = image_size(root / image)
         grid = [min(-(-n // options.pixel_step), m) for n, m in zip(size, found.shape[1:])]
         return resized_nearest(found, tuple(grid))
@@ -367,21 +356,6 @@ def store(rows, folder: Path, stage: str, arrays_of: Callable) -> None:
     wait_for_all()
 
 
-def thresholds_of_list(rows, folder: Path, options: Options, classes: ClassSet) -> np.ndarray:
-    """The thresholds (float32, K), which every process finds by itself."""
-
-    def predictions():
-        for _, label in progress(rows, "ranking", quiet=process_rank()[0] > 0):
-            yield stored(folder, label)
-
-    if options.rule == "cbst":
-        return cbst_thresholds(predictions, classes.count, options.top_p, options.policy)
-    top_p = np.full(classes.count, options.top_p)
-    if options.top_p_things:
-        top_p[list(classes.things)] = options.top_p_things
-    return top_p_thresholds(predictions, classes.count, top_p)
-
-
 def write_labels(
     rows, folder: Path, thresholds: np.ndarray, options: Options, classes: ClassSet
 ) -> dict:
@@ -393,7 +367,7 @@ def write_labels(
         if options.rule == "cbst":
             [result] = stored(folder, label, "cbst")
         else:
-            result = thresholded(prediction, confidence, thresholds)
+            result = np.where(confidence >= thresholds[prediction], prediction, np.uint8(IGNORE))
         predicted += np.bincount(prediction.ravel(), minlength=classes.count)
         kept += np.bincount(result.ravel(), minlength=256)[: classes.count]
         size = image_size(folder.parent / image)
@@ -427,19 +401,28 @@ def write_labels(
 def make_labels(
     rows, folder: Path, probabilities: Probabilities, options: Options, classes: ClassSet, device
 ) -> None:
-    """All stages; every process of torchrun takes its share of the model's work. run.json tells
-    what this and the starts that were stopped have cost.
+    """All stages; every process of torchrun takes its share of the model's work, and finds the
+    thresholds by itself. run.json tells what this and the starts that were stopped have cost.
     """
     record, first = folder / "run.json", process_rank()[0] == 0
     earlier = read_json(record)["cost"]["seconds"] if first and record.exists() else 0
+
+    def predictions():
+        for _, label in progress(rows, "ranking", quiet=not first):
+            yield stored(folder, label)
+
     try:
         ranked = lambda image: prediction_and_confidence(probabilities(image))
         store(rows, folder, "predictions", ranked)
-        thresholds = thresholds_of_list(rows, folder, options, classes)
         if options.rule == "cbst":
-            store(
-                rows, folder, "cbst", lambda image: [cbst_label(probabilities(image), thresholds)]
-            )
+            thresholds = cbst_thresholds(predictions, classes.count, options.top_p, options.policy)
+            relabeled = lambda image: [cbst_label(probabilities(image), thresholds)]
+            store(rows, folder, "cbst", relabeled)
+        else:
+            top_p = np.full(classes.count, options.top_p)
+            if options.top_p_things:
+                top_p[list(classes.things)] = options.top_p_things
+            thresholds = top_p_thresholds(predictions, classes.count, top_p)
         if first:
             summary = write_labels(rows, folder, thresholds, options, classes)
     finally:
