@@ -98,9 +98,7 @@ from util.run import (
 )
 
 DIGITS = 1 << 16  # values of half a float32's bits
-# DT-ST keeps every fourth pixel of the label in each direction (256x512 of 1024x2048) and writes it
-# as a 4x4 block.
-DTST_STEP = 4
+DTST_STEP = 4  # DT-ST labels every fourth pixel in each direction (256x512 of 1024x2048)
 CBST_STEP = 4  # CBST ranks every fourth pixel of a class (its released code)
 PANEL_WIDTH = 512  # pixels, of the pictures in overview.png
 
@@ -281,11 +279,10 @@ def open_array(path: Path, class_num: int) -> np.ndarray:
         raise UserError(
             f"{path}: not readable as an array ({error}); write <folder>/<image path>.npy"
         ) from None
-    shape, dtype = array.shape, array.dtype
-    if len(shape) != 3 or shape[0] != class_num or dtype.kind != "f" or 0 in shape:
+    if array.dtype.kind != "f" or array.ndim != 3 or len(array) != class_num or not array.size:
         raise UserError(
-            f"{path}: {dtype} {' x '.join(map(str, shape))} where floating-point "
-            f"K x H x W with K = {class_num} classes (--class-num) is wanted"
+            f"{path}: {array.dtype} of shape {array.shape}; wanted is floating-point K x H x W with"
+            f" K = {class_num} classes (--class-num)"
         )
     return array
 
@@ -299,10 +296,7 @@ def read_probabilities(path: Path, class_num: int) -> np.ndarray:
         and probabilities.min() >= 0
         and np.abs(probabilities.sum(axis=0) - 1).max() < 0.02
     ):
-        raise UserError(
-            f"{path}: its values are not probabilities that add up to 1 per pixel; save the softmax"
-            " output"
-        )
+        raise UserError(f"{path}: not probabilities, which add up to 1 per pixel; save the softmax")
     return probabilities
 
 
@@ -337,9 +331,7 @@ def stored_path(folder: Path, label: str, stage: str) -> Path:
 
 
 def stored(folder: Path, label: str, stage: str = "predictions") -> list[np.ndarray]:
-    """What `store` has saved: of stage predictions the class and the confidence, of cbst the
-    label.
-    """
+    """What `store` has saved of an image."""
     with np.load(stored_path(folder, label, stage)) as content:
         return list(content.values())
 
