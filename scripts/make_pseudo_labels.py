@@ -5,15 +5,11 @@ Two rules. `top-p`, DT-ST's: of all pixels of the list that the model predicts a
 by confidence (largest softmax probability) keep the class; the rest becomes 255. Paper: p = 0.5.
 `cbst`: the rule of CBST's released code, see `cbst_label`. No ground truth is read.
 
-Inputs   --id-list-path: one image a line, relative to --root-path; further columns are not read;
-         and one of
-         --checkpoint       a network of train_unimatch.py, UniMatch, DT-ST, CMA, ProDA or SHADE,
-                            told apart by content; images enter it as its authors feed it
-                            (model/network.py)
-         --probabilities    a folder of arrays of any other model, K x H x W class probabilities,
-                            float16 or wider, as <folder>/<image path>.npy (a/x.png.npy), perhaps
-                            smaller than the images. scripts/README.md: how mmsegmentation's models
-                            (HRDA, DAFormer, MIC) write them
+Inputs   --id-list-path: one image a line, relative to --root-path; further columns are not read
+         --checkpoint: a network of one of the formats of model/network.py, which feeds it images as
+         its authors do; or --probabilities: K x H x W class probabilities of any other model,
+         float16 or wider, as <folder>/<image path>.npy (a/x.png.npy), perhaps smaller than the
+         images. scripts/README.md: how mmsegmentation's models (HRDA, DAFormer, MIC) write them
 Outputs  <root>/<exp>/<image path without its first folder>.png   palette PNG of train IDs and 255
          --out-list, rows `<image> <label>`; beside the labels summary.json (thresholds and shares
          per class), overview.png, settings.json, inputs.json and run.json (manifest)
