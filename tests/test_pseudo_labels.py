@@ -85,20 +85,16 @@ def files(folder):
 
 def oracle(arrays, top_p, top_p_things=None):
     """Labels by the rule as written: gather all confidences of a class, sort them, cut."""
-    things = class_set(K).things
-    prediction = {name: array.argmax(axis=0) for name, array in arrays.items()}
-    confidence = {name: array.max(axis=0) for name, array in arrays.items()}
-    labels = {name: np.full(array.shape[1:], 255, dtype=np.uint8) for name, array in arrays.items()}
-    for class_id in range(K):
-        shown = {name: classes == class_id for name, classes in prediction.items()}
-        ranked = sorted(v for name in arrays for v in confidence[name][shown[name]])
-        if not ranked:
-            continue
-        share = top_p_things if top_p_things and class_id in things else top_p
+    stack = np.stack(list(arrays.values()))
+    prediction, confidence = stack.argmax(axis=1), stack.max(axis=1)
+    labels = np.full(prediction.shape, 255, dtype=np.uint8)
+    for class_id in np.unique(prediction):
+        shown = prediction == class_id
+        ranked = np.sort(confidence[shown])
+        share = top_p_things if top_p_things and class_id in class_set(K).things else top_p
         threshold = ranked[min(round(len(ranked) * (1 - share)), len(ranked) - 1)]
-        for name, label in labels.items():
-            label[shown[name] & (confidence[name] >= threshold)] = class_id
-    return labels
+        labels[shown & (confidence >= threshold)] = class_id
+    return dict(zip(arrays, labels))
 
 
 def check_labels(root, expected, class_num=K):

@@ -4,6 +4,7 @@ All networks are small and random (tests/small_segmenters.py); nothing is downlo
 """
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -368,17 +369,6 @@ def test_absent_packages_and_weights_say_what_to_do(monkeypatch, tmp_path):
     assert "nor a folder that is there" in said(load_segmenter, "vit_x")
 
 
-def test_weights_of_an_older_form_have_a_part_in_the_digest(folders, loaded, tmp_path):
-    """A folder with pytorch_model.bin alone: other weights in it are told apart."""
-    for name in ("config.json", "preprocessor_config.json"):
-        (tmp_path / name).write_bytes((folders["sam"] / name).read_bytes())
-    state, found = loaded["sam"].model.state_dict(), []
-    for shift in (0, 1):
-        torch.save({k: v + shift for k, v in state.items()}, tmp_path / "pytorch_model.bin")
-        found.append(files_digest(load_segmenter(str(tmp_path)).files))
-    assert found[0] != found[1]
-
-
 def test_bad_types_and_folders(folders, tmp_path):
     assert "nor a folder that is there" in said(load_segmenter, "./nowhere")
     assert "config.json: not readable" in said(load_segmenter, str(tmp_path))
@@ -395,12 +385,21 @@ def test_bad_types_and_folders(folders, tmp_path):
     assert "do not fit its config.json" in said(load_segmenter, str(tmp_path))
 
 
-def test_weights_are_told_apart(loaded, tmp_path):
-    """By one digest, for a file that of the file; MobileSAM's weights are not SAM's."""
+def test_weights_are_told_apart(folders, loaded, tmp_path):
+    """By one digest, for a file that of the file, also in a folder with pytorch_model.bin alone;
+    MobileSAM's weights are not SAM's.
+    """
     files = loaded["sam2"].files
     names = [path.name for path in files]
     assert names == ["model.safetensors", "config.json", "preprocessor_config.json"]
     assert files_digest(files) != files_digest(loaded["sam"].files)
     assert files_digest(files) != files_digest(files[:1]) == sha256(files[0])
+    for name in ("config.json", "preprocessor_config.json"):
+        shutil.copy(folders["sam"] / name, tmp_path)
+    state, found = loaded["sam"].model.state_dict(), []
+    for shift in (0, 1):
+        torch.save({k: v + shift for k, v in state.items()}, tmp_path / "pytorch_model.bin")
+        found.append(files_digest(load_segmenter(str(tmp_path)).files))
+    assert found[0] != found[1]
     torch.save(small_mobile_sam().state_dict(), tmp_path / "mobile_sam.pt")
     assert "give --sam-type vit_t" in said(load_segmenter, "vit_h", tmp_path / "mobile_sam.pt")
