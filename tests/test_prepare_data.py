@@ -195,7 +195,7 @@ def test_both_layouts_of_bdd(tmp_path, capsys, base, images, labels, ending):
     assert read_list(tmp_path / "lists/train.txt")[0] == row and "no pixel of it" in out
     blocks(tmp_path / base / labels / "val" / f"b{ending}", [7, 33], 720, 1280)
     code, _, err = prepare(capsys, tmp_path, data="bdd", expect=(2, 2))
-    assert code == 2 and "look like label IDs" in err
+    assert code == 2 and "train IDs of Cityscapes' label IDs" in err
 
 
 def write_bdd(root, split, numbers, label=(720, 1280), size=(720, 1280)):
@@ -349,7 +349,10 @@ LISTS = [
     (lambda root: (root / "images/x.png").unlink(), "images/x.png: no such file"),
     (lambda root: (root / "pix/x.png").unlink(), "pix/x.png: no such file"),
     (lambda root: blocks(root / "pix/x.png", [0], 32, 32), "do not show the same as the 64x32"),
-    (lambda root: blocks(root / "pix/x.png", [7, 26], 32, 64), "look like label IDs"),
+    (
+        lambda root: blocks(root / "pix/x.png", [7, 26], 32, 64),
+        "train IDs of Cityscapes' label IDs",
+    ),
     (lambda root: image(root / "pix/x.png", 32, 64), "this one is RGB"),
     (lambda root: truncate(root / "pix/x.png", 60), "pix/x.png"),
     (edit(lambda b: b.replace(b"\n", b"\r\n")), "Windows line ends"),
