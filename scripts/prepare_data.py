@@ -78,6 +78,7 @@ from util.labels import (
     check_same_shape,
     chosen_classes,
     image_size,
+    in_experiment,
     pixels_of_values,
     read_classes,
     read_image,
@@ -348,7 +349,7 @@ def take_labels(options: LabelOptions) -> None:
     for image, source in progress(sources.items(), "labels"):
         label = read_label(source, classes.count)
         check_same_shape(source, label.shape, root / image, image_size(root / image))
-        path = str(PurePosixPath(exp, *PurePosixPath(image).parts[1:]).with_suffix(".png"))
+        path = str(PurePosixPath(in_experiment(image, exp)).with_suffix(".png"))
         write_once(root / path, label, source, classes)
         rows.append((image, path))
     write_classes(root / exp, classes)

@@ -84,9 +84,9 @@ run "${LAUNCH[@]}" eval.py --checkpoint "$OUT/adapt/latest.pth" --id-list-path "
     --root-path "$DATA_ROOT" "${CLASSES[@]}" --mode "$EVAL_MODE" --crop-size "$CROP" --out "$OUT/eval_after" \
     --device "$DEVICE"
 code=0
-PYTHONIOENCODING=utf-8 run "$PYTHON" -m scripts.compare_logs "$OUT/adapt" "$SHIPPED_LOG" \
-    --picture "$OUT/pictures/compare.png" | tee "$OUT/.compare" || code=$?
-sed 1,2d "$OUT/.compare" > "$OUT/compare.txt" # without the command
+COMPARE=("$PYTHON" -m scripts.compare_logs "$OUT/adapt" "$SHIPPED_LOG" --picture "$OUT/pictures/compare.png")
+tell "${COMPARE[@]}"
+PYTHONIOENCODING=utf-8 "${COMPARE[@]}" | tee "$OUT/compare.txt" || code=$?
 if [ "$code" -gt 1 ]; then exit "$code"; fi
 run "$PYTHON" -m scripts.lib.page "$OUT"
 if [ "$REHEARSE" = 0 ]; then exit "$code"; fi

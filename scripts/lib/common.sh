@@ -72,9 +72,13 @@ show() { # show NAME…: the variables' values
     echo
 }
 
-run() { # run COMMAND…: print it as it can be copied to a terminal, then run it; each finds its own finished work
+tell() { # tell COMMAND…: print it as it can be copied to a terminal
     printf '\n$'
     printf ' %q' "$@"
     echo
+}
+
+run() { # run COMMAND…: print it, then run it; each finds its own finished work
+    tell "$@"
     "$@"
 }
