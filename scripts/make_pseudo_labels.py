@@ -306,10 +306,16 @@ def label_rows(options: Options) -> list[tuple[str, str]]:
     images = [row[0] for row in read_list(options.id_list_path, columns=(1, 2))]
     owners: dict[str, str] = {}
     for image in images:
-        if image.partition("/")[0] in (image, options.exp):
+        folder, below, _ = image.partition("/")
+        if not below:
             raise UserError(
-                f"image path {image}: it must lie in a folder other than --exp {options.exp}, which"
-                " takes that folder's place in the label's path"
+                f"image path {image}: give the folder above the images' as --root-path, so that"
+                f" the list has {options.root_path.resolve().name}/{image}"
+            )
+        if folder == options.exp:
+            raise UserError(
+                f"image path {image}: --exp {options.exp} takes the place of its first folder in"
+                " the label's path; give another name"
             )
         label = str(PurePosixPath(in_experiment(image, options.exp)).with_suffix(".png"))
         if owners.setdefault(label, image) != image:

@@ -10,6 +10,7 @@ from conftest import ROOT
 from PIL import Image
 
 from dataset.toy import draw_scene
+from scripts.lib.page import main as write_page
 from util.labels import IGNORE, read_classes, read_label
 
 CLASSES = """road stuff 128,64,128
@@ -96,6 +97,10 @@ def test_from_arrays_to_the_page(own):
     assert {p: p.stat().st_mtime_ns for p in own.rglob("mine*/*.png")} == labels
     page = (own / "measured/index.html").read_text()
     assert "Validation IoU" in page and "not measured" not in page and "<td>greens</td>" in page
+    assert "pictures/validation.png" in page  # prediction beside ground truth
+    drawn = {p: p.stat().st_mtime_ns for p in own.glob("measured/pictures/*.png")}
+    write_page([str(own / "measured")])  # of the same results they are not drawn again
+    assert {p: p.stat().st_mtime_ns for p in own.glob("measured/pictures/*.png")} == drawn
 
 
 def test_what_is_not_there_is_told_first(own):

@@ -218,7 +218,7 @@ def bad_array(*shape, value=1 / K):
         (lambda root: (root / "list.txt").write_text("a/x.png\na/x.png\n"), "in line 1 already"),
         (
             lambda root: (root / "list.txt").write_text("x.png\n"),
-            "image path x.png: it must lie in a folder",
+            "image path x.png: give the folder above the images' as --root-path",
         ),
     ],
 )
@@ -239,7 +239,7 @@ def test_bad_input_is_one_clear_line(data, spoil, told):
         (("--multi-scale",), "--multi-scale: is for --checkpoint"),
         (("--test-size", "64", "16"), "--test-size 64 16"),
         (("--exp", "a/b"), "--exp a/b"),
-        (("--exp", "leftImg8bit"), "a folder other than --exp leftImg8bit"),
+        (("--exp", "leftImg8bit"), "--exp leftImg8bit takes the place"),
         (("--out-list", "list.txt"), "is the list that is read"),
     ],
 )

@@ -23,16 +23,17 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # for `python scri
 from eval import labels_in_folder
 from scripts.lib.health import health
 from scripts.lib.report import cost_table, markdown_table, on_their_way, spread
-from scripts.lib.run_folder import manifest_of, seeds_in, stage_costs, stage_folders
+from scripts.lib.run_folder import MANIFESTS, manifest_of, seeds_in, stage_costs, stage_folders
 from util.labels import read_classes, read_list
 from util.options import Argument, Folder, parse_options
-from util.outputs import atomic_path, read_json
+from util.outputs import atomic_path, made_before, made_from, read_json, write_json
 from util.page import write_page
 from util.pictures import save_picture
 from util.run import UserError, run_main
 
 CAPTIONS = {  # of the pictures, in the order in which they are shown
     "side_by_side": "Target images on their way: starting labels, PSA, SCC, predictions",
+    "validation": "Target validation images: predictions before and after, ground truth",
     "miou_curve": "Target validation mIoU after each evaluated epoch",
     "compare": "This run beside the authors' log",
     "ablation": "Target validation mIoU of every row",
@@ -132,22 +133,37 @@ def task_results(run: Path) -> str:
 
 
 def draw_task(run: Path, count: int = 4) -> None:
-    """pictures/side_by_side.png of a task: a few images, their labels at each stage, predictions
-    of the adapted network.
+    """Pictures of a task, not drawn again if nothing has changed since: side_by_side.png, a few
+    images with their labels at each stage; validation.png, a few of the validation images with
+    predictions before and after and the ground truth.
     """
-    folders, classes = stage_folders(run), run / "adapt/classes.txt"
-    options = manifest_of(run / "adapt").get("options", {})
-    if not classes.is_file() or not (run / "adapt/latest.pth").is_file():
+    folders, record = stage_folders(run), run / "pictures/made_from.json"
+    options, models = manifest_of(run / "adapt").get("options"), {"after": run / "adapt/latest.pth"}
+    if not options or not models["after"].is_file():
         return
+    made = [folder / name for folder in folders.values() for name in MANIFESTS]
+    inputs = {str(path): path for path in [*models.values(), *made] if path.is_file()}
+    source = made_from({"images": count}, inputs)
+    if made_before(record, source):
+        return
+    root, classes = Path(options["root_path"]), read_classes(run / "adapt/classes.txt")
+    how = classes, options["eval_mode"], options["crop_size"]
+
+    def draw(name: str, images: list[str], titles: dict[str, str], truth: dict, models: dict):
+        images = spread(images, count)
+        maps = {t: labels_in_folder(folders[s], images) for s, t in titles.items() if s in folders}
+        maps = {title: found for title, found in maps.items() if len(found) == len(images)}
+        sheet = on_their_way(root, images, maps | truth, models, *how)
+        save_picture(run / f"pictures/{name}.png", sheet)
+
     lists = [options[f"{name}_id_path"] for name in ("labeled", "unlabeled")]
     images = [row[0] for path in lists if path for row in read_list(path, (1, 2))]
-    images = spread(images, count)
     titles = {"pixel": "starting labels", "psa": "PSA", "scc": "SCC"}
-    maps = {t: labels_in_folder(folders[s], images) for s, t in titles.items() if s in folders}
-    maps = {title: found for title, found in maps.items() if len(found) == len(images)}
-    models, root = {"prediction": run / "adapt/latest.pth"}, Path(options["root_path"])
-    sheet = on_their_way(root, images, maps, models, read_classes(classes))
-    save_picture(run / "pictures/side_by_side.png", sheet)
+    draw("side_by_side", images, titles, {}, {"prediction": models["after"]})
+    if options["val_id_path"]:
+        truth = dict(read_list(options["val_id_path"]))
+        draw("validation", [*truth], {"before_labels": "before"}, {"ground truth": truth}, models)
+    write_json(record, {"made_from": source})
 
 
 def page_of(run: Path) -> Path:

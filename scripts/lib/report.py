@@ -20,6 +20,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # for `python scri
 
 from PIL import Image
 
+from eval import Mode, label_map
 from scripts.lib.run_folder import (
     LABEL_ROWS,
     MODEL_ROWS,
@@ -36,7 +37,7 @@ from util.labels import ClassSet, chosen_classes, read_image, read_label, read_l
 from util.options import Argument, ClassOptions, CountFrom0, Folder, parse_options
 from util.outputs import atomic_path, made_before, made_from, read_json, write_json
 from util.pictures import colour_label, contact_sheet, save_picture
-from util.run import UserError, run_main
+from util.run import UserError, run_main, select_device
 from util.training_log import read_training_log
 
 LABEL_FIGURES = ("coverage", "accuracy", "miou")
@@ -125,7 +126,13 @@ def total_cost(costs: dict[str, dict]) -> dict:
 
 
 def on_their_way(
-    root: Path, images: list[str], maps: dict[str, dict], models: dict[str, Path], classes: ClassSet
+    root: Path,
+    images: list[str],
+    maps: dict[str, dict],
+    models: dict[str, Path],
+    classes: ClassSet,
+    mode: Mode = "original",
+    crop_size: int = 769,
 ) -> Image.Image:
     """A picture of images, a row each: the image, its label maps, predictions.
 
@@ -135,13 +142,12 @@ def on_their_way(
         maps: {title: {image path: path of its label map}}; ground truth comes last.
         models: {title: checkpoint}, shown before the ground truth.
         classes: of all of them.
+        mode, crop_size: how images go through the models, as eval.py has them.
     """
-    import torch
-
     from model.network import load_network
 
     shown = lambda label: colour_label(label, classes.palette)
-    device = torch.device("cpu")
+    device = select_device("auto")
     networks = {n: load_network(path, device, classes.count) for n, path in models.items()}
     truth = maps.pop("ground truth", None)
     rows = []
@@ -149,9 +155,7 @@ def on_their_way(
         image = read_image(root / name)
         row = [image, *(shown(read_label(root / found[name])) for found in maps.values())]
         for network in networks.values():
-            with torch.inference_mode():
-                prediction = network.logits(image).argmax(dim=1)[0]
-            row.append(shown(prediction.numpy().astype("uint8")))
+            row.append(shown(label_map(network, image, mode, crop_size)))
         rows.append(row + ([shown(read_label(root / truth[name]))] if truth else []))
     titles = ["image", *maps, *networks, *(["ground truth"] if truth else [])]
     return contact_sheet(rows, titles, legend=classes, cell_width=288)
