@@ -102,6 +102,7 @@ if [ ! -f "$SPLITS/test.txt" ]; then
     echo "predictions for the server: skipped, $DATA_ROOT has no test images"
 else
     run "${PREDICT[@]}" --id-list-path "$SPLITS/test.txt" --predictions "$OUT/test"
+    rm -rf "$OUT/server"
     mkdir -p "$OUT/server/labelTrainIds"
     find "$OUT/test" -name '*.png' ! -name '.*' -exec cp {} "$OUT/server/labelTrainIds" \;
     run "$PYTHON" -m zipfile -c "$OUT/acdc_test.zip" "$OUT/server/labelTrainIds"
