@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# SeCo on your own images: copy this file, edit the values, run it. Stopped at any moment, the same command goes on.
+# SeCo on your own images: edit the values of this file, or of a copy beside it, and run it. Stopped, the same command goes on.
 #
 #   bash scripts/own_data.sh
 #
