@@ -1,12 +1,37 @@
-"""Two processes of one run, of which the test itself is the first: half the start-up time."""
+"""Processes that tests start: a python that starts at once, and the second process of a run whose
+first is the test itself."""
 
+import functools
 import os
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 from conftest import ROOT
+
+
+@functools.cache
+def warm_python() -> str:
+    """An executable that does what sys.executable does, but starts at once (warm_python.py)."""
+    program, folder = f"{ROOT}/tests/warm_python.py", tempfile.TemporaryDirectory()
+    listener, address = socket.socket(socket.AF_UNIX), f"{folder.name}/socket"
+    listener.bind(address)
+    listener.listen()
+    warm_python.server = (
+        folder,
+        subprocess.Popen(  # ends when this process does
+            [sys.executable, program, str(listener.fileno())],
+            pass_fds=[listener.fileno()],
+            stdin=subprocess.PIPE,
+        ),
+    )
+    script = Path(folder.name, "python")
+    script.write_text(f'#!/bin/sh\nexec {sys.executable} -IS {program} {address} "$@"\n')
+    script.chmod(0o755)
+    return str(script)
 
 
 def beside_a_second(monkeypatch, first: Callable[[], object], *second: str) -> str:
@@ -18,7 +43,7 @@ def beside_a_second(monkeypatch, first: Callable[[], object], *second: str) -> s
         port = str(free.getsockname()[1])
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     process = subprocess.Popen(
-        [sys.executable, *second],
+        [warm_python(), *second],
         cwd=ROOT,
         env={**os.environ, **shared, "RANK": "1", "LOCAL_RANK": "1"},
         stdout=subprocess.PIPE,

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from PIL import Image
+from processes import warm_python
 from test_page import check_page
 
 from scripts.lib.run_folder import manifest_of, stage_folders
@@ -29,15 +30,14 @@ BEGUN = {
 }
 
 
-def environment(out: Path) -> dict[str, str]:
-    """For toy.sh with this interpreter's packages."""
-    return {**os.environ, "PYTHON": sys.executable, "SMALLEST": "1", "OUT": str(out)}
+def environment(out: Path, python: str) -> dict[str, str]:
+    return {**os.environ, "PYTHON": python, "SMALLEST": "1", "OUT": str(out)}
 
 
 def toy(out: Path, kit: Path = ROOT) -> subprocess.CompletedProcess:
     return subprocess.run(
         ["bash", str(kit / "scripts/toy.sh")],
-        env=environment(out),
+        env=environment(out, warm_python()),
         capture_output=True,
         encoding="utf-8",
     )
@@ -173,7 +173,7 @@ def test_killed_in_every_stage_it_ends_the_same(finished, tmp_path):
     for begun in BEGUN.values():
         process = subprocess.Popen(
             ["bash", str(ROOT / "scripts/toy.sh")],
-            env=environment(out),
+            env=environment(out, sys.executable),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,

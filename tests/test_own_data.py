@@ -2,12 +2,12 @@
 
 import os
 import subprocess
-import sys
 
 import numpy as np
 import pytest
 from conftest import ROOT
 from PIL import Image
+from processes import warm_python
 
 from dataset.toy import draw_scene
 from scripts.lib.page import main as write_page
@@ -64,7 +64,7 @@ def run(own, **values):
         "OUT": own / "run",
     }
     values = {**SMALL, **{name: str(path) for name, path in places.items()}, **values}
-    environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **values}
+    environment = {**os.environ, "PYTHON": warm_python(), "OMP_NUM_THREADS": "1", **values}
     return subprocess.run(
         ["bash", "scripts/own_data.sh"], cwd=ROOT, env=environment, capture_output=True, text=True
     )

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from processes import warm_python
 from scipy import ndimage
 from test_copy import needed
 from torch.nn import functional as F
@@ -399,7 +400,7 @@ def start(root: Path, *more: str, rank: int = 0, world: int = 1, kill: str = "ne
     """
     tests = str(ROOT / "tests")
     return subprocess.Popen(
-        [sys.executable, "-c", IN_A_PROCESS, tests, kill, *command(root, *more)],
+        [warm_python(), "-c", IN_A_PROCESS, tests, kill, *command(root, *more)],
         env={**os.environ, "RANK": f"{rank}", "WORLD_SIZE": f"{world}", "PYTHONUNBUFFERED": "1"},
         cwd=ROOT,
         stdout=subprocess.PIPE,
@@ -513,7 +514,7 @@ def test_copied_into_an_empty_folder_it_runs(tmp_path):
         (kit / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, kit / name)
     result = subprocess.run(
-        [sys.executable, "seco_sam.py", *command(root)],
+        [warm_python(), "seco_sam.py", *command(root)],
         cwd=kit,
         capture_output=True,
         text=True,

@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
-from processes import beside_a_second
+from processes import beside_a_second, warm_python
 from torch.nn import functional as F
 
 import seco_scc as scc
@@ -478,7 +478,7 @@ def test_killed_in_every_stage_and_started_again(finished, root):
     """
     for name, calls in (("gradients", 3), ("score_image", 2), ("corrected_label", 2)):
         killed = subprocess.run(
-            [sys.executable, "-c", KILLED, name, str(calls), *command(root, "release")],
+            [warm_python(), "-c", KILLED, name, str(calls), *command(root, "release")],
             cwd=ROOT,
             capture_output=True,
             text=True,

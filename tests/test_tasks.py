@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT
+from processes import warm_python
 from test_page import check_page
 
 from model.sam import output_name
@@ -305,7 +306,7 @@ def test_gpus_share_the_work(empty_machine, tmp_path):
 
 
 def rehearsed_task(task, out, timeout=480, **values):
-    return run(task, timeout=timeout, REHEARSE=1, OUT=out, PYTHON=sys.executable, **values)
+    return run(task, timeout=timeout, REHEARSE=1, OUT=out, PYTHON=warm_python(), **values)
 
 
 def times(out: Path) -> dict[str, int]:

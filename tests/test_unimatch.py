@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
-from processes import beside_a_second
+from processes import beside_a_second, warm_python
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import eval as evaluation
@@ -513,7 +513,7 @@ def test_killed_and_resumed_equals_uninterrupted(data, whole_run, tmp_path):
     """SIGKILL between an evaluation and its checkpoint. Nothing is logged twice."""
     save = tmp_path / "run"
     argv = command(data, save, "--eval-every", 1)
-    killed = subprocess.run([sys.executable, "-c", KILLED, *argv], cwd=ROOT, capture_output=True)
+    killed = subprocess.run([warm_python(), "-c", KILLED, *argv], cwd=ROOT, capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert "MeanIoU" in (save / "train.log").read_text()
     assert torch.load(save / "latest.pth", weights_only=True)["progress"]["iteration"] == 3
