@@ -73,17 +73,15 @@ def pillow_strong_view(random: np.random.Generator, image: np.ndarray) -> np.nda
     return np.asarray(view)
 
 
-def plain_sample(
-    samples: TrainingSamples, key: Key, read=lambda path: Image.open(path).convert("RGB")
-) -> int:
+def plain_sample(samples: TrainingSamples, key: Key) -> int:
     """Loads one sample as UniMatch's three loaders do; returns the bytes made (so that nothing is
-    optimised away). read: gives the picture of a path.
+    optimised away).
     """
     made = 0
     for stream in (LABELED, UNLABELED, UNLABELED_MIX):
         random = samples.generator(stream, key)
         image_path, label_path = samples.labeled[key.index % len(samples.labeled)]
-        image = read(samples.root / image_path)
+        image = Image.open(samples.root / image_path).convert("RGB")
         label = np.asarray(Image.open(samples.root / label_path))
         crop = draw_crop(random, image.height, image.width, samples.crop_size)
         views = [resized_then_cropped(image, crop)]

@@ -128,33 +128,35 @@ def test_prompts_belong_to_their_targets(scene, photos):
     """On a drawing and on a window of a photograph; neither they nor their targets are where no
     label is. Every 8-connected component of ten pixels or more is a segment.
     """
-    window = sam_tiny.photo_window(photos[0], 1, np.array([0.5, 0.5]))
+    window = sam_tiny.photo_window(3, photos)
     for picture in (scene, window):
         segment, height, width = picture.segment, *picture.segment.shape
         for seed in range(5):
             groups = sam_tiny.sample_prompts(np.random.default_rng(seed), picture)
-            assert [len(points) for points, _, _ in groups] == [4, 4, 7]
-            for points, boxes, targets in groups:
-                assert not (targets & (segment == sam_tiny.VOID)).any()
-                for around, masks in zip(points, targets):
+            assert [len(group["points"]) for group in groups] == [4, 4, 7]
+            for group in groups:
+                assert not (group["targets"] & (segment == sam_tiny.VOID)).any()
+                for around, masks in zip(group["points"], group["targets"]):
                     assert all(mask[y, x] for mask in masks for x, y in around)
-                for left, top, right, bottom in () if boxes is None else boxes:
+                for left, top, right, bottom in group.get("boxes", ()):
                     assert 0 <= left <= right < width and 0 <= top <= bottom < height
-    assert abs((window.segment == sam_tiny.VOID).mean() - 0.1) < 0.02
-    red = window.image[..., 0].astype(int) - window.image[..., 1] > 90
+    assert 0 < (window.segment == sam_tiny.VOID).mean() < 0.2
+    red, found = window.image[..., 0].astype(int) - window.image[..., 1], ([], [])
     for index in window.large():
         mask = window.segment == index
         assert ndimage.label(mask, np.ones((3, 3)))[1] == 1
-        assert (red[mask].mean() > 0.9) == (not window.stuff[mask].any())
-    first, again, other = (sam_tiny.random_window(i, photos).image for i in (0, 0, 1))
-    assert np.array_equal(first, again) and not np.array_equal(first, other)
+        found[window.stuff[mask].any()].append(red[mask].mean())
+    assert min(found[0]) > 2 * max(found[1])  # the cars are red in any light
+    again, other = (sam_tiny.photo_window(i, photos).image for i in (3, 1))
+    assert np.array_equal(window.image, again) and not np.array_equal(again, other)
 
 
 def test_nothing_is_asked_of_pixels_without_a_label(photos):
     """Neither loss nor gradient depends on the network's output there."""
     _, prompts, known, dense, anchors = sam_tiny.make_batch("photographs", photos, 0, 1)
+    known, targets = map(sam_tiny.low_resolution, (known, prompts[0]["targets"]))
     logits = torch.zeros(1, 4, 1, known.shape[1], requires_grad=True)
-    losses, _ = sam_tiny.pair_losses(logits, prompts[0][2], 0.5, known)
+    losses, _ = sam_tiny.pair_losses(logits, targets, 0.5, known)
     (gradient,) = torch.autograd.grad(losses.sum(), logits)
     unknown = known[0] == 0
     assert unknown.any() and not gradient[..., unknown].any() and gradient[..., ~unknown].all()
@@ -245,10 +247,10 @@ def test_shipped_weights_have_the_recorded_figures(shipped):
         for index in scene.large():
             whole, count = scene.segment == index, int(rng.integers(1, 3))
             is_thing = not scene.stuff[whole].any()
-            box, points, fragment = sam_tiny.imperfect_box(rng, whole, count)
-            truth = sam_tiny.box_target(whole, box, fragment, is_thing)
-            assert truth is whole or fragment and not is_thing
-            filled = sam_tiny.box_target(np.ones_like(truth), box, fragment=True, is_thing=False)
+            points, box, truth = sam_tiny.imperfect_box(rng, whole, count, is_thing)
+            left, top, right, bottom = box.astype(int)
+            filled = np.zeros_like(whole)
+            filled[top : bottom + 1, left : right + 1] = True
             ones = np.ones(count, int)
             mask = predictor.predict(points, ones, box, multimask_output=False)[0][0]
             ious = [(truth & m).sum() / max(1, (truth | m).sum()) for m in (mask, filled)]

@@ -888,13 +888,9 @@ def test_benchmarks_run_and_print_ratios(capsys):
     variants = bench.train(bench.Options(part="train", **how))
     seconds = bench.data(bench.Options(part="data", samples=6))
     out = capsys.readouterr().out
-    assert (
-        "| plain fp32 |" in out
-        and "| bf16 channels-last |" in out
-        and "| whole sample, --image-cache |" in out
-    )
-    assert seconds["whole sample, plain"] > 4 * seconds["whole sample, --image-cache"]
-    assert seconds["whole sample but decoding, plain"] > 4 * seconds["whole sample but decoding"]
+    for row in ("| plain fp32 |", "| bf16 channels-last |", "| ours, --image-cache |"):
+        assert row in out
+    assert seconds["plain"] > 4 * seconds["ours, --image-cache"]
     assert len(variants) == 4
 
 

@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Annotated, Literal
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # for `python scripts/dev/NAME.py`
@@ -44,7 +43,7 @@ from seco_sam import aggregate
 from seco_scc import parse_args as scc_options
 from tests import oracle_psa, reference_data, reference_scc, reference_train
 from util import run
-from util.labels import CITYSCAPES_19, IGNORE, read_picture, write_list
+from util.labels import CITYSCAPES_19, IGNORE, write_list
 from util.options import Argument, Bounds, Count, DeviceOptions, Pixels, parse_options
 
 CROP = 769  # of `data`
@@ -123,38 +122,32 @@ def count_memory_anew(device: torch.device) -> None:
 
 
 def data(options: Options) -> dict[str, float]:
-    """Data loading of UniMatch at 2048 x 1024, beside resizing whole images and cutting afterwards.
+    """Data loading of UniMatch at 2048 x 1024, beside resizing whole images and cutting afterwards
+    (tests/reference_data.py).
 
     Both sides make the same samples (one labeled crop; one unlabeled image as weak view, two strong
-    views, and weak and strong views to paste). "Plain" is tests/reference_data.py. "But decoding"
-    leaves decoding out on both sides, as after an epoch with --image-cache. One process. Gives
-    {what: CPU seconds of a sample}.
+    views, and weak and strong views to paste). One process. Gives {what: CPU seconds of a sample}.
     """
     cv2.setNumThreads(1)
-    plain = reference_data.plain_sample
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         rows = reference_data.made_files(root, 4)
-        fast, memory, cached = (
+        fast, cached = (
             TrainingSamples(rows, [image for image, _ in rows], root, CROP, 0, image_cache=cache)
-            for cache in (None, None, root / "cache")
+            for cache in (None, root / "cache")
         )
-        pictures = {root / image: read_picture(root / image) for image, _ in rows}
-        memory.images = SimpleNamespace(read=pictures.get)
-        keys = [Key(0, i, i % len(rows)) for i in range(max(options.samples, len(rows)))]
-        for key in keys[: len(rows)]:  # fills the cache; warms the others up
-            cached[key], fast[key], plain(fast, key)
         ways = {
-            "whole sample, plain": lambda key: plain(fast, key),
-            "whole sample": lambda key: fast[key],
-            "whole sample, --image-cache": lambda key: cached[key],
-            "whole sample but decoding, plain": lambda key: plain(fast, key, pictures.get),
-            "whole sample but decoding": lambda key: memory[key],
+            "plain": lambda key: reference_data.plain_sample(fast, key),
+            "ours": lambda key: fast[key],
+            "ours, --image-cache": lambda key: cached[key],
         }
-        seconds = {what: cpu_seconds(way, keys[: options.samples]) for what, way in ways.items()}
+        keys = [Key(0, i, i % len(rows)) for i in range(max(options.samples, len(rows)))]
+        seconds = {}
+        for what, way in ways.items():
+            cpu_seconds(way, keys[: len(rows)])  # fills the cache; warms the others up
+            seconds[what] = cpu_seconds(way, keys[: options.samples])
     for what, value in seconds.items():
-        slow = seconds.get(f"{what.removesuffix(', plain')}, plain", seconds["whole sample, plain"])
-        print(f"| {what} | {1000 * value:.1f} ms CPU | {slow / value:.1f}x |")
+        print(f"| {what} | {1000 * value:.1f} ms CPU | {seconds['plain'] / value:.1f}x |")
     return seconds
 
 
@@ -163,12 +156,7 @@ def data(options: Options) -> dict[str, float]:
 
 def psa(options: Options) -> None:
     """PSA stage by stage on scenes of the embedded benchmark, for SAMs beside tests/oracle_psa.py.
-
-    Seconds an image, MB. On a GPU the device is waited for around each stage. Agreement is the
-    percentage of pixels on which both agree, of the worst image. An official SAM and MobileSAM get
-    random weights where their own are absent, with thresholds that on the first image a third of
-    the proposals pass (predicted IoU) and 150 of them (stability), about as with trained weights,
-    and no box NMS (random masks fill the image).
+    Seconds an image, MB.
     """
     device = run.select_device(options.device)
     run.exact_mode()
@@ -240,6 +228,10 @@ def prepared_segmenter(
 ) -> Segmenter:
     """The segmenter of the options; on a GPU it has gone through PSA once, so that nothing is
     loaded or tuned while it is timed.
+
+    An official SAM and MobileSAM get random weights where their own are absent, with thresholds
+    that on the first image a third of the proposals pass (predicted IoU) and 150 of them
+    (stability), about as with trained weights, and no box NMS (random masks fill the image).
     """
     sam_type = options.sam_type
     if random := sam_type in WEIGHTS and not WEIGHTS[sam_type].is_file():

@@ -13,13 +13,9 @@ from __future__ import annotations
 
 import functools
 import gc
-import re
 import statistics
-import subprocess
 import sys
-import tempfile
 import traceback
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -31,23 +27,19 @@ import torch
 
 import seco_scc
 from dataset.toy import draw_scene
-from eval import evaluate_checkpoint
-from model.deeplabv3plus import DeepLabV3Plus
-from model.network import Network
 from model.sam import load_segmenter
 from model.scc import LABEL_SMOOTHING, gradients, make_classifier, make_optimizer
 from scripts.dev import bench
+from scripts.lib.report import markdown_table
 from seco_sam import aggregate
 from util import run
-from util.labels import CITYSCAPES_19, write_label
+from util.labels import CITYSCAPES_19
 from util.options import Argument, DeviceOptions, Folder, parse_options
 from util.outputs import Outputs, atomic_path, read_json, write_json
-from util.pictures import save_picture
 
 SIZES = {  # on a card of 80 GB, in miniature
     "sam": ("vit_h", "tiny"),
     "image": ((1024, 2048), (96, 192)),
-    "images": (10, 2),
     "scenes": (8, 1),
     "scene": ((192, 384), (96, 192)),
     "points": (32, 6),  # a side of the grid that prompts SAM
@@ -58,13 +50,6 @@ SIZES = {  # on a card of 80 GB, in miniature
     "steps": (10, 2),
 }
 FULL, MINIATURE = ({name: both[i] for name, both in SIZES.items()} for i in (0, 1))
-VARIANTS = {  # of the training's benchmark
-    "fp32": "fp32",
-    "TF32": "tf32",
-    "bf16": "bf16 channels-last",
-    "bf16 compiled": "bf16 channels-last compile",
-}
-*PRECISIONS, COMPILED = VARIANTS
 ORACLE = "fp32, segment_anything called as the released code does"
 
 
@@ -86,21 +71,15 @@ def psa_equal(case: str, size: dict, device: torch.device) -> dict:
 
 
 def psa_speed(case: str, size: dict, device: torch.device) -> dict:
-    amp, plainly = "bf16" if case == "bf16" else "none", case == ORACLE
     how = {"sam_type": size["sam"], "size": size["image"], "images": 1, "points": size["points"]}
-    found = bench.measure_psa(
-        bench.Options(part="psa", **how, amp=amp, no_oracle=not plainly), device
-    )
-    if not plainly:
+    how |= {"amp": "bf16" if case == "bf16" else "none", "no_oracle": case != ORACLE}
+    found = bench.measure_psa(bench.Options(part="psa", **how), device)
+    if case != ORACLE:
         return {"s an image": found["psa"]["seconds"], **in_gb(found["psa"]["memory"])}
-    # the oracle makes its prompts pixel by pixel, which is no call of segment_anything
-    plain, ours = (
-        found[name]["seconds"] - found[name]["stages"].get("make prompts", 0)
-        for name in ("oracle", "psa")
-    )
-    figures = {"s an image": plain, "times as long as PSA": plain / ours}
-    memory = in_gb(found["oracle"]["memory"])
-    return {**figures, "% of pixels equal": found["agreement"], **memory}
+    # It makes its prompts pixel by pixel, which is no call of segment_anything.
+    plain = found["oracle"]["seconds"] - found["oracle"]["stages"].get("make prompts", 0)
+    figures = {"s an image": plain, "% of pixels equal": found["agreement"]}
+    return {**figures, **in_gb(found["oracle"]["memory"])}
 
 
 def scc_training(case: str, size: dict, device: torch.device) -> dict:
@@ -108,10 +87,10 @@ def scc_training(case: str, size: dict, device: torch.device) -> dict:
     amp = "bf16" if case.startswith("bf16") else "none"
     how = ["--id-list-path", "-", "--backbone", size["backbone"], "--amp", amp]
     torch.backends.cudnn.deterministic = case == "fp32"
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = case == "TF32"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = case == "tf32"
     model = make_classifier(seco_scc.parse_args(how), 19, device).train()
     optimizer = make_optimizer(model, 0.01)
-    network = torch.compile(model) if case == COMPILED else model
+    network = torch.compile(model) if "compile" in case else model
     count, (height, width) = size["patches"], size["patch"]
     patches = torch.randint(0, 256, (count, height, width, 3), dtype=torch.uint8)
     masks = torch.randint(0, 2, (count, 1, height // 2, width // 2), dtype=torch.uint8)
@@ -128,34 +107,8 @@ def scc_training(case: str, size: dict, device: torch.device) -> dict:
 
 def unimatch(case: str, size: dict, device: torch.device) -> dict:
     how = {"backbone": size["backbone"], "crop_size": size["crop"], "steps": size["steps"]}
-    found = bench.measure_train([VARIANTS[case]], bench.Options(part="train", **how), device)
-    return {"iterations/s": 1 / found[VARIANTS[case]]["seconds"], **in_gb(found[VARIANTS[case]])}
-
-
-def evaluation(case: str, size: dict, device: torch.device) -> dict:
-    depth = int(size["backbone"].removeprefix("resnet"))
-    model = DeepLabV3Plus(depth, 19).eval().to(device)
-    scene = draw_scene(0, "target", *size["image"])
-    with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
-        save_picture(root / "image.png", scene.image)
-        write_label(root / "truth.png", scene.label, CITYSCAPES_19.palette)
-        network, how = Network(model, "DeepLabV3+", 19), (root, case, size["crop"])
-        for images in (1, size["images"]):  # one to warm up
-            start = bench.clock(device)
-            evaluate_checkpoint(network, [("image.png", "truth.png")] * images, *how)
-            rate = images / (bench.clock(device) - start)
-    return {"images/s": rate, **in_gb(run.peak_memory_mb(device))}
-
-
-def gpu_tests(case: str, size: dict, device: torch.device) -> dict:
-    command = "-m pytest -q -p no:xdist -m gpu tests/test_gpu.py".split()
-    how = dict(stdout=subprocess.PIPE, encoding="utf-8", errors="replace")
-    done = subprocess.run([sys.executable, *command], **how)
-    print(done.stdout)
-    if done.returncode:
-        raise RuntimeError(f"{case}: exit code {done.returncode}, see the log")
-    return {"": ", ".join(re.findall(r"\d+ (?:passed|skipped)", done.stdout))}
+    found = bench.measure_train([case], bench.Options(part="train", **how), device)[case]
+    return {"iterations/s": 1 / found["seconds"], **in_gb(found)}
 
 
 def in_gb(memory: dict) -> dict:
@@ -166,69 +119,49 @@ def in_gb(memory: dict) -> dict:
 # ----------------------------------------------------------------------------------- parts, table
 
 
-@dataclass(frozen=True)
-class Part:
-    """run: measures one of `cases`. what: in the table, with names of sizes in braces."""
-
-    run: Callable[[str, dict, torch.device], dict]
-    what: str
-    cases: tuple[str, ...]
-
-
 SCC = "SCC training, {backbone}, {patches} patches of {patch[0]}x{patch[1]}"
 UNIMATCH = "UniMatch training, {backbone}, crop {crop}, batch 2 + 2"
-EVALUATION = "Evaluation, {backbone}, {image[1]}x{image[0]}, windows of {crop}"
-# Those that matter most first; compiling takes minutes.
+# {part: (what measures it, its name in the table, with names of sizes in braces, its cases)}, those
+# that matter most first; compiling takes minutes.
 PARTS = {
-    "psa_equal": Part(psa_equal, "PSA's labels, tiny SAM, against the CPU's", ("fp32", "bf16")),
-    "psa_speed": Part(psa_speed, "PSA, {sam}, {image[1]}x{image[0]}", ("fp32", "bf16", ORACLE)),
-    "scc": Part(scc_training, SCC, tuple(PRECISIONS)),
-    "unimatch": Part(unimatch, UNIMATCH, tuple(PRECISIONS)),
-    "eval": Part(evaluation, EVALUATION, ("original", "sliding_window")),
-    "gpu_tests": Part(gpu_tests, "Tests that need a GPU", ("pytest -m gpu",)),
-    "scc_compiled": Part(scc_training, SCC, (COMPILED,)),
-    "unimatch_compiled": Part(unimatch, UNIMATCH, (COMPILED,)),
+    "psa_equal": (psa_equal, "PSA's labels, tiny SAM, against the CPU's", ("fp32", "bf16")),
+    "psa_speed": (psa_speed, "PSA, {sam}, {image[1]}x{image[0]}", ("fp32", "bf16", ORACLE)),
+    "scc": (scc_training, SCC, ("fp32", "tf32", "bf16")),
+    "unimatch": (unimatch, UNIMATCH, ("fp32", "tf32", "bf16 channels-last")),
+    "scc_compiled": (scc_training, SCC, ("bf16 compile",)),
+    "unimatch_compiled": (unimatch, UNIMATCH, ("bf16 channels-last compile",)),
 }
 
 
 def table(figures: dict[str, dict], size: dict) -> str:
     """Markdown of all cells. figures: of each part {case: figures, or {"error": its line}}."""
-    lines = ["| what | case | figure | peak memory, GB |", "|---|---|---|---|"]
-    for name, part in PARTS.items():
-        for case in part.cases:
-            found = dict(figures.get(name, {}).get(case, {}))
-            memory = found.pop("GB", None)
-            shown = ", ".join(
-                f"{value:.5g} {unit}" if unit and unit != "error" else f"{unit} {value}".strip()
-                for unit, value in found.items()
-            )
-            memory = "" if memory is None else f"{memory:.1f}"
-            what = part.what.format_map(size)
-            lines.append(f"| {what} | {case} | {shown or 'not run'} | {memory} |")
-    return "\n".join(lines) + "\n"
+    rows = []
+    for part, (_, what, cases) in PARTS.items():
+        for case in cases:
+            found = dict(figures.get(part, {}).get(case, {"error": "not run"}))
+            memory = f"{found.pop('GB'):.1f}" if "GB" in found else ""
+            shown = found.get("error") or ", ".join(f"{x:.5g} {unit}" for unit, x in found.items())
+            rows.append([what.format_map(size), case, shown, memory])
+    return markdown_table(["what", "case", "figure", "peak memory, GB"], rows)
 
 
 def settings_of(device: torch.device, miniature: bool) -> dict:
     """What figures belong to."""
     made = run.manifest({})
     cuda = device.type == "cuda"
-    return {
-        "card": torch.cuda.get_device_name(device) if cuda else made["hardware"]["cpu"],
-        "torch": str(torch.__version__),
-        "commit": made["git"]["commit"],
-        "uncommitted": made["git"]["changed"],
-        "miniature": miniature,
-    }
+    card = torch.cuda.get_device_name(device) if cuda else made["hardware"]["cpu"]
+    settings = {"card": card, "torch": str(torch.__version__), "commit": made["git"]["commit"]}
+    return {**settings, "uncommitted": made["git"]["changed"], "miniature": miniature}
 
 
-def measured(part: Part, case: str, size: dict, device: torch.device) -> dict:
+def measured(function, case: str, size: dict, device: torch.device) -> dict:
     """The figures of a case, or {"error": its line}."""
     gc.collect()
     run.exact_mode()
     run.seed_everything(0)
     bench.count_memory_anew(device)
     try:
-        return part.run(case, size, device)
+        return function(case, size, device)
     except Exception as error:
         traceback.print_exc()
         return {"error": f"{type(error).__name__}: {error}".partition("\n")[0]}
@@ -248,7 +181,8 @@ class Options(DeviceOptions):
 
 def main(argv=None) -> int:
     options = parse_options(Options, __doc__, argv)
-    device, out, part = run.select_device(options.device), options.out, PARTS[options.part]
+    device, out = run.select_device(options.device), options.out
+    function, _, cases = PARTS[options.part]
     miniature = options.miniature or device.type == "cpu"
     size = MINIATURE if miniature else FULL
     run.tune_cpu()
@@ -259,16 +193,16 @@ def main(argv=None) -> int:
         figures = read_json(record)["parts"] if record.is_file() else {}
         outputs.accept(settings, begun=bool(figures))
         found = figures.setdefault(options.part, {})
-        for case in part.cases:
+        for case in cases:
             if "error" not in found.get(case, {"error": "not run"}):
                 continue
-            found[case] = measured(part, case, size, device)
+            found[case] = measured(function, case, size, device)
             print(f"{options.part}, {case}: {found[case]}", flush=True)
             write_json(record, {**settings, "parts": figures})
             head = ", ".join(f"{name}: {value}" for name, value in settings.items())
             with atomic_path(out / "gpu.md") as temporary:
                 temporary.write_text(f"{head}\n\n{table(figures, size)}", encoding="utf-8")
-    return int(any("error" in found[case] for case in part.cases))
+    return int(any("error" in found[case] for case in cases))
 
 
 if __name__ == "__main__":

@@ -4,15 +4,13 @@
     python -m scripts.dev.sam_tiny photographs   # model/sam_tiny_photo.pth, from the first
 
 Drawings are scenes of dataset/toy, none of its target, with seeds that no benchmark scene has.
-Photographs are CamVid's day drives below --root-path (splits/camvid/sam_train.txt); the connected
-components of their labels are the segments, and what has no label is neither prompted nor
-penalised. At the end the IoU head alone is fitted: in the training it learns the IoU with the one
-object that a prompt stands for, but a proposal is good if it is any object.
+Photographs are CamVid's day drives below --root-path (splits/camvid/sam_train.txt), segments the
+connected components of their labels; what has no label is neither prompted nor penalised. At the
+end the IoU head alone is fitted: in the training it learns the IoU with the one object that a
+prompt stands for, but a proposal is good if it is any object.
 
-What a training does is read from "recipe" in the record beside its weights. The shipped files came
-of earlier states of this code: the first 150 steps showed abstract shapes, here drawings, and up to
-step 4790 fewer points lay on stuff. A step takes about a second on 2 CPU cores with avx512_bf16. A
-stopped training goes on when its command is given again. Same threads and versions: same weights.
+The record beside the weights has the "recipe". The shipped files came of earlier states of this
+code. A stopped training goes on with the same command. Same threads and versions: same weights.
 
 Needs when copied away: model/, dataset/scc.py, dataset/toy/, util/.
 """
@@ -22,7 +20,7 @@ from __future__ import annotations
 import copy
 import os
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
@@ -37,10 +35,11 @@ from scipy import ndimage
 from segment_anything.modeling import PromptEncoder
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import default_collate
 
 from dataset.scc import numbered
 from dataset.toy import draw_scene
-from model.checkpoint import load_exactly, read_checkpoint, state_dict_in
+from model.checkpoint import read_checkpoint
 from model.sam_fast import (
     TINY_CHECKPOINT,
     TINY_PE_FREQUENCIES,
@@ -107,10 +106,6 @@ class Scene:
     component: np.ndarray
     stuff: np.ndarray
 
-    def mirrored(self) -> Scene:
-        maps = (self.image, self.segment, self.component, self.stuff)
-        return Scene(*(values[:, ::-1] for values in maps))
-
     def large(self) -> np.ndarray:
         """The ids of the segments of at least MIN_AREA pixels."""
         ids, areas = np.unique(self.segment, return_counts=True)
@@ -124,40 +119,34 @@ def drawing(seed: int, style: str) -> Scene:
     return Scene(drawn.image, drawn.segment, component, stuff)
 
 
-def photo_window(row: tuple[Path, Path], zoom: float, at: np.ndarray) -> Scene:
-    """A part of a photograph in PHOTO_SIZE: the largest one of that shape for zoom 1, a smaller one
-    above. row: (image, label); at: the part's place (x, y) in [0, 1]. All of `component` is VOID.
+def photo_window(index: int, rows: tuple[tuple[Path, Path], ...]) -> Scene:
+    """A random part of a random photograph (image, label), in PHOTO_SIZE, in a random light, from
+    day to dusk: contrast, gamma, brightness, colour cast, blur and noise. No whole components.
     """
+    rng = np.random.default_rng((FIRST_SCENE_SEED, index))
+    row, zoom = rows[rng.integers(len(rows))], np.exp(rng.uniform(0, np.log(1.6)))
     image, label = read_picture(row[0]), Image.fromarray(read_label(row[1], CAMVID_CLASSES.count))
     height, width = PHOTO_SIZE
     scale = zoom * max(width / image.width, height / image.height)
     w, h = width / scale, height / scale
-    x, y = (at * [image.width - w, image.height - h]).clip(0)  # rounding may leave -1e-14
+    free = [image.width - w, image.height - h]
+    x, y = (rng.uniform(0, 1, 2) * free).clip(0)  # rounding may leave -1e-14
     box = (x, y, min(x + w, image.width), min(y + h, image.height))
     image = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR, box))
     label = np.asarray(label.resize((width, height), Image.Resampling.NEAREST, box))
     segment = numbered(label, CAMVID_CLASSES.count)
     areas = np.bincount(segment.ravel() + 1)
     segment[areas[segment + 1] < MIN_AREA] = VOID
-    stuff = np.isin(label, CAMVID_CLASSES.stuff)
-    return Scene(image, segment, np.full_like(segment, VOID), stuff)
-
-
-def random_window(index: int, rows: tuple[tuple[Path, Path], ...]) -> Scene:
-    """A random part of a random photograph in a random light, from day to dusk: contrast, gamma,
-    brightness, colour cast, blur and noise.
-    """
-    rng = np.random.default_rng((FIRST_SCENE_SEED, index))
-    row, zoom = rows[rng.integers(len(rows))], np.exp(rng.uniform(0, np.log(1.6)))
-    scene = photo_window(row, zoom, rng.uniform(0, 1, 2))
-    x = scene.image.astype(np.float32) / 255
+    x = image.astype(np.float32) / 255
     x = np.clip((x - x.mean()) * rng.uniform(0.6, 1.2) + x.mean(), 0, 1)
     x = x ** np.exp(rng.uniform(np.log(0.6), np.log(3)))
     x = x * rng.uniform(0.35, 1.15) * rng.uniform(0.85, 1.15, 3).astype(np.float32)
     if rng.random() < 0.3:
         x = ndimage.gaussian_filter(x, (*[rng.uniform(0.3, 1.2)] * 2, 0))
     x = x + rng.normal(0, rng.uniform(0, 0.03), x.shape)
-    return replace(scene, image=(x.clip(0, 1) * 255).round().astype(np.uint8))
+    image = (x.clip(0, 1) * 255).round().astype(np.uint8)
+    stuff = np.isin(label, CAMVID_CLASSES.stuff)
+    return Scene(image, segment, np.full_like(segment, VOID), stuff)
 
 
 @lru_cache(maxsize=1000)
@@ -166,7 +155,7 @@ def training_scene(kind: str, index: int, rows: tuple[tuple[Path, Path], ...]) -
     the benchmark's source), or "photographs", windows of `rows`.
     """
     if kind == "photographs":
-        return random_window(index, rows)
+        return photo_window(index, rows)
     every, seed = (8, FIRST_SCENE_SEED) if kind == "random" else (2, FIRST_SCENE_SEED + 100_000)
     return drawing(seed + index, "source" if index % every == every - 1 else "random")
 
@@ -174,28 +163,31 @@ def training_scene(kind: str, index: int, rows: tuple[tuple[Path, Path], ...]) -
 # ------------------------------------------------------------------------------------------ prompts
 
 
-def imperfect_box(rng: np.random.Generator, mask: np.ndarray, count: int):
-    """A box (x0, y0, x1, y1), `count` points (x, y) as PSA derives them from a noisy, partial
-    connectivity of the segment `mask` [H, W], and whether it is one of a fragment.
+def imperfect_box(
+    rng: np.random.Generator, mask: np.ndarray, count: int, is_thing: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What PSA makes of a noisy, partial connectivity of the segment `mask` [H, W]: `count` points
+    (x, y), a box (x0, y0, x1, y1), and the mask [H, W] that they stand for.
 
     With chance 0.45 only a fragment of the object was labeled; the points lie in it. The box around
     it grows by u * area / perimeter with u = 1.25 (half of the time; the released recipe: up to 2.6
     times the area), between 0 and 1.25 (a quarter) or 0, and its sides move a little; one in seven
-    reaches into a neighbour.
+    reaches into a neighbour. A fragment stands for the whole thing, but of stuff only for what lies
+    in the box: a speckle in the sky must not become all of the sky (and SAM keeps to its boxes).
     """
-    ys, xs = np.nonzero(mask)
+    pixels = np.argwhere(mask)  # (y, x)
     fragment = rng.random() < 0.45
     if fragment:
-        size = np.array([np.ptp(ys), np.ptp(xs)]) + 1
+        size = np.ptp(pixels, axis=0) + 1
         for _ in range(4):
-            centre = rng.integers(len(ys))
+            centre = rng.choice(pixels)
             half = 0.5 * rng.uniform(0.3, 1.0, 2) * size
-            keep = (np.abs(ys - ys[centre]) <= half[0]) & (np.abs(xs - xs[centre]) <= half[1])
-            if keep.sum() >= MIN_AREA:
-                ys, xs = ys[keep], xs[keep]
+            near = pixels[(np.abs(pixels - centre) <= half).all(axis=1)]
+            if len(near) >= MIN_AREA:
+                pixels = near
                 break
-    chosen = rng.integers(len(ys), size=count)
-    box = np.array([xs.min(), ys.min(), xs.max(), ys.max()], float)
+    points = rng.choice(pixels, count)[:, ::-1]
+    box = np.concatenate([pixels.min(axis=0)[::-1], pixels.max(axis=0)[::-1]]).astype(float)
     w, h = box[2:] - box[:2] + 1
     kind = rng.random()
     u = 1.25 if kind < 0.5 else 1.25 * rng.random() if kind < 0.75 else 0.0
@@ -207,26 +199,18 @@ def imperfect_box(rng: np.random.Generator, mask: np.ndarray, count: int):
     box += sides
     box[:2], box[2:] = np.floor(box[:2]), np.ceil(box[2:])
     box = np.clip(box, 0, [mask.shape[1] - 1, mask.shape[0] - 1] * 2)
-    return box, np.stack([xs[chosen], ys[chosen]], axis=1), fragment
+    target = mask
+    if fragment and not is_thing:
+        left, top, right, bottom = box.astype(int)
+        target = np.zeros_like(mask)
+        target[top : bottom + 1, left : right + 1] = mask[top : bottom + 1, left : right + 1]
+    return points, box, target
 
 
-def box_target(mask: np.ndarray, box: np.ndarray, fragment: bool, is_thing: bool) -> np.ndarray:
-    """The mask [H, W] that a box on the object `mask` stands for. A fragment stands for the whole
-    thing, but of stuff only for what lies in the box: a speckle in the sky must not become all of
-    the sky (and SAM keeps to its boxes).
-    """
-    if not fragment or is_thing:
-        return mask
-    left, top, right, bottom = box.astype(int)
-    target = np.zeros_like(mask)
-    target[top : bottom + 1, left : right + 1] = mask[top : bottom + 1, left : right + 1]
-    return target
-
-
-def sample_prompts(rng: np.random.Generator, scene: Scene) -> list[tuple]:
-    """Random prompts of one scene, in groups (points [K, n, 2], boxes [K, 4] or None, targets
-    [K, T, H, W] bool), x before y, in pixels: boxes with one point, with two, single points. None
-    is on VOID.
+def sample_prompts(rng: np.random.Generator, scene: Scene) -> list[dict[str, np.ndarray]]:
+    """Random prompts of one scene, x before y, in pixels: boxes with one point, with two, single
+    points. A group of K has "points" [K, n, 2], "targets" [K, T, H, W] bool and, of boxes, "boxes"
+    [K, 4]. None is on VOID.
 
     70 % of the boxes are on things; half of the single points are uniform over the image as the
     automatic mask generator's grid is, 30 % uniform over the stuff segments, the others over all
@@ -241,9 +225,9 @@ def sample_prompts(rng: np.random.Generator, scene: Scene) -> list[tuple]:
         for _ in range(count):
             is_thing = bool(len(things) and (rng.random() < 0.7 or not len(stuff)))
             mask = segment == rng.choice(things if is_thing else stuff)
-            box, points, fragment = imperfect_box(rng, mask, n)
-            drawn.append((points, box, box_target(mask, box, fragment, is_thing)[None]))
-        groups.append(tuple(np.stack(part) for part in zip(*drawn)))
+            drawn.append(imperfect_box(rng, mask, n, is_thing))
+        points, boxes, targets = map(np.stack, zip(*drawn))
+        groups.append({"points": points, "boxes": boxes, "targets": targets[:, None]})
     points, targets = [], []
     for _ in range(POINT_PROMPTS):
         kind = rng.random()
@@ -253,13 +237,11 @@ def sample_prompts(rng: np.random.Generator, scene: Scene) -> list[tuple]:
                 y, x = rng.integers(segment.shape)
         else:
             among = stuff if kind < 0.8 and len(stuff) else ids
-            ys, xs = np.nonzero(segment == rng.choice(among))
-            chosen = rng.integers(len(ys))
-            y, x = ys[chosen], xs[chosen]
+            y, x = rng.choice(np.argwhere(segment == rng.choice(among)))
         target, whole = segment == segment[y, x], component == component[y, x]
         points.append([(x, y)])
         targets.append((target, whole if component[y, x] != VOID else target))
-    return [*groups, (np.array(points), None, np.array(targets))]
+    return [*groups, {"points": np.array(points), "targets": np.array(targets)}]
 
 
 def dense_targets(segment: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -267,14 +249,12 @@ def dense_targets(segment: np.ndarray) -> tuple[np.ndarray, ...]:
     they are known, not touching VOID [H/2, W/2] bool; for the segment at every token's centre its
     id [H/8, W/8] and log(1 + d / 8) of the distances d to its box's four sides [H/8, W/8, 4].
     """
+    right = np.concatenate([segment[:, 1:], segment[:, -1:]], axis=1)
+    below = np.concatenate([segment[1:], segment[-1:]])
+    edge = (right != segment) | (below != segment)
+    known = np.minimum(np.minimum(right, below), segment) != VOID  # which is below all ids
     halves = (segment.shape[0] // 2, 2, segment.shape[1] // 2, 2)
-    void, edge = segment == VOID, np.zeros(segment.shape, bool)
-    unknown = void.copy()
-    unknown[:, :-1] |= void[:, 1:]
-    unknown[:-1] |= void[1:]
-    edge[:, :-1] |= segment[:, :-1] != segment[:, 1:]
-    edge[:-1] |= segment[:-1] != segment[1:]
-    edge, unknown = (cells.reshape(halves).any(axis=(1, 3)) for cells in (edge, unknown))
+    edge, known = edge.reshape(halves).any(axis=(1, 3)), known.reshape(halves).all(axis=(1, 3))
     centre = segment[4::8, 4::8]
     boxes = np.zeros((segment.max() + 1, 4), np.float32)
     for index, where in enumerate(ndimage.find_objects(segment + 1)):
@@ -283,45 +263,33 @@ def dense_targets(segment: np.ndarray) -> tuple[np.ndarray, ...]:
     y0, y1, x0, x1 = np.moveaxis(boxes[centre], -1, 0)
     y, x = np.mgrid[4 : segment.shape[0] : 8, 4 : segment.shape[1] : 8] + 0.5
     sides = np.log1p(np.stack([y - y0, y1 - y, x - x0, x1 - x], axis=-1).clip(0) / 8)
-    return edge, ~unknown, centre, sides.astype(np.float32)
+    return edge, known, centre, sides.astype(np.float32)
 
 
-def low_resolution(masks: np.ndarray) -> Tensor:
+def low_resolution(masks: np.ndarray | Tensor) -> Tensor:
     """Masks [..., H, W] bool as the share of object pixels in each half-resolution cell, token
     order [..., h*w*16].
     """
-    pixels = torch.from_numpy(np.ascontiguousarray(masks)).float()
-    cells = pixels.unflatten(-1, (-1, 2)).unflatten(-3, (-1, 2))
+    cells = torch.as_tensor(masks).float().unflatten(-1, (-1, 2)).unflatten(-3, (-1, 2))
     return pixels_to_tokens(cells.mean(dim=(-3, -1)))
 
 
-def stacked(arrays) -> Tensor:
-    return torch.from_numpy(np.stack(arrays))
-
-
-def make_batch(kind: str, rows: tuple, step: int, images: int) -> tuple:
-    """The batch of one step, a function of its arguments alone: images [B, 3, H, W], prompts as
-    `sample_prompts` (points [B, K, n, 2], boxes [B, K, 4] or None, targets as area means in token
-    order [B, K, T, h*w*16]), the share of pixels with a label [B, h*w*16], the parts of
-    `dense_targets` and the tokens [B, A] whose groups the auxiliary head is asked for.
+def make_batch(kind: str, rows: tuple, step: int, images: int) -> list:
+    """The batch of one step, a function of its arguments alone: images [B, H, W, 3] uint8, the
+    groups of `sample_prompts`, where there is a label [B, H, W] bool, the parts of `dense_targets`
+    and the tokens [B, A] whose groups the auxiliary head is asked for.
     """
-    rng = np.random.default_rng((SEED, step))
-    scenes, prompts, anchors = [], [], []
+    rng, examples = np.random.default_rng((SEED, step)), []
     for index in rng.choice(POOL_SCENES, images, replace=False):
         scene = training_scene(kind, int(index), rows)
-        scene = scene.mirrored() if rng.random() < 0.5 else scene
-        scenes.append(scene)
-        prompts.append(sample_prompts(rng, scene))
-        anchors.append(rng.choice(scene.segment.size // 64, 48, replace=False))
-    groups = []
-    for group in zip(*prompts):
-        points, boxes, targets = zip(*group)
-        boxes = None if boxes[0] is None else stacked(boxes).float()
-        groups.append((stacked(points).float(), boxes, low_resolution(np.stack(targets))))
-    pictures = stacked([scene.image for scene in scenes]).permute(0, 3, 1, 2).float()
-    known = low_resolution(np.stack([scene.segment != VOID for scene in scenes]))
-    dense = zip(*(dense_targets(scene.segment) for scene in scenes))
-    return pictures, groups, known, [stacked(part) for part in dense], stacked(anchors)
+        if rng.random() < 0.5:
+            maps = (scene.image, scene.segment, scene.component, scene.stuff)
+            scene = Scene(*(values[:, ::-1].copy() for values in maps))
+        prompts = sample_prompts(rng, scene)
+        anchors = rng.choice(scene.segment.size // 64, 48, replace=False)
+        known, dense = scene.segment != VOID, dense_targets(scene.segment)
+        examples.append((scene.image, prompts, known, dense, anchors))
+    return default_collate(examples)
 
 
 # --------------------------------------------------------------------------------- forward and loss
@@ -371,7 +339,7 @@ def decoded(
     """
     (b, k), (h, w) = points.shape[:2], embedding.shape[2:]
     encoder, decoder = sam.prompt_encoder, sam.mask_decoder
-    labels = torch.ones(b * k, points.shape[2], dtype=torch.int, device=points.device)
+    labels = torch.ones(b * k, points.shape[2], dtype=torch.int)
     points, boxes = (points.flatten(0, 1), labels), None if boxes is None else boxes.flatten(0, 1)
     sparse, _ = PromptEncoder.forward(encoder, points, boxes, None)
     drawn = encoder.draw(points, boxes, h, w).unflatten(0, (b, k))
@@ -390,6 +358,12 @@ def pixels_to_tokens(x: Tensor) -> Tensor:
     return x.reshape(*lead, height * width)
 
 
+def overlap(masks: Tensor, targets: Tensor, area: Tensor) -> Tensor:
+    """IoU [..., M, T] of masks [..., M, N] with targets [..., N, T] of `area` [..., 1, T]."""
+    both = masks @ targets
+    return both / (masks.sum(dim=-1, keepdim=True) + area - both).clamp(min=1)
+
+
 def pair_losses(
     logits: Tensor, targets: Tensor, balance: float, known: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -397,8 +371,7 @@ def pair_losses(
 
     The loss is dice plus cross-entropy, the latter `balance` parts averaged over object and
     background separately, the rest divided by the geometric mean of object and image area (a small
-    object keeps a voice, its far background loses it). The IoU is the thresholded mask's, without
-    gradient.
+    object keeps a voice, its far background loses it). The IoU is the thresholded mask's.
 
     Args:
         logits: [B, K, M, N].
@@ -412,24 +385,22 @@ def pair_losses(
     area = targets.sum(-1)[:, :, None]  # [B, K, 1, T]
     soft, probability = F.softplus(logits) * known, torch.sigmoid(logits) * known
     soft_in, logit_in = soft @ t, logits @ t  # [B, K, M, T]
-    soft_out = soft.sum(-1, keepdim=True) - soft_in
-    inside, outside = (soft_in - logit_in), soft_out  # summed cross-entropy
+    inside, outside = (soft_in - logit_in), soft.sum(-1, keepdim=True) - soft_in
     balanced = 0.5 * inside / area.clamp(min=1) + 0.5 * outside / (n - area).clamp(min=1)
     plain = (inside + outside) / (area.clamp(min=4) * n).sqrt()
     dice = 1 - (2 * (probability @ t) + 1) / (probability.sum(-1, keepdim=True) + area + 1)
-    with torch.no_grad():
-        hard = (logits > 0).float() * known
-        both = hard @ t
-        iou = both / (hard.sum(-1, keepdim=True) + area - both).clamp(min=1)
-    return balance * balanced + (1 - balance) * plain + dice, iou
+    return balance * balanced + (1 - balance) * plain + dice, overlap((logits > 0) * known, t, area)
 
 
 def mask_loss(sam, embedding: Tensor, prompts: list, known: Tensor, balance: float) -> Tensor:
     """Loss of masks and predicted IoU of one batch."""
     loss = 0.0
-    for points, boxes, targets in prompts:
-        outputs = slice(1, None) if boxes is None else slice(0, 1)
-        logits, iou_pred, _ = decoded(sam, embedding, points, boxes, outputs)
+    for group in prompts:
+        boxes, outputs = None, slice(1, None)
+        if "boxes" in group:
+            boxes, outputs = group["boxes"].float(), slice(0, 1)
+        targets = low_resolution(group["targets"])
+        logits, iou_pred, _ = decoded(sam, embedding, group["points"].float(), boxes, outputs)
         losses, iou = pair_losses(logits.float(), targets, balance, known)
         best = losses.amin(dim=2).mean(dim=-1)  # each valid target needs one good output
         if logits.shape[2] > 1:
@@ -475,17 +446,14 @@ def judged_masks(sam, scene: Scene, points: np.ndarray) -> tuple[Tensor, Tensor]
     """
     segments = [scene.segment == index for index in scene.large()]
     wholes = [scene.component == index for index in range(scene.component.max() + 1)]
-    truths = low_resolution(np.stack(segments + wholes))
-    known, areas = low_resolution(scene.segment != VOID), truths.sum(dim=1)
-    embedding = embedded(sam, torch.from_numpy(np.array(scene.image)).permute(2, 0, 1)[None])
-    read, best = [], []
+    truths, read, best = low_resolution(np.stack(segments + wholes)), [], []
+    known = low_resolution(scene.segment != VOID)
+    embedding = embedded(sam, torch.from_numpy(scene.image).permute(2, 0, 1)[None])
     for part in torch.from_numpy(points).float().split(8):
         logits, _, token = decoded(sam, embedding, part[None, :, None], None)
+        iou = overlap((logits[0] > 0) * known, truths.T, truths.sum(dim=1))
         read.append(token[0])
-        masks = (logits[0] > 0).float() * known  # [P, M, h*w*16]
-        both = masks @ truths.T
-        union = masks.sum(dim=-1, keepdim=True) + areas - both
-        best.append((both / union.clamp(min=1)).amax(dim=-1))
+        best.append(iou.amax(dim=-1))
     return torch.cat(read), torch.cat(best)
 
 
@@ -511,9 +479,8 @@ def refit(sam, scenes: int, kinds: tuple[str, ...], rows: tuple) -> None:
     for index in progress(range(scenes), "IoU head", unit="scene"):
         for kind in kinds:
             scene = training_scene(kind, index, rows)
-            ys, xs = np.nonzero(scene.segment != VOID)
-            chosen = rng.integers(len(ys), size=224)
-            judged.append(judged_masks(sam, scene, np.stack([xs, ys], axis=1)[chosen]))
+            points = rng.choice(np.argwhere(scene.segment != VOID)[:, ::-1], 224)
+            judged.append(judged_masks(sam, scene, points))
     fit_iou_head(sam.mask_decoder.iou_prediction_head, *map(torch.cat, zip(*judged)))
 
 
@@ -550,10 +517,8 @@ def save(path: Path, content: dict) -> None:
 
 
 def load_exported(model: nn.Module, path: Path) -> None:
-    """Load weights that `export` wrote."""
-    state = state_dict_in(read_checkpoint(path), path)
-    state = {name: value.float() / gain(name) for name, value in state.items()}
-    load_exactly(model, state, path, "the tiny SAM")
+    state = read_checkpoint(path)
+    model.load_state_dict({name: value.float() / gain(name) for name, value in state.items()})
 
 
 def begin(start: Path | None) -> dict:
@@ -591,9 +556,10 @@ def train_step(parts: dict, recipe: dict, step: int, rows: tuple) -> None:
     optimizer.zero_grad(set_to_none=True)
     for kind, count in counts.items():
         images, prompts, known, dense, anchors = make_batch(kind, rows, step, count)
+        known = low_resolution(known)
         balance = max(0.0, 1 - step / 2500)  # from balanced cross-entropy to plain
         with torch.autocast("cpu", torch.bfloat16, enabled=phase["bf16"]):
-            embedding = embedded(sam, images)
+            embedding = embedded(sam, images.permute(0, 3, 1, 2).float())
             loss = mask_loss(sam, embedding, prompts, known, balance)
             loss = loss + auxiliary_loss(head, embedding, dense, anchors)
         if not torch.isfinite(loss):
@@ -601,11 +567,10 @@ def train_step(parts: dict, recipe: dict, step: int, rows: tuple) -> None:
         (loss * count / phase["images"]).backward()
     nn.utils.clip_grad_norm_([*sam.parameters(), *head.parameters()], 1.0)
     optimizer.step()
-    highest = 0.998 if step < 4790 else 0.99
-    decay = min(highest, (step + 1) / (step + 9))  # of the last ninth at first
+    decay = min(0.998 if step < 4790 else 0.99, (step + 1) / (step + 9))  # the last ninth at first
     with torch.no_grad():
-        averages, weights = list(parts["ema"].parameters()), list(sam.parameters())
-        torch._foreach_lerp_(averages, weights, 1 - decay)
+        for average, weight in zip(parts["ema"].parameters(), sam.parameters()):
+            average.lerp_(weight, 1 - decay)
 
 
 def photographs(root: Path) -> tuple[tuple[Path, Path], ...]:
@@ -626,15 +591,15 @@ def main(argv=None) -> None:
     """
     options = parse_options(Options, __doc__, argv)
     weights, of_photographs = WEIGHTS[options.pictures], options.pictures == "photographs"
-    recipe = read_json(weights.with_suffix(".json"))["recipe"]
-    work, threads = options.work / options.pictures, recipe["threads"]
-    torch.set_num_threads(threads)
+    record, work = weights.with_suffix(".json"), options.work / options.pictures
+    recipe, checkpoint = read_json(record)["recipe"], work / "checkpoint.pth"
+    torch.set_num_threads(recipe["threads"])
     tune_cpu()
     rows = photographs(options.root_path) if of_photographs else ()
     with Outputs(work):
         parts = begin(WEIGHTS["drawings"] if of_photographs else None)
         done, end = recipe["phases"][0]["from_step"], recipe["end"]
-        if (checkpoint := work / "checkpoint.pth").is_file():
+        if checkpoint.is_file():
             state = read_checkpoint(checkpoint)
             for name, part in parts.items():
                 part.load_state_dict(state[name])
@@ -644,13 +609,13 @@ def main(argv=None) -> None:
             if (step + 1) % SAVE_EVERY == 0 or step + 1 == end:
                 state = {name: part.state_dict() for name, part in parts.items()}
                 save(checkpoint, state | {"step": step + 1})
-        export(parts["ema"], work / "trained.pth")
-        sam = build_sam_tiny()
-        load_exported(sam, work / "trained.pth")
+        sam = parts["ema"]
+        export(sam, work / "trained.pth")
+        load_exported(sam, work / "trained.pth")  # as rounded
         refit(sam, recipe["iou_scenes"], ("mixed", "photographs")[: 1 + of_photographs], rows)
         export(sam, weights)
-    training = manifest(vars(options) | {"seed": SEED, "threads": threads}) | {"step": end}
-    write_json(weights.with_suffix(".json"), {"recipe": recipe, "training": training})
+    training = manifest(vars(options) | {"seed": SEED}) | {"step": end}
+    write_json(record, {"recipe": recipe, "training": training})
     print(f"{weights}: step {end}")
 
 
