@@ -4,9 +4,7 @@ is done with it.
 
     python -m scripts.prepare_data cityscapes --root-path data/cityscapes
     python -m scripts.prepare_data cityscapes --root-path data/cityscapes --class-num 16
-    python -m scripts.prepare_data bdd --root-path data/bdd
-    python -m scripts.prepare_data acdc --root-path data/acdc
-    python -m scripts.prepare_data camvid --root-path data/camvid
+    python -m scripts.prepare_data bdd --root-path data/bdd    # acdc and camvid alike
     # check a list
     python -m scripts.prepare_data list --id-list-path splits/cityscapes/val.txt \\
         --root-path data/cityscapes
@@ -16,29 +14,26 @@ is done with it.
 
 Inputs   cityscapes: leftImg8bit/{train,val}/<city>/*_leftImg8bit.png and
              gtFine/{train,val}/<city>/*_gtFine_labelIds.png
-         bdd: either layout in use, with or without a bdd100k/ folder around it:
+         bdd, with or without a bdd100k/ folder around it:
              images/10k/{train,val}/*.jpg with labels/sem_seg/masks/{train,val}/*.png, or
              seg/images/{train,val}/*.jpg with seg/labels/{train,val}/*_train_id.png
-         acdc: as downloaded, rgb_anon/<condition>/{train,val,test}/<recording>/*_rgb_anon.png with
-             gt/<condition>/{train,val}/<recording>/*_gt_labelTrainIds.png; or flattened as by
+         acdc: rgb_anon/<condition>/{train,val,test}/<recording>/*_rgb_anon.png with
+             gt/<condition>/{train,val}/<recording>/*_gt_labelTrainIds.png; or flattened by
              DAFormer's commands, rgb_anon/{train,val}/*.png with gt/{train,val}/*.png, where the
              conditions are unknown and test may be absent
-         camvid: {train,val,test}/*.png with {train,val,test}annot/*.png, 11 classes and 11 for void
-             (SegNet's copy)
-         Links to folders and files are followed. Hidden files (`._x.png`) are passed over. Endings
-         may be in upper case.
+         camvid: {train,val,test}/*.png with {train,val,test}annot/*.png (SegNet's copy)
+         Links are followed, hidden files (`._x.png`) passed over; endings may be in upper case.
 Outputs  cityscapes: *_gtFine_labelTrainIds.png (*_labelTrainIds16.png for SYNTHIA's 16 classes)
-             beside the official labels
-         camvid: {train,val,test}labels/*.png
-         bdd, acdc: no labels, the official ones are train IDs already
+             beside the official labels; camvid: {train,val,test}labels/*.png; bdd, acdc: no labels,
+             the official ones are train IDs already
          lists in --out (default: splits/<data set>): train.txt, val.txt (train_16.txt, val_16.txt
          for 16 classes); acdc: test.txt too, of images alone, and val_<condition>.txt
          prepared.json (prepared_16.json) beside them: of the same files, nothing is done again
 
 Checked: counts (of a subset on purpose --expect tells them), pairing, sizes, every image and label
-decodes, allowed values, pixels per class.
-One line per problem, with the mend, on stderr; exit code 2, and then no list is written. No stage
-needs labels of the training images; they may be absent altogether.
+decodes, allowed values, pixels per class. One line per problem, with the mend, on stderr; exit code
+2, and then no list is written. No stage needs labels of the training images; they may be absent
+altogether.
 
 BDD100K is published with gaps: some images lack a label, some are portrait. A training image
 without a label is listed. Left out, with a note, are validation images without a label and images
@@ -88,12 +83,11 @@ from util.labels import (
     write_label,
     write_list,
 )
-from util.options import ClassOptions, Count, Folder, List, parse_options
+from util.options import ClassOptions, Count, Folder, List, ListOptions, parse_options
 from util.outputs import made_before, made_from, write_json
 from util.run import UserError, manifest, progress, run_main
 
 LINES_SHOWN = 20  # problems printed before the rest is counted only
-LABEL_IDS_OF_16 = [LABEL_IDS_OF_19[id_in_19] for id_in_19 in IDS_16_IN_19]
 
 
 def value_table(values: Sequence[int], void: Iterable[int]) -> np.ndarray:
@@ -111,27 +105,24 @@ def value_table(values: Sequence[int], void: Iterable[int]) -> np.ndarray:
 
 @dataclass(frozen=True, kw_only=True)
 class DataSet(Official):
-    """Official files, and what their labels are.
-
-    table: `value_table`, or None if the official labels hold train IDs.
+    """Official files, and what their labels are. table: `value_table`, of those that are no train
+    IDs.
     """
 
-    classes: ClassSet
+    classes: ClassSet = CITYSCAPES_19
     table: np.ndarray | None = None
 
 
 CAMVID = read_classes(Path(__file__).resolve().parents[1] / "splits/camvid/classes.txt")
-LABELS = {  # classes and table
-    "cityscapes": (CITYSCAPES_19, value_table(LABEL_IDS_OF_19, void=range(34))),
-    "cityscapes_16": (SYNTHIA_16, value_table(LABEL_IDS_OF_16, void=range(34))),
-    "bdd": (CITYSCAPES_19, None),
-    "acdc": (CITYSCAPES_19, None),
-    "camvid": (CAMVID, value_table(range(11), void=(11, IGNORE))),
+LABELS = {
+    "cityscapes": {"table": value_table(LABEL_IDS_OF_19, void=range(34))},
+    "cityscapes_16": {
+        "table": value_table([LABEL_IDS_OF_19[i] for i in IDS_16_IN_19], void=range(34)),
+        "classes": SYNTHIA_16,
+    },
+    "camvid": {"table": value_table(range(11), void=(11, IGNORE)), "classes": CAMVID},
 }
-DATA_SETS = {
-    name: DataSet(**vars(OFFICIAL[name]), classes=classes, table=table)
-    for name, (classes, table) in LABELS.items()
-}
+DATA_SETS = {x: DataSet(**vars(OFFICIAL[x]), **LABELS.get(x, {})) for x in OFFICIAL}
 
 
 @dataclass(frozen=True)
@@ -203,17 +194,15 @@ def check_pairing(root: Path, data: DataSet, split: str, stated: int | None) -> 
         return found
     without = [pair for pair in pairs if not (pair.official or (root / pair.label).is_file())]
     lines = [f"{root / label}: is the label of no image" for label in orphans]
-    if split != "train" or (len(without) < len(pairs) and not data.has_gaps):
-        lines += [f"{root / pair.image}: has no label" for pair in without]
-    elif without:
-        count = f"{len(without)} of {len(pairs)} {split} images have no label"
-        found.notes.append(f"{root}: {count}; they are listed, no stage needs it")
-    if split != "train":
-        found.left_out |= {pair.image for pair in without}
-    if data.has_gaps:
-        found.notes += [f"{line}; left out" for line in lines]
+    if split == "train" and (data.has_gaps or len(without) == len(pairs)):
+        if without:
+            count = f"{len(without)} of {len(pairs)} {split} images have no label"
+            found.notes.append(f"{root}: {count}; they are listed, no stage needs it")
     else:
-        found.problems += [f"{line}; {mend}" for line in lines]
+        lines += [f"{root / pair.image}: has no label" for pair in without]
+        found.left_out |= {pair.image for pair in without}
+    told, mend = (found.notes, "left out") if data.has_gaps else (found.problems, mend)
+    told += [f"{line}; {mend}" for line in lines]
     return found
 
 
@@ -240,9 +229,15 @@ def prepared_label(root: Path, data: DataSet, pair: Pair) -> np.ndarray | None:
     if data.table is None or pair.official is None:
         check_label_values(label, data.classes.count, target)
         return label
-    label = converted(label, data.table, source)
-    write_once(target, label, pair.official, data.classes)
-    return label
+    train_ids = data.table[label]
+    if (train_ids < 0).any():
+        raise UserError(
+            f"{source}: holds the value {label[train_ids < 0].flat[0]}, which no official label ID"
+            " has; fetch the official label again"
+        )
+    train_ids = train_ids.astype(np.uint8)
+    write_once(target, train_ids, pair.official, data.classes)
+    return train_ids
 
 
 def write_once(path: Path, label: np.ndarray, source: str | Path, classes: ClassSet) -> None:
@@ -251,19 +246,6 @@ def write_once(path: Path, label: np.ndarray, source: str | Path, classes: Class
         write_label(path, label, classes.palette)
     elif not np.array_equal(read_label(path), label):
         raise UserError(f"{path}: differs from what {source} gives; remove it and run this again")
-
-
-def converted(label: np.ndarray, table: np.ndarray, path: Path) -> np.ndarray:
-    """uint8 H x W of official IDs → train IDs; a value that is not one of the official ones is an
-    error.
-    """
-    result = table[label]
-    if (result < 0).any():
-        raise UserError(
-            f"{path}: holds the value {label[result < 0].flat[0]}, which no official label ID has; "
-            "fetch the official label again"
-        )
-    return result.astype(np.uint8)
 
 
 def listed_label(root: Path, classes: ClassSet, pair: Pair) -> np.ndarray:
@@ -306,22 +288,14 @@ def check_list(path: Path, root: Path, classes: ClassSet) -> None:
     """Check a list of ours: its form, that images and labels are there, decode, pair up and hold
     train IDs.
     """
-    try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    found = Checked([])
+    found = Checked([Pair(image, label, label) for image, label in read_list(path)])
+    text = path.read_bytes()
     if b"\r" in text:
         stumbles = "has Windows line ends; other UniMatch code stumbles over them"
         found.problems.append(f"{path}: {stumbles}; mend: sed -i 's/\\r$//' {path}")
-    blank = "is blank; other UniMatch code stumbles over it; remove the line"
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip():
-            found.problems.append(f"{path}, line {number}: {blank}")
-    try:
-        found.pairs = [Pair(image, label, label) for image, label in read_list(path)]
-    except UserError as error:
-        found.problems.append(str(error))
+    if b"" in (lines := [line.strip() for line in text.splitlines()]):
+        blank = "is blank; other UniMatch code stumbles over it; remove the line"
+        found.problems.append(f"{path}, line {lines.index(b'') + 1}: {blank}")
     check_labels(found, partial(listed_label, root, classes), path.name)
     stop_at(found.problems)
     check_classes(found.histogram, classes.count, path)
@@ -465,7 +439,6 @@ def lists_of(found: dict[str, Checked]) -> dict[str, list[tuple[str, ...]]]:
 class DataSetOptions:
     """data set"""
 
-    data = ""  # its name, which comes before the options
     root_path: Folder
     "folder that the official downloads are unpacked in"
     out: Annotated[Folder, "--lists"] | None = None
@@ -486,7 +459,6 @@ class CityscapesOptions(DataSetOptions):
 class CheckOptions(ClassOptions):
     """list"""
 
-    data = ""
     id_list_path: Annotated[List, "--list"]
     "list of images and labels"
     root_path: Folder = Path("data")
@@ -494,14 +466,9 @@ class CheckOptions(ClassOptions):
 
 
 @dataclass(kw_only=True)
-class LabelOptions(ClassOptions):
+class LabelOptions(ListOptions, ClassOptions):
     """ready labels"""
 
-    data = ""
-    id_list_path: List
-    "list of images"
-    root_path: Folder = Path("data")
-    "folder that the list's paths start from"
     labels: Folder
     "one folder with all label maps, <image name>.png"
     exp: str
@@ -512,9 +479,7 @@ class LabelOptions(ClassOptions):
 
 COMMANDS = {
     "cityscapes": CityscapesOptions,
-    "bdd": DataSetOptions,
-    "acdc": DataSetOptions,
-    "camvid": DataSetOptions,
+    **dict.fromkeys(("bdd", "acdc", "camvid"), DataSetOptions),
     "labels": LabelOptions,
     "list": CheckOptions,
 }
