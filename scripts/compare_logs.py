@@ -5,8 +5,8 @@ row and overall.
 Inputs   RUN and REFERENCE, each one of: a run's folder, a folder of training_logs/, a text log or
          event file of UniMatch. The run may still be going: rows it has not reached are "not yet".
 Outputs  a table on the screen; --picture (default: <RUN>/compare_<reference>.png) with mIoU, the
-         band and the losses; the command that lays both in TensorBoard. Exit code 0: all rows
-         reached are in the band, 1: some are not, 2: nothing can be compared.
+         band and the losses; of two folders the command that lays them in TensorBoard. Exit code
+         0: all rows reached are in the band, 1: some are not, 2: nothing can be compared.
 
     python -m scripts.compare_logs runs/gta2cs/adapt training_logs/seco_gta
 
@@ -170,20 +170,18 @@ def differing_settings(run: TrainingLog, reference: TrainingLog) -> list[str]:
     return notes
 
 
-def loss_curve(log: TrainingLog, name: str) -> tuple[list, list]:
-    """(epochs, values): the last row of each epoch, which is the mean over nearly all of it."""
-    last = {epoch: losses[name] for epoch, _, losses in log.losses if name in losses}
-    return list(last), list(last.values())
-
-
 def picture(run: TrainingLog, reference: TrainingLog, tolerance: float):
-    """mIoU with the band, above the four losses. A matplotlib Figure."""
-    logs, epochs = {"reference": reference, "run": run}, reference.epochs
-    losses = {
-        name: {label: loss_curve(log, name) for label, log in logs.items()}
-        for name in LOSS_NAMES[:-1]
-        if loss_curve(reference, name)[0]
-    }
+    """mIoU with the band, above the four losses of each epoch's last row, which is the mean over
+    nearly all of it. A matplotlib Figure.
+    """
+    logs, epochs, losses = {"reference": reference, "run": run}, reference.epochs, {}
+    for name in LOSS_NAMES[:-1]:
+        of_logs = {
+            label: {epoch: values[name] for epoch, _, values in log.losses if name in values}
+            for label, log in logs.items()
+        }
+        if of_logs["reference"]:
+            losses[name] = {label: (list(v), list(v.values())) for label, v in of_logs.items()}
     axes, *others = new_axes([460, *(300 for _ in losses)])
     decorate(axes, "mIoU on the validation set", "epoch", "mIoU (%)")
     middle = np.array([reference.miou[epoch] for epoch in epochs])
@@ -238,7 +236,10 @@ def read_both(options: Options) -> tuple[TrainingLog, TrainingLog]:
             f"{options.reference}: no evaluation with a mIoU in it, so there is nothing to compare"
             " with"
         )
-    counts = class_count(run), class_count(reference)
+    counts = [  # by the evaluations, or by the options; None if neither tells it
+        len(log.class_names) or log.config.get("nclass") or log.config.get("class_num")
+        for log in (run, reference)
+    ]
     names = run.class_names, reference.class_names
     if all(counts) and counts[0] != counts[1] or all(names) and set(names[0]) != set(names[1]):
         raise UserError(
@@ -256,11 +257,6 @@ def read_both(options: Options) -> tuple[TrainingLog, TrainingLog]:
     return run, reference
 
 
-def class_count(log: TrainingLog) -> int | None:
-    """By the log's evaluations, or by its options; None if neither tells it."""
-    return len(log.class_names) or log.config.get("nclass") or log.config.get("class_num")
-
-
 def overall(rows: list[Row], classes: list[Row]) -> tuple[str, bool]:
     """The last line of the table, and whether a row is out of the band."""
     reached = [row for row in rows + classes if row.run is not None]
@@ -272,15 +268,6 @@ def overall(rows: list[Row], classes: list[Row]) -> tuple[str, bool]:
         f"{f', {waiting} not reached yet' if waiting else ''})"
     )
     return line + (f"; out: {', '.join(failed)}" if failed else ""), bool(failed)
-
-
-def tensorboard_line(run: Path, reference: Path) -> str:
-    """The command that lays both in TensorBoard, or what has to be done before."""
-    for path in (run, reference):
-        if path.is_file() and "tfevents" not in path.name:
-            return f"for TensorBoard, first: python -m scripts.dev.import_log {path} --out <folder>"
-    folders = [path if path.is_dir() else path.parent for path in (run, reference)]
-    return f"tensorboard --logdir_spec run:{folders[0]},reference:{folders[1]}"
 
 
 def main(argv=None) -> int:
@@ -304,7 +291,9 @@ def main(argv=None) -> int:
         print_rows("IoU, mean of the last 20", classes)
     save_chart(target, picture(run, reference, options.tolerance))
     line, failed = overall(rows, classes)
-    print(f"\n{line}\npicture: {target}\n{tensorboard_line(options.run, options.reference)}")
+    print(f"\n{line}\npicture: {target}")
+    if options.run.is_dir() and options.reference.is_dir():
+        print(f"tensorboard --logdir_spec run:{options.run},reference:{options.reference}")
     return 1 if failed else 0
 
 

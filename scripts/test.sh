@@ -3,13 +3,10 @@
 #   bash scripts/test.sh                 all tests but those marked slow
 #   bash scripts/test.sh -m slow         the slow ones: every task rehearsed, runs killed and changed (ten minutes more)
 #   bash scripts/test.sh tests/test_x.py any option of pytest (-n 8: eight processes; --pdb needs -n 0)
-#   bash scripts/test.sh --lowest        with the lowest versions that requirements.txt allows, in .venv-lowest (6 GB more)
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/lib/common.sh
 case "${1:-}" in -h | --help) arguments "$1" ;; esac
-versions=test
-if [ "${1:-}" = --lowest ]; then versions=lowest && shift; fi
-source scripts/lib/setup.sh "$versions"
+source scripts/lib/setup.sh test
 exec "$PYTHON" -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=15 "$@"

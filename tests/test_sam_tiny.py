@@ -145,7 +145,7 @@ def test_prompts_belong_to_their_targets(scene, photos):
     for index in window.large():
         mask = window.segment == index
         assert ndimage.label(mask, np.ones((3, 3)))[1] == 1
-        found[window.stuff[mask].any()].append(red[mask].mean())
+        found[int(window.stuff[mask].any())].append(red[mask].mean())
     assert min(found[0]) > 2 * max(found[1])  # the cars are red in any light
     again, other = (sam_tiny.photo_window(i, photos).image for i in (3, 1))
     assert np.array_equal(window.image, again) and not np.array_equal(again, other)

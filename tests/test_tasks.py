@@ -1,7 +1,6 @@
 """The shell scripts: values that they refuse, what the tasks' preflight says, a rehearsal of one
 task and of its other paths (`-m slow`: of the other two)."""
 
-import argparse
 import json
 import os
 import re
@@ -10,6 +9,7 @@ import subprocess
 import sys
 from itertools import takewhile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -170,37 +170,38 @@ def test_preflight_names_everything_at_once_and_writes_nothing(empty_machine, ta
     assert result.stderr.count("\n") == 1 and sorted(folder.rglob("*")) == before
 
 
-def asked(capsys, tmp_path, *more):
+def asked(capsys, tmp_path, **more):
     """What preflight says of a task all of whose files are there: (exit code, stdout, stderr)."""
     file = tmp_path / "weights.pth"
     file.touch()
-    options = ["--title", "T", "--data", "bdd", "--data-root", tmp_path / "data", "--device", "cpu"]
-    for name in ("checkpoint", "sam-checkpoint", "backbone-weights", "scc-weights"):
-        options += [f"--{name}", file]
-    code = preflight.main([str(word) for word in (*options, "--global-batch", 8, *more)])
+    names = ("CHECKPOINT", "SAM_CHECKPOINT", "BACKBONE_WEIGHTS", "SCC_WEIGHTS")
+    given = {"TITLE": "T", "DATA": "bdd", "DATA_ROOT": tmp_path, "DEVICE": "cpu", "GPUS": ""}
+    given |= {"GLOBAL_BATCH": 8, "USE_SCC": 1, "SAM_TYPE": "vit_h", "CHECKPOINT_FROM": "x"}
+    given |= dict.fromkeys(names, file) | more
+    code = preflight.main({name: str(value) for name, value in given.items()})
     return code, *capsys.readouterr()
 
 
 def test_preflight_is_about_what_is_missing_only(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(preflight, "missing_data", lambda *_: [])
     monkeypatch.setattr(preflight, "DISK_GB", 0)
-    assert asked(capsys, tmp_path) == (0, "0\n", "")
-    assert asked(capsys, tmp_path, "--scc-weights", "")[0] == 0
     none = tmp_path / "none"
-    for option, words in (
-        ("--checkpoint", f"{none}: the model that the starting labels come from"),
-        ("--probabilities", f"{none}: no such folder of probability arrays"),
-        ("--labels", f"{none}: no such folder of pixel labels (LABELS)"),
-        ("--sam-checkpoint", f"{none}: SAM's weights"),
-        ("--backbone-weights", f"{none}: UniMatch's ImageNet ResNet-101"),
-        ("--scc-weights", f"{none}: ImageNet weights of SCC's ResNet-101"),
+    assert asked(capsys, tmp_path) == (0, "0\n", "")
+    assert asked(capsys, tmp_path, USE_SCC=0, SCC_WEIGHTS=none)[0] == 0
+    for name, words in (
+        ("CHECKPOINT", f"{none}: the model that the starting labels come from"),
+        ("PROBABILITIES", f"{none}: no such folder (PROBABILITIES)"),
+        ("LABELS", f"{none}: no such folder (LABELS)"),
+        ("SAM_CHECKPOINT", f"{none}: SAM's weights"),
+        ("BACKBONE_WEIGHTS", f"{none}: UniMatch's ImageNet ResNet-101"),
+        ("SCC_WEIGHTS", f"{none}: ImageNet weights of SCC's ResNet-101"),
     ):
-        code, out, error = asked(capsys, tmp_path, option, none)
+        code, out, error = asked(capsys, tmp_path, **{name: none})
         assert (code, out) == (2, "") and "T: 1 thing is missing" in error and words in error
     monkeypatch.setattr(preflight, "DISK_GB", 60)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: argparse.Namespace(free=7_900_000_000))
-    given = ("--probabilities", tmp_path, "--checkpoint", none)  # arrays in the checkpoint's place
-    code, _, error = asked(capsys, tmp_path, *given)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=7_900_000_000))
+    given = {"PROBABILITIES": tmp_path, "CHECKPOINT": none}  # arrays in the checkpoint's place
+    code, _, error = asked(capsys, tmp_path, **given)
     assert code == 2 and "1 thing is" in error and "60 GB of free disk here (7 are free)" in error
 
 
@@ -208,7 +209,7 @@ def test_preflight_is_about_what_is_missing_only(monkeypatch, capsys, tmp_path):
     "count, visible, expected",
     [
         *((8, None, 8), (8, "2, 3", 2), (8, "GPU-5", 1), (8, "1,0,-1,2,3", 2), (8, "1,,2,3", 1)),
-        *((2, "1,0,2,3", 2), (1, "MIG-a,MIG-b", 1), (8, "", 0), (0, None, 0), (None, None, 0)),
+        *((1, "MIG-a,MIG-b", 1), (8, "", 0), (0, None, 0), (None, None, 0)),
     ],
     ids=str,
 )
@@ -225,30 +226,26 @@ def test_gpus_that_cuda_sees(monkeypatch, tmp_path, count, visible, expected):
     assert preflight.gpus_found() == expected
 
 
+EVENLY = "give one of 1, 2, 4, or leave it out"
+
+
 @pytest.mark.parametrize(
     "found, settings, processes, said",
     [
-        *((8, settings, 8, "") for settings in ({}, {"device": "cuda"})),
+        (8, {}, 8, ""),
+        (8, {"device": "cuda"}, 8, ""),
         (8, {"asked": "2"}, 2, ""),
         (8, {"device": "cpu"}, 0, ""),
-        *(
-            (found, {}, fit, f"note: {fit} of {found} GPUs are used")
-            for found, fit in ((7, 4), (10, 8))
-        ),
+        (7, {}, 4, "note: 4 of 7 GPUs are used"),
         (8, {"batch": 4}, 4, "note: 4 of 8 GPUs are used"),
-        *(
-            (0, x, None, "an NVIDIA GPU (nvidia-smi shows none, or CUDA_V")
-            for x in ({}, {"asked": "2"})
-        ),
+        (0, {}, None, "an NVIDIA GPU (nvidia-smi shows none, or CUDA_V"),
         (2, {"asked": "4"}, None, "GPUS=4: 2 GPUs are here"),
-        *((8, {"asked": x}, None, f"GPUS={x}: 8 GPUs are here") for x in ("0", "08", "two")),
-        *((8, {"asked": x}, None, "give one of 1, 2, 4, 8, or leave it out") for x in ("6", "16")),
-        (6, {"asked": "6"}, None, "give one of 1, 2, 4, or leave it out"),
-        (8, {"asked": "6", "batch": 4}, None, "give one of 1, 2, 4, or leave it out"),
+        *((8, {"asked": x}, None, f"GPUS={x}: 8 GPUs are here") for x in ("0", "08", "two", "16")),
+        *((6, {"asked": x}, None, EVENLY) for x in ("6", "3")),
         (8, {"device": "cuda:1"}, 1, ""),
         (8, {"device": "cuda:1", "asked": "1"}, 1, ""),
-        (8, {"device": "cuda:1", "asked": "2"}, None, "GPUS=2 with DEVICE=cuda:1, which is one"),
-        (2, {"device": "cuda:2"}, None, "DEVICE=cuda:2: the GPUs here are cuda:0 to cuda:1"),
+        (8, {"device": "cuda:1", "asked": "2"}, None, "DEVICE=cuda:1 GPUS=2: the GPUs here are"),
+        (2, {"device": "cuda:2"}, None, "DEVICE=cuda:2 GPUS=: the GPUs here are cuda:0 to cuda:1"),
     ],
     ids=str,
 )

@@ -54,16 +54,16 @@ sam_file() { # sam_file TYPE: where its weights are, if no other place is named:
     esac
 }
 
-first_python() { # first_python NAME…: the first of these interpreters that will do
+first_python() { # the first interpreter that will do
     local name
-    for name in "$@"; do
+    for name in ${PYTHON:+"$PYTHON"} python3 python python3.13 python3.12 python3.11 python3.10; do
         if command -v "$name" >/dev/null 2>&1 &&
             "$name" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
             echo "$name"
             return
         fi
     done
-    die "Python 3.10 or newer is missing (looked for $*); python.org or your system's packages have it"
+    die "Python 3.10 or newer is missing (looked for python3, python and PYTHON); python.org or your system's packages have it"
 }
 
 show() { # show NAME…: the variables' values

@@ -28,13 +28,11 @@ class Layout:
         `labels`, sorted.
         """
         folder, ending = getattr(self, kind)
-        return {
-            (condition, name): path
-            for condition in self.conditions
-            for name, path in files_by_name(
-                root, folder.format(split=split, condition=condition), ending
-            ).items()
-        }
+        found = {}
+        for condition in self.conditions:
+            names = files_by_name(root, folder.format(split=split, condition=condition), ending)
+            found |= {(condition, name): path for name, path in names.items()}
+        return found
 
     def has(self, root: Path, split: str) -> bool:
         """Whether a folder of the split's images is there."""

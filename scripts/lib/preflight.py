@@ -1,17 +1,18 @@
 """What a task (scripts/gta2cs.sh and the others) lacks here, all at once, before anything is done.
 
-Prints the number of GPUs to use, 0 for the CPU; notes go to stderr. If something is missing: what,
-and where to get it, on stderr, and exit code 2. Reads names only. Standard library only, since no
-package is installed yet.
+Its values are in the environment. Prints the number of GPUs to use, 0 for the CPU; notes go to
+stderr. If something is missing: what, and where to get it, on stderr, and exit code 2. Reads names
+only. Standard library only, since no package is installed yet.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
+from itertools import takewhile
 from pathlib import Path
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # for `python scripts/lib/NAME.py`
@@ -26,43 +27,41 @@ UNIMATCH_WEIGHTS = (
 Missing = list[tuple[str, str]]  # (what, where to get it)
 
 
-def missing_inputs(options) -> Missing:
+def missing_inputs(given: Mapping[str, str]) -> Missing:
     """Of the models that a task starts from. A model of the Hub has no file here: seco_sam.py says
     what it lacks.
     """
-    missing, sam = [], options.sam_checkpoint
-    if options.labels or options.probabilities:
-        what, name = "no such folder of probability arrays", "PROBABILITIES"
-        get = "write one K x H x W array per training image there, <image path>.npy"
-        if options.labels:
-            what, name = "no such folder of pixel labels", "LABELS"
-            get = "put one PNG per training image there, named as the image"
-        folder = options.labels or options.probabilities
-        if not Path(folder).is_dir():
-            missing.append((f"{folder}: {what} ({name})", get))
-    elif not Path(options.checkpoint).is_file():
-        what = f"{options.checkpoint}: the model that the starting labels come from"
-        others = "another file: CHECKPOINT=…; another model's probabilities: PROBABILITIES=<folder>"
-        missing.append((what, f"{options.checkpoint_from}; {others}"))
-    if sam and not Path(sam).exists():
-        get = f"bash scripts/download.sh sam {options.sam_type} (vit_t: model/README.md)"
-        missing.append((f"{sam}: SAM's weights ({options.sam_type})", get))
-    for weights, what, get in (
-        (options.backbone_weights, "UniMatch's ImageNet ResNet-101 (deep stem)", UNIMATCH_WEIGHTS),
-        (
-            options.scc_weights,
-            "ImageNet weights of SCC's ResNet-101",
-            "SCC_WEIGHTS=imagenet (torchvision fetches them), or a .pth",
-        ),
+    missing, sam, sam_type = [], given["SAM_CHECKPOINT"], given["SAM_TYPE"]
+    for name, files in (
+        ("LABELS", "one PNG per training image, named as the image"),
+        ("PROBABILITIES", "one K x H x W array per training image, <image path>.npy"),
     ):
-        if weights not in ("", "imagenet") and not Path(weights).is_file():
+        if folder := given.get(name):
+            if not Path(folder).is_dir():
+                missing.append((f"{folder}: no such folder ({name})", f"put {files} there"))
+            break
+    else:
+        if not Path(given["CHECKPOINT"]).is_file():
+            what = f"{given['CHECKPOINT']}: the model that the starting labels come from"
+            others = "or CHECKPOINT=…, or another model's probabilities: PROBABILITIES=<folder>"
+            missing.append((what, f"{given['CHECKPOINT_FROM']}; {others}"))
+    if sam and not Path(sam).exists():
+        get = f"bash scripts/download.sh sam {sam_type} (vit_t: model/README.md)"
+        missing.append((f"{sam}: SAM's weights ({sam_type})", get))
+    scc = given["SCC_WEIGHTS"] if given["USE_SCC"] == "1" else "imagenet"
+    other = "SCC_WEIGHTS=imagenet (torchvision fetches them), or a .pth"
+    for weights, what, get in (
+        (given["BACKBONE_WEIGHTS"], "UniMatch's ImageNet ResNet-101 (deep stem)", UNIMATCH_WEIGHTS),
+        (scc, "ImageNet weights of SCC's ResNet-101", other),
+    ):
+        if weights != "imagenet" and not Path(weights).is_file():
             missing.append((f"{weights}: {what}", get))
     return missing
 
 
 def gpus_found() -> int:
     """GPUs that CUDA sees: nvidia-smi's, or those of CUDA_VISIBLE_DEVICES up to the first entry
-    that is none of them.
+    that is none.
     """
     try:
         run = subprocess.run(["nvidia-smi", "-L"], capture_output=True, encoding="utf-8")
@@ -72,13 +71,8 @@ def gpus_found() -> int:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return everyone
-    count = 0
-    for entry in map(str.strip, visible.split(",")):
-        named = entry.startswith(("GPU-", "MIG-"))
-        if not named and not (entry.isdecimal() and int(entry) < everyone):
-            break
-        count += 1
-    return min(count, everyone)
+    named = takewhile(lambda entry: entry.strip() not in ("", "-1"), visible.split(","))
+    return min(everyone, len(list(named)))
 
 
 def gpus_to_use(device: str, asked: str, batch: int, found: int) -> tuple[int, Missing]:
@@ -91,14 +85,10 @@ def gpus_to_use(device: str, asked: str, batch: int, found: int) -> tuple[int, M
         what = "an NVIDIA GPU (nvidia-smi shows none, or CUDA_VISIBLE_DEVICES hides them)"
         return 0, [(what, "the authors used four; on a CPU, try REHEARSE=1 with the same command")]
     if device.startswith("cuda:"):
-        missing = []
-        if int(device[5:]) >= found:
-            what = f"DEVICE={device}: the GPUs here are cuda:0 to cuda:{found - 1}"
-            missing.append((what, "give one of these, or leave it out"))
-        if asked not in ("", "1"):
-            what = f"GPUS={asked} with DEVICE={device}, which is one GPU"
-            missing.append((what, "leave one of the two out"))
-        return 1, missing
+        if asked in ("", "1") and int(device[5:]) < found:
+            return 1, []
+        what = f"DEVICE={device} GPUS={asked}: the GPUs here are cuda:0 to cuda:{found - 1}"
+        return 0, [(what, "give one of these and no GPUS, or no DEVICE")]
     fitting = [count for count in range(1, found + 1) if batch % count == 0]
     if asked:
         if asked in map(str, fitting):
@@ -120,36 +110,20 @@ def missing_disk() -> Missing:
     return [(what, "make room, or set OUT and DATA_ROOT elsewhere")]
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def main(given: Mapping[str, str] = os.environ) -> int:
+    gpus, wrong = gpus_to_use(
+        given["DEVICE"], given["GPUS"], int(given["GLOBAL_BATCH"]), gpus_found()
     )
-    parser.add_argument("--title", required=True, help="of the task")
-    parser.add_argument("--data", choices=("cityscapes", "bdd", "acdc"), required=True)
-    parser.add_argument("--data-root", type=Path, required=True, help="where the data should be")
-    for name in ("probabilities", "labels", "checkpoint", "checkpoint-from"):
-        parser.add_argument(f"--{name}", default="", help=f"the task's {name}")
-    for name in ("sam-type", "sam-checkpoint"):
-        parser.add_argument(f"--{name}", default="", help=f"the task's {name}")
-    for name in ("backbone-weights", "scc-weights"):
-        parser.add_argument(f"--{name}", default="", help="a file, imagenet, or empty: not needed")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--gpus", default="", help="number of processes that is asked for, if any")
-    parser.add_argument("--global-batch", type=int, required=True, help="what they share")
-    options = parser.parse_args(argv)
-
-    batch = options.global_batch
-    gpus, wrong = gpus_to_use(options.device, options.gpus, batch, gpus_found())
-    missing = missing_data(options.data, options.data_root) + missing_inputs(options)
+    missing = missing_data(given["DATA"], Path(given["DATA_ROOT"])) + missing_inputs(given)
     missing += wrong + missing_disk()
-    if missing:
-        count = "1 thing is" if len(missing) == 1 else f"{len(missing)} things are"
-        print(f"{options.title}: {count} missing; nothing was done.", file=sys.stderr)
-        for what, get in missing:
-            print(f"  - {what}\n      get it: {get}", file=sys.stderr)
-        return 2
-    print(gpus)
-    return 0
+    if not missing:
+        print(gpus)
+        return 0
+    count = "1 thing is" if len(missing) == 1 else f"{len(missing)} things are"
+    print(f"{given['TITLE']}: {count} missing; nothing was done.", file=sys.stderr)
+    for what, get in missing:
+        print(f"  - {what}\n      get it: {get}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -30,23 +30,20 @@ accept DEVICE 'auto|cpu|cuda|cuda:[0-9]{1,2}' "auto, cpu, cuda or cuda:N"
 
 ready() { # stops with a list of what is missing, or makes the values ready and sets up the packages
     local python
-    python="$(first_python ${PYTHON:+"$PYTHON"} python3 python python3.13 python3.12 python3.11 python3.10)"
+    python="$(first_python)"
     SAM_CHECKPOINT="${SAM_CHECKPOINT:-$(sam_file "$SAM_TYPE")}" CACHE=() EXPECT=()
     if [ "$REHEARSE" = 1 ]; then
         miniature
     else
         OUT="${OUT:-runs/$TASK}"
-        GPUS="$("$python" scripts/lib/preflight.py --title "$TITLE" --data "$DATA" --data-root "$DATA_ROOT" \
-            --probabilities "$PROBABILITIES" --labels "$([ "$DATA" != acdc ] || echo "$LABELS")" \
-            --checkpoint "$CHECKPOINT" --checkpoint-from "$CHECKPOINT_FROM" \
-            --sam-type "$SAM_TYPE" --sam-checkpoint "$SAM_CHECKPOINT" --backbone-weights "$BACKBONE_WEIGHTS" \
-            --scc-weights "$([ "$USE_SCC" = 0 ] || echo "$SCC_WEIGHTS")" --device "$DEVICE" --gpus "$GPUS" \
-            --global-batch "$GLOBAL_BATCH")"
+        if [ "$DATA" != acdc ]; then LABELS=""; fi
+        GPUS="$(export TITLE DATA DATA_ROOT PROBABILITIES LABELS CHECKPOINT CHECKPOINT_FROM SAM_TYPE SAM_CHECKPOINT \
+            BACKBONE_WEIGHTS SCC_WEIGHTS USE_SCC DEVICE GPUS GLOBAL_BATCH; "$python" scripts/lib/preflight.py)"
     fi
     show OUT DATA_ROOT CHECKPOINT PROBABILITIES SAM_TYPE SAM_CHECKPOINT BACKBONE_WEIGHTS SCC_WEIGHTS RECIPE USE_SCC SEED DEVICE \
         GPUS STEM SPLITS EXP
     source scripts/lib/setup.sh
-    LAUNCH=("$PYTHON") START=(--checkpoint "$CHECKPOINT") SUFFIX=""
+    LAUNCH=("$PYTHON") START=(--checkpoint "$CHECKPOINT") SUFFIX="" code=0
     if [ "$GPUS" -gt 1 ]; then LAUNCH+=(-m torch.distributed.run --standalone --nproc_per_node "$GPUS"); fi
     if [ -n "$PROBABILITIES" ]; then START=(--probabilities "$PROBABILITIES"); fi
     if [ "$RECIPE" = paper ]; then SUFFIX=_paper; fi
@@ -68,4 +65,15 @@ miniature() { # the values that are smaller in a rehearsal; the commands are the
     CACHE=(--proposal-cache "$OUT/inputs/proposals") # a second rehearsal with other labels is quick
     SCC=(--backbone resnet10 --iterations 4 --patch-size 64 128)
     ADAPT=(--backbone resnet10 --epochs 2 --lr 0.005 --lr-multi 1.0 --eval-every 2 --min-kept 5000 --workers 0)
+}
+
+compare() { # compare COMMAND…: the run beside the authors' log, to compare.txt too; `code` is 1 where it is out of the band
+    tell "$@"
+    PYTHONIOENCODING=utf-8 "$@" | tee "$OUT/compare.txt" || code=$?
+    if [ "$code" -gt 1 ]; then exit "$code"; fi
+}
+
+finish() {
+    if [ "$REHEARSE" = 0 ]; then exit "$code"; fi
+    echo "rehearsal complete: every command of $TITLE ran. Its figures mean nothing: $OUT"
 }
