@@ -33,8 +33,7 @@ ADAPT=(--backbone resnet101 --epochs 240 --lr 0.005 --lr-multi 1.0) # the log
 ready
 
 # 1. Train-ID labels, lists, and a check of every file.
-run "$PYTHON" -m scripts.prepare_data bdd --root-path "$DATA_ROOT" --out "$SPLITS" \
-    ${EXPECT[@]+"${EXPECT[@]}"}
+run "$PYTHON" -m scripts.prepare_data bdd --root-path "$DATA_ROOT" --out "$SPLITS" ${EXPECT[@]+"${EXPECT[@]}"}
 
 # 2. How good the start is: every pixel's prediction on the validation set, at the network's input size.
 if [ -n "$PROBABILITIES" ]; then

@@ -255,29 +255,32 @@ def test_bad_options_are_one_clear_line(data, options, told, monkeypatch):
 # ----------------------------------------------------------------------- nothing mixed, overwritten
 
 
-def test_other_settings_are_refused(data):
+def test_nothing_is_mixed_or_overwritten(data, monkeypatch):
+    """Settings, inputs and unknown content of the folder (its rules: tests/test_outputs.py)."""
     root, _ = data
-    stage0.main(command(root))
-    with pytest.raises(UserError, match="top_p = 0.5, now it is 0.3"):
-        stage0.main(command(root, "--top-p", "0.3"))
-    with pytest.raises(UserError, match="rule = top-p, now it is cbst"):
-        stage0.main(command(root, "--rule", "cbst"))
-
-
-def test_arrays_replaced_while_a_run_was_stopped_are_noticed(data, monkeypatch):
-    root, _ = data
+    again = command(root)
+    mine = root / "pix/train/a/im0_leftImg8bit.jpg"
+    mine.parent.mkdir(parents=True)
+    mine.write_bytes(b"precious")
+    with pytest.raises(UserError, match="pix: is not empty, but has no settings.json"):
+        stage0.main(again)
+    assert mine.read_bytes() == b"precious" and list(mine.parent.iterdir()) == [mine]
+    mine.unlink()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(stage0, "top_p_thresholds", dying(stage0.top_p_thresholds, 1))
-        stage0.main(command(root))
+        stage0.main(again)
     before = files(root / "pix")
+    for other in (("--top-p", "0.3"), ("--rule", "cbst")):
+        name = other[0][2:].replace("-", "_")
+        with pytest.raises(UserError, match=f"{name} = .*, now it is {other[1]}"):
+            stage0.main([*again, *other])
     bad_array(K, *SIZE)(root)
-    told = "im0_leftImg8bit.png.npy: has changed since the results in .*pix were made"
-    with pytest.raises(UserError, match=told):
-        stage0.main(command(root))
+    with pytest.raises(UserError, match="im0_leftImg8bit.png.npy: has changed since the results"):
+        stage0.main(again)
     assert files(root / "pix") == before
 
 
-def test_labels_of_our_checkpoint_whose_images_are_replaced(data):
+def test_labels_of_our_checkpoint(data):
     root, arrays = data
     torch.manual_seed(0)
     model = DeepLabV3Plus(18, K)
@@ -288,7 +291,6 @@ def test_labels_of_our_checkpoint_whose_images_are_replaced(data):
     assert summary["images"] == 5 and 0.4 < summary["coverage"] < 0.6
     for name in arrays:
         read_label(root / name, K)
-    stage0.main(options)
     Image.new("RGB", SIZE[::-1]).save(root / IMAGE.format(0))
     with pytest.raises(UserError, match="im0_leftImg8bit.png: has changed since"):
         stage0.main(options)
@@ -305,19 +307,6 @@ def test_a_failed_first_run_does_not_block_the_corrected_command(data):
     np.save(array_of(root, 0), next(iter(arrays.values())))
     stage0.main(command(root))
     check_labels(root, oracle(arrays, 0.5))
-
-
-@pytest.mark.parametrize("name", ["train/a/im0_leftImg8bit.png", "train/a/im0_leftImg8bit.jpg"])
-def test_files_of_others_are_not_overwritten_nor_joined(data, name):
-    """The second: --exp images, where BDD100K's own images are."""
-    root, _ = data
-    mine = root / "pix" / name
-    mine.parent.mkdir(parents=True)
-    mine.write_bytes(b"precious")
-    with pytest.raises(UserError, match="pix: is not empty, but has no settings.json"):
-        stage0.main(command(root))
-    assert mine.read_bytes() == b"precious"
-    assert [path.name for path in mine.parent.iterdir()] == [mine.name]
 
 
 # --------------------------------------------------------------------------------------------- CBST

@@ -107,18 +107,6 @@ def test_outputs_are_named_after_the_segmenter_as_seco_sam_does(sam_type):
     assert name.stdout.strip() == output_name(sam_type)
 
 
-def test_no_carriage_returns_where_there_is_no_terminal(tmp_path):
-    """curl's and pip's bars are for terminals alone."""
-    tools = tmp_path / "bin"
-    tools.mkdir()
-    (tools / "curl").write_text('#!/bin/sh\necho "$@"\nexit 1\n', encoding="utf-8")
-    (tools / "curl").chmod(0o755)
-    path = f"{tools}{os.pathsep}{os.environ['PATH']}"
-    result = run("download", "camvid", PATH=path, CAMVID_ROOT=tmp_path / "camvid")
-    assert result.returncode == 2 and "--silent" in result.stdout
-    assert "progress" not in result.stdout and "could not be fetched" in result.stderr
-
-
 def test_camvid_root_is_the_folder_in_both_scripts(tmp_path):
     (tmp_path / "train").mkdir()
     there = run("download", "camvid", CAMVID_ROOT=tmp_path)

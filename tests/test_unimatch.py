@@ -879,7 +879,7 @@ def test_a_damaged_image_is_told_in_one_line(data, tmp_path, capsys):
     assert "cut.png: the image cannot be read" in error_of(argv, capsys)
 
 
-# ------------------------------------------------------------------- benchmarks, the SLURM example
+# -------------------------------------------------------------------------------------- benchmarks
 
 
 @pytest.mark.slow
@@ -892,30 +892,3 @@ def test_benchmarks_run_and_print_ratios(capsys):
         assert row in out
     assert seconds["plain"] > 4 * seconds["ours, --image-cache"]
     assert len(variants) == 4
-
-
-@pytest.mark.slow
-def test_slurm_example_joins_two_nodes(data, tmp_path):
-    """Both nodes are this machine: `srun` starts what it is given twice."""
-    for name, text in (
-        ("scontrol", "echo localhost"),
-        ("srun", 'shift; "$@" & first=$!; "$@" && wait $first'),
-    ):
-        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
-        (tmp_path / name).chmod(0o755)
-    slurm = {"JOB_NODELIST": "-", "JOB_NUM_NODES": "2", "JOB_ID": str(os.getpid())}
-    environment = {**os.environ, **{f"SLURM_{name}": value for name, value in slurm.items()}}
-    environment |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": sys.executable}
-    environment |= {"GPUS_PER_NODE": "1", "OMP_NUM_THREADS": "1"}
-    argv = command(data, tmp_path / "run", val=False, epochs=1)
-    result = subprocess.run(
-        ["bash", str(ROOT / "scripts/dev/slurm_example.sh"), *argv],
-        cwd=ROOT,
-        env=environment,
-        timeout=300,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
-    assert "global batch 2 = 2 processes x 1 samples x 1 accumulation step" in result.stdout
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["iterations"] == 4
