@@ -1,5 +1,5 @@
 """The shell scripts: values that they refuse, what the tasks' preflight says, a rehearsal of one
-task and of its other paths (`-m slow`: of the other two)."""
+task (`-m slow`: of the other two)."""
 
 import json
 import os
@@ -257,7 +257,7 @@ esac
 """
 
 
-def test_gpus_share_the_work(empty_machine, tmp_path):
+def test_gpus_share_the_work_which_may_start_from_arrays_and_leave_scc_out(empty_machine, tmp_path):
     """All files and four GPUs are there: the long commands are started by torchrun. A python that
     prints what it is to run stands for it.
     """
@@ -285,6 +285,11 @@ def test_gpus_share_the_work(empty_machine, tmp_path):
         *(None, None, None, "scripts.make_pseudo_labels", "seco_sam.py", "seco_scc.py", None),
         *("train_unimatch.py", "eval.py", None, None),
     ]
+    values |= {"PROBABILITIES": tmp_path, "USE_SCC": 0}
+    ran = run("gta2cs", folder=folder, PATH=tools, PYTHON=stub, **values).stdout
+    assert "before: skipped" in ran and "seco_scc.py" not in ran
+    assert f"--probabilities {tmp_path} --exp DTST_gta --preset dtst" in ran
+    assert "--labeled-id-path splits/cityscapes/DTST_gta_vit_h/labeled.txt" in ran
 
 
 # --------------------------------------------------------------------------------------- rehearsals
@@ -342,41 +347,9 @@ def rehearse(task, out):
     assert times(out) == before and len(before) > 10
 
 
-@pytest.fixture(scope="module")
-def rehearsed(tmp_path_factory):
-    out = tmp_path_factory.mktemp("rehearsal") / "run"
-    rehearse("gta2bdd", out)
-    return out
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("task", ["gta2cs", "synthia2cs"])
+@pytest.mark.parametrize(
+    "task",
+    ["gta2bdd", *(pytest.param(x, marks=pytest.mark.slow) for x in ("gta2cs", "synthia2cs"))],
+)
 def test_rehearsal(task, tmp_path):
     rehearse(task, tmp_path / "run")
-
-
-def test_probabilities_of_another_model_without_scc(rehearsed, tmp_path):
-    """Both paths in one run: it starts from the finished rehearsal, moved, with arrays that give
-    every pixel of the left half road, and of the right half sky."""
-    out, arrays = tmp_path / "run", tmp_path / "arrays"
-    shutil.copytree(rehearsed, out, symlinks=True)
-    for image, _ in read_list(out / "splits/train.txt"):
-        scores = np.full((19, 720, 1280), 0.01, np.float16)
-        scores[0, :, :640] = scores[10, :, 640:] = 0.82
-        (arrays / image).parent.mkdir(parents=True, exist_ok=True)
-        np.save(arrays / f"{image}.npy", scores)
-    result = rehearsed_task("gta2bdd", out, PROBABILITIES=arrays, USE_SCC=0)
-    assert result.returncode == 2 and result.stderr.splitlines()[-1].startswith("error: ")
-    assert f"error: {out}/inputs/data/DTST_bdd: " in result.stderr  # labels of the checkpoint
-    shutil.rmtree(out / "adapt")
-    result = rehearsed_task("gta2bdd", out, PROBABILITIES=arrays, USE_SCC=0, EXP="arrays")
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    assert "before: skipped" in result.stdout and "seco_scc.py" not in result.stdout
-    labels = [label for _, label in read_list(out / "splits/arrays/train.txt")]
-    for label in labels:
-        label = read_label(out / "inputs/data" / label, 19)
-        assert set(np.unique(label[:, :640])) <= {0, 255} and (label[:, :640] == 0).any()
-        assert set(np.unique(label[:, 640:])) <= {10, 255} and (label[:, 640:] == 10).any()
-    rows = read_list(out / "splits/arrays_tiny/labeled.txt")
-    assert rows and all(label.startswith("arrays_tiny/") for _, label in rows)
-    assert "arrays_tiny/labeled.txt" in (out / "adapt/manifest.json").read_text(encoding="utf-8")
