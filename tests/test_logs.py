@@ -14,12 +14,10 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from PIL import Image
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
 
 from model.train_logs import Logs, best_and_last
 from scripts import compare_logs
-from scripts.dev import import_log
-from scripts.dev.import_log import iterations_range
 from util.labels import IDS_13_IN_16
 from util.run import UserError
 from util.training_log import (
@@ -45,47 +43,22 @@ def table(path):
         return list(csv.DictReader(file))
 
 
-def scalars(folder, epochs, length):
-    """{tag: (wall time, step, value) of these epochs} of an event file."""
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
-    events.Reload()
-    return {
-        tag: [
-            (event.wall_time, event.step, event.value)
-            for event in events.Scalars(tag)
-            if (event.step if tag.startswith("eval/") else event.step // length) in epochs
-        ]
-        for tag in events.Tags()["scalars"]
-    }
-
-
 @pytest.mark.parametrize("name", COUNTS)
-def test_importing_again_gives_the_shipped_rows(name, tmp_path):
-    """Line by line in the CSVs, with clock and value in the events, key by key in config.json."""
-    out, length = tmp_path / name, COUNTS[name][3]
-    log = str(EXCERPTS / f"{name}.log")
-    import_log.main([log, "--out", str(out), "--iterations-per-epoch", str(length)])
-    epochs = {0, 1, 235} if name == "seco_gta" else {0, 1}  # those of the excerpt
-    for table in ("epochs.csv", "losses.csv"):
-        shipped = (SHIPPED / name / table).read_text().splitlines()
-        kept = [line for line in shipped[1:] if int(line.split(",")[0]) in epochs]
-        assert (out / table).read_text().splitlines() == [shipped[0], *kept]
-    assert scalars(out, epochs, length) == scalars(SHIPPED / name, epochs, length)
-    (shipped,) = (SHIPPED / name).glob("events.*")
-    assert (out / shipped.name).is_file()
-    ours, theirs = (json.loads((f / name / "config.json").read_text()) for f in (tmp_path, SHIPPED))
-    differing = {key for key in theirs if ours[key] != theirs[key]}
-    assert differing <= {"source_sha256", "last_row", "evaluations", "loss_rows"}
-
-
-def test_import_does_not_mix_runs_nor_take_impossible_iterations(tmp_path):
-    gta, out = str(EXCERPTS / "seco_gta.log"), ["--out", str(tmp_path)]
-    import_log.main([gta, *out])
-    with pytest.raises(UserError, match="is of another run; choose another folder with --out"):
-        import_log.main([str(EXCERPTS / "seco_bdd.log"), *out])
-    for length, message in ((0, "--iterations-per-epoch 0"), (300, "allows 233 to 239")):
-        with pytest.raises(UserError, match=message):
-            import_log.main([gta, *out, "--iterations-per-epoch", str(length)])
+def test_shipped_rows_are_those_of_the_text_logs(name):
+    """Of the epochs of the excerpts: options, classes, every figure and the clock."""
+    text, shipped = read_text_log(EXCERPTS / f"{name}.log"), read_training_log(SHIPPED / name)
+    assert text.config == shipped.config and text.class_names == shipped.class_names
+    assert text.eval_mode == shipped.eval_mode
+    epochs = {0, 1, 235} if name == "seco_gta" else {0, 1}
+    assert text.lr.keys() == epochs and text.miou.keys() == {0, 1}
+    for part in ("lr", "miou", "class_iou"):
+        ours, theirs = getattr(shipped, part), getattr(text, part)
+        assert {epoch: ours[epoch] for epoch in theirs} == theirs
+    assert [row for row in shipped.losses if row[0] in epochs] == text.losses
+    for row in table(SHIPPED / name / "losses.csv"):
+        if (epoch := int(row["epoch"])) in epochs:
+            clock = datetime.fromisoformat(row["time"] + "+00:00").timestamp()
+            assert text.times[epoch, int(row["iteration"])] == pytest.approx(clock, abs=1e-3)
 
 
 @pytest.mark.parametrize("name", COUNTS)
@@ -95,7 +68,9 @@ def test_shipped_folders_are_consistent(name):
     config = json.loads((SHIPPED / name / "config.json").read_text())
     loss_rows, evaluated, _, length = COUNTS[name]
     assert (len(log.losses), len(log.miou)) == (loss_rows, evaluated)
-    assert iterations_range(log) == tuple(config["iterations_per_epoch_possible"])
+    printed = [iteration for epoch, iteration, _ in log.losses if epoch == 1]
+    for possible in (*config["iterations_per_epoch_possible"], length):
+        assert printed == list(range(0, possible, possible // 8))
     assert log.eval_mode == ("sliding_window" if name == "seco_gta" else "original")
     assert len(log.class_names) == config["options"]["nclass"]
     for epoch in log.miou:  # the mIoU printed is the mean of the classes, to rounding
@@ -143,15 +118,6 @@ def test_small_log_is_read(tmp_path):
     assert best_and_last({3: 7.0, 4: 9.0, 5: 9.0, 6: 1.0}, last=2)["last_mean"] == 5
 
 
-@pytest.mark.parametrize("length", [16, 17, 20, 186, 233, 239, 240, 1313])
-def test_iterations_range_holds_the_truth(length, tmp_path):
-    log = read_text_log(text_log(tmp_path / "a.log", 1, length=length))
-    low, high = iterations_range(log)
-    assert low <= length <= high
-    for other in (low, high):  # and nothing wider: both ends print the same rows
-        assert list(range(0, other, other // 8)) == list(range(0, length, length // 8))
-
-
 @pytest.mark.parametrize("again", [0, 5])
 def test_an_epoch_started_again_voids_all_later_ones(tmp_path, again):
     """20 epochs, then again from epoch `again` on with other classes, options and mode, cut in the
@@ -197,15 +163,10 @@ def test_log_of_2022_keeps_its_rows(tmp_path, capsys):
     assert len(log.losses) == 12 * 9 and log.lr[5] == 0.005
     assert log.losses[10] == (1, 29, dict(zip(LOSS_NAMES, (0.001, 1, 0.25, 0.5, 1))))
     assert log.eval_mode == "center_crop, then sliding_window" and not log.class_iou
-    assert iterations_range(log) == iterations_range(reference)
 
     code, printed = compared(path, SHIPPED / "seco_gta", capsys)
     assert code == 0 and "the run has no IoU per class; only mIoU is compared" in printed
     assert "last (epoch 11)" in printed and "overall: pass (8 of 8 rows" in printed
-
-    import_log.main([str(path), "--out", str(tmp_path / "out")])
-    again = read_training_log(tmp_path / "out")
-    assert again.miou == log.miou and again.losses == log.losses and again.lr == log.lr
 
 
 def test_rows_of_other_wordings(tmp_path):
@@ -254,8 +215,9 @@ def test_events_with_tensorboardx_tags(tmp_path, capsys, every):
             rows.append((clock, epoch, "eval/mIOU", reference.miou[epoch]))
             for name, value in zip(names, reference.class_iou[epoch]):
                 rows.append((clock, epoch, f"eval/{name.replace(' ', '_')}_IoU", value))
-    (tmp_path / "run").mkdir()
-    import_log.write_events(tmp_path / "run/events.out.tfevents.1668420000.host", rows)
+    with closing(SummaryWriter(tmp_path / "run")) as writer:
+        for clock, step, tag, value in rows:
+            writer.add_scalar(tag, value, step, clock)
     for path in (tmp_path / "run", *(tmp_path / "run").iterdir()):
         log = read_training_log(path)
         assert log.class_names == reference.class_names
@@ -274,8 +236,6 @@ def test_events_with_tensorboardx_tags(tmp_path, capsys, every):
 )
 def test_events_of_a_run_started_again(tmp_path, purge, start, end, epochs):
     """Five epochs of 100 iterations at 60; then, in another file, from `start` to `end` at 20."""
-    from torch.utils.tensorboard import SummaryWriter
-
     clock = 1e9
     for number, (low, high) in enumerate([(0, 500), (start, end)]):
         writer = SummaryWriter(str(tmp_path), purge_step=low if purge else None)

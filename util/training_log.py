@@ -174,7 +174,7 @@ def _text_config(text: str) -> dict:
 
 
 def read_training_logs_folder(folder: Path) -> TrainingLog:
-    """A folder that scripts/dev/import_log.py wrote: epochs.csv, losses.csv, config.json."""
+    """A folder of training_logs/: epochs.csv, losses.csv, config.json."""
     config = read_json(folder / "config.json")
     names = tuple(config["class_names"])
     log = TrainingLog(folder.name, config["options"], config["eval_mode"], names)
