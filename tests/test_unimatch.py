@@ -884,9 +884,12 @@ def test_a_damaged_image_is_told_in_one_line(data, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_benchmarks_run_and_print_ratios(capsys):
-    how = {"backbone": "resnet18", "crop_size": 64, "batch": 2, "steps": 1, "device": "cpu"}
-    variants = bench.train(bench.Options(part="train", **how))
-    seconds = bench.data(bench.Options(part="data", samples=6))
+    how, cpu = (
+        {"backbone": "resnet18", "crop_size": 64, "batch": 2, "steps": 1},
+        torch.device("cpu"),
+    )
+    variants = bench.train(bench.Options(part="train", **how), cpu)
+    seconds = bench.data(bench.Options(part="data", samples=6), cpu)
     out = capsys.readouterr().out
     for row in ("| plain fp32 |", "| bf16 channels-last |", "| ours, --image-cache |"):
         assert row in out

@@ -121,7 +121,7 @@ def count_memory_anew(device: torch.device) -> None:
 # --------------------------------------------------------------------------------------------- data
 
 
-def data(options: Options) -> dict[str, float]:
+def data(options: Options, device: torch.device) -> dict[str, float]:
     """Data loading of UniMatch at 2048 x 1024, beside resizing whole images and cutting afterwards
     (tests/reference_data.py).
 
@@ -154,16 +154,14 @@ def data(options: Options) -> dict[str, float]:
 # ---------------------------------------------------------------------------------------------- psa
 
 
-def psa(options: Options) -> None:
+def psa(options: Options, device: torch.device) -> None:
     """PSA stage by stage on scenes of the embedded benchmark, for SAMs beside tests/oracle_psa.py.
     Seconds an image, MB.
     """
-    device = run.select_device(options.device)
     run.exact_mode()
     run.tune_cpu()  # for both: the ratio is that of the algorithms
     run.seed_everything(0)
     figures = measure_psa(options, device)
-    print(f"{options}, on {device}, {torch.get_num_threads()} threads")
     print(json.dumps(figures, indent=4))
     if "oracle" in figures:
         print(f"ratio {figures['oracle']['seconds'] / figures['psa']['seconds']:.1f}")
@@ -261,7 +259,7 @@ def prepared_segmenter(
 # ---------------------------------------------------------------------------------------------- scc
 
 
-def scc(options: Options) -> None:
+def scc(options: Options, device: torch.device) -> None:
     """SCC's patches of training a second, beside opening the image for each connectivity
     (tests/reference_scc.py), and the memory over a list of images of 2048 x 1024.
 
@@ -304,23 +302,20 @@ def repeated(root: Path, rows: list[tuple[str, str]], times: int) -> Data:
 # -------------------------------------------------------------------------------------------- train
 
 
-def train(options: Options) -> dict[str, dict]:
+def train(options: Options, device: torch.device) -> dict[str, dict]:
     """Seconds and peak memory of a UniMatch training step in every precision, beside the released
     step written out (tests/reference_train.py, whose losses and gradients are the same).
 
     Random images and labels, so data loading is left out; medians. On a CPU without tf32 and
     compile. Gives what `measure_train` gives.
     """
-    device = run.select_device(options.device)
     cuda = device.type == "cuda"
     results = measure_train([v for v in VARIANTS if cuda or v not in NOT_ON_A_CPU], options, device)
-    plain, rows = results["plain fp32"]["seconds"], []
+    rows = []
     for variant, found in results.items():
+        ratio = results["plain fp32"]["seconds"] / found["seconds"]
         memory = f"{found['device_mb'] / 1000:.1f}" if cuda else "–"
-        rows.append(
-            [variant, f"{found['seconds']:.3f}", f"{plain / found['seconds']:.2f}x", memory]
-        )
-    print(f"{options}, on {device}, {torch.get_num_threads()} threads")
+        rows.append([variant, f"{found['seconds']:.3f}", f"{ratio:.2f}x", memory])
     print(markdown_table(["variant", "s / iteration", "against plain", "GPU memory, GB"], rows))
     return results
 
@@ -366,12 +361,11 @@ def one_step(variant: str, trainer: train_unimatch.Trainer, batch: dict, number:
     return clock(trainer.device) - start
 
 
-# --------------------------------------------------------------------------------------------- main
-
-
 def main(argv=None) -> None:
     options = parse_options(Options, __doc__, argv)
-    {"data": data, "psa": psa, "scc": scc, "train": train}[options.part](options)
+    device = run.select_device(options.device)
+    print(f"{options}, on {device}, {torch.get_num_threads()} threads")
+    {"data": data, "psa": psa, "scc": scc, "train": train}[options.part](options, device)
 
 
 if __name__ == "__main__":

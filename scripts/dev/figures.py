@@ -31,7 +31,6 @@ from scripts.lib.report import (
     model_table,
 )
 from scripts.lib.run_folder import manifest_of, seeds_in, stage_folders
-from util.charts import line_chart, save_chart
 from util.labels import CITYSCAPES_19, IGNORE, read_image, read_label, read_list
 from util.outputs import read_json, write_json
 from util.pictures import colour_label, contact_sheet, hatch, heat, overlay, save_picture
@@ -61,11 +60,6 @@ PICTURES = {  # of images/: what it is of
     "ablation.png": "ablation_toy/pictures/ablation.png",
     "sweep.png": "ablation_toy/pictures/sweep.png",
     "camvid.jpg": "camvid_release/pictures/side_by_side.png",
-}
-SHIPPED = {  # of training_logs/
-    "seco_gta": "GTA to Cityscapes",
-    "seco_synthia": "SYNTHIA to Cityscapes",
-    "seco_bdd": "GTA to BDD100K",
 }
 
 
@@ -125,8 +119,7 @@ def pipeline_picture(run: Path) -> Image.Image:
     corrected, ground truth.
     """
     from dataset.psa import prompt_picture, proposal_picture
-    from model.sam import build_sam
-    from model.sam_fast import FastSam
+    from model.sam import load_segmenter
     from seco_sam import aggregate
 
     seed, classes = run / "seed0", CITYSCAPES_19
@@ -137,7 +130,7 @@ def pipeline_picture(run: Path) -> Image.Image:
     )
     image, pixel = read_image(seed / image_path), read_label(seed / pixel_path)
     truth = read_label(seed / image_path.replace("/images/", "/gt/"))
-    result = aggregate(image, pixel, FastSam(build_sam("tiny")), classes, keep_masks=True)
+    result = aggregate(image, pixel, load_segmenter("tiny"), classes, keep_masks=True)
     with open(seed / "pix_tiny_scc/connectivities.csv", encoding="utf-8") as file:
         scores = [float(r["score"]) for r in csv.DictReader(file) if r["image"] == image_path]
     doubt = 1 - np.array([*scores, np.nan])[numbered(psa, classes.count)]
@@ -199,17 +192,9 @@ def toy_output() -> str:
     return f"```\n{labels}\n{model_table(first(results['models'], 'before', 'seco'))}```"
 
 
-def shipped_curves():
-    """mIoU per epoch of the three shipped logs, and of no run of ours: nobody has run them yet."""
-    logs = {title: read_training_log(ROOT / "training_logs" / n) for n, title in SHIPPED.items()}
-    series = {title: log.curve for title, log in logs.items()}
-    return line_chart(series, "the authors' logs", "epoch", "mIoU (%)")
-
-
 def main(argv=None) -> None:
-    ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter).parse_args(
-        argv
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.parse_args(argv)
     runs = ROOT / "runs"
     for name in RUNS:
         run = runs / name
@@ -230,7 +215,6 @@ def main(argv=None) -> None:
             save_picture(ROOT / "images" / name, image)
     put("ours", ours_table())
     put("toy_output", toy_output())
-    save_chart(ROOT / "images/shipped_logs.png", shipped_curves())
 
 
 if __name__ == "__main__":

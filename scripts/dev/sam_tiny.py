@@ -487,13 +487,6 @@ def refit(sam, scenes: int, kinds: tuple[str, ...], rows: tuple) -> None:
 # ----------------------------------------------------------------------------------------- training
 
 
-def learning_rate(step: int, recipe: dict, phase: dict) -> float:
-    """Linear warm-up from the recipe's first step, constant, linear decay to the phase's end."""
-    warmup = (step - recipe["phases"][0]["from_step"] + 1) / recipe["warmup"]
-    decay = (phase["steps"] - step) / phase["decay_steps"]
-    return phase["lr"] * min(1.0, warmup, max(0.0, decay))
-
-
 def gain(name: str) -> float:
     """LOGIT_GAIN for parameters of the hypernetworks' last layer, which the logits are proportional
     to. It moves no mask (threshold 0), only the stability score, whose offset of 1.0 is in logits
@@ -551,8 +544,11 @@ def train_step(parts: dict, recipe: dict, step: int, rows: tuple) -> None:
     if rows:
         drawings = max(1, round(phase["images"] / 4))
         counts = {phase["style"]: drawings, "photographs": phase["images"] - drawings}
+    # Linear warm-up from the recipe's first step, constant, linear decay to the phase's end.
+    warmup = (step - recipe["phases"][0]["from_step"] + 1) / recipe["warmup"]
+    decay = max(0.0, (phase["steps"] - step) / phase["decay_steps"])
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, recipe, phase)
+        group["lr"] = phase["lr"] * min(1.0, warmup, decay)
     optimizer.zero_grad(set_to_none=True)
     for kind, count in counts.items():
         images, prompts, known, dense, anchors = make_batch(kind, rows, step, count)
@@ -567,10 +563,10 @@ def train_step(parts: dict, recipe: dict, step: int, rows: tuple) -> None:
         (loss * count / phase["images"]).backward()
     nn.utils.clip_grad_norm_([*sam.parameters(), *head.parameters()], 1.0)
     optimizer.step()
-    decay = min(0.998 if step < 4790 else 0.99, (step + 1) / (step + 9))  # the last ninth at first
+    kept = min(0.998 if step < 4790 else 0.99, (step + 1) / (step + 9))  # the last ninth at first
     with torch.no_grad():
         for average, weight in zip(parts["ema"].parameters(), sam.parameters()):
-            average.lerp_(weight, 1 - decay)
+            average.lerp_(weight, 1 - kept)
 
 
 def photographs(root: Path) -> tuple[tuple[Path, Path], ...]:
