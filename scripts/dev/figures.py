@@ -11,6 +11,7 @@ its figures can be traced) and what stands between the markers `<!-- <name>:begi
 from __future__ import annotations
 
 import csv
+import re
 import shutil
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
@@ -65,13 +66,12 @@ PICTURES = {  # of images/: what it is of
 
 def put(name: str, content: str, root: Path = ROOT) -> None:
     """Replace what stands between the markers of `name`, in the document that has them."""
-    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-    paths = [root / document for document in DOCUMENTS]
-    found = [path for path in paths if begin in path.read_text(encoding="utf-8")]
+    marked = re.compile(f"(<!-- {name}:begin -->).*?(<!-- {name}:end -->)", re.S)
+    texts = {root / path: (root / path).read_text(encoding="utf-8") for path in DOCUMENTS}
+    found = [path for path, text in texts.items() if marked.search(text)]
     if len(found) != 1:
-        raise UserError(f"{begin} and {end}: need one place in {', '.join(DOCUMENTS)}")
-    head, rest = found[0].read_text(encoding="utf-8").split(begin)
-    text = f"{head}{begin}\n{content.strip()}\n{end}{rest.split(end)[1]}"
+        raise UserError(f"<!-- {name}:begin --> … end: need one place in {', '.join(DOCUMENTS)}")
+    text = marked.sub(lambda marks: f"{marks[1]}\n{content.strip()}\n{marks[2]}", texts[found[0]])
     found[0].write_text(text, encoding="utf-8")
 
 
