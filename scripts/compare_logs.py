@@ -64,27 +64,22 @@ def spacing(epochs: list[int]) -> int:
     return max(1, int(np.median(np.diff(epochs)))) if len(epochs) > 1 else 1
 
 
-def jitter(values: dict[int, float], epoch: int) -> float:
-    """Standard deviation of the reference around its own running mean near an epoch: how much two
-    single evaluations differ without any difference between the runs.
-
-    Near: 10 epochs to either side, the mean over 5 to either side; where evaluations are farther
-    apart than that allows, two and one.
-    """
-    apart = spacing(sorted(values))
-    radius, half = max(10, 2 * apart), max(5, apart)
-    epochs = sorted(e for e in values if abs(e - epoch) <= radius)
-    residuals = [
-        values[e] - np.mean([values[f] for f in values if abs(f - e) <= half]) for e in epochs
-    ]
-    return float(np.std(residuals))
-
-
 def band(reference: TrainingLog, epoch: int, tolerance: float) -> float:
-    """Half width of the band at one epoch: the tolerance, and twice the reference's own jitter
-    there.
+    """Half width of the band at one epoch: the tolerance, and twice the standard deviation of the
+    reference around its own running mean, which is how much two single evaluations differ without
+    any difference between the runs.
+
+    Of 10 epochs to either side, with the mean over 5 to either side; where evaluations are farther
+    apart than that allows, of two and one.
     """
-    return tolerance + 2 * jitter({e: reference.miou[e] for e in reference.epochs}, epoch)
+    epochs, apart = reference.epochs, spacing(reference.epochs)
+
+    def mean_around(centre: int) -> float:
+        near = [e for e in epochs if abs(e - centre) <= max(5, apart)]
+        return np.mean([reference.miou[e] for e in near])
+
+    near = [e for e in epochs if abs(e - epoch) <= max(10, 2 * apart)]
+    return tolerance + 2 * float(np.std([reference.miou[e] - mean_around(e) for e in near]))
 
 
 def common_epochs(run: TrainingLog, reference: TrainingLog) -> list[int]:

@@ -453,7 +453,6 @@ def test_tolerance_is_the_stated_one():
         return reference.miou[e] - np.mean([reference.miou[f] for f in range(e - 5, e + 6)])
 
     wobble = np.std([residual(e) for e in range(10, 31)])
-    assert compare_logs.jitter(reference.miou, 20) == pytest.approx(wobble)
     assert compare_logs.band(reference, 20, 1.5) == pytest.approx(1.5 + 2 * wobble)
     values = {61.4: "pass", 61.6: "FAIL (high)", 58.4: "FAIL (low)", None: "not yet"}
     for run, verdict in values.items():
