@@ -3,14 +3,11 @@
 confusion matrix. Or write a checkpoint's predictions.
 
 Inputs   --id-list-path   rows `<image path> <ground-truth path>`, relative to --root-path; with
-                          --predictions also `<image path>` alone, which gives no figures; and one
-         of
+                          --predictions also `<image path>` alone, which gives no figures
          --checkpoint     a network of train_unimatch.py, UniMatch, DT-ST, CMA, ProDA or SHADE;
                           images enter it as its authors feed it (model/network.py)
-         --labels         pseudo-labels: a list `<image path> <label path>`, whose rows are matched
-                          by image path, or a folder of PNGs, named as the images are below their
-                          first folder. An image of the ground truth that has no label map counts as
-                          unlabeled
+         --labels         instead: a list `<image path> <label path>`, or a folder of PNGs, named as
+                          the images are below their first folder. What has none is unlabeled
 Outputs  the table on screen; in --out: metrics.json, confusion.png, confusion.csv, run.json
          (manifest, and what they were made from: of the same, they are not made again).
          With --predictions FOLDER, FOLDER/<image path>.png of every image, in its size: train IDs
@@ -24,8 +21,7 @@ Outputs  the table on screen; in --out: metrics.json, confusion.png, confusion.c
     python eval.py --checkpoint runs/seco/latest.pth --id-list-path splits/cityscapes/test.txt \\
         --root-path data/cityscapes --mode sliding_window --predictions runs/seco/test \\
         --prediction-values label-ids
-    # the same figures and predictions, images shared out to four processes
-    torchrun --nproc_per_node 4 eval.py …
+    torchrun --nproc_per_node 4 eval.py …    # images are shared out; the same results
 
 Modes (UniMatch's): `original`, the whole image in one pass; `sliding_window`, windows of
 --crop-size every two thirds of it, cut at the border, their probabilities summed; `center_crop`,
@@ -42,8 +38,8 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -75,7 +71,7 @@ from util.options import (
     DeviceOptions,
     File,
     Folder,
-    List,
+    ListOptions,
     Setting,
     one_of,
     parse_options,
@@ -103,10 +99,7 @@ from util.run import (
 )
 
 if TYPE_CHECKING:  # else where they are used: seconds that a finished evaluation does not need
-    from collections.abc import Callable
-
     import torch
-    from torch import nn
 
     from model.network import Network
 
@@ -121,9 +114,8 @@ CropSize = Annotated[int, Bounds(least=33), "PIXELS"]  # 33: the least that Deep
 
 
 def sliding_windows(height: int, width: int, size: int) -> list[tuple[int, int, int, int]]:
-    """(top, bottom, left, right) of UniMatch's windows: a start every int(2/3 size) while it lies
-    in the image; windows are cut at the border, not shifted back, so that those at the border are
-    smaller.
+    """(top, bottom, left, right) of UniMatch's windows: a start every int(2/3 size) in the image;
+    windows are cut at the border, not shifted back.
     """
     stride = max(int(size * 2 / 3), 1)
     return [
@@ -140,13 +132,12 @@ def center_square(height: int, width: int, size: int) -> tuple[slice, slice]:
 
 
 def predict(
-    model: nn.Module, images: torch.Tensor, mode: str, crop_size: int | None, window_batch: int = 4
+    model: Callable, images: torch.Tensor, mode: str, crop_size: int | None, window_batch: int = 4
 ) -> torch.Tensor:
-    """Normalised images, B x 3 x H x W → class scores, float32 B x K x H x W; the largest is the
-    prediction.
+    """Normalised images, B x 3 x H x W → class scores, float32 B x K x H x W: softmax
+    probabilities, of sliding windows their sums. `center_crop` returns the central square alone.
 
-    Scores are softmax probabilities; of sliding windows their sums. `center_crop` returns the
-    central square alone. Windows of one shape go through the network `window_batch` at a time.
+    Windows of one shape go through the network `window_batch` at a time.
     """
     height, width = images.shape[-2:]
     if mode == "center_crop":
@@ -204,19 +195,6 @@ def label_map(
     return whole
 
 
-def prediction_files(folder: Path | None, images: list[str]) -> dict[str, Path]:
-    """{image path: where its prediction goes}; none without a folder."""
-    image_of: dict[Path, str] = {}
-    for image in images if folder else ():
-        path = (folder / image).with_suffix(".png")
-        if image_of.setdefault(path, image) != image:
-            raise UserError(
-                f"{path}: would be the prediction of {image_of[path]} and of {image}; give each in"
-                " a list of its own"
-            )
-    return {image: path for path, image in image_of.items()}
-
-
 def write_prediction(path: Path, label: np.ndarray, classes: ClassSet, values: Values) -> None:
     """A PNG of train IDs with palette; or 8 bits of Cityscapes' label IDs, 0 for IGNORE; or RGB,
     black for IGNORE.
@@ -234,6 +212,38 @@ def write_prediction(path: Path, label: np.ndarray, classes: ClassSet, values: V
 # --------------------------------------------------------------------------------------- evaluation
 
 
+def evaluate(
+    rows, root: Path, class_num: int, label_of: Callable[[str], np.ndarray], bar: str | None = None
+) -> np.ndarray:
+    """The confusion matrix of label maps, to which every process adds its share of the rows.
+
+    Args:
+        rows: (image path, ground-truth path); of an image alone nothing is counted.
+        root: the folder that paths start from.
+        class_num: number of classes.
+        label_of: image path → uint8 label map; one of another size than its ground truth is brought
+            to it by nearest neighbour.
+        bar: title of the progress bar of process 0.
+    """
+    rank, world = process_rank()
+    confusion = np.zeros((class_num, class_num + 1), dtype=np.int64)
+    for image, *truths in progress(rows[rank::world], bar or "", quiet=bar is None or rank > 0):
+        label = label_of(image)
+        if truths:
+            truth = read_label(root / truths[0], class_num)
+            if label.shape != truth.shape:
+                size = truth.shape[::-1]
+                label = np.array(Image.fromarray(label).resize(size, Image.Resampling.NEAREST))
+            confusion += confusion_matrix(truth, label, class_num)
+    if world == 1:
+        return confusion
+    import torch.distributed as dist
+
+    shares = [None] * world
+    dist.all_gather_object(shares, confusion)
+    return sum(shares)
+
+
 def evaluate_checkpoint(
     network: Network,
     rows,
@@ -243,46 +253,45 @@ def evaluate_checkpoint(
     bar: str | None = None,
     keep: Callable[[str, np.ndarray], None] | None = None,
 ) -> np.ndarray:
-    """The confusion matrix of a network (in eval mode) over `rows` (image path, ground-truth path),
-    of this process's share of them; `summed` adds the processes' up. Rows of an image alone count
-    nothing.
+    """`evaluate` of a network (in eval mode). Ground truth has its image's size
+    (util.labels.check_pairs, with same_size).
 
-    Ground truth has its image's size (util.labels.check_pairs, with same_size).
-
-    bar: title of the progress bar of process 0.
     keep: called with the image path and the prediction of each.
     """
-    rank, world = process_rank()
-    class_num = network.class_num
-    confusion = np.zeros((class_num, class_num + 1), dtype=np.int64)
-    for image_path, *truth_path in progress(
-        rows[rank::world], bar or "", quiet=bar is None or rank > 0
-    ):
-        prediction = label_map(network, read_image(root / image_path), mode, crop_size)
+
+    def label_of(image: str) -> np.ndarray:
+        label = label_map(network, read_image(root / image), mode, crop_size)
         if keep:
-            keep(image_path, prediction)
-        if truth_path:
-            truth = read_label(root / truth_path[0], class_num)
-            truth[prediction == IGNORE] = IGNORE  # around the square of center_crop
-            confusion += confusion_matrix(truth, prediction, class_num)
+            keep(image, label)
+        return label
+
+    confusion = evaluate(rows, root, network.class_num, label_of, bar)
+    confusion[:, -1] = 0  # pixels around the square of center_crop
     return confusion
 
 
-def labels_in_folder(folder: Path, images: list[str]) -> dict[str, Path]:
-    """{image path: label map} of the images that have one: `<folder>/<image path without its first
-    folder>.png`, where make_pseudo_labels.py, seco_sam.py and seco_scc.py put them below
-    `<root>/<exp>`. Absolute paths. Two images with one label map are an error.
+def png_of_images(folder: Path, images: list[str], what: str, without: int) -> dict[str, Path]:
+    """{image path: <folder>/<image path without its first folders>.png}, absolute paths. without:
+    how many folders are left out. Two images with one file are an error; what: their kind, for it.
     """
     image_of: dict[Path, str] = {}
     for image in images:
-        below = Path(*Path(image).parts[1:]) if "/" in image else Path(image)
-        path = (folder / below).with_suffix(".png").resolve()
-        if path.is_file() and image_of.setdefault(path, image) != image:
+        parts = Path(image).parts
+        path = folder.joinpath(*parts[without:] or parts).with_suffix(".png").resolve()
+        if image_of.setdefault(path, image) != image:
             raise UserError(
-                f"{path}: would be the label map of {image_of[path]} and of {image}; give --labels"
-                " a list, whose rows say which is whose"
+                f"{path}: would be the {what} of {image_of[path]} and of {image}; give each in a"
+                " list of its own"
             )
     return {image: path for path, image in image_of.items()}
+
+
+def labels_in_folder(folder: Path, images: list[str]) -> dict[str, Path]:
+    """{image path: label map} of the images that have one where make_pseudo_labels.py, seco_sam.py
+    and seco_scc.py put them below `<root>/<exp>`.
+    """
+    found = png_of_images(folder, images, "label map", without=1)
+    return {image: path for image, path in found.items() if path.is_file()}
 
 
 def label_of_images(labels: Path, rows, list_path: Path, root: Path) -> dict[str, str | Path]:
@@ -308,57 +317,17 @@ def label_of_images(labels: Path, rows, list_path: Path, root: Path) -> dict[str
     return found
 
 
-def evaluate_labels(
-    label_of_image: dict[str, str | Path], rows, root: Path, class_num: int
-) -> np.ndarray:
-    """The confusion matrix of pseudo-label maps over `rows` (image path, ground-truth path), of
-    this process's share.
-
-    A label map of another size than its ground truth is brought to it by nearest neighbour.
-    """
-    rank, world = process_rank()
-    confusion = np.zeros((class_num, class_num + 1), dtype=np.int64)
-    for image_path, truth_path in progress(rows[rank::world], "labels", quiet=rank > 0):
-        truth = read_label(root / truth_path, class_num)
-        if image_path in label_of_image:
-            label = read_label(root / label_of_image[image_path], class_num)
-            if label.shape != truth.shape:
-                label = np.array(
-                    Image.fromarray(label).resize(truth.shape[::-1], Image.Resampling.NEAREST)
-                )
-        else:
-            label = np.full_like(truth, IGNORE)
-        confusion += confusion_matrix(truth, label, class_num)
-    return confusion
-
-
-def summed(confusion: np.ndarray, device) -> np.ndarray:
-    """The sum of all processes' confusion matrices."""
-    if process_rank()[1] == 1:
-        return confusion
-    import torch
-    import torch.distributed as dist
-
-    total = torch.from_numpy(confusion).to(device)
-    dist.all_reduce(total)
-    return total.cpu().numpy()
-
-
 # --------------------------------------------------------------------------------------------- main
 
 
 @dataclass(kw_only=True)
-class EvalOptions:
+class Options(DeviceOptions, ClassOptions, ListOptions):
     """what is evaluated"""
 
     checkpoint: File | None = None
     "evaluate this network"
     labels: Annotated[Path, "LIST|FOLDER"] | None = None
     "evaluate the label maps of this list or folder"
-    id_list_path: List
-    "images and their ground truth"
-    root_path: Folder = Path("data")
-    "folder that the lists' paths start from"
     mode: Setting[Mode] = "original"
     "how images go through the network"
     crop_size: Setting[CropSize] = 769
@@ -371,11 +340,6 @@ class EvalOptions:
     "what its pixels are; label-ids are Cityscapes' 34, which its server wants"
 
 
-@dataclass(kw_only=True)
-class Options(DeviceOptions, ClassOptions, EvalOptions):
-    pass
-
-
 def parse_args(argv: list[str] | None = None) -> Options:
     args = parse_options(Options, __doc__, argv)
     if one_of(args, "checkpoint", "labels") == "labels" and args.predictions:
@@ -383,60 +347,65 @@ def parse_args(argv: list[str] | None = None) -> Options:
     return args
 
 
-@dataclass
 class Evaluation:
-    """What is asked for.
+    """What the options ask for; lists and label maps are checked.
 
-    rows: (image path, ground-truth path), or of images alone. label_of_image: {image path: its
-    label map}, of --labels. predictions: {image path: where its prediction goes}.
+    rows: (image path, ground-truth path), or of images alone. maps: {image path: its label map}, of
+    --labels. predictions: {image path: where its prediction goes}. named: {name: file} of the
+    options. source: what the metrics of --out are made from.
     """
 
-    args: Options
-    rows: list[tuple[str, ...]]
-    classes: ClassSet
-    label_of_image: dict[str, str | Path]
-    predictions: dict[str, Path]
-
-    def __post_init__(self):
-        args, root = self.args, self.args.root_path
-        self.labeled = len(self.rows[0]) == 2
+    def __init__(self, args: Options):
+        root, self.args = args.root_path, args
+        columns = (1, 2) if args.predictions and not args.out else 2
+        self.rows = rows = read_list(args.id_list_path, columns)
+        self.labeled = len(rows[0]) == 2
+        if len({len(row) for row in rows}) > 1:
+            raise UserError(f"{args.id_list_path}: some lines lack a ground truth; give two lists")
+        beside = args.checkpoint.parent if args.checkpoint else args.labels
+        if beside.is_file():
+            beside = label_folder(root, read_list(beside))
+        self.classes = chosen_classes(args, beside)
+        if args.prediction_values == "label-ids" and self.classes.names != CITYSCAPES_19.names:
+            raise UserError(
+                "--prediction-values label-ids: they are known of Cityscapes' 19 classes only; use"
+                " train-ids"
+            )
+        images, names = [row[0] for row in rows], [row[-1] for row in rows]
+        names += images if args.checkpoint else []  # with --labels no image is read
+        self.maps, self.predictions = {}, {}
+        if args.predictions:
+            self.predictions = png_of_images(args.predictions, images, "prediction", without=0)
+        check_files(root, names, args.id_list_path)
+        if args.labels:
+            self.maps = label_of_images(args.labels, rows, args.id_list_path, root)
+        elif not args.checkpoint.is_file():
+            raise UserError(f"{args.checkpoint}: no such checkpoint")
         self.settings = {**settings_of(args), "names": self.classes.names}
-        given = {"list": args.id_list_path, "checkpoint": args.checkpoint, "labels": args.labels}
-        self.named = {name: path for name, path in given.items() if path and not path.is_dir()}
-        names = [row[-1] for row in self.rows] + [row[0] for row in self.rows if args.checkpoint]
-        maps = {f"of {image}": root / path for image, path in self.label_of_image.items()}
-        # {name: file} of all that the metrics are made from; with --labels no image is read
-        self.files = self.named | {name: root / name for name in names} | maps
+        named = {"list": args.id_list_path, "checkpoint": args.checkpoint, "labels": args.labels}
+        self.named = {name: path for name, path in named.items() if path and not path.is_dir()}
+        files = self.named | {name: root / name for name in names}
+        files |= {f"of {image}": root / path for image, path in self.maps.items()}
+        self.source = made_from(self.settings, files) if args.out else None
 
     def header(self) -> str:
-        """What is measured."""
         args, count = self.args, len(self.rows)
+        text = f"{args.checkpoint or args.labels}, {count} images of {args.id_list_path}"
         if args.checkpoint:
-            crop = f" {args.crop_size}" if args.mode in ("sliding_window", "center_crop") else ""
-            what = (
-                f"{args.checkpoint}, {count} images of {args.id_list_path}, mode {args.mode}{crop}"
-            )
-            return f"{what}, IoU in percent" if self.labeled else what
-        header = f"{args.labels} against {args.id_list_path}: {count} images, IoU in percent"
-        if lacking := count - len(self.label_of_image):
-            header += f"; {lacking} of them have no label map and count as unlabeled"
-        return header
+            text += f", mode {args.mode}"
+            text += f" {args.crop_size}" if args.mode in ("sliding_window", "center_crop") else ""
+        elif lacking := count - len(self.maps):
+            text += f", {lacking} of them have no label map and count as unlabeled"
+        return text + (", IoU in percent" if self.labeled else "")
 
     def finished(self) -> bool:
-        """Whether an earlier call has left all that is asked for; found without torch."""
+        """Whether an earlier call has left all that is asked for."""
         out = self.args.out
-        if self.labeled and not out:
-            return False
         results = [out / name for name in RESULTS] if out else []
-        files = [*results, *self.predictions.values(), *self.files.values()]
-        if not all(path.is_file() for path in files):
-            return False
-        return not self.labeled or made_before(out / "run.json", self.source)
-
-    @cached_property
-    def source(self) -> dict:
-        """What the metrics are made from."""
-        return made_from(self.settings, self.files)
+        there = all(path.is_file() for path in (*results, *self.predictions.values()))
+        if not there or not self.labeled:
+            return there
+        return out is not None and made_before(out / "run.json", self.source)
 
     def accept(self, folder: Outputs) -> None:
         """In process 0: refuse the folder of --predictions if it holds those of something else."""
@@ -447,6 +416,12 @@ class Evaluation:
         folder.accept(settings, inputs, holds_pictures(folder.folder))
         for parent in {path.parent for path in self.predictions.values()}:
             remove_leftovers(parent)
+
+    def label_map(self, image: str) -> np.ndarray:
+        """The label map of --labels; one pixel without a label where there is none."""
+        if image in self.maps:
+            return read_label(self.args.root_path / self.maps[image], self.classes.count)
+        return np.full((1, 1), IGNORE, np.uint8)
 
     def keep(self, image: str, label: np.ndarray) -> None:
         """Write the prediction of an image, unless it is there."""
@@ -461,31 +436,9 @@ class Evaluation:
             print(f"{len(self.predictions)} label maps in {self.args.predictions}")
 
 
-def evaluation_of(args: Options) -> Evaluation:
-    """What the options ask for; lists and label maps checked."""
-    root, label_of_image = args.root_path, {}
-    rows = read_list(args.id_list_path, (1, 2) if args.predictions and not args.out else 2)
-    if len({len(row) for row in rows}) > 1:
-        raise UserError(f"{args.id_list_path}: some lines lack a ground truth; give two lists")
-    beside = args.checkpoint.parent if args.checkpoint else args.labels
-    if beside.is_file():
-        beside = label_folder(root, read_list(beside))
-    classes = chosen_classes(args, beside)
-    if args.prediction_values == "label-ids" and classes.names != CITYSCAPES_19.names:
-        raise UserError(
-            "--prediction-values label-ids: they are known of Cityscapes' 19 classes only; use"
-            " train-ids"
-        )
-    if args.labels:
-        check_files(root, [truth for _, truth in rows], args.id_list_path)
-        label_of_image = label_of_images(args.labels, rows, args.id_list_path, root)
-    predictions = prediction_files(args.predictions, [row[0] for row in rows])
-    return Evaluation(args, rows, classes, label_of_image, predictions)
-
-
 def checked_network(task: Evaluation, device) -> Network:
     """The network of the checkpoint; other networks than DeepLabV3+ have one mode, their authors'.
-    And its images and ground truth are checked.
+    Its images and ground truth are checked.
     """
     from model.deeplabv3plus import DeepLabV3Plus
     from model.network import load_network
@@ -500,15 +453,11 @@ def checked_network(task: Evaluation, device) -> Network:
         )
     if task.labeled:
         check_pairs(args.root_path, task.rows, args.id_list_path, count, same_size=True)
-    else:
-        check_files(args.root_path, [image for (image,) in task.rows], args.id_list_path)
     return network
 
 
 def write_results(folder: Path, confusion: np.ndarray, metrics: dict, record: dict) -> None:
-    """The files of --out; run.json, which says that they belong together, goes first and comes
-    last.
-    """
+    """The files of --out; run.json, which says that they are whole, goes first and comes last."""
     (folder / "run.json").unlink(missing_ok=True)
     names = tuple(metrics["iou"])
     with atomic_path(folder / "confusion.csv") as temporary:
@@ -520,51 +469,48 @@ def write_results(folder: Path, confusion: np.ndarray, metrics: dict, record: di
     write_json(folder / "run.json", record)
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    task, first = evaluation_of(args), process_rank()[0] == 0
-    if task.finished():
-        if first and args.predictions:
-            with Outputs(args.predictions, REMEDY) as folder:
-                task.accept(folder)
-        if first:
-            task.show(read_json(args.out / "metrics.json") if args.out else None)
-        return
-
-    device = select_device(args.device)
+def measure(task: Evaluation, first: bool) -> None:
+    """Evaluate and predict what is not there yet; process 0 tells and writes it."""
+    args, device = task.args, select_device(task.args.device)
     exact_mode()
     network = checked_network(task, device) if args.checkpoint else None
-    with contextlib.ExitStack() as held:
-        folders = [
-            held.enter_context(Outputs(f, REMEDY)) for f in (args.predictions, args.out) if f
-        ]
-        source = task.source if args.out and first else None
-        held.enter_context(process_group(device))
-        if args.predictions and first:
-            task.accept(folders[0])
-        rows = task.rows
-        if not task.labeled:
-            rows = [row for row in rows if not task.predictions[row[0]].is_file()]
-        wait_for_all()
+    rows = task.rows
+    if not task.labeled:
+        rows = [row for row in rows if not task.predictions[row[0]].is_file()]
+    with process_group(device):
+        wait_for_all()  # before the first prediction is written
         if network:
             how = (args.root_path, args.mode, args.crop_size, "evaluation")
             keep = task.keep if args.predictions else None
             confusion = evaluate_checkpoint(network, rows, *how, keep)
         else:
-            labels = task.label_of_image
-            confusion = evaluate_labels(labels, rows, args.root_path, task.classes.count)
-        confusion = summed(confusion, device)
-        if not first:
-            return
-        metrics = metrics_of(confusion, task.classes.names) if task.labeled else None
-        task.show(metrics)
-        record = manifest(vars(args), task.named, device)
-        if args.predictions:
-            write_json(args.predictions / "run.json", record)
-        if args.out:
-            mode = args.mode if args.checkpoint else "labels"
-            metrics |= {"mode": mode, "images": len(rows), "class_num": task.classes.count}
-            write_results(args.out, confusion, metrics, {**record, "made_from": source})
+            count = task.classes.count
+            confusion = evaluate(rows, args.root_path, count, task.label_map, "labels")
+    if not first:
+        return
+    metrics = metrics_of(confusion, task.classes.names) if task.labeled else None
+    task.show(metrics)
+    record = manifest(vars(args), task.named, device)
+    if args.predictions:
+        write_json(args.predictions / "run.json", record)
+    if args.out:
+        mode = args.mode if args.checkpoint else "labels"
+        metrics |= {"mode": mode, "images": len(rows), "class_num": task.classes.count}
+        write_results(args.out, confusion, metrics, {**record, "made_from": task.source})
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    task, first = Evaluation(args), process_rank()[0] == 0
+    with contextlib.ExitStack() as held:
+        for place in filter(None, (args.predictions, args.out)):
+            folder = held.enter_context(Outputs(place, REMEDY))
+            if first and place == args.predictions:
+                task.accept(folder)
+        if not task.finished():
+            measure(task, first)
+        elif first:
+            task.show(read_json(args.out / "metrics.json") if args.out else None)
 
 
 if __name__ == "__main__":

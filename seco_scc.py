@@ -14,13 +14,8 @@ Output:  <root>/<exp>_scc/ (`--recipe paper`: <exp>_scc_paper/): the corrected l
 
     python seco_scc.py --id-list-path splits/cityscapes/HRDA_seco_vit_h/all.txt \\
         --root-path data/cityscapes --class-num 19
-    # the paper's recipe
-    python seco_scc.py --id-list-path splits/cityscapes/HRDA_seco_vit_h/all.txt \\
-        --root-path data/cityscapes --class-num 19 --recipe paper
-    # four GPUs share the scoring; the first one trains
-    torchrun --nproc_per_node=4 seco_scc.py \\
-        --id-list-path splits/cityscapes/HRDA_seco_vit_h/all.txt \\
-        --root-path data/cityscapes --class-num 19
+    python seco_scc.py … --recipe paper
+    torchrun --nproc_per_node=4 seco_scc.py …    # four GPUs share the scoring; the first one trains
 
 If it is stopped, run the same command again; it goes on. With other thresholds only the correction
 runs again.
@@ -31,7 +26,7 @@ with plain cross-entropy. Ours are: whole images at half size, four an iteration
 cells of the features.
 
 Needs when copied away: dataset/{scc,scc_report}.py, model/{checkpoint,resnet,scc}.py,
-util/{labels,options,outputs,page,pictures,run}.py.
+util/{charts,labels,options,outputs,page,pictures,run}.py.
 """
 
 from __future__ import annotations
@@ -60,7 +55,7 @@ from dataset.scc import (
     read_index,
     score_path,
 )
-from dataset.scc_report import in_short, write_connectivities, write_report
+from dataset.scc_report import write_connectivities, write_report
 from model.resnet import BLOCKS, STEMS, load_backbone
 from model.scc import (
     EPOCHS,
@@ -144,16 +139,14 @@ class Correction:
 
     data: Data
     classes: ClassSet
-    experiment: str  # its name
-    out: Path  # folder of the results
+    out: Path  # folder of the results, named as the experiment
     list_path: Path  # list of the corrected labels
     truth: dict[str, str] | None  # {image path: ground-truth path} of --gt
     device: torch.device
 
-    @property
-    def rows(self) -> list[tuple[str, str]]:
-        """(image path, path of its corrected label) of the list."""
-        return [(image, in_experiment(label, self.experiment)) for image, label in self.data.rows]
+    def __post_init__(self):
+        # (image path, path of its corrected label) of the list
+        self.rows = [(image, in_experiment(old, self.out.name)) for image, old in self.data.rows]
 
 
 @dataclass
@@ -198,20 +191,26 @@ def correct(job: Correction) -> None:
         if not all(score_path(out, image).is_file() for image in range(len(data.rows))):
             raise UserError(f"{out / 'scores'}: not all images are scored; run --stage score first")
         record["made_from"] = decided_by(job)
-        if is_corrected(job, before.get("made_from"), record["made_from"]):
+        results = [job.list_path, out / "connectivities.csv", out / "report/index.html"]
+        results += [data.root / label for _, label in job.rows]
+        there = all(path.is_file() for path in results)
+        if there and before.get("made_from") == record["made_from"]:
             print(f"{out}: corrected before; list: {job.list_path}")
             return
         with watch("correct"):
             verdicts = RECIPES[options.recipe].judge(data, *data.scores(out))
             write_labels(job, verdicts)
         with watch("report"):
-            report(job, verdicts)
+            loss = torch.load(checkpoint, map_location="cpu", weights_only=True).get("loss")
+            told = write_report(out / "report", data, verdicts, job.classes, job.truth, loss)
+        for name, value in told:
+            print(f"{name}: {value}", file=sys.stderr if name == "warning" else sys.stdout)
+        print(f"labels: {out}\nlist: {job.list_path}\nreport: {out / 'report/index.html'}")
     seconds = before.get("cost", {}).get("seconds", 0)
     made = manifest(vars(options), {"list": options.id_list_path}, job.device, seconds)
     watched = {name: round(spent, 2) for name, spent in watch.seconds.items()}
-    write_json(
-        out / "run.json", {**made, "seconds": {**before.get("seconds", {}), **watched}, **record}
-    )
+    made["seconds"] = {**before.get("seconds", {}), **watched}
+    write_json(out / "run.json", {**made, **record})
 
 
 def corrected_label(numbers: np.ndarray, final: np.ndarray) -> np.ndarray:
@@ -341,10 +340,12 @@ def train(data: Data, out: Path, device: torch.device) -> None:
             bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
         if time.monotonic() - saved > SAVE_SECONDS:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            save_state(stopped, **state, iteration=t, losses=list(recent))
+            with atomic_path(stopped) as temporary:
+                torch.save({**state, "iteration": t, "losses": list(recent)}, temporary)
             saved = time.monotonic()
-    last = {"iteration": options.iterations, "loss": sum(recent) / max(len(recent), 1)}
-    save_state(out / "checkpoint.pth", model=model.state_dict(), **last)
+    state = {"model": model.state_dict(), "iteration": options.iterations}
+    with atomic_path(out / "checkpoint.pth") as temporary:
+        torch.save({**state, "loss": sum(recent) / max(len(recent), 1)}, temporary)
     stopped.unlink(missing_ok=True)
 
 
@@ -393,12 +394,6 @@ def score(data: Data, out: Path, device: torch.device) -> None:
                 np.savez(file, **scores)
 
 
-def save_state(path: Path, **content) -> None:
-    """Weights and the like with torch.save, atomically."""
-    with atomic_path(path) as temporary:
-        torch.save(content, temporary)
-
-
 # ------------------------------------------------------------------------------------------ results
 
 
@@ -420,18 +415,6 @@ def write_labels(job: Correction, verdicts: Verdicts) -> None:
     write_list(job.list_path, job.rows)
 
 
-def report(job: Correction, verdicts: Verdicts) -> None:
-    """The report, and what it says in short."""
-    folder = job.out / "report"
-    state = torch.load(job.out / "checkpoint.pth", map_location="cpu", weights_only=True)
-    figures = write_report(folder, job.data, verdicts, job.classes, job.truth, state.get("loss"))
-    write_json(folder / "report.json", figures)
-    print("\n".join(in_short(figures, job.classes.count)))
-    for warning in figures["warnings"]:
-        print(f"warning: {warning}", file=sys.stderr)
-    print(f"labels: {job.out}\nlist: {job.list_path}\nreport: {folder / 'index.html'}")
-
-
 def decided_by(job: Correction) -> dict:
     """What decisions and report depend on, beside the scores."""
     options = job.data.options
@@ -441,26 +424,12 @@ def decided_by(job: Correction) -> dict:
     return made_from({name: getattr(options, name) for name in names}, files)
 
 
-def is_corrected(job: Correction, before: dict | None, now: dict) -> bool:
-    """Whether labels, list and report of these thresholds are there; says if others are replaced.
-    before, now: what `decided_by` gave when the labels there were written, and gives now.
-    """
-    files = [job.list_path, job.out / "connectivities.csv", job.out / "report" / "index.html"]
-    files += [job.data.root / label for _, label in job.rows]
-    there = all(file.is_file() for file in files)
-    old, new = (made["settings"] for made in (before or now, now))
-    other = [f"--{name} {value}" for name, value in old.items() if value != new.get(name)]
-    if other and there:
-        print(f"the labels of {', '.join(other)} are replaced; --exp NAME would keep both")
-    return there and before == now
-
-
 # ------------------------------------------------------------------------------------------ options
 
 
 @dataclass(kw_only=True)
-class Decision:
-    """the recipe and its thresholds"""
+class Options(ListOptions, ClassOptions, RunOptions):
+    """SCC"""
 
     recipe: Setting[Literal["release", "paper"]] = "release"
     "what the released code does, or what the paper says"
@@ -477,12 +446,6 @@ class Decision:
     "smaller connectivities lose their label unseen: slivers where SAM's masks meet are mostly"
     "mislabeled and can be half of what is learned from; the released code has a limit of 100,"
     "commented out; 1: all are judged"
-
-
-@dataclass(kw_only=True)
-class Learning:
-    """the classifier and how it learns"""
-
     backbone: Setting[Literal[tuple(f"resnet{depth}" for depth in BLOCKS)]] = "resnet101"
     "the residual network"
     stem: Setting[Literal[tuple(STEMS)]] = "torchvision"
@@ -490,7 +453,7 @@ class Learning:
     backbone_weights: Annotated[str, "imagenet|none|FILE"] = "imagenet"
     "torchvision's ImageNet weights, none, or a file: a backbone or a segmentation checkpoint"
     patch_size: Setting[Annotated[tuple[int, int], Bounds(least=32), "H W"]] = (256, 512)
-    "release: pixels of a connectivity's patch, even"
+    "release: pixels of a connectivity's patch"
     scale: Setting[Positive] = 0.5
     "paper: size of the images that the features are taken of, over the label maps'"
     iterations: Setting[Count | None] = None
@@ -504,12 +467,6 @@ class Learning:
     "learning rate of the classifier; the backbone's is a tenth"
     amp: Setting[Literal["none", "bf16"]] = "none"
     "bf16 is faster; none is exact fp32"
-
-
-@dataclass(kw_only=True)
-class Options(ListOptions, ClassOptions, Decision, Learning, RunOptions):
-    """the run"""
-
     exp: str | None = None
     "name of the result, so that two recipes or thresholds stand side by side (default:"
     "<experiment>_scc, with `--recipe paper` <experiment>_scc_paper)"
@@ -528,9 +485,6 @@ def parse_args(argv: list[str] | None = None) -> Options:
     options = parse_options(Options, __doc__, argv)
     if options.batch_size is None:
         options.batch_size = RECIPES[options.recipe].batch_size
-    if any(side % 2 for side in options.patch_size):
-        height, width = options.patch_size
-        raise UserError(f"--patch-size {height} {width}: give even numbers from 32 up")
     weights = options.backbone_weights
     if weights not in ("imagenet", "none") and not Path(weights).is_file():
         raise UserError(
@@ -559,21 +513,16 @@ def prepare(options: Options, out: Outputs, rows: list, truth: dict[str, str] | 
         remove_leftovers(place)
     names = [name for row in rows for name in row]
     check_files(root, names, options.id_list_path)
-    results = ("training.pth", "checkpoint.pth", "connectivities.csv", "scores/*.npz")
-    begun = any(any(folder.glob(name)) for name in results)
-    begun |= not (folder / "settings.json").is_file() and holds_pictures(folder)
+    work = any(any(folder.glob(name)) for name in ("*.pth", "scores/*.npz"))
     inputs = {name: root / name for name in names}
-    same = out.accept(settings_of_scores(options), inputs, begun)
-    index = make_index(folder, root, rows, options.class_num, options.id_list_path, same)
-    if not len(index):
-        raise UserError(
-            f"{options.id_list_path}: its label maps hold no label at all (only 255); check"
-            " --root-path and the list"
-        )
+    same = out.accept(settings_of_scores(options), inputs, work or holds_pictures(folder))
+    index = read_index(folder, options.class_num) if same else None
+    if index is None:
+        index = make_index(folder, root, rows, options.class_num, options.id_list_path)
     if not (index["area"] >= options.min_area).any():
         raise UserError(
-            f"--min-area {options.min_area}: the largest connectivity has"
-            f" {index['area'].max()} pixels; give fewer"
+            f"{options.id_list_path}: its label maps have no connectivity of --min-area"
+            f" {options.min_area} pixels; give fewer, or check --root-path and the list"
         )
     if truth is not None:
         pairs = [(label, truth[image]) for image, label in rows]
@@ -587,9 +536,8 @@ def main(argv: list[str] | None = None) -> None:
     classes = chosen_classes(options, label_folder(root, rows))
     truth = ground_truth_of(options.gt, rows) if options.gt else None
     suffix = RECIPES[options.recipe].suffix
-    experiment = new_experiment(rows, options.id_list_path, suffix, options.exp)
-    folder = root / experiment
-    list_path = list_of_experiment(options.id_list_path, rows[0][1], experiment)
+    folder = root / new_experiment(rows, options.id_list_path, suffix, options.exp)
+    list_path = list_of_experiment(options.id_list_path, rows[0][1], folder.name)
     device = select_device(options.device)
     if options.amp == "none":
         exact_mode()
@@ -600,13 +548,7 @@ def main(argv: list[str] | None = None) -> None:
             write_classes(folder, classes)
         wait_for_all()
         data = Data(root, rows, read_index(folder, classes.count), classes.count, options)
-        if rank == 0:
-            small = len(data.index) - int(data.judged.sum())
-            print(
-                f"{len(data.index)} connectivities in {len(rows)} images"
-                + (f", {small} of them under --min-area" if small else "")
-            )
-        correct(Correction(data, classes, experiment, folder, list_path, truth, device))
+        correct(Correction(data, classes, folder, list_path, truth, device))
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ from dataset.samples import (
     read_lists,
     training_samples,
 )
-from eval import CropSize, Mode, evaluate_checkpoint, metrics_of, summed
+from eval import CropSize, Mode, evaluate_checkpoint, metrics_of
 from model import losses
 from model.checkpoint import load_exactly, read_checkpoint
 from model.resnet import BLOCKS, STEMS, normalised
@@ -318,7 +318,7 @@ class Adaptation:
         how = (args.root_path, args.eval_mode, args.crop_size, "evaluation")
         confusion = evaluate_checkpoint(network, rows, *how)
         trainer.model.train()
-        return summed(confusion, trainer.device)
+        return confusion
 
 
 def train(run: Adaptation) -> list[float]:

@@ -40,14 +40,10 @@ def numbered(label: np.ndarray, class_num: int) -> np.ndarray:
     return numbers
 
 
-def make_index(
-    folder: Path, root: Path, rows: list, class_num: int, list_path: Path, same: bool
-) -> np.ndarray:
-    """The INDEX rows of all connectivities, from index.npz in `folder` if its inputs are the
-    `same`, else left in it. UserError if an input of the list is unreadable or unfit.
+def make_index(folder: Path, root: Path, rows: list, class_num: int, list_path: Path) -> np.ndarray:
+    """The INDEX rows of all connectivities of a list, left in index.npz in `folder`. UserError if
+    an input is unreadable or unfit.
     """
-    if same and (index := read_index(folder, class_num)) is not None:
-        return index
     (folder / "index.npz").unlink(missing_ok=True)
     check_pairs(root, rows, list_path, class_num)
     with ThreadPoolExecutor() as pool:
@@ -93,6 +89,10 @@ class Data:
         """The INDEX rows of image i."""
         return self.index[self.part(image)]
 
+    def judged_images(self) -> np.ndarray:
+        """The images that have a judged connectivity."""
+        return np.unique(self.index["image"][self.judged])
+
     def numbers(self, image: int) -> np.ndarray:
         """int32 H x W: the number of each pixel's connectivity in image i, or -1."""
         return numbered(read_label(self.root / self.rows[image][1], self.class_num), self.class_num)
@@ -129,16 +129,11 @@ class Data:
         return loss, score, predicted
 
 
-def judged_images(data: Data) -> np.ndarray:
-    """The images that have a judged connectivity."""
-    return np.unique(data.index["image"][data.judged])
-
-
 def batches_per_epoch(data: Data) -> int:
     """Release: full batches of connectivities; paper: groups of whole images. At least one."""
     if data.options.recipe == "release":
         return max(1, int(data.judged.sum()) // data.options.batch_size)
-    images = len(judged_images(data))
+    images = len(data.judged_images())
     return images // min(data.options.batch_size, images)
 
 
@@ -148,19 +143,16 @@ def batches_per_epoch(data: Data) -> int:
 def patch_window(
     box: tuple[int, int, int, int], height: int, width: int, patch: tuple[int, int]
 ) -> tuple[int, int, int, int]:
-    """(y0, x0, y1, x1) of the image's part that shows a connectivity (released code, exactly).
+    """(y0, x0, y1, x1) of the image's part that shows a connectivity (released code, exactly):
+    `patch` around the box's centre, grown at the same aspect ratio if the box is larger, shifted
+    into the image, and cut where the image is smaller.
 
-    box: (x, y, width, height); height, width: of the image; patch: (h, w); all in pixels. The
-    window is `patch` around the box's centre, grown at the same aspect ratio if the box is larger,
-    shifted into the image, and cut where the image is smaller.
+    box: (x, y, width, height); height, width: of the image; patch: (h, w); all in pixels.
     """
     x, y, box_width, box_height = (int(value) for value in box)
-    high, wide = patch
-    if box_width > wide or box_height > high:
-        grow = max(box_height / high, box_width / wide)
-        high, wide = int(grow * high), int(grow * wide)
-    y0, y1 = span(int(y + box_height / 2), high, height)
-    x0, x1 = span(int(x + box_width / 2), wide, width)
+    grow = max(1, box_height / patch[0], box_width / patch[1])
+    y0, y1 = span(int(y + box_height / 2), int(grow * patch[0]), height)
+    x0, x1 = span(int(x + box_width / 2), int(grow * patch[1]), width)
     return y0, x0, y1, x1
 
 
@@ -177,11 +169,11 @@ def span(centre: int, length: int, limit: int) -> tuple[int, int]:
 def cut_patch(
     image: np.ndarray, numbers: np.ndarray, row: np.ndarray, patch: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(patch uint8 h x w x 3, mask uint8 h/2 x w/2 of 0 and 1) of an INDEX row.
+    """(patch uint8 h x w x 3, mask uint8 h/2 x w/2 of 0 and 1) of an INDEX row. image, numbers: of
+    `Data.read`.
 
-    image: uint8 H x W x 3; numbers: int32 H x W, what `numbered` gives. The patch is resized
-    bilinearly, the mask to the nearest pixel, first to h x w and then to the stem's h/2 x w/2
-    (released code; it does not round the resized patch to whole numbers).
+    The patch is resized bilinearly, the mask to the nearest pixel, first to h x w and then to the
+    stem's h/2 x w/2 (released code; it does not round the resized patch to whole numbers).
     """
     box = (row["x"], row["y"], row["width"], row["height"])
     y0, x0, y1, x1 = patch_window(box, *numbers.shape, patch)
@@ -222,46 +214,35 @@ def patch_batches(
     3, masks uint8 B x 1 x h/2 x w/2 of 0 and 1, classes int64 B).
 
     A batch follows from the seed and its number alone, so a stopped training goes on exactly. An
-    incomplete last batch of an epoch is left out.
+    incomplete last batch of an epoch is left out. --workers visits of images are read and cut
+    ahead.
     """
-    per_epoch = batches_per_epoch(data)
-    for epoch in range(start // per_epoch, -(-stop // per_epoch)):
-        done = epoch * per_epoch
-        yield from patch_batches_of(data, epoch, max(start - done, 0), min(stop - done, per_epoch))
-
-
-def patch_batches_of(
-    data: Data, epoch: int, first: int, last: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """As `patch_batches`, the batches first .. last - 1 of an epoch. --workers visits of images are
-    read and cut ahead.
-    """
-    options, size = data.options, data.options.batch_size
-    order, visits = shuffle(data, epoch)
-    mirrored = np.random.default_rng([options.seed, epoch, 1]).random(len(order)) < 0.5
-    wanted = np.zeros(len(data.index), bool)
-    wanted[order[first * size : last * size]] = True
-    visits = [visit[wanted[visit]] for visit in visits if wanted[visit].any()]
+    options, size, per_epoch = data.options, data.options.batch_size, batches_per_epoch(data)
 
     def cut(members: np.ndarray) -> dict[int, tuple[np.ndarray, np.ndarray]]:
         picture, numbers = data.read(int(data.index["image"][members[0]]))
-        size = options.patch_size
-        return {int(m): cut_patch(picture, numbers, data.index[m], size) for m in members}
+        patch = options.patch_size
+        return {int(m): cut_patch(picture, numbers, data.index[m], patch) for m in members}
 
-    with ThreadPoolExecutor(options.workers) as readers:
-        coming = ahead(readers, cut, visits, options.workers)
-        buffer: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        for batch in range(first, last):
-            part = slice(batch * size, (batch + 1) * size)
-            members, flip = order[part].tolist(), mirrored[part]
-            for member in members:
-                while member not in buffer:
+    for epoch in range(start // per_epoch, -(-stop // per_epoch)):
+        order, visits = shuffle(data, epoch)
+        mirrored = np.random.default_rng([options.seed, epoch, 1]).random(len(order)) < 0.5
+        first, last = max(start - epoch * per_epoch, 0), min(stop - epoch * per_epoch, per_epoch)
+        wanted = np.zeros(len(data.index), bool)
+        wanted[order[first * size : last * size]] = True
+        visits = [visit[wanted[visit]] for visit in visits if wanted[visit].any()]
+        with ThreadPoolExecutor(options.workers) as readers:
+            coming = ahead(readers, cut, visits, options.workers)
+            buffer: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+            for batch in range(first, last):
+                members = order[batch * size : (batch + 1) * size]
+                flip = mirrored[batch * size : (batch + 1) * size]
+                while not buffer.keys() >= set(members.tolist()):
                     buffer.update(next(coming))
-            patches, masks = (np.stack(x) for x in zip(*(buffer.pop(m) for m in members)))
-            patches[flip], masks[flip] = patches[flip][:, :, ::-1], masks[flip][:, :, ::-1]
-            masks = torch.from_numpy(masks)[:, None]
-            classes = data.index["class_id"][order[part]].astype(np.int64)
-            yield torch.from_numpy(patches), masks, torch.from_numpy(classes)
+                patches, masks = (np.stack(x) for x in zip(*map(buffer.pop, members.tolist())))
+                patches[flip], masks[flip] = patches[flip][:, :, ::-1], masks[flip][:, :, ::-1]
+                classes = torch.from_numpy(data.index["class_id"][members].astype(np.int64))
+                yield torch.from_numpy(patches), torch.from_numpy(masks)[:, None], classes
 
 
 # --------------------------------------------------------------------------- paper: of whole images
@@ -270,37 +251,35 @@ def patch_batches_of(
 def image_batches(
     data: Data, start: int, stop: int
 ) -> Iterator[tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]]:
-    """Training batches start .. stop - 1: what `image_batch` gives, --workers of them ahead."""
-    images, workers = judged_images(data), data.options.workers
-    batch = lambda iteration: image_batch(data, images, iteration)
-    with ThreadPoolExecutor(workers) as readers:
-        yield from ahead(readers, batch, range(start, stop), workers)
-
-
-def image_batch(
-    data: Data, images: np.ndarray, iteration: int
-) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
-    """(pictures uint8 B x H x W x 3, the masks of all their connectivities, classes int64 N).
+    """Training batches start .. stop - 1, of which --workers are read ahead: (pictures uint8 B x H
+    x W x 3, the masks of all their connectivities, classes int64 N).
 
     The pictures have the first one's size. The class of a connectivity that is not judged is
     IGNORE. An incomplete last batch of an epoch is left out.
     """
-    size, per_epoch = min(data.options.batch_size, len(images)), batches_per_epoch(data)
-    random = np.random.default_rng([data.options.seed, iteration // per_epoch])
-    first = iteration % per_epoch * size
-    chosen = random.permutation(images)[first : first + size]
-    mirrored = random.random(len(images))[first : first + size] < 0.5
-    pictures, shares, classes = [], [], []
-    for image, mirror in zip(chosen, mirrored):
-        picture, numbers = data.scaled(image)
-        if pictures and picture.shape != pictures[0].shape:
-            picture = cv2.resize(picture, pictures[0].shape[1::-1], interpolation=cv2.INTER_AREA)
-        shares.append(mask_shares(numbers, len(data.of_image(image)), picture.shape[:2], mirror))
-        pictures.append(picture[:, ::-1] if mirror else picture)
-        judged = data.judged[data.part(image)]
-        classes.append(np.where(judged, data.of_image(image)["class_id"], IGNORE))
-    classes = np.concatenate(classes).astype(np.int64)
-    return torch.from_numpy(np.stack(pictures)), shares, torch.from_numpy(classes)
+    images, per_epoch, workers = data.judged_images(), batches_per_epoch(data), data.options.workers
+    size = min(data.options.batch_size, len(images))
+
+    def batch(iteration: int) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
+        random = np.random.default_rng([data.options.seed, iteration // per_epoch])
+        first = iteration % per_epoch * size
+        chosen = random.permutation(images)[first : first + size]
+        mirrored = random.random(len(images))[first : first + size] < 0.5
+        pictures, shares, classes = [], [], []
+        for image, mirror in zip(chosen, mirrored):
+            picture, numbers = data.scaled(image)
+            if pictures and picture.shape != pictures[0].shape:
+                one_size = pictures[0].shape[1::-1]
+                picture = cv2.resize(picture, one_size, interpolation=cv2.INTER_AREA)
+            rows = data.of_image(image)
+            shares.append(mask_shares(numbers, len(rows), picture.shape[:2], mirror))
+            pictures.append(picture[:, ::-1] if mirror else picture)
+            classes.append(np.where(data.judged[data.part(image)], rows["class_id"], IGNORE))
+        classes = torch.from_numpy(np.concatenate(classes).astype(np.int64))
+        return torch.from_numpy(np.stack(pictures)), shares, classes
+
+    with ThreadPoolExecutor(workers) as readers:
+        yield from ahead(readers, batch, range(start, stop), workers)
 
 
 def mask_shares(
@@ -309,8 +288,8 @@ def mask_shares(
     """The masks of an image's connectivities at the resolution of the features of a picture of
     `size` (stride 16, rounded up): float32 count x cells, rows that add up to 1.
 
-    numbers: int H x W, the connectivity (0 .. count - 1) of each pixel or -1. A mask is averaged
-    over the pixels of each cell, so that the smallest connectivity still has weight.
+    numbers: int H x W, what `numbered` gives. A mask is averaged over the pixels of each cell, so
+    that the smallest connectivity still has weight.
     """
     if mirror:
         numbers = numbers[:, ::-1]

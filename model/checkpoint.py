@@ -78,23 +78,19 @@ def load_exactly(
     Batch norm's counter `num_batches_tracked` may be missing, as in older files, or additional, of
     a batch norm that is frozen: no arithmetic here uses it.
     """
-    own = module.state_dict()
-    missing, unknown = (
-        [name for name in names if name not in others and not name.endswith("num_batches_tracked")]
-        for names, others in ((own, state), (state, own))
-    )
-    differing = [name for name in own if name in state and own[name].shape != state[name].shape]
-    problems = [f"{len(missing)} missing, first {missing[0]}"] if missing else []
-    problems += [f"{len(unknown)} unknown, first {unknown[0]}"] if unknown else []
-    if differing:
-        name = differing[0]
-        problems.append(
-            f"{len(differing)} of another shape, first {name}: {tuple(state[name].shape)} in the"
-            f" file, {tuple(own[name].shape)} here"
-        )
+    try:
+        found = module.load_state_dict(state, strict=False)
+    except RuntimeError as error:  # its second line names the first weight of another shape
+        problems = [str(error).splitlines()[1].strip()]
+    else:
+        problems = [
+            f"{kind} weight {name}"
+            for kind, names in (("missing", found.missing_keys), ("unknown", found.unexpected_keys))
+            for name in names
+            if not name.endswith("num_batches_tracked")
+        ]
     if problems:
         raise UserError(
-            f"{path}: its weights do not fit {what} ({'; '.join(problems)}); "
-            "check --backbone, --stem and --class-num, or give another file"
+            f"{path}: its weights do not fit {what} ({len(problems)} differ, first: {problems[0]});"
+            " check --backbone, --stem and --class-num, or give another file"
         )
-    module.load_state_dict(state, strict=False)

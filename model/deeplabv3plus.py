@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.functional import interpolate
 
-from model.resnet import resnet
+from model.resnet import ResNet
 
 # Of ASPP at output stride 16 (DeepLabV3, table 5; UniMatch's configuration).
 DILATIONS = (6, 12, 18)
@@ -75,7 +75,7 @@ class DeepLabV3Plus(nn.Module):
 
     def __init__(self, backbone: int, class_num: int, stem: str = "deep", dilations=DILATIONS):
         super().__init__()
-        self.backbone = resnet(backbone, stem)
+        self.backbone = ResNet(backbone, stem)
         low, high = self.backbone.channels[0], self.backbone.channels[-1]
         width = max(64, high // 8)
         self.head = ASPP(high, width, tuple(dilations))

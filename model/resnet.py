@@ -56,7 +56,8 @@ class Block(nn.Module):
 
     def __init__(self, bottleneck: bool, inputs: int, width: int, stride: int, dilation: int):
         super().__init__()
-        outputs, shortcut = width * EXPANSION[bottleneck], None
+        outputs = 4 * width if bottleneck else width
+        self.outputs, shortcut = outputs, None
         if stride > 1 or inputs != outputs:
             shortcut = nn.Sequential(conv1x1(inputs, outputs, stride), nn.BatchNorm2d(outputs))
         self.bottleneck, self.relu = bottleneck, nn.ReLU(inplace=True)
@@ -77,7 +78,6 @@ class Block(nn.Module):
         return self.relu(y)
 
 
-EXPANSION = {False: 1, True: 4}  # a block's output channels over its width, by `bottleneck`
 # Depth: whether of bottlenecks, blocks in layer1 .. layer4, width of layer1's 3x3 convolutions,
 # which doubles from layer to layer (He et al. 2016, table 1; 10 is ours).
 BLOCKS = {
@@ -102,7 +102,6 @@ class ResNet(nn.Module):
     def __init__(self, depth: int, stem: str = "deep", dilate_last: bool = True):
         super().__init__()
         bottleneck, counts, base = BLOCKS[depth]
-        expansion = EXPANSION[bottleneck]
         self.depth, self.stem = depth, stem
         if stem == "deep":
             inputs = 2 * base
@@ -121,17 +120,17 @@ class ResNet(nn.Module):
         self.stem_channels = inputs
         self.bn1, self.relu = nn.BatchNorm2d(inputs), nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
-        widths = [base * 2**level for level in range(4)]
-        for number, (width, count) in enumerate(zip(widths, counts), start=1):
-            dilated = dilate_last and number == 4
-            blocks = []
+        channels = []
+        for level, count in enumerate(counts):
+            dilated, width, blocks = dilate_last and level == 3, base * 2**level, []
             for index in range(count):
-                stride = 1 if number == 1 or dilated or index > 0 else 2
+                stride = 1 if level == 0 or dilated or index > 0 else 2
                 dilation = 2 if dilated and index > 0 else 1
                 blocks.append(Block(bottleneck, inputs, width, stride, dilation))
-                inputs = width * expansion
-            setattr(self, f"layer{number}", nn.Sequential(*blocks))
-        self.channels = tuple(width * expansion for width in widths)
+                inputs = blocks[-1].outputs
+            setattr(self, f"layer{level + 1}", nn.Sequential(*blocks))
+            channels.append(inputs)
+        self.channels = tuple(channels)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -172,14 +171,26 @@ def _statistics_left_alone(block: nn.Module):
             buffer.copy_(value)
 
 
-def resnet(depth: int, stem: str = "deep", dilate_last: bool = True) -> ResNet:
-    """A randomly initialised ResNet; errors name the choices."""
-    if depth not in BLOCKS:
-        names = ", ".join(f"resnet{depth}" for depth in BLOCKS)
-        raise UserError(f"backbone resnet{depth}: choose one of {names}")
-    if stem not in STEMS:
-        raise UserError(f"stem {stem}: choose one of {', '.join(STEMS)}")
-    return ResNet(depth, stem, dilate_last)
+def imagenet_weights(backbone: ResNet) -> dict[str, torch.Tensor]:
+    """torchvision's IMAGENET1K_V1 weights: the recipe closest to the weights that UniMatch starts
+    from.
+    """
+    if backbone.depth == 10 or backbone.stem != "torchvision":
+        raise UserError(
+            "--backbone-weights imagenet: torchvision has weights for ResNet-18, 50 and 101 with"
+            " its own stem; use --stem torchvision and one of these, or give UniMatch's"
+            " pretrained/resnet101.pth for the deep stem"
+        )
+    from torchvision.models import get_weight  # here: loading it takes two seconds
+
+    weights = get_weight(f"ResNet{backbone.depth}_Weights.IMAGENET1K_V1")
+    try:
+        return weights.get_state_dict(progress=True)
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"torchvision's ImageNet weights cannot be downloaded ({error}); download them"
+            " elsewhere and give the .pth file with --backbone-weights"
+        ) from None
 
 
 def load_backbone(backbone: ResNet, weights: str | Path) -> None:
@@ -192,10 +203,10 @@ def load_backbone(backbone: ResNet, weights: str | Path) -> None:
     """
     if weights == "none":
         return
+    path = weights
     if weights == "imagenet":
-        state, path = _imagenet_weights(backbone), "torchvision's ImageNet weights"
+        state, path = imagenet_weights(backbone), "torchvision's ImageNet weights"
     else:
-        path = weights
         state = state_dict_in(read_checkpoint(path), path)
         own = "backbone."
         parts = {n.removeprefix(own): value for n, value in state.items() if n.startswith(own)}
@@ -209,29 +220,3 @@ def load_backbone(backbone: ResNet, weights: str | Path) -> None:
             f"use --stem {found}"
         )
     load_exactly(backbone, state, path, f"ResNet-{backbone.depth} with the {backbone.stem} stem")
-
-
-def _imagenet_weights(backbone: ResNet) -> dict[str, torch.Tensor]:
-    """torchvision's IMAGENET1K_V1 weights: the recipe closest to the weights that UniMatch starts
-    from.
-    """
-    if backbone.depth == 10:
-        raise UserError(
-            "--backbone-weights imagenet: torchvision has no ResNet-10; use --backbone resnet18, 50"
-            " or 101"
-        )
-    if backbone.stem != "torchvision":
-        raise UserError(
-            "--backbone-weights imagenet: torchvision has weights for its own stem only; use --stem"
-            " torchvision, or give UniMatch's pretrained/resnet101.pth for the deep stem"
-        )
-    from torchvision.models import get_weight  # here: loading it takes two seconds
-
-    weights = get_weight(f"ResNet{backbone.depth}_Weights.IMAGENET1K_V1")
-    try:
-        return weights.get_state_dict(progress=True)
-    except (OSError, RuntimeError) as error:
-        raise UserError(
-            f"torchvision's ImageNet weights cannot be downloaded ({error}); download them"
-            " elsewhere and give the .pth file with --backbone-weights"
-        ) from None

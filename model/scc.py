@@ -13,7 +13,7 @@ from sklearn.mixture import GaussianMixture
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.resnet import normalised, resnet
+from model.resnet import ResNet, normalised
 from util.labels import IGNORE
 
 # Released code.
@@ -38,7 +38,7 @@ class PatchClassifier(nn.Module):
 
     def __init__(self, depth: int, stem: str, class_num: int):
         super().__init__()
-        self.backbone = resnet(depth, stem, dilate_last=False)
+        self.backbone = ResNet(depth, stem, dilate_last=False)
         self.classifier = linear(self.backbone.channels[-1], class_num)
 
     def forward(self, patches: Tensor, masks: Tensor) -> Tensor:
@@ -57,21 +57,19 @@ class PooledClassifier(nn.Module):
 
     def __init__(self, depth: int, stem: str, class_num: int):
         super().__init__()
-        self.backbone = resnet(depth, stem, dilate_last=True)
+        self.backbone = ResNet(depth, stem, dilate_last=True)
         self.classifier = linear(self.backbone.channels[-1], class_num)
 
-    def features(self, images: Tensor) -> Tensor:
-        """Normalised images B x 3 x H x W → F(x), B x C x H/16 x W/16."""
-        return self.backbone(images)[-1]
-
     def forward(self, images: Tensor, shares: list[Tensor]) -> Tensor:
-        """Logits of all connectivities of the images, image by image: N x K.
+        """Normalised images B x 3 x H x W → logits of all their connectivities, image by image: N x
+        K.
 
         shares: of each image, what dataset.scc.mask_shares gives. Features are averaged by a matrix
         product: gathered cells would be summed in a changing order when that is differentiated,
         with several threads or on a GPU.
         """
-        features = self.features(images).float().flatten(2).transpose(1, 2)  # B x cells x C
+        features = self.backbone(images)[-1].float()  # F(x), B x C x H/16 x W/16
+        features = features.flatten(2).transpose(1, 2)
         pooled = [share.to(f.device) @ f for f, share in zip(features, shares)]
         return self.classifier(torch.cat(pooled))
 
@@ -165,35 +163,29 @@ def within_memory(model, compute: Callable[[], float]) -> float:
 # ---------------------------------------------------------------------- release: the thresholds
 
 
-def quantile_threshold(values: np.ndarray, quantile: float) -> float:
-    """sorted[min(int(n q), n - 1)] (released code)."""
-    return float(np.sort(values)[min(int(len(values) * quantile), len(values) - 1)])
-
-
 def filter_connectivities(
     loss: np.ndarray, score: np.ndarray, predicted: np.ndarray, rule: str, quantile: float
 ) -> tuple[np.ndarray, dict]:
     """Which connectivities are kept (bool N), and the thresholds (released code).
 
     loss, score: float64 N; predicted: int N. A predicted class's threshold is the quantile q of its
-    connectivities' losses, or 1 - q of their scores. The global threshold is the mean of these over
-    all connectivities. A connectivity is dropped by rule
+    connectivities' losses, or 1 - q of their scores, that is sorted[min(int(n q), n - 1)]. The
+    global threshold is the mean of these over all connectivities. A connectivity is dropped by rule
     - "both_loss": if its loss exceeds both thresholds;
     - "loss" (the release's local_loss): if its loss exceeds its class's;
     - "score" (local_score): if its score is below its class's.
     Ours: one whose loss or score is not finite is dropped and has no part in the thresholds.
     """
-    if rule == "score":
-        quantile = 1 - quantile
-    values, finite = score if rule == "score" else loss, np.isfinite(loss) & np.isfinite(score)
-    per_class = {
-        int(c): quantile_threshold(values[finite & (predicted == c)], quantile)
-        for c in np.unique(predicted[finite])
-    }
-    local = np.array([per_class.get(int(c), np.nan) for c in predicted])
-    overall = float(local[finite].mean()) if finite.any() else None
-    if overall is None:
+    values, share = (score, 1 - quantile) if rule == "score" else (loss, quantile)
+    finite = np.isfinite(loss) & np.isfinite(score)
+    if not finite.any():
         return finite, {"per_class": {}, "global": None}
+    per_class, local = {}, np.full(len(loss), np.nan)
+    for c in np.unique(predicted[finite]):
+        ranked = np.sort(values[finite & (predicted == c)])
+        per_class[int(c)] = float(ranked[min(int(len(ranked) * share), len(ranked) - 1)])
+        local[predicted == c] = per_class[int(c)]
+    overall = float(local[finite].mean())
     kept = {
         "both_loss": (loss <= local) | (loss <= overall),
         "loss": loss <= local,
@@ -230,13 +222,10 @@ def noise_posterior(loss: np.ndarray, seed: int) -> NoiseModel:
     """
     finite = np.isfinite(loss)
     values, eta = loss[finite], np.where(finite, 0.0, 1.0)
-    if len(values) < MIN_CONNECTIVITIES:
-        few = f"{len(values)} finite losses are fewer than {MIN_CONNECTIVITIES}"
+    if len(values) < MIN_CONNECTIVITIES or np.ptp(values) < 1e-9:
+        few = f"{len(values)} finite losses are fewer than {MIN_CONNECTIVITIES}, or all are equal"
         return NoiseModel(eta, fallback=f"{few}: no mixture is fitted, the labels are kept")
     low, high = float(values.min()), float(values.max())
-    if high - low < 1e-9:
-        why = "all losses are equal: no mixture is fitted, the labels are kept"
-        return NoiseModel(eta, low, high, fallback=why)
     x = ((values - low) / (high - low))[:, None]
     single, mixture = (
         GaussianMixture(k, tol=1e-4, max_iter=200, reg_covar=5e-4, random_state=seed).fit(x)
@@ -247,13 +236,11 @@ def noise_posterior(loss: np.ndarray, seed: int) -> NoiseModel:
     found = (means, np.sqrt(variances), mixture.weights_[order])
     model = NoiseModel(eta, low, high, *(tuple(map(float, pair)) for pair in found))
     at_clean_mean = float(mixture.predict_proba(means[:1, None])[0, order[1]])
-    bic, distance = (single.bic(x), mixture.bic(x)), np.diff(means)[0] / np.sqrt(variances.mean())
-    if bic[0] <= bic[1] or distance < MIN_SEPARATION or at_clean_mean >= 0.5:
+    distance = np.diff(means)[0] / np.sqrt(variances.mean())
+    if single.bic(x) <= mixture.bic(x) or distance < MIN_SEPARATION or at_clean_mean >= 0.5:
         why = (
             f"the mixture's components do not separate (means {means[0]:.3f} and {means[1]:.3f},"
-            f" {distance:.2f} deviations apart; Bayesian information criterion of one Gaussian"
-            f" {bic[0]:.1f}, of two {bic[1]:.1f}; eta at the lower mean {at_clean_mean:.2f}): the"
-            " labels are kept"
+            f" {distance:.2f} deviations apart): the labels are kept"
         )
         return replace(model, fallback=why)
     posterior = mixture.predict_proba(x)[:, order[1]]

@@ -5,7 +5,7 @@ Input:   --id-list-path, the list that seco_scc.py wrote (or any list `<image> <
          connectivities.csv in the labels' experiment folder, where there is one.
 Output:  in --out (default: the list's folder) labeled.txt (`<image> <label>`) and unlabeled.txt
          (`<image>`), best first, and split.json: manifest, what they were made from (of the
-         same, they are not made again), SHA-256 of the lists, images and pixels of each class.
+         same, they are not made again), images and pixels of each class.
 
     python -m scripts.make_split --id-list-path splits/cityscapes/HRDA_seco_vit_h_scc/all.txt \\
         --root-path data/cityscapes --class-num 19
@@ -54,7 +54,7 @@ from util.options import (
     settings_of,
 )
 from util.outputs import check_writable, made_before, made_from, read_json, write_json
-from util.run import UserError, manifest, progress, run_main, sha256
+from util.run import UserError, manifest, progress, run_main
 
 LISTS = ("labeled.txt", "unlabeled.txt")
 TRUST = "connectivities.csv"  # SCC's table, in the labels' experiment folder
@@ -85,21 +85,6 @@ def choose_labeled(reliability: np.ndarray, pixels: np.ndarray, fraction: float)
     return ranking[chosen[ranking]]
 
 
-def class_table(classes: ClassSet, pixels: np.ndarray, labeled: np.ndarray) -> dict:
-    """{class: images and pixels, of all and of the labeled subset}. pixels: int N x K; labeled:
-    indices.
-    """
-    return {
-        name: {
-            "images": int((pixels[:, c] > 0).sum()),
-            "labeled_images": int((pixels[labeled, c] > 0).sum()),
-            "pixels": int(pixels[:, c].sum()),
-            "labeled_pixels": int(pixels[labeled, c].sum()),
-        }
-        for c, name in enumerate(classes.names)
-    }
-
-
 # ------------------------------------------------------------------------------------- reliability
 
 
@@ -111,18 +96,12 @@ def mean_trust(path: Path) -> dict[str, float]:
         return {}
     sums: dict[str, list[float]] = {}
     with open(path, newline="", encoding="utf-8") as file:
-        for number, row in enumerate(csv.DictReader(file), start=2):
-            try:
-                area, kept = int(row["area"]), int(row["final"]) != IGNORE
+        for row in csv.DictReader(file):
+            if int(row["final"]) != IGNORE:
                 trust = 1 - float(row["eta"]) if row["eta"] else float(row["score"])
-            except (KeyError, TypeError, ValueError):
-                raise UserError(
-                    f"{path}, line {number}: not a line of seco_scc.py's; run its correction again"
-                ) from None
-            if kept:
                 total = sums.setdefault(row["image"], [0.0, 0.0])
-                total[0] += area * trust
-                total[1] += area
+                total[0] += int(row["area"]) * trust
+                total[1] += int(row["area"])
     return {image: weighted / area for image, (weighted, area) in sums.items()}
 
 
@@ -169,19 +148,6 @@ def parse_args(argv: list[str] | None = None) -> Options:
     return parse_options(Options, __doc__, argv)
 
 
-def check_input(options: Options, rows: list[tuple[str, str]], out: Path) -> None:
-    """What can be told before the labels are read."""
-    source, fraction = options.id_list_path, options.labeled_fraction
-    if len(rows) < 2:
-        raise UserError(f"{source}: one image cannot be split; the list needs two or more")
-    if labeled_size(fraction, len(rows)) == len(rows):
-        raise UserError(f"--labeled-fraction {fraction}: leaves no unlabeled image of {len(rows)}")
-    check_files(options.root_path, [row[1] for row in rows], source)
-    check_writable(out)
-    if source.resolve() in [(out / name).resolve() for name in LISTS]:
-        raise UserError(f"{source}: would be overwritten; choose another folder with --out")
-
-
 def make_split(options: Options, rows: list[tuple[str, str]], classes: ClassSet, out: Path) -> dict:
     """Write the two lists; returns what split.json says of them."""
     root, source = options.root_path, options.id_list_path
@@ -191,17 +157,19 @@ def make_split(options: Options, rows: list[tuple[str, str]], classes: ClassSet,
     rest = ranking[~np.isin(ranking, labeled)]
     write_list(out / LISTS[0], [rows[i] for i in labeled])
     write_list(out / LISTS[1], [(rows[i][0],) for i in rest])
-    without = [rows[i][0] for i in np.flatnonzero(~pixels.any(axis=1))]
     return {
         "trust": "SCC" if trusted else "none, labels not seen by SCC",
         "images": {"labeled": len(labeled), "unlabeled": len(rest)},
-        "images_without_labels": without,
-        "sha256": {name: sha256(out / name) for name in LISTS},
-        "reliability": {
-            "labeled": float(reliability[labeled].mean()),
-            "unlabeled": float(reliability[rest].mean()),
+        "images_without_labels": [rows[i][0] for i in np.flatnonzero(~pixels.any(axis=1))],
+        "classes": {
+            name: {
+                "images": int((pixels[:, c] > 0).sum()),
+                "labeled_images": int((pixels[labeled, c] > 0).sum()),
+                "pixels": int(pixels[:, c].sum()),
+                "labeled_pixels": int(pixels[labeled, c].sum()),
+            }
+            for c, name in enumerate(classes.names)
         },
-        "classes": class_table(classes, pixels, labeled),
     }
 
 
@@ -210,33 +178,32 @@ def main(argv: list[str] | None = None) -> None:
     root, rows = options.root_path, read_list(options.id_list_path)
     folder = label_folder(root, rows)
     classes = chosen_classes(options, folder)
-    out = options.out or options.id_list_path.parent
-    check_input(options, rows, out)
+    source, fraction = options.id_list_path, options.labeled_fraction
+    out = options.out or source.parent
+    if labeled_size(fraction, len(rows)) == len(rows):
+        raise UserError(f"--labeled-fraction {fraction}: leaves no unlabeled image of {len(rows)}")
+    check_files(root, [label for _, label in rows], source)
+    check_writable(out)
+    if source.resolve() in [(out / name).resolve() for name in LISTS]:
+        raise UserError(f"{source}: would be overwritten; choose another folder with --out")
     record, table = out / "split.json", folder / TRUST
-    settings = {**settings_of(options), "classes": classes.names}
-    inputs = {"list": options.id_list_path, **{label: root / label for _, label in rows}}
+    inputs = {"list": source, **{label: root / label for _, label in rows}}
     inputs |= {table.name: table} if table.is_file() else {}
-    source = made_from(settings, inputs)
-    split = read_json(record) if made_before(record, source) else {}
-    if not split or any(digest(out / name) != split["sha256"][name] for name in LISTS):
+    made = made_from({**settings_of(options), "classes": classes.names}, inputs)
+    if made_before(record, made) and all((out / name).is_file() for name in LISTS):
+        split = read_json(record)
+    else:
         split = make_split(options, rows, classes, out)
-        split["manifest"] = manifest(vars(options), {"list": options.id_list_path})
-        write_json(record, {**split, "made_from": source})
-    images = split["images"]
+        split["manifest"] = manifest(vars(options), {"list": source})
+        write_json(record, {**split, "made_from": made})
     if without := split["images_without_labels"]:
         count, first = len(without), without[0]
         print(f"note: {count} images without a labeled pixel are unlabeled, first {first}")
     for name, counts in split["classes"].items():
         if not counts["labeled_images"]:
             print(f"note: no labeled image shows {name} ({counts['images']} images do in all)")
-    print(
-        f"{images['labeled']} labeled and {images['unlabeled']} unlabeled images: {out / LISTS[0]},"
-        f" {out / LISTS[1]}"
-    )
-
-
-def digest(path: Path) -> str | None:
-    return sha256(path) if path.is_file() else None
+    counts, lists = split["images"], ", ".join(str(out / name) for name in LISTS)
+    print(f"{counts['labeled']} labeled and {counts['unlabeled']} unlabeled images: {lists}")
 
 
 if __name__ == "__main__":

@@ -13,10 +13,6 @@ kept):
         --gt data/toy/s0/lists/target_train_gt.txt \\
         --backbone resnet10 --backbone-weights runs/toy_release/seed0/source/latest.pth \\
         --min-area 30 --patch-size 64 128 --iterations 600 --lr 0.1
-    python seco_scc.py --id-list-path splits/planted/all.txt \\
-        --gt data/toy/s0/lists/target_train_gt.txt \\
-        --backbone resnet10 --backbone-weights runs/toy_release/seed0/source/latest.pth \\
-        --min-area 30 --recipe paper --scale 1 --iterations 600 --lr 0.05
 """
 
 from __future__ import annotations
@@ -30,17 +26,17 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # for `python test
 import numpy as np
 
 from util.labels import (
-    check_files,
     class_set,
     connectivities,
+    in_experiment,
+    new_experiment,
     read_label,
     read_list,
     write_label,
     write_list,
 )
 from util.options import ClassOptions, CountFrom0, List, ListOptions, Pixels, Share, parse_options
-from util.outputs import check_writable
-from util.run import UserError, progress, run_main
+from util.run import progress, run_main
 
 
 @dataclass(kw_only=True)
@@ -78,39 +74,20 @@ def planted(
     return noisy, large, wrong
 
 
-def targets_of(rows: list[tuple[str, str]], exp: str, list_path: Path) -> list[str]:
-    """Where the labels go: their paths with the first folder named `exp`; never an input's path."""
-    if not exp or Path(exp).name != exp:
-        raise UserError(f"--exp {exp}: give the name of a folder, without a path")
-    targets = [f"{exp}/{label.partition('/')[2]}" for _, label in rows]
-    taken = {name for row in rows for name in row}
-    for (_, label), target in zip(rows, targets):
-        if target in taken or "/" not in label:
-            raise UserError(
-                f"--exp {exp}: would write {label} of {list_path} over another file; give another"
-                " name"
-            )
-        taken.add(target)
-    return targets
-
-
 def main(argv=None) -> None:
     options = parse_options(Options, __doc__, argv)
     classes = class_set(options.class_num, options.stuff, options.things)
-    if classes.count < 2:
-        raise UserError(f"--class-num {classes.count}: a wrong class needs two classes or more")
     root, rows = options.root_path, read_list(options.id_list_path)
-    targets = targets_of(rows, options.exp, options.id_list_path)
-    check_files(root, [row[1] for row in rows], options.id_list_path)
-    check_writable(root / options.exp)
+    exp = new_experiment(rows, options.id_list_path, "planted", options.exp)
+    noisy_rows = [(image, in_experiment(label, exp)) for image, label in rows]
     random, large, wrong = np.random.default_rng(options.seed), 0, 0
-    for (_, label), target in zip(progress(rows, "planting"), targets):
+    for (_, label), (_, target) in zip(progress(rows, "planting"), noisy_rows):
         clean = read_label(root / label, classes.count)
         how = (classes.count, options.share, options.min_area, random)
         noisy, of_image, wrong_here = planted(clean, *how)
         write_label(root / target, noisy, classes.palette)
         large, wrong = large + of_image, wrong + wrong_here
-    write_list(options.out_list, [(image, to) for (image, _), to in zip(rows, targets)])
+    write_list(options.out_list, noisy_rows)
     print(
         f"{wrong} of {large} connectivities of {options.min_area} pixels or more got a wrong class;"
         f" list: {options.out_list}"

@@ -3,7 +3,6 @@ Cityscapes evaluation."""
 
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,9 +12,7 @@ from processes import beside_a_second
 from torch.nn.functional import pad
 
 from eval import (
-    center_square,
     confusion_matrix,
-    evaluate_checkpoint,
     main,
     metrics_of,
     predict,
@@ -23,12 +20,10 @@ from eval import (
     table,
 )
 from model.deeplabv3plus import DeepLabV3Plus
-from model.network import Network, load_network
+from model.network import load_network
 from model.resnet import to_tensor
 from util.labels import (
     CITYSCAPES_19,
-    IDS_13_IN_16,
-    IDS_16_IN_19,
     SYNTHIA_16,
     read_label,
     write_label,
@@ -96,24 +91,6 @@ def test_sliding_window_equals_the_plain_loop(height, width, size, window_batch)
         assert len(model.shapes) < len(windows)  # windows of one shape share a pass
 
 
-def test_images_in_a_batch_do_not_meddle():
-    model, images = Patchy(), torch.randn(2, 3, 60, 110)
-    with torch.no_grad():
-        together = predict(model, images, "sliding_window", 45)
-        alone = [predict(model, image[None], "sliding_window", 45) for image in images]
-    torch.testing.assert_close(together, torch.cat(alone))
-
-
-def test_original_and_center_crop():
-    model, image = Patchy(), torch.randn(1, 3, 50, 81)
-    with torch.no_grad():
-        whole = predict(model, image, "original", None)
-        center = predict(model, image, "center_crop", 40)
-        torch.testing.assert_close(whole, model(image).softmax(dim=1))
-        torch.testing.assert_close(center, model(image[:, :, 5:45, 20:60]).softmax(dim=1))
-    assert center_square(50, 81, 60) == (slice(0, 60), slice(10, 70))
-
-
 # ------------------------------------------------------------------------------------------ figures
 
 
@@ -170,12 +147,8 @@ def test_figures_equal_counting_class_by_class(missing):
 def test_sixteen_classes():
     truth, prediction = random_maps(np.random.default_rng(1), (40, 40), 16)
     metrics = metrics_of(confusion_matrix(truth, prediction, 16), SYNTHIA_16.names)
-    values = np.array(list(metrics["iou"].values()))
-    thirteen = [i for i in range(16) if i not in (3, 4, 5)]
-    assert metrics["miou_13"] == pytest.approx(values[thirteen].mean())
-    assert "miou_16" not in metrics
-    names = [CITYSCAPES_19.names[IDS_16_IN_19[i]] for i in IDS_13_IN_16]
-    assert [SYNTHIA_16.names[i] for i in IDS_13_IN_16] == names
+    values = np.delete([*metrics["iou"].values()], (3, 4, 5))
+    assert metrics["miou_13"] == pytest.approx(values.mean()) and "miou_16" not in metrics
 
 
 def test_iou_equals_the_official_evaluation(tmp_path):
@@ -271,18 +244,6 @@ def test_labels_from_a_list_or_a_folder(data, tmp_path, capsys):
     assert (tmp_path / "list/run.json").exists()
 
 
-def test_a_label_map_of_another_size_is_brought_to_the_ground_truths(data, tmp_path, capsys):
-    label = read_label(data / "exp/val/city/0.png")
-    large = label.repeat(2, axis=0).repeat(2, axis=1)
-    write_label(data / "large/val/city/0.png", large, CITYSCAPES_19.palette)
-    (tmp_path / "one.txt").write_text("images/val/city/0.png exp/val/city/0.png\n")
-    tables = []
-    for labels in (tmp_path / "one.txt", data / "large"):
-        main(arguments(data, "--labels", labels))
-        tables.append(capsys.readouterr().out.splitlines()[1:])
-    assert tables[0] == tables[1]
-
-
 @pytest.mark.parametrize("mode", ["original", "sliding_window", "center_crop", "square_windows"])
 def test_checkpoints_are_evaluated_in_every_mode(data, mode, capsys, tmp_path):
     how = ("--mode", mode, "--crop-size", 40, "--out", tmp_path)
@@ -318,10 +279,10 @@ def test_a_finished_evaluation_is_not_made_again(data, tmp_path, what, capsys):
     argv = arguments(data, f"--{what}", of, "--out", out)
 
     def measured(*more) -> bool:
-        before = {path: path.stat().st_mtime_ns for path in out.glob("*.*")}
+        before = {path: path.stat().st_mtime_ns for path in out.glob("[!.]*")}
         main([*argv, *map(str, more)])
         printed.append(capsys.readouterr().out)
-        return before != {path: path.stat().st_mtime_ns for path in out.glob("*.*")}
+        return before != {path: path.stat().st_mtime_ns for path in out.glob("[!.]*")}
 
     printed: list[str] = []
     assert measured() and not measured() and printed[0] == printed[1]
@@ -428,12 +389,15 @@ def test_two_processes_give_the_figures_of_one(data, tmp_path, monkeypatch, caps
 
 
 def test_label_maps_of_equal_names_are_told_apart(data, tmp_path, capsys):
-    """In two cities they are two maps; two images of which a folder has one map are refused."""
+    """In two cities they are two maps, of which one has twice the ground truth's size; two images
+    of which a folder has one map are refused.
+    """
     for folder in ("images", "gt", "exp"):
         shutil.copytree(data / folder / "val/city", tmp_path / folder / "val/city")
         shutil.copytree(data / folder / "val/city", tmp_path / folder / "val/other")
-    wrong = np.zeros((50, 70), np.uint8)
-    write_label(tmp_path / "exp/val/other/0.png", wrong, CITYSCAPES_19.palette)
+    wrong = np.repeat(np.arange(19), 50 * 70 // 19 + 1)[: 50 * 70].reshape(50, 70)
+    large = wrong.repeat(2, axis=0).repeat(2, axis=1)
+    write_label(tmp_path / "exp/val/other/0.png", large, CITYSCAPES_19.palette)
     shutil.copytree(tmp_path / "images", tmp_path / "more")
     rows = [(f"images/val/{city}/0.png", f"gt/val/{city}/0.png") for city in ("city", "other")]
     write_list(tmp_path / "val.txt", rows)
@@ -449,12 +413,10 @@ def test_label_maps_of_equal_names_are_told_apart(data, tmp_path, capsys):
 
 
 def test_bad_input_is_told_in_one_line(data, tmp_path, capsys):
-    shapes = {"bad": (50, 70), "small": (25, 35), "turned": (70, 50)}
-    for name, shape in shapes.items():
+    for name, shape in {"bad": (50, 70), "small": (25, 35), "turned": (70, 50)}.items():
         label = np.full(shape, 33 if name == "bad" else 0, np.uint8)
         write_label(data / f"gt/{name}.png", label, CITYSCAPES_19.palette)
     lists = {
-        "empty": "\n",
         "gone": "images/val/city/0.png gt/gone.png\n",
         "bad": "images/val/city/0.png gt/bad.png\n",
         "small": "images/val/city/0.png gt/small.png\n",
@@ -462,41 +424,33 @@ def test_bad_input_is_told_in_one_line(data, tmp_path, capsys):
         "mixed": "images/val/city/0.png\nimages/val/city/1.png gt/small.png\n",
         "others": "images/val/city/9.png exp/val/city/0.png\n",
         "turned": "images/val/city/0.png gt/turned.png\n",
-        "away": "images/val/city/0.png ../gt.png\n",
-        "twice": "images/val/city/0.png gt/small.png\n./images/val/city/0.png gt/bad.png\n",
     }
     for name, text in lists.items():
         (tmp_path / f"{name}.txt").write_text(text)
     (tmp_path / "file").write_text("")
-    (tmp_path / "folder").mkdir()
     model = ("--checkpoint", data / "model.pth")
-    labels_ids = (*model, "--predictions", tmp_path / "p", "--prediction-values", "label-ids")
+    predictions = (*model, "--predictions", tmp_path / "p")
     cases = [
         (("--checkpoint", tmp_path / "no.pth"), None, "no.pth: no such checkpoint"),
         (("--checkpoint", tmp_path / "file"), None, "not a checkpoint of tensors"),
         ((*model, "--class-num", 16), None, "predicts 19 classes, but --class-num is 16"),
         ((*model, "--crop-size", 5), None, "--crop-size 5: give 33 or more"),
         ((*model, "--out", tmp_path / "file/out"), None, "file/out: cannot write there"),
-        (model, "no", "no.txt: no such list file"),
-        (model, "empty", "empty.txt: the list is empty"),
         (model, "gone", "gt/gone.png: no such file, named in"),
         (model, "bad", "bad.png: holds the value 33"),
         (model, "small", "small.png: 35x25 pixels, but its image"),
         (model, "turned", "turned.png: 50x70 pixels do not show the same as the 70x50"),
-        (model, "away", "line 1: ../gt.png does not lie below --root-path"),
-        (model, "twice", "line 2: images/val/city/0.png is in line 1 already"),
-        ((*model, "--predictions", tmp_path / "p", "--out", tmp_path), "columns", "line 1: 1 col"),
-        ((*model, "--predictions", tmp_path / "p"), "mixed", "some lines lack a ground truth"),
-        (("--labels", tmp_path, "--predictions", tmp_path / "p"), None, "give --checkpoint, not"),
-        ((*labels_ids, "--class-num", 16), None, "known of Cityscapes' 19 classes only"),
         (model, "columns", "line 1: 1 columns where 2 are wanted"),
+        ((*predictions, "--out", tmp_path), "columns", "line 1: 1 columns where 2 are wanted"),
+        (predictions, "mixed", "some lines lack a ground truth"),
+        (("--labels", tmp_path, *predictions[2:]), None, "give --checkpoint, not --labels"),
+        ((*predictions, "--prediction-values", "label-ids", "--class-num", 16), None, "19 classes"),
         (("--labels", tmp_path / "no.txt"), None, "no.txt: no such list file"),
         (("--labels", tmp_path / "others.txt"), None, "has none of the images of"),
-        (("--labels", tmp_path / "folder"), None, "has none of the images of"),
+        (("--labels", data / "gt/val"), None, "has none of the images of"),
         (("--labels", tmp_path / "turned.txt"), None, "turned.png: 50x70 pixels do not show"),
         ((*model, "--labels", tmp_path), None, "--checkpoint and --labels: give one of them"),
         ((), None, "--checkpoint or --labels: give one of them"),
-        ((*model, "--device", "banana"), None, "--device banana"),
     ]
     for options, name, message in cases:
         argv = arguments(data, *options)
@@ -507,14 +461,3 @@ def test_bad_input_is_told_in_one_line(data, tmp_path, capsys):
         error = captured.err.replace("\r", "\n").strip().splitlines()
         assert error[-1].startswith("error: ") and message in error[-1], (options, error[-1])
         assert "Traceback" not in captured.err and captured.out == ""
-
-
-def test_evaluation_leaves_the_network_as_it_was(data):
-    torch.manual_seed(0)
-    model = DeepLabV3Plus(10, 19).eval()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    rows = [("images/val/city/0.png", "gt/val/city/0.png")]
-    network = Network(model, "DeepLabV3+", 19)
-    confusion = evaluate_checkpoint(network, rows, Path(data), "original", 40)
-    assert confusion.sum() == (read_label(data / rows[0][1]) != 255).sum()
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -23,7 +23,7 @@ from model import network
 from model.checkpoint import read_checkpoint
 from model.deeplabv3plus import DeepLabV3Plus, channel_dropout, parameter_count
 from model.network import load_network, square_windows
-from model.resnet import load_backbone, resnet
+from model.resnet import ResNet, load_backbone
 from util.run import UserError
 
 # What every original code does with logits.
@@ -58,7 +58,7 @@ def test_every_backbone_gives_logits_at_the_images_size(depth, width, stem):
         model = DeepLabV3Plus(depth, 5, stem)
         assert model(torch.empty(2, 3, 70, 101)).shape == (2, 5, 70, 101)
         c1, _, c3, c4 = model.backbone(torch.empty(2, 3, 96, 160))
-        backbone = resnet(depth, stem, dilate_last=False)
+        backbone = ResNet(depth, stem, dilate_last=False)
         activations = backbone.forward_stem(torch.empty(2, 3, 96, 160))
         plain = backbone.forward_from_stem(activations)
     assert model.classifier.in_channels == width
@@ -73,7 +73,7 @@ def test_torchvision_stem_computes_what_torchvision_does(tmp_path):
     torch.manual_seed(0)
     reference = torchvision.models.resnet50(replace_stride_with_dilation=[False, False, True])
     torch.save(reference.state_dict(), tmp_path / "resnet50.pth")
-    ours = resnet(50, "torchvision")
+    ours = ResNet(50, "torchvision")
     load_backbone(ours, tmp_path / "resnet50.pth")
     x = torch.randn(2, 3, 64, 96)
     # batch norm in training mode, so that deviations do not vanish in running statistics
@@ -84,7 +84,7 @@ def test_torchvision_stem_computes_what_torchvision_does(tmp_path):
 
 
 def test_dilated_layer4_of_resnet18():
-    blocks = resnet(18).layer4
+    blocks = ResNet(18).layer4
     assert [(b.conv1.stride, b.conv1.dilation, b.conv2.dilation) for b in blocks] == [
         ((1, 1), (1, 1), (1, 1)),
         ((1, 1), (2, 2), (2, 2)),
@@ -207,7 +207,7 @@ def test_checkpoints_load_with_and_without_prefixes(small_model, tmp_path, form)
     model = load_network(tmp_path / "c.pth", torch.device("cpu"), 5).model
     assert model.config == small_model.config and not model.training
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), state.values()))
-    backbone = resnet(18)
+    backbone = ResNet(18)
     load_backbone(backbone, tmp_path / "c.pth")  # the part `backbone.` of a whole checkpoint
     assert torch.equal(backbone.layer4[1].conv2.weight, small_model.backbone.layer4[1].conv2.weight)
 
@@ -288,20 +288,19 @@ def test_other_files_are_refused_in_one_line(small_model, tmp_path):
     (tmp_path / "text.pth").write_text("hello")
     for name, class_num, message in (
         ("torchvision", 5, "torchvision.pth: not a network of"),
-        ("wrong", 5, "classifier.weight: (7, 64, 1, 1) in the file"),
+        ("wrong", 5, "classifier.weight: copying a param with shape torch.Size([7, 64, 1, 1])"),
         ("text", 5, "not a checkpoint"),
         ("empty", 5, "no table of weights"),
         ("five", 19, "predicts 5 classes, but --class-num is 19"),
-        ("proda_warmup", 19, "1 missing"),
-        ("shade_r50", 19, "1 missing"),
+        ("proda_warmup", 19, "1 differ, first: missing weight"),
+        ("shade_r50", 19, "1 differ, first: missing weight"),
         ("absent", 5, "no such checkpoint"),
     ):
         assert message in said(load_network, tmp_path / f"{name}.pth", "cpu", class_num)
     path = tmp_path / "torchvision.pth"
-    assert "--stem torchvision" in said(load_backbone, resnet(18), path)
-    assert "ResNet-50" in said(load_backbone, resnet(50, "torchvision"), path)
-    assert "--stem torchvision" in said(load_backbone, resnet(18), "imagenet")
-    assert "resnet34" in said(resnet, 34) and "stem wide" in said(resnet, 18, "wide")
+    assert "--stem torchvision" in said(load_backbone, ResNet(18), path)
+    assert "ResNet-50" in said(load_backbone, ResNet(50, "torchvision"), path)
+    assert "--stem torchvision" in said(load_backbone, ResNet(18), "imagenet")
 
 
 # ----------------------------------------------------------------------------- feature perturbation

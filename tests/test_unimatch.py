@@ -807,7 +807,7 @@ def test_bad_input_is_told_in_one_line(data, whole_run, tmp_path, capsys):
         ({"labeled_id_path": data / "unlabeled.txt"}, "line 1: 1 columns where 2 are wanted"),
         ({"unlabeled_id_path": tmp_path / "both.txt"}, "images/x1.png: in "),
         ({"init_checkpoint": missing}, "no.pth: no such checkpoint"),
-        ({"init_checkpoint": whole_run / "latest.pth", **twenty}, "(19, 64, 1, 1) in the file"),
+        ({"init_checkpoint": whole_run / "latest.pth", **twenty}, "1 differ, first: size mismatch"),
         ({"backbone_weights": missing}, "no.pth: no such checkpoint"),
         ({"backbone": "resnet18", "backbone_weights": "imagenet"}, "--stem torchvision"),
         ({"save_path": tmp_path / "file" / "run"}, "file/run: cannot write there"),

@@ -39,9 +39,7 @@ CAPTIONS = {  # of the pictures, in the order in which they are shown
     "ablation": "Target validation mIoU of every row",
     "sweep": "Labels after SCC at other thresholds",
     "scc_loss_histogram": "SCC: losses of the connectivities",
-    "scc_decisions": "SCC: what became of the connectivities of each class",
     "scc_panels": "SCC: labels before and after",
-    "scc_thumbnails": "SCC: most and least trusted connectivities of each class",
 }
 LINKED = {"report/index.html": "SCC's page", "train.log": "training log"}
 PSA_PANELS = 4  # shown of each folder that PSA made
