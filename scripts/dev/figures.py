@@ -32,6 +32,7 @@ from scripts.lib.report import (
     model_table,
 )
 from scripts.lib.run_folder import manifest_of, seeds_in, stage_folders
+from util.charts import line_chart, save_chart
 from util.labels import CITYSCAPES_19, IGNORE, read_image, read_label, read_list
 from util.outputs import read_json, write_json
 from util.pictures import colour_label, contact_sheet, hatch, heat, overlay, save_picture
@@ -61,6 +62,11 @@ PICTURES = {  # of images/: what it is of
     "ablation.png": "ablation_toy/pictures/ablation.png",
     "sweep.png": "ablation_toy/pictures/sweep.png",
     "camvid.jpg": "camvid_release/pictures/side_by_side.png",
+}
+SHIPPED = {  # of training_logs/
+    "seco_gta": "GTA to Cityscapes",
+    "seco_synthia": "SYNTHIA to Cityscapes",
+    "seco_bdd": "GTA to BDD100K",
 }
 
 
@@ -192,6 +198,13 @@ def toy_output() -> str:
     return f"```\n{labels}\n{model_table(first(results['models'], 'before', 'seco'))}```"
 
 
+def shipped_curves():
+    """mIoU per epoch of the three shipped logs, and of no run of ours: nobody has run them yet."""
+    logs = {title: read_training_log(ROOT / "training_logs" / n) for n, title in SHIPPED.items()}
+    series = {title: log.curve for title, log in logs.items()}
+    return line_chart(series, "the authors' logs", "epoch", "mIoU (%)")
+
+
 def main(argv=None) -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.parse_args(argv)
@@ -215,6 +228,7 @@ def main(argv=None) -> None:
             save_picture(ROOT / "images" / name, image)
     put("ours", ours_table())
     put("toy_output", toy_output())
+    save_chart(ROOT / "images/shipped_logs.png", shipped_curves())
 
 
 if __name__ == "__main__":

@@ -31,7 +31,6 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # for `python scri
 import numpy as np
 import torch
 from PIL import Image
-from sklearn.linear_model import RidgeClassifier
 
 from dataset.toy import draw_scene
 from model.deeplabv2 import CMA, DeepLabV2
@@ -46,7 +45,7 @@ from util.run import run_main, seed_everything
 CITIES = {"train": ("aachen", "bochum"), "val": ("frankfurt",)}
 FIRST_SEEDS = {"train": 0, "val": 1000, "fit": 2000, "test": 3000}
 FIT_SCENES, FIT_SIZE = 6, (128, 256)  # scenes, height and width that the classifier is fitted on
-RIDGE = 1e-3  # relative to the sum of the squares of a feature
+RIDGE = 1e-3  # relative to the mean square of a feature
 # Keeps the activations of 33 residual blocks with random weights in bounds.
 LAST_NORM_WEIGHT = 0.1
 LOGIT_SCALE = 10  # scores of 0 to 1 become logits
@@ -112,21 +111,25 @@ def fitted_checkpoint(class_num: int, of_cma: bool) -> dict:
     features, targets = [], []
     for i in range(FIT_SCENES):
         scene = draw_scene(FIRST_SEEDS["fit"] + i, "target", *FIT_SIZE)
-        x = backbone(to_tensor(scene.image)[None])[0].flatten(1).T
-        label = to_class[scene.label[4::8, 4::8]].ravel()  # in the middle of each stride-8 cell
-        features.append(x.numpy()[label != IGNORE])
-        targets.append(label[label != IGNORE])
-    x = np.concatenate(features)
-    ridge = RIDGE * float(np.square(x).sum(axis=0).mean())
+        x = backbone(to_tensor(scene.image)[None])[0]
+        middle = scene.label[4::8, 4::8]  # of each stride-8 cell
+        label = to_class[middle].ravel()
+        features.append(x.flatten(1).T[torch.from_numpy(label != IGNORE)])
+        targets.append(torch.from_numpy(label[label != IGNORE]))
+    x = torch.cat(features).double()
+    x = torch.cat([x, torch.ones(len(x), 1, dtype=torch.float64)], dim=1)
+    y = torch.nn.functional.one_hot(torch.cat(targets), class_num).double()
     # Rare classes count more, else they are never predicted.
-    found = RidgeClassifier(ridge, class_weight="balanced").fit(x, np.concatenate(targets))
+    row = (y / y.sum(dim=0).clamp(min=1).sqrt()).sum(dim=1, keepdim=True)
+    gram = x.T @ (row * x)
+    ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(gram))
+    solution = torch.linalg.solve(gram + ridge, x.T @ (row * y))
     for convolution in head.conv2d_list:
         convolution.weight.zero_()
         convolution.bias.zero_()
-    first, present = head.conv2d_list[0], found.classes_
-    first.bias.fill_(-LOGIT_SCALE)
-    first.weight[present, :, 1, 1] = torch.from_numpy(LOGIT_SCALE * found.coef_).float()
-    first.bias[present] = torch.from_numpy(LOGIT_SCALE * found.intercept_).float()
+    first = head.conv2d_list[0]
+    first.weight[:, :, 1, 1] = LOGIT_SCALE * solution[:-1].T.float()
+    first.bias.copy_(LOGIT_SCALE * solution[-1].float())
     if of_cma:
         return {"state_dict": model.state_dict()}
     checkpoint = {"iteration": 20000}
