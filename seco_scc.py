@@ -55,7 +55,7 @@ from dataset.scc import (
     read_index,
     score_path,
 )
-from dataset.scc_report import write_connectivities, write_report
+from dataset.scc_report import in_short, write_connectivities, write_report
 from model.resnet import BLOCKS, STEMS, load_backbone
 from model.scc import (
     EPOCHS,
@@ -193,18 +193,24 @@ def correct(job: Correction) -> None:
         record["made_from"] = decided_by(job)
         results = [job.list_path, out / "connectivities.csv", out / "report/index.html"]
         results += [data.root / label for _, label in job.rows]
-        there = all(path.is_file() for path in results)
-        if there and before.get("made_from") == record["made_from"]:
-            print(f"{out}: corrected before; list: {job.list_path}")
-            return
+        old, now = before.get("made_from"), record["made_from"]
+        if old and all(path.is_file() for path in results):
+            if old == now:
+                print(f"{out}: corrected before; list: {job.list_path}")
+                return
+            changed = old["settings"].items() - now["settings"].items()
+            if changed:
+                other = ", ".join(f"--{name} {value}" for name, value in sorted(changed))
+                print(f"the labels of {other} are replaced; --exp NAME would keep both")
         with watch("correct"):
             verdicts = RECIPES[options.recipe].judge(data, *data.scores(out))
             write_labels(job, verdicts)
         with watch("report"):
             loss = torch.load(checkpoint, map_location="cpu", weights_only=True).get("loss")
-            told = write_report(out / "report", data, verdicts, job.classes, job.truth, loss)
-        for name, value in told:
-            print(f"{name}: {value}", file=sys.stderr if name == "warning" else sys.stdout)
+            figures = write_report(out / "report", data, verdicts, job.classes, job.truth, loss)
+        print("\n".join(in_short(figures, job.classes.count)))
+        for warning in figures["warnings"]:
+            print(f"warning: {warning}", file=sys.stderr)
         print(f"labels: {out}\nlist: {job.list_path}\nreport: {out / 'report/index.html'}")
     seconds = before.get("cost", {}).get("seconds", 0)
     made = manifest(vars(options), {"list": options.id_list_path}, job.device, seconds)
@@ -453,7 +459,7 @@ class Options(ListOptions, ClassOptions, RunOptions):
     backbone_weights: Annotated[str, "imagenet|none|FILE"] = "imagenet"
     "torchvision's ImageNet weights, none, or a file: a backbone or a segmentation checkpoint"
     patch_size: Setting[Annotated[tuple[int, int], Bounds(least=32), "H W"]] = (256, 512)
-    "release: pixels of a connectivity's patch"
+    "release: pixels of a connectivity's patch, even"
     scale: Setting[Positive] = 0.5
     "paper: size of the images that the features are taken of, over the label maps'"
     iterations: Setting[Count | None] = None
@@ -485,6 +491,9 @@ def parse_args(argv: list[str] | None = None) -> Options:
     options = parse_options(Options, __doc__, argv)
     if options.batch_size is None:
         options.batch_size = RECIPES[options.recipe].batch_size
+    if any(side % 2 for side in options.patch_size):
+        height, width = options.patch_size
+        raise UserError(f"--patch-size {height} {width}: give even numbers from 32 up")
     weights = options.backbone_weights
     if weights not in ("imagenet", "none") and not Path(weights).is_file():
         raise UserError(

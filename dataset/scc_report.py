@@ -36,9 +36,8 @@ def write_report(
     classes: ClassSet,
     truth: dict[str, str] | None,
     loss: float | None,
-) -> list[tuple]:
-    """Write index.html with its pictures, and report.json, into `folder`; return the page's rows
-    (name, figure).
+) -> dict:
+    """Write index.html with its pictures, and report.json, into `folder`; return its figures.
 
     Args:
         folder: where the report goes.
@@ -67,7 +66,23 @@ def write_report(
     parts = [{"rows": rows}, {"head": ["class", *DECISIONS], "rows": decisions}]
     title = f"SCC: {data.options.recipe} recipe"
     write_page(folder / "index.html", title, [*parts, {"figures": pictures}])
-    return rows
+    return report
+
+
+def in_short(report: dict, class_num: int) -> list[str]:
+    """What the figures of a report say, in lines for the terminal."""
+    lines = [
+        f"the classifier gives {report['accuracy on its labels']:.1f} % of the labels their class;"
+        f" the largest class is {report['largest class']:.1f} % of them, chance"
+        f" {100 / class_num:.1f} %",
+        f"{report['kept']} connectivities kept, {report['corrected']} corrected,"
+        f" {report['dropped']} dropped; {report['coverage_before']:.1f} % of the pixels labeled"
+        f" before, {report['coverage_after']:.1f} % after",
+    ]
+    if report["lost classes"]:
+        lost = ", ".join(report["lost classes"])
+        lines.insert(1, f"note: all pixels of these classes are dropped: {lost}")
+    return [f"note: {report['note']}", *lines] if report["note"] else lines
 
 
 def write_connectivities(path: Path, data, verdicts) -> None:

@@ -560,6 +560,7 @@ def test_diagnostics_against_the_confusion_matrix_and_loops(root_done, recipe):
     "extra, words",
     [
         (("--quantile", "1.5"), "--quantile 1.5"),
+        (("--patch-size", "33", "64"), "--patch-size 33 64: give even numbers"),
         (("--backbone-weights", "nowhere.pth"), "nowhere.pth"),
         (("--exp", "pix"), "--exp pix: give a plain folder name"),
     ],
@@ -688,7 +689,8 @@ def test_planted_noise_changes_the_class_of_whole_connectivities(root):
 def test_a_classifier_that_has_not_learned_is_told(root_done, capsys):
     scc.main(command(root_done, "release", "--quantile", "0.4"))
     told = capsys.readouterr()
-    assert "accuracy on its labels: " in told.out and "classes that lose all their" in told.out
+    assert "the labels of --quantile 0.5 are replaced; --exp NAME" in told.out
+    assert "the classifier gives" in told.out and "all pixels of these classes are" in told.out
     assert "warning: the classifier has not learned" in told.err
     report = json.loads((root_done / "pix_scc/report/report.json").read_text())
     rows = table(root_done / "pix_scc")
