@@ -10,38 +10,18 @@ Input:   --id-list-path, lines `<image path> <pseudo-label path>` relative to --
 Output:  <root>/<exp>_<sam type>/…, the same paths with the aggregated labels, and their list in
          splits/<dataset>/<exp>_<sam type>/, beside the list that was read. `--recipe paper`, the
          ablations and `--fill` add to the name: <exp>_vit_h_paper, <exp>_vit_h_only_alignment,
-         <exp>_vit_h_fill. Beside the labels: summary.json, vis/, settings.json, stats/ (a record
-         of each image).
+         <exp>_vit_h_fill. Beside the labels: summary.json, vis/, settings.json, stats/.
 
     python seco_sam.py --id-list-path splits/cityscapes/HRDA_seco/all.txt \\
         --root-path data/cityscapes --class-num 19
-    # a look at the first eight images
-    python seco_sam.py --id-list-path splits/cityscapes/HRDA_seco/all.txt \\
-        --root-path data/cityscapes --class-num 19 --limit 8 --vis 8
     torchrun --nproc_per_node=4 seco_sam.py --id-list-path splits/cityscapes/HRDA_seco/all.txt \\
         --root-path data/cityscapes --class-num 19 --amp bf16
-    # other classes, here CamVid's in the folder of scripts/camvid.sh
-    python seco_sam.py --id-list-path runs/camvid_release/seed0/splits/pix/all.txt \\
-        --root-path runs/camvid_release/seed0 --classes splits/camvid/classes.txt --sam-type vit_b
 
 The same command goes on where it was stopped; images that are done are skipped and stay in the
-list. From Python, for one image:
+list. README.md has the call for one image from Python.
 
-    from model.sam import load_segmenter
-    from seco_sam import aggregate
-    from util.labels import class_set, read_image, read_label, write_label
-
-    classes = class_set(19)
-    sam = load_segmenter("vit_h", device="cuda")
-    image = read_image("street.png")
-    label = read_label("street_pixel_label.png", classes.count)
-    result = aggregate(image, label, sam, classes)
-    write_label("street_psa.png", result.label, classes.palette)
-
-Needs when copied away: dataset/psa.py,
-model/{segmenter,sam,sam_fast}.py,
-util/{labels,options,outputs,pictures,run}.py and, for the tiny SAM,
-model/sam_tiny.pth.
+Needs when copied away: dataset/psa.py, model/{segmenter,sam,sam_fast}.py,
+util/{labels,options,outputs,pictures,run}.py and, for the tiny SAM, model/sam_tiny.pth.
 """
 
 from __future__ import annotations
@@ -49,8 +29,7 @@ from __future__ import annotations
 import hashlib
 import sys
 import time
-from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,7 +42,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dataset.psa import Places, Row, image_record, panel, places_of, rows_to_do, write_summary
+from dataset.psa import Job, Row, image_record, panel, write_summary
 from model.sam import files_digest, load_segmenter, output_name
 from model.segmenter import ProposalMask, Segmenter, load_proposals, save_proposals
 from util.labels import (
@@ -71,13 +50,9 @@ from util.labels import (
     ClassSet,
     Connectivity,
     check_pairs,
-    chosen_classes,
     connectivities,
-    ground_truth_of,
-    label_folder,
-    new_experiment,
+    holds_pictures,
     read_label,
-    read_list,
     read_picture,
     write_classes,
     write_label,
@@ -117,8 +92,7 @@ ENTROPY_WINDOW = 17  # pixels, side of the window of the local label entropy
 ENTROPY_EPSILON = 1e-6
 # Of the paper recipe:
 BOX_AREA_FACTOR = 1.5  # enlargement of a box's area (section 3)
-# A mask painted over by more than this share is filtered out (our choice: the paper's Algorithm 1,
-# line 15, filters overlapping connectivities and does not say how).
+# Masks of which more is painted over are filtered out (ours: Algorithm 1, line 15, says not how).
 MAX_OVERLAP = 0.5
 
 
@@ -133,9 +107,7 @@ class Prompt:
 
 @dataclass
 class Aggregation:
-    """PSA of one image: its label map and what made it. aligned: class given to each proposal, or
-    IGNORE; masks: the proposals, where they were asked for.
-    """
+    """aligned: class of each proposal, or IGNORE; masks: the proposals, if they were asked for."""
 
     label: np.ndarray
     prompts: list[Prompt] = field(default_factory=list)
@@ -168,21 +140,18 @@ def aggregate(
         only: None, or one half of PSA for all classes, as the paper's ablation: "alignment" or
             "prompting".
         fill: None, or "pixel": where no mask reaches, the pixel keeps its label.
-        cache: file to take the mask proposals from, or to leave them in.
+        cache: folder to take the mask proposals from, or to leave them in.
         keep_masks: whether the result holds the proposals.
     """
-    every = tuple(sorted(classes.stuff + classes.things))
-    halves = {
-        None: (classes.stuff, classes.things),
-        "alignment": (every, ()),
-        "prompting": ((), every),
-    }
-    stuff, things = halves[only]
+    stuff, things = classes.stuff, classes.things
+    if only:
+        every = tuple(sorted(stuff + things))
+        stuff, things = (every, ()) if only == "alignment" else ((), every)
     sam.set_image(image)
     pixel = torch.as_tensor(label, device=sam.device)
     result, painted = Aggregation(label), torch.full_like(pixel, IGNORE)
     if stuff:
-        masks = cached_proposals(sam, cache)
+        masks = cached_proposals(sam, image, cache)
         if keep_masks:
             result.masks = masks = list(masks)
         with sam.watch("align"):
@@ -227,13 +196,10 @@ def semantic_alignment(
 ) -> tuple[Tensor, list[int]]:
     """Paint the proposals that get a class, in the generator's order (descending predicted IoU).
 
-    label: pixel-level pseudo-labels, uint8 H x W on the masks' device. Returns the painted map
-    (same form, IGNORE where nothing was painted) and the class of each proposal (IGNORE: none).
-    release: later over earlier. paper: only pixels that are still free, and not at all if more than
-    MAX_OVERLAP of the mask is taken.
+    label: pixel-level pseudo-labels, uint8 H x W on the masks' device. Returns the painted map,
+    IGNORE where nothing was painted, and the class of each proposal (IGNORE: none).
     """
-    painted = torch.full_like(label, IGNORE)
-    aligned = []
+    painted, aligned = torch.full_like(label, IGNORE), []
     for mask, (x0, y0, x1, y1) in masks:
         window = slice(y0, y1 + 1), slice(x0, x1 + 1)
         counts = torch.bincount(label[window][mask].int(), minlength=IGNORE + 1)[:class_num]
@@ -245,8 +211,10 @@ def semantic_alignment(
 
 
 def paint(painted: Tensor, mask: Tensor, class_id: int, recipe: str) -> None:
-    """Give `class_id` to the mask's pixels of `painted` (uint8, in place) by the recipe's rule for
-    overlaps.
+    """Give `class_id` to the mask's pixels of `painted` (uint8, in place).
+
+    release: later over earlier. paper: only to pixels that are still free, and not at all if more
+    than MAX_OVERLAP of the mask is taken.
     """
     if recipe == "paper":
         free = mask & (painted == IGNORE)
@@ -260,23 +228,11 @@ def paint(painted: Tensor, mask: Tensor, class_id: int, recipe: str) -> None:
 
 
 def corners_in_order(corners: np.ndarray) -> np.ndarray:
-    """Four corners 4 x 2 (x, y) around the rectangle: upper left, upper right, lower right, lower
-    left, where left are the two of smallest x.
-    """
+    """Corners 4 x 2 (x, y) clockwise from the upper left; left are the two of smallest x."""
     by_x = corners[np.argsort(corners[:, 0], kind="stable")]
     upper_left, lower_left = (0, 1) if by_x[1, 1] > by_x[0, 1] else (1, 0)
     upper_right, lower_right = (2, 3) if by_x[3, 1] > by_x[2, 1] else (3, 2)
     return by_x[[upper_left, upper_right, lower_right, lower_left]]
-
-
-def area_and_perimeter(polygon: np.ndarray) -> tuple[float, float]:
-    """Of a polygon k x 2; float64, in the order of sums of shapely, which the released code
-    calls.
-    """
-    x, y = polygon.astype(np.float64).T
-    twice = sum((x - x[0]) * (np.roll(y, 1) - np.roll(y, -1)))
-    sides = np.sqrt((np.roll(x, -1) - x) ** 2 + (np.roll(y, -1) - y) ** 2)
-    return abs(float(twice)) / 2, float(sum(sides))
 
 
 def rotated_unclip_box(connectivity: Connectivity, height: int, width: int) -> np.ndarray | None:
@@ -284,9 +240,8 @@ def rotated_unclip_box(connectivity: Connectivity, height: int, width: int) -> n
     with round corners by UNCLIP x area / perimeter; its bounds, clipped to the image.
 
     The offset is Clipper's, which computes in whole numbers: corners lose their decimals, the
-    result is rounded. None where nothing is left of it: lines, and rectangles so thin that they
-    become lines. The contour has all its points and the coordinates of the whole label map, on
-    which the rectangle's last bits depend.
+    result is rounded. None where nothing is left of it, as of lines. The contour has all its points
+    and the coordinates of the whole label map, on which the rectangle's last bits depend.
     """
     rows, columns = connectivity.window
     contours, _ = cv2.findContours(
@@ -297,7 +252,10 @@ def rotated_unclip_box(connectivity: Connectivity, height: int, width: int) -> n
     )
     rectangle = cv2.minAreaRect(max(contours, key=cv2.contourArea))
     corners = corners_in_order(cv2.boxPoints(rectangle))
-    area, perimeter = area_and_perimeter(corners)
+    # Summed in the order of shapely, which the released code calls.
+    x, y = corners.astype(np.float64).T
+    area = abs(sum((x - x[0]) * (np.roll(y, 1) - np.roll(y, -1)))) / 2
+    perimeter = sum(np.sqrt((np.roll(x, -1) - x) ** 2 + (np.roll(y, -1) - y) ** 2))
     offset = pyclipper.PyclipperOffset()
     offset.AddPath(
         corners.astype(np.int64).tolist(), pyclipper.JT_ROUND, pyclipper.ET_CLOSEDPOLYGON
@@ -311,9 +269,7 @@ def rotated_unclip_box(connectivity: Connectivity, height: int, width: int) -> n
 
 
 def enlarged_box(connectivity: Connectivity, height: int, width: int) -> np.ndarray:
-    """Paper box: the axis-aligned bounding box, its area enlarged by BOX_AREA_FACTOR about its
-    centre, clipped.
-    """
+    """Paper box: the bounding box, its area enlarged by BOX_AREA_FACTOR, clipped."""
     x, y, box_width, box_height = connectivity.box
     grow_x, grow_y = (side * (BOX_AREA_FACTOR**0.5 - 1) / 2 for side in (box_width, box_height))
     box = np.array(
@@ -323,17 +279,14 @@ def enlarged_box(connectivity: Connectivity, height: int, width: int) -> np.ndar
 
 
 def label_entropy(label: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Local label entropy (nats) of the `wanted` pixels (bool H x W), float64 H x W; infinite
-    elsewhere.
+    """Local label entropy (nats) of the `wanted` pixels (bool H x W), elsewhere infinite: float64.
 
     Of the class histogram, IGNORE counted as a class, in the ENTROPY_WINDOW window around the
-    pixel, of which the part in the image counts: -sum p log(p + ENTROPY_EPSILON). Counts come from
-    box sums, one class at a time. Rounded to 12 decimals, so that windows with the same shares tie
-    whatever the order of the sum.
+    pixel, of which the part in the image counts: -sum p log(p + ENTROPY_EPSILON). Rounded to 12
+    decimals, so that windows with the same shares tie whatever the order of the sum.
     """
-    side = (ENTROPY_WINDOW, ENTROPY_WINDOW)
     how = {"normalize": False, "borderType": cv2.BORDER_CONSTANT}
-    box_sum = lambda x: cv2.boxFilter(x, cv2.CV_32F, side, **how)
+    box_sum = lambda x: cv2.boxFilter(x, cv2.CV_32F, (ENTROPY_WINDOW, ENTROPY_WINDOW), **how)
     total = box_sum(np.ones(label.shape, np.uint8))[wanted].astype(np.float64)
     value = np.zeros(len(total))
     for class_id in np.flatnonzero(np.bincount(label.ravel(), minlength=IGNORE + 1)):
@@ -347,9 +300,7 @@ def label_entropy(label: np.ndarray, wanted: np.ndarray) -> np.ndarray:
 def purest_points(connectivity: Connectivity, entropy: np.ndarray) -> np.ndarray:
     """Release points, k x 2 (x, y): with the n pixels in row-major order and h = n // 2, the pixel
     of lowest entropy among indices 0..h and, only if n is odd, one more among h+1..2h. Ties go to
-    the first pixel.
-
-    The released code means two points always; for even n its loop never reaches the second.
+    the first pixel. (The released code means two; for even n its loop never reaches the second.)
     """
     x, y, _, _ = connectivity.box
     rows, columns = np.nonzero(connectivity.mask)
@@ -370,10 +321,8 @@ def centre_point(connectivity: Connectivity) -> np.ndarray:
 
 def thing_prompts(label: np.ndarray, class_ids: tuple[int, ...], recipe: str) -> list[Prompt]:
     """The prompts of all connectivities of `class_ids` in a label map, classes ascending, within a
-    class in raster order.
-
-    Both recipes skip connectivities under MIN_AREA pixels and classes of at most MIN_CLASS_PIXELS:
-    the paper is silent, and a few pixels tell SAM nothing.
+    class in raster order. Both recipes skip connectivities under MIN_AREA pixels and classes of at
+    most MIN_CLASS_PIXELS: the paper is silent, and a few pixels tell SAM nothing.
     """
     counts = np.bincount(label.ravel(), minlength=IGNORE + 1)
     class_ids = [c for c in sorted(class_ids) if counts[c] > MIN_CLASS_PIXELS]
@@ -396,9 +345,7 @@ def thing_prompts(label: np.ndarray, class_ids: tuple[int, ...], recipe: str) ->
 
 
 def prompt_things(sam: Segmenter, prompts: list[Prompt], like: Tensor, recipe: str) -> Tensor:
-    """Paint the mask of every prompt in order, by the recipe's rule for overlaps: uint8 H x W,
-    IGNORE where no mask is.
-    """
+    """Paint the mask of every prompt in order: uint8 H x W, IGNORE where no mask is."""
     painted, todo = torch.full_like(like, IGNORE), prompts
     while todo:
         count = 4 * sam.prompt_batch  # bounds the full-size masks in memory; memory may halve it
@@ -409,28 +356,21 @@ def prompt_things(sam: Segmenter, prompts: list[Prompt], like: Tensor, recipe: s
     return painted
 
 
-def cached_proposals(sam: Segmenter, cache: Path | None) -> Iterable[ProposalMask]:
-    """The proposals of the image that `sam` has, from the file `cache` if it is there, else left in
-    it.
+def cached_proposals(
+    sam: Segmenter, image: np.ndarray, folder: Path | None
+) -> Iterable[ProposalMask]:
+    """The proposals of the image that `sam` has encoded, from `folder` if they are there, else left
+    there; the image's pixels and size name the file.
     """
-    if cache is None:
+    if folder is None:
         return sam.proposals()
-    if cache.is_file():
-        return load_proposals(cache, sam.device)
+    height, width = image.shape[:2]
+    path = folder / f"{hashlib.sha256(image.tobytes()).hexdigest()[:32]}_{width}x{height}.npz"
+    if path.is_file():
+        return load_proposals(path, sam.device)
     masks = list(sam.proposals())
-    save_proposals(cache, masks)
+    save_proposals(path, masks)
     return masks
-
-
-def bf16_agreement(image: np.ndarray, label: np.ndarray, sam: Segmenter, **how) -> float:
-    """Share (percent) of an image's pixels that get the same label in bf16 as in fp32. how: further
-    arguments of `aggregate`.
-    """
-    half = aggregate(image, label, sam, **how).label
-    sam.amp = False
-    exact = aggregate(image, label, sam, **how).label
-    sam.amp = True
-    return 100 * float((half == exact).mean())
 
 
 # ------------------------------------------------------------------------------------------- a list
@@ -446,61 +386,49 @@ def read_pair(root: Path, row: tuple[str, str], class_num: int) -> tuple[np.ndar
 
 
 def aggregate_list(
-    rows: list[Row],
-    sam: Segmenter,
-    classes: ClassSet,
-    places: Places,
-    options: Options,
-    proposals: Path | None,
+    job: Job, rows: list[Row], sam: Segmenter, how: dict, proposals: Path | None
 ) -> None:
-    """PSA of the rows, this process's share. proposals: folder of this SAM's mask proposals.
-
-    The next images are read and the last ones saved while the device works; memory does not grow.
+    """PSA of this process's rows; the next images are read and the last ones saved while the device
+    works. how: recipe, only and fill. proposals: folder of this SAM's mask proposals.
     """
-    method = {"recipe": options.recipe, "only": options.only, "fill": options.fill}
-    quiet = process_rank()[0] > 0
+    classes, agreement = job.classes, {}
 
     def read(row: Row):
-        return *read_pair(places.root, row, classes.count), places.digests(row)
+        return *read_pair(job.root, row, classes.count), job.digests(row)
 
-    def save(row: Row, result: Aggregation, record: dict, picture) -> None:
-        if picture is not None:
-            save_picture(places.picture(row), picture)
-        write_json(places.record(row), record)  # before the label: one without it is made again
-        write_label(places.label(row), result.label, classes.palette)
-
-    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
-        inputs, saving = ahead(reader, read, rows, READ_AHEAD), deque()
-        for index, row in enumerate(progress(rows, "PSA", quiet=quiet)):
+    def made() -> Iterator[tuple]:
+        inputs, quiet = ahead(reader, read, rows, READ_AHEAD), process_rank()[0] > 0
+        for row in progress(rows, "PSA", quiet=quiet):
             sam.watch.seconds.clear()
-            start, agreement = time.perf_counter(), {}
+            start, shown = time.perf_counter(), row[1] in job.shown
             with sam.watch("wait for image"):
                 image, label, digests = next(inputs)
-            if index == 0 and sam.amp:
-                share = bf16_agreement(image, label, sam, classes=classes, **method)
-                print(f"bf16 gives {share:.2f} % of {row[0]} the labels of fp32")
-                agreement = {"bf16_agreement": share}
-                sam.watch.seconds.clear()
-                start = time.perf_counter()
-            cache = proposals and proposals / proposals_name(image)
-            shown = row[1] in places.shown
-            result = aggregate(image, label, sam, classes, **method, cache=cache, keep_masks=shown)
+            result = aggregate(image, label, sam, classes, **how, cache=proposals, keep_masks=shown)
             picture = panel(image, label, result, classes) if shown else None
-            result.masks = []
-            record = digests | image_record(row, label, result, classes) | agreement
+            record = digests | image_record(row, label, result, classes) | agreement.get(row, {})
             record["seconds"] = {stage: round(s, 4) for stage, s in sam.watch.seconds.items()}
             record["total_seconds"] = round(time.perf_counter() - start, 4)
-            while len(saving) > READ_AHEAD:
-                saving.popleft().result()
-            saving.append(writer.submit(save, row, result, record, picture))
-        for job in saving:
-            job.result()
+            yield row, result.label, record, picture
 
+    def save(item: tuple) -> None:
+        row, label, record, picture = item
+        if picture is not None:
+            save_picture(job.picture(row), picture)
+        write_json(job.record(row), record)  # before the label: one without it is made again
+        write_label(job.label(row), label, classes.palette)
 
-def proposals_name(image: np.ndarray) -> str:
-    """The file of an image's mask proposals: named by its pixels and its size."""
-    height, width = image.shape[:2]
-    return f"{hashlib.sha256(image.tobytes()).hexdigest()[:32]}_{width}x{height}.npz"
+    if rows and sam.amp:
+        image, label, _ = read(rows[0])
+        labels = []
+        for amp in (False, True):
+            sam.amp = amp
+            labels.append(aggregate(image, label, sam, classes, **how).label)
+        share = 100 * float((labels[0] == labels[1]).mean())
+        print(f"bf16 gives {share:.2f} % of {rows[0][0]} the labels of fp32")
+        agreement[rows[0]] = {"bf16_agreement": share}
+    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
+        for _ in ahead(writer, save, made(), READ_AHEAD):
+            pass
 
 
 # --------------------------------------------------------------------------------------------- main
@@ -557,31 +485,25 @@ class Options(ListOptions, ClassOptions, DeviceOptions):
 
 
 def parse_args(argv: list[str] | None = None) -> Options:
-    options = parse_options(Options, __doc__, argv)
-    one_of(options, "only_alignment", "only_prompting", needed=False)
-    return options
+    return parse_options(Options, __doc__, argv)
 
 
 def tell_classes_without_kind(classes: ClassSet) -> None:
     """Name, on stderr, the classes that are neither stuff nor things, which PSA does not label."""
-    neither = set(range(classes.count)).difference(classes.stuff, classes.things)
-    if neither and process_rank()[0] == 0:
-        names = ", ".join(classes.names[c] for c in sorted(neither))
+    kinds = (*classes.stuff, *classes.things)
+    names = [name for i, name in enumerate(classes.names) if i not in kinds]
+    if names and process_rank()[0] == 0:
         print(
-            f"warning: {names}: neither stuff nor things, so all pixels of it lose their label; add"
-            " each to --stuff or --things",
+            f"warning: {', '.join(names)}: neither stuff nor things, so all pixels of it lose their"
+            " label; add each to --stuff or --things",
             file=sys.stderr,
         )
 
 
 def main(argv: list[str] | None = None) -> None:
     options = parse_args(argv)
-    rows = read_list(options.id_list_path)[: options.limit]
-    root, list_path = options.root_path, options.id_list_path
-    classes = chosen_classes(options, label_folder(root, rows))
-    tell_classes_without_kind(classes)
-    experiment = new_experiment(rows, list_path, options.suffix, options.exp)
-    places = places_of(rows, list_path, root, experiment, options.limit, options.vis)
+    job = Job(options)
+    tell_classes_without_kind(job.classes)
     device = select_device(options.device)
     if options.amp == "none":
         exact_mode()
@@ -589,41 +511,35 @@ def main(argv: list[str] | None = None) -> None:
     weights, bf16 = options.sam_checkpoint, options.amp == "bf16"
     sam = load_segmenter(options.sam_type, weights, device, options.prompt_batch, bf16)
     sam_name, sam_digest = output_name(options.sam_type), files_digest(sam.files)
-    check_pairs(root, rows, options.id_list_path, classes.count)
-    if options.gt:
-        truth = ground_truth_of(options.gt, rows)
-        check_pairs(root, [(image, truth[image]) for image, _ in rows], options.gt, classes.count)
-    check_writable(places.list_path.parent)
+    check_pairs(job.root, job.rows, options.id_list_path, job.classes.count)
+    if job.truth:
+        known = [(image, job.truth[image]) for image, _ in job.rows]
+        check_pairs(job.root, known, options.gt, job.classes.count)
+    check_writable(job.list_path.parent)
     proposals = options.proposal_cache
     if proposals:
         proposals = proposals / f"{sam_name}_{sam_digest[:12]}_{options.amp}"
-    settings = {
-        "recipe": options.recipe,
-        "only": options.only,
-        "fill": options.fill,
-        "sam_type": sam_name,
-        "sam_sha256": sam_digest,
-        "stuff": list(classes.stuff),
-        "things": list(classes.things),
-        "amp": options.amp,
-    }
-    with Outputs(places.out) as out:
+    how = {"recipe": options.recipe, "only": options.only, "fill": options.fill}
+    segmenter = {"sam_type": sam_name, "sam_sha256": sam_digest}
+    kinds = {"stuff": list(job.classes.stuff), "things": list(job.classes.things)}
+    with Outputs(job.out) as out:
         # Every process: the first one notes the settings before it writes a label.
-        out.accept(settings, begun=places.begun(rows))
-        write_classes(out.folder, classes)
-        todo, (rank, world) = rows_to_do(rows, places), process_rank()
-        aggregate_list(todo, sam, classes, places, options, proposals)
+        begun = holds_pictures(job.out) or any(job.label(row).is_file() for row in job.rows)
+        out.accept(how | segmenter | kinds | {"amp": options.amp}, begun=begun)
+        write_classes(job.out, job.classes)
+        todo, (rank, world) = job.rows_to_do(), process_rank()
+        aggregate_list(job, todo, sam, how, proposals)
         if rank == 0:
-            done = set(rows[::world]).difference(todo)
-            earlier = sum(read_json(places.record(row))["total_seconds"] for row in done)
+            done = set(job.rows[::world]).difference(todo)
+            earlier = sum(read_json(job.record(row))["total_seconds"] for row in done)
             inputs = {"list": options.id_list_path, "sam": sam.files[0]}
             record = {
                 "peak_memory": peak_memory_mb(device),
                 "manifest": manifest(vars(options), inputs, device, earlier),
             }
-            if not todo and places.summary.is_file():  # nothing was made
-                record = {name: read_json(places.summary)[name] for name in record}
-            write_summary(rows, classes, places, options.gt, options.sam_type, record)
+            if not todo and job.summary.is_file():  # nothing was made
+                record = {name: read_json(job.summary)[name] for name in record}
+            write_summary(job, record)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""What PSA leaves beside its labels: a record and a picture of each image, a list's summary.
+"""PSA of a list: what it reads and where its results go; a record and a picture of each image, a
+summary.
 
-Records are JSON, one file an image, in stats/ of the folder of labels. An image is done when its
-label and its record are there and the record names the image and the pixel label as they are.
-`result` is a seco_sam.Aggregation.
+Records are in stats/ of the folder of labels, a JSON file each. An image is done when its label and
+its record are there and the record names the image and the pixel label as they are. `result` is a
+seco_sam.Aggregation.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
@@ -21,12 +21,15 @@ from util.labels import (
     COLOURS,
     IGNORE,
     ClassSet,
+    chosen_classes,
     connectivities,
     ground_truth_of,
-    holds_pictures,
     in_experiment,
+    label_folder,
     list_of_experiment,
+    new_experiment,
     read_label,
+    read_list,
     write_list,
 )
 from util.outputs import read_json, write_json
@@ -34,27 +37,38 @@ from util.pictures import colour_label, contact_sheet, overlay
 from util.run import UserError, process_rank, progress, sha256, wait_for
 
 # Below them PSA doubts its segmenter. Read off runs: of photographs' labels the tiny SAM of drawn
-# scenes kept 25 %, that of photographs 63 %, of drawn scenes' labels 90 %; CamVid's good runs have
-# 6 proposals an image, drawn scenes 23.
+# scenes kept 25 %, that of photographs 63 %; CamVid's good runs have 6 proposals an image.
 MIN_KEPT = 50.0  # percent of the labeled pixels
 MIN_PROPOSALS = 3  # an image
 
 Row = tuple[str, str]  # of a list: image path, path of the pixel label
 
 
-@dataclass(frozen=True)
-class Places:
-    """Where everything of a list is.
+class Job:
+    """What is aggregated, and where the results go.
 
-    root: what paths start from. out: the folder of the labels, named as their experiment.
-    list_path: the list of results. shown: the label paths of the rows that get a picture.
+    truth: {image path: ground-truth path} of --gt, or None. out: the folder of the labels, named as
+    their experiment. shown: label paths of the rows that get a picture.
     """
 
-    root: Path
-    out: Path
-    list_path: Path
-    summary: Path
-    shown: frozenset[str]
+    def __init__(self, options):
+        """options: of seco_sam.py. UserError where images lie among the results."""
+        list_path, self.root = options.id_list_path, options.root_path
+        self.rows = read_list(list_path)[: options.limit]
+        self.classes = chosen_classes(options, label_folder(self.root, self.rows))
+        self.truth = options.gt and ground_truth_of(options.gt, self.rows)
+        experiment = new_experiment(self.rows, list_path, options.suffix, options.exp)
+        self.out = self.root / experiment
+        for image, _ in self.rows:
+            if image.partition("/")[0] == experiment:
+                raise UserError(
+                    f"{list_path}: {image} lies in {self.out}, where results go; rename one"
+                )
+        first = f"_first{options.limit}" if options.limit else ""
+        results = list_of_experiment(list_path, self.rows[0][1], experiment)
+        self.list_path = results.with_stem(results.stem + first)
+        self.summary = self.out / f"summary{first}.json"
+        self.shown = {label for _, label in self.rows[: options.vis]}
 
     def label(self, row: Row) -> Path:
         return self.root / in_experiment(row[1], self.out.name)
@@ -64,10 +78,6 @@ class Places:
 
     def picture(self, row: Row) -> Path:
         return self.out / "vis" / row[1].partition("/")[2]
-
-    def begun(self, rows: list[Row]) -> bool:
-        """Whether the folder holds labels, of ours or of somebody else."""
-        return any(self.label(row).is_file() for row in rows) or holds_pictures(self.out)
 
     def digests(self, row: Row) -> dict[str, str]:
         """SHA-256 of a row's image and pixel label, as records have them."""
@@ -79,8 +89,6 @@ class Places:
         if not (self.record(row).is_file() and self.label(row).is_file()):
             return False
         record = read_json(self.record(row))
-        if "kept" not in record:  # of an older form
-            return False
         for path, (name, digest) in zip(row, self.digests(row).items()):
             if record[name] != digest:
                 raise UserError(
@@ -89,55 +97,24 @@ class Places:
                 )
         return row[1] not in self.shown or self.picture(row).is_file()
 
-
-def places_of(
-    rows: list[Row], list_path: Path, root: Path, experiment: str, limit: int | None, vis: int
-) -> Places:
-    """The places of a list's results; UserError where they could not be told from its inputs.
-
-    Args:
-        rows: of the list at `list_path`, below `root`.
-        experiment: name of the results.
-        limit: how many of the list's rows were taken, whose list and summary get names of their
-            own; None: all.
-        vis: how many of the rows get a picture.
-    """
-    out = root / experiment
-    for image, label in rows:
-        if image.partition("/")[0] == out.name:
-            raise UserError(f"{list_path}: {image} lies in {out}, where results go; rename one")
-        if label.split("/")[1] in ("stats", "vis"):
-            raise UserError(
-                f"{list_path}: {label} lies in a folder named as one of the results' own, stats/"
-                " and vis/; rename it"
-            )
-    first = f"_first{limit}" if limit else ""
-    new_list = list_of_experiment(list_path, rows[0][1], experiment)
-    new_list = new_list.with_stem(new_list.stem + first)
-    shown = frozenset(row[1] for row in rows[:vis])
-    return Places(root, out, new_list, out / f"summary{first}.json", shown)
-
-
-def rows_to_do(rows: list[Row], places: Places) -> list[Row]:
-    """This process's rows whose results are not there yet."""
-    rank, world = process_rank()
-    rows = rows[rank::world]
-    with ThreadPoolExecutor() as pool:
-        done = pool.map(places.is_done, rows)
-        done = list(progress(done, "looking for earlier results", len(rows), quiet=rank > 0))
-    if any(done) and rank == 0:
-        print(f"{sum(done)} of {len(rows)} images are done already")
-    return [row for row, there in zip(rows, done) if not there]
+    def rows_to_do(self) -> list[Row]:
+        """This process's rows whose results are not there yet."""
+        rank, world = process_rank()
+        rows = self.rows[rank::world]
+        with ThreadPoolExecutor() as pool:
+            done = pool.map(self.is_done, rows)
+            done = list(progress(done, "looking for earlier results", len(rows), quiet=rank > 0))
+        if any(done) and rank == 0:
+            print(f"{sum(done)} of {len(rows)} images are done already")
+        return [row for row, there in zip(rows, done) if not there]
 
 
 # ------------------------------------------------------------------------------- records, summary
 
 
 def image_record(row: Row, label: np.ndarray, result, classes: ClassSet) -> dict:
-    """The record of an image, of which `summarise` makes sums. label: uint8 H x W, the pixel
-    label.
-    """
-    made = [c.class_id for c in connectivities(result.label, range(classes.count))]
+    """The record of an image, for `summarise`. label: the pixel label, uint8 H x W."""
+    made = connectivities(result.label, range(classes.count))
     before, after = label != IGNORE, result.label != IGNORE
     return {
         "image": row[0],
@@ -149,14 +126,9 @@ def image_record(row: Row, label: np.ndarray, result, classes: ClassSet) -> dict
         "lost": int(np.count_nonzero(before & ~after)),
         "proposals": len(result.aligned),
         "aligned": sum(c != IGNORE for c in result.aligned),
-        "prompts": _counts([p.class_id for p in result.prompts]),
-        "connectivities": _counts(made),
+        "prompts": dict(sorted(Counter(p.class_id for p in result.prompts).items())),
+        "connectivities": dict(sorted(Counter(c.class_id for c in made).items())),
     }
-
-
-def _counts(class_ids: list[int]) -> dict[str, int]:
-    """{class: how often}, keys as JSON has them."""
-    return {str(c): count for c, count in sorted(Counter(class_ids).items())}
 
 
 def summarise(records: list[dict], classes: ClassSet) -> dict:
@@ -192,55 +164,41 @@ def summarise(records: list[dict], classes: ClassSet) -> dict:
     return summary | ({"bf16_agreement": agreement} if agreement else {})
 
 
-def write_summary(
-    rows: list[Row], classes: ClassSet, places: Places, gt: Path | None, sam_type: str, record: dict
-) -> None:
-    """The list of results and its summary, when all processes have made their part.
-
-    Args:
-        rows: all of the list.
-        classes: of the labels.
-        places: where everything is.
-        gt: a list of ground truth to compare with, or None.
-        sam_type: of the segmenter.
-        record: what else the summary has.
-    """
-    made = [path for row in rows for path in (places.record(row), places.label(row))]
+def write_summary(job: Job, record: dict) -> None:
+    """The list of results and the summary with `record`, when all processes are done."""
+    made = [path for row in job.rows for path in (job.record(row), job.label(row))]
     wait_for(made, "the other processes")
-    write_list(places.list_path, [(r[0], in_experiment(r[1], places.out.name)) for r in rows])
-    summary = summarise([read_json(places.record(row)) for row in rows], classes)
-    if gt:
-        truth = ground_truth_of(gt, rows)
-        summary |= accuracies(places, rows, truth, classes.count)
-    summary["warnings"] = doubts(summary, sam_type)
-    write_json(places.summary, summary | record)
+    write_list(job.list_path, [(r[0], in_experiment(r[1], job.out.name)) for r in job.rows])
+    summary = summarise([read_json(job.record(row)) for row in job.rows], job.classes)
+    if job.truth:
+        summary |= accuracies(job)
+    summary["warnings"] = doubts(summary)
+    write_json(job.summary, summary | record)
     print(
-        f"{len(rows)} images: {summary['coverage_before']:.1f} % of the pixels labeled before,"
+        f"{len(job.rows)} images: {summary['coverage_before']:.1f} % of the pixels labeled before,"
         f" {summary['coverage_after']:.1f} % after; {summary['proposals_per_image']:.0f}"
         " proposals an image"
     )
     if shares := summary.get("of_labeled_pixels"):
         words = ", ".join(f"{share:.1f} % {what}" for what, share in shares.items())
         print(f"of the pixels that had a label: {words.replace('_', ' ')}")
-    if gt and summary["accuracy_after"] is not None:
+    if summary.get("accuracy_after") is not None:
         before, after = summary["accuracy_before"], summary["accuracy_after"]
         print(f"accuracy of the labeled pixels: {before:.1f} % before, {after:.1f} % after")
     for warning in summary["warnings"]:
         print(f"warning: {warning}", file=sys.stderr)
-    print(f"labels: {places.out}\nlist: {places.list_path}")
+    print(f"labels: {job.out}\nlist: {job.list_path}")
 
 
-def accuracies(places: Places, rows: list[Row], truth: dict[str, str], class_num: int) -> dict:
-    """Accuracy in percent of labeled pixels before and after, where the ground truth is known.
-
-    truth: {image path: ground-truth path}; label maps of another size than it are compared at its
-    size. None where no pixel is labeled.
+def accuracies(job: Job) -> dict:
+    """Accuracy in percent of labeled pixels before and after, None where no pixel is labeled; label
+    maps are resized to the ground truth's size.
     """
     right, labeled = np.zeros(2), np.zeros(2)
-    for row in progress(rows, "accuracy"):
-        known = read_label(places.root / truth[row[0]], class_num)
-        for when, path in enumerate((places.root / row[1], places.label(row))):
-            label = Image.fromarray(read_label(path, class_num))
+    for row in progress(job.rows, "accuracy"):
+        known = read_label(job.root / job.truth[row[0]], job.classes.count)
+        for when, path in enumerate((job.root / row[1], job.label(row))):
+            label = Image.fromarray(read_label(path, job.classes.count))
             label = np.asarray(label.resize(known.shape[::-1], Image.Resampling.NEAREST))
             counted = (label != IGNORE) & (known != IGNORE)
             labeled[when] += np.count_nonzero(counted)
@@ -249,16 +207,14 @@ def accuracies(places: Places, rows: list[Row], truth: dict[str, str], class_num
     return {n: 100 * r / c if c else None for n, r, c in zip(names, right, labeled)}
 
 
-def doubts(summary: dict, sam_type: str) -> list[str]:
+def doubts(summary: dict) -> list[str]:
     """Warnings where the labels themselves say that the segmenter may not suit the images."""
-    found, shares = [], summary.get("of_labeled_pixels", {})
+    found, shares = [], summary.get("of_labeled_pixels")
     if shares and shares["keep_their_class"] < MIN_KEPT:
         found.append(f"under {MIN_KEPT:g} % of the labeled pixels keep their class")
     if 0 < summary["proposals_per_image"] < MIN_PROPOSALS:
         found.append(f"fewer than {MIN_PROPOSALS} proposals an image")
-    remedy = "look at some pictures (--vis 8) and try another --sam-type, as vit_h"
-    if sam_type == "tiny":
-        remedy += "; tiny is for drawn scenes, tiny_photo has seen photographs"
+    remedy = "look at some pictures (--vis 8) and try another --sam-type, as vit_h or tiny_photo"
     return [f"{text}: the segmenter may not suit these images; {remedy}" for text in found]
 
 
@@ -266,10 +222,9 @@ def doubts(summary: dict, sam_type: str) -> list[str]:
 
 
 def panel(image: np.ndarray, label: np.ndarray, result, classes: ClassSet) -> Image.Image:
-    """Image | pixel labels with the prompts | proposals | PSA, two by two.
+    """Image | pixel labels with the prompts | the result's masks | PSA, two by two.
 
-    image: uint8 H x W x 3, RGB; label: uint8 H x W, the pixel-level pseudo-label. Proposals are
-    shown if the result holds its masks.
+    image: uint8 H x W x 3, RGB; label: uint8 H x W, the pixel-level pseudo-label.
     """
     return contact_sheet(
         [

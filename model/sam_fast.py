@@ -1,27 +1,21 @@
 """A segmenter of segment_anything's architecture, without the work whose results are thrown away.
 
 `FastSam` gives what `SamAutomaticMaskGenerator.generate` (no crops) and `SamPredictor.predict`
-give, for any `Sam` of segment_anything or mobile_sam. The image is encoded once. The image side of
-the decoder's first layer is computed once for all prompts. The IoU head decides before the
-upscaling layers run, so that a rejected proposal is never upscaled. Only the tokens and rows that
-show the image, not its padding, are upscaled. Masks stay on the device until they are painted, and
-nothing is run-length encoded. A CPU's cores decode different prompts.
+give, for any `Sam` of segment_anything or mobile_sam. The image is encoded once, the image side of
+the decoder's first layer is computed once for all prompts, the IoU head decides before the
+upscaling layers run, padding is not upscaled, and masks stay on the device.
 
 The package's mask decoder is computed with less work from the same parameters: projections of the
 many image tokens are moved to the side of the few prompt tokens, and transposed convolutions of
-kernel and stride 2 become linear layers per token. The differences to the package are those of
-floating-point summation order: tests/oracle_psa.py is the oracle.
+kernel and stride 2 become linear layers per token. What differs is the order of floating-point
+sums: tests/oracle_psa.py is the oracle.
 
-The tiny SAM (--sam-type tiny), for CPUs, is defined below: the package's prompt encoder, mask
-decoder and two-way transformer, narrower, with a small convolutional image encoder, and with
-prompts that are also drawn on the image's tokens. scripts/dev/sam_tiny.py trained it on random
-drawn street scenes, and it knows nothing but those. Its weights ship with this repository.
+The tiny SAM (--sam-type tiny), for CPUs, is the package's prompt encoder, mask decoder and two-way
+transformer, narrower, with a small convolutional image encoder that sees no padding, and with
+prompts that are also drawn on the image's tokens. scripts/dev/sam_tiny.py trains it.
 
 Axis letters: B images, K prompts, T prompt tokens, N image tokens, C channels, M masks; of one
 image P prompts.
-
-Needs when copied away: model/segmenter.py, util/{outputs,run}.py and, for the tiny SAM,
-model/sam_tiny.pth.
 """
 
 from __future__ import annotations
@@ -39,23 +33,20 @@ from segment_anything.utils.transforms import ResizeLongestSide
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.segmenter import SAM_SETTINGS, Decoded, ProposalSettings, Segmenter, Size
+from model.segmenter import Segmenter, Size
 
 TINY_CHECKPOINT = Path(__file__).with_name("sam_tiny.pth")
-# Longest side in pixels: the toy benchmark's width, whose images are not resized.
-TINY_IMAGE_SIZE = 384
-# Pixels per token of the image embedding; low-resolution masks have a quarter of it.
-TINY_STRIDE = 8
+TINY_IMAGE_SIZE = 384  # longest side, pixels: the toy benchmark's width
+TINY_STRIDE = 8  # pixels a token of the embedding; low-resolution masks have a quarter of it
+TINY_MULTIPLE = 32  # the image encoder's sides are multiples of it
 TINY_WIDTH = 128  # channels of embedding and decoder
-# Cycles per half image: 12 is a wavelength of 16 pixels, two tokens.
-TINY_PE_FREQUENCIES = (0.5, 12.0)
 
 
 class FastSam(Segmenter):
     """One SAM and the image it has encoded. options: of `Segmenter`."""
 
-    def __init__(self, sam: Sam, settings: ProposalSettings = SAM_SETTINGS, **options):
-        super().__init__(sam.device, settings, **options)
+    def __init__(self, sam: Sam, **options):
+        super().__init__(sam.device, **options)
         self.sam = sam
         self.transform = ResizeLongestSide(sam.image_encoder.img_size)
         self.is_tiny = isinstance(sam.prompt_encoder, TinyPromptEncoder)
@@ -75,57 +66,62 @@ class FastSam(Segmenter):
         resized = torch.as_tensor(self.transform.apply_image(image), device=self.device)
         self.input_size = tuple(resized.shape[:2])
         padded = self.sam.preprocess(resized.permute(2, 0, 1)[None].contiguous())
+        if self.is_tiny:
+            rows, columns = (-(-side // TINY_MULTIPLE) * TINY_MULTIPLE for side in self.input_size)
+            padded = padded[..., :rows, :columns]
+        encoder, prompts = self.sam.image_encoder, self.sam.prompt_encoder
         with self.watch("encode"), self.autocast():
-            embedding = self.sam.image_encoder(padded).float()
-        # The tiny SAM knows which tokens are padding and takes no notice of them.
-        self.tokens = occupied_extent(embedding) if self.is_tiny else embedding.shape[-2:]
-        # No prompt is a mask: the dense embedding that stands for "no mask" is added to the image
-        # once.
-        embedding = embedding + self.sam.prompt_encoder.no_mask_embed.weight.view(1, -1, 1, 1)
+            embedding = encoder(padded).float()
+        rows, columns = self.tokens = embedding.shape[-2:]  # that show the image
+        # No prompt is a mask: the embedding of "no mask" is added to the image once.
+        embedding = embedding + prompts.no_mask_embed.weight.view(1, -1, 1, 1)
+        pe = prompts.get_dense_pe()[..., :rows, :columns]
         dtype = torch.bfloat16 if self.amp else torch.float
         self.decoder = self._bf16_decoder if self.amp else self.sam.mask_decoder
-        self.image_tokens = self._as_tokens(embedding).to(dtype)
-        self.image_pe = self._as_tokens(self.sam.prompt_encoder.get_dense_pe()).to(dtype)
-        # Image pixels, of SAM's resized and padded square, that one low-resolution mask pixel
-        # covers.
-        self.pixels_per_cell = self.sam.image_encoder.img_size // (4 * embedding.shape[-1])
-
-    def _as_tokens(self, x: Tensor) -> Tensor:
-        """1 x C x S x S over SAM's square → 1 x 1 x N x C, the tokens that show the image."""
-        rows, columns = self.tokens
-        return x[..., :rows, :columns].flatten(2).transpose(1, 2)[None]
+        self.image_tokens, self.image_pe = (  # 1 x 1 x N x C
+            x.flatten(2).transpose(1, 2)[None].to(dtype) for x in (embedding, pe)
+        )
+        # Pixels of SAM's square, a side, that one low-resolution mask pixel covers.
+        self.pixels_per_cell = encoder.img_size // (4 * prompts.image_embedding_size[0])
 
     def to_input(self, points: np.ndarray) -> np.ndarray:
         return self.transform.apply_coords(points, self.size)
 
     def decode(
-        self, points: Tensor, boxes: Tensor | None, several: bool
-    ) -> Callable[[int, int], Decoded]:
-        """Masks that nobody asks for are never upscaled."""
+        self, points: Tensor, boxes: Tensor | None, several: bool, above: float = -np.inf
+    ) -> Callable[[int, int], tuple[Tensor, Tensor]]:
+        """Masks that are left out are never upscaled."""
         encoder = self.sam.prompt_encoder
         outputs = slice(1, None) if several else slice(0, 1)
         labels = torch.ones(points.shape[:2], dtype=torch.int, device=self.device)
         if self.is_tiny and boxes is None:
             table, rows = encoder.draw_single_points(points[:, 0], *self.tokens)
 
-        def decoded(start: int, stop: int) -> Decoded:
+        def decoded(start: int, stop: int) -> tuple[Tensor, Tensor]:
             part, keys = slice(start, stop), self.image_tokens
-            prompts = (points[part], labels[part]), None if boxes is None else boxes[part]
-            sparse, _ = PromptEncoder.forward(encoder, *prompts, None)
+            around = None if boxes is None else boxes[part]
+            sparse, _ = encoder((points[part], labels[part]), around, None)
             if self.is_tiny:
-                drawn = table[rows[part]] if boxes is None else encoder.draw(*prompts, *self.tokens)
+                if boxes is None:
+                    drawn = table[rows[part]]
+                else:
+                    drawn = encoder.draw(points[part], around, *self.tokens)
                 keys = keys + drawn[None].to(keys.dtype)
             sparse = sparse[None].to(keys.dtype)
             queries, keys = two_way_transformer(self.decoder, keys, self.image_pe, sparse)
-            return DecodedTokens(self, queries[0].float(), keys[0], outputs)
+            queries, keys = queries[0].float(), keys[0]
+            iou = self.decoder.iou_prediction_head(queries[:, 0])[:, outputs]
+            kept = iou > above
+            if not (some := kept.any(dim=1)).all():
+                queries, keys, kept, iou = queries[some], keys[some], kept[some], iou[some]
+            return self.low_masks(queries, keys, outputs)[kept], iou[kept]
 
         return decoded
 
     def low_masks(self, queries: Tensor, keys: Tensor, outputs: slice) -> Tensor:
         """Low-resolution logits P x M x h x w of the mask `outputs`, of the part that shows the
         image: ceil(input / pixels_per_cell) + 1 cells, as many as bilinear enlargement looks at.
-
-        queries: output tokens P x T x C; keys: image tokens P x N x C.
+        From output tokens P x T x C and image tokens P x N x C.
         """
         height, width = (
             min(4 * tokens, -(-size // self.pixels_per_cell) + 1)
@@ -144,33 +140,17 @@ class FastSam(Segmenter):
         return [(size, self.input_size), *second]
 
 
-class DecodedTokens(Decoded):
-    """Prompts whose masks are upscaled when they are asked for (see `FastSam.low_masks`)."""
-
-    def __init__(self, sam: FastSam, queries: Tensor, keys: Tensor, outputs: slice):
-        self.iou = sam.decoder.iou_prediction_head(queries[:, 0])[:, outputs]
-        self.sam, self.queries, self.keys, self.outputs = sam, queries, keys, outputs
-
-    def masks(self, kept: Tensor | None = None) -> Tensor:
-        queries, keys = self.queries, self.keys
-        if kept is not None and not (prompts := kept.any(dim=1)).all():
-            queries, keys, kept = queries[prompts], keys[prompts], kept[prompts]
-        low = self.sam.low_masks(queries, keys, self.outputs)
-        return low.flatten(0, 1) if kept is None else low[kept]
-
-
 # ----------------------------------------------------------------------------- SAM's mask decoder
 
 
 def two_way_transformer(
     decoder: MaskDecoder, keys: Tensor, image_pe: Tensor, sparse: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Output tokens [B, K, 1 + M + T, C], of the IoU, the masks and the prompts, and image tokens
-    [B, K, N, C].
+    """Output tokens [B, K, 1 + M + T, C] (IoU, masks, prompts) and image tokens [B, K, N, C].
 
     Args:
-        keys: image tokens with the dense prompt embeddings added, [B, K, N, C]; [B, 1, N, C] where
-            those of all prompts are equal.
+        keys: image tokens with the dense prompt embeddings, [B, K, N, C]; [B, 1, N, C] where those
+            of all prompts are equal.
         image_pe: positional encoding of the image tokens, [1, 1, N, C].
         sparse: prompt embeddings [B, K, T, C].
     """
@@ -197,8 +177,7 @@ def two_way_transformer(
 
 def mask_logits(decoder: MaskDecoder, queries: Tensor, keys: Tensor, outputs: slice) -> Tensor:
     """Logits [..., M, N*16], in token order (see `tokens_to_pixels`), of the mask `outputs`, from
-    what `two_way_transformer` gives: output tokens [..., T, C] and image tokens [..., N, C], or
-    some of them, [..., h, w, C].
+    output tokens [..., T, C] and image tokens [..., N, C], or some of them, [..., h, w, C].
     """
     conv1, norm, activation, conv2, _ = decoder.output_upscaling
     x = conv_transpose_per_token(conv1, keys)  # [..., N, 4, C/4]
@@ -212,10 +191,8 @@ def mask_logits(decoder: MaskDecoder, queries: Tensor, keys: Tensor, outputs: sl
 
 def attend_to_image(attention: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention of tokens q [B, K, T, C] to the image's k, v [B, K or 1, N, C], with SAM's
-    `Attention` parameters.
-
-    The key projection is applied to the queries and the value projection to the result; the key
-    bias shifts all scores of a query alike and cancels in the softmax.
+    `Attention` parameters. The key projection is applied to the queries and the value projection to
+    the result; the key bias shifts all scores of a query alike and cancels in the softmax.
     """
     b, n_prompts, t, c = q.shape
     heads, width = attention.num_heads, attention.internal_dim // attention.num_heads
@@ -233,9 +210,7 @@ def attend_to_tokens(
     attention: nn.Module, q: Tensor, k: Tensor, v: Tensor, residual: Tensor
 ) -> Tensor:
     """residual + attention of the image's q [B, K or 1, N, C] to the tokens k, v [B, K, T, C]: [B,
-    K, N, C].
-
-    Softmax weights of a head add up to one, so the output bias is spread over the values.
+    K, N, C]. Softmax weights of a head add up to one, so the output bias is spread over the values.
     """
     b, n_prompts, t, c = k.shape
     heads, width = attention.num_heads, attention.internal_dim // attention.num_heads
@@ -263,12 +238,9 @@ def conv_transpose_per_token(conv: nn.ConvTranspose2d, x: Tensor) -> Tensor:
 
 @lru_cache(maxsize=16)
 def pixel_order(h: int, w: int, device: torch.device) -> Tensor:
-    """For every pixel of 4h x 4w, in raster order, its place in token order, int64 (see
-    `tokens_to_pixels`).
-    """
-    with torch.inference_mode(False):  # training may want it too
-        places = torch.arange(h * w * 16, device=device).view(h, w, 2, 2, 2, 2)
-        return places.permute(0, 2, 4, 1, 3, 5).flatten()
+    """For each pixel of 4h x 4w, in raster order, its place in token order (`tokens_to_pixels`)."""
+    places = torch.arange(h * w * 16, device=device).view(h, w, 2, 2, 2, 2)
+    return places.permute(0, 2, 4, 1, 3, 5).flatten()
 
 
 def tokens_to_pixels(x: Tensor, h: int, w: int) -> Tensor:
@@ -282,26 +254,8 @@ def tokens_to_pixels(x: Tensor, h: int, w: int) -> Tensor:
 # ------------------------------------------------------------------------------------- the tiny SAM
 
 
-def occupied_extent(x: Tensor, multiple: int = 1) -> tuple[int, int]:
-    """(height, width) of the part of `x` [B, C, H, W] that is not the zero padding at its bottom
-    and right.
-
-    `Sam.preprocess` pads normalised images with exact zeros, which no 8-bit pixel becomes (the
-    means are no integers), so the extent can be read off the values. Rounded up to `multiple`, at
-    least one `multiple`.
-    """
-    occupied = (x != 0).any(dim=1).any(dim=0)  # [H, W]
-    extent = []
-    for size, hit in ((x.shape[2], occupied.any(dim=1)), (x.shape[3], occupied.any(dim=0))):
-        last = int(hit.nonzero().max()) + 1 if bool(hit.any()) else size
-        extent.append(min(size, -(-last // multiple) * multiple))
-    return extent[0], extent[1]
-
-
 def conv_norm(c_in: int, c_out: int, stride: int = 1) -> nn.Sequential:
-    """3x3 convolution and group norm (16 channels a group): no running statistics, training equals
-    inference.
-    """
+    """3x3 convolution and group norm of 16 channels a group."""
     return nn.Sequential(
         nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False), nn.GroupNorm(c_out // 16, c_out)
     )
@@ -320,15 +274,9 @@ class ResidualBlock(nn.Module):
 
 
 class TinyImageEncoder(nn.Module):
-    """Convolutional pyramid in the place of SAM's vision transformer.
-
-    Strides 4, 8, 16 and 32 going up, summed coarse to fine going down to stride 8; the stride-4
-    level enters through pixel unshuffling, so that an 8-pixel token can describe the fine masks
-    inside itself.
-
-    `Sam` pads images to a square. The padding is cut off first and the embedding is padded with
-    zeros last: a padded image gives the same tokens as an unpadded one at half the cost of a 2:1
-    scene.
+    """Convolutional pyramid in the place of SAM's vision transformer: strides 4, 8, 16 and 32 going
+    up, summed coarse to fine going down to stride 8. The stride-4 level enters through pixel
+    unshuffling, so that an 8-pixel token can describe the fine masks inside itself.
     """
 
     def __init__(self):
@@ -348,9 +296,9 @@ class TinyImageEncoder(nn.Module):
         self.project = nn.Conv2d(TINY_WIDTH, TINY_WIDTH, 1)
         self.norm = nn.LayerNorm(TINY_WIDTH)
 
-    def tokens(self, x: Tensor) -> Tensor:
-        """Normalised images [B, 3, H, W], sides multiples of 32, to the embedding [B, C, H/8, W/8],
-        no padding.
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalised images [B, 3, H, W], sides multiples of TINY_MULTIPLE → embedding [B, C, H/8,
+        W/8].
         """
         x = x.contiguous(memory_format=torch.channels_last)
         x = F.relu(self.stem(x))
@@ -366,23 +314,11 @@ class TinyImageEncoder(nn.Module):
         y = self.project(F.relu(self.smooth8(y)))
         return self.norm(y.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalised, zero-padded images [B, 3, S, S] to the embedding [B, C, S/8, S/8], padded
-        with zeros too.
-        """
-        height, width = occupied_extent(x, multiple=32)
-        y = self.tokens(x[:, :, :height, :width])
-        full = self.img_size // TINY_STRIDE
-        return F.pad(y, (0, full - y.shape[3], 0, full - y.shape[2]))
-
 
 class TinyPromptEncoder(PromptEncoder):
-    """The package's prompt encoder, which besides tells every image token where it lies relative to
-    the prompts.
-
-    SAM learns to find a point or a box from Fourier features of coordinates alone, in weeks on many
-    GPUs. Drawing the prompts into the dense embedding, as SAM does with mask prompts, teaches a
-    small network that in minutes.
+    """The package's prompt encoder, which also tells each image token where it lies relative to the
+    prompts: SAM learns that from Fourier features of coordinates alone, in weeks on many GPUs; from
+    prompts drawn into the dense embedding a small network learns it in minutes.
     """
 
     def __init__(self, embed_dim: int, **options):
@@ -391,37 +327,29 @@ class TinyPromptEncoder(PromptEncoder):
         layers = nn.Linear(features, 64), nn.GELU(), nn.Linear(64, embed_dim)
         self.prompt_map = nn.Sequential(*layers)
 
-    def draw(
-        self, points: tuple[Tensor, Tensor] | None, boxes: Tensor | None, h: int, w: int
-    ) -> Tensor:
-        """What is drawn on the upper left h x w tokens, in raster order: [P, h*w, C].
-
-        points: coordinates [P, n, 2] (x, y) in pixels and labels [P, n] (only label 1 counts);
-        boxes [P, 4] or [P, 1, 4], as the package's predictor gives them.
+    def draw(self, points: Tensor, boxes: Tensor | None, h: int, w: int) -> Tensor:
+        """What is drawn on the upper left h x w tokens, in raster order: [P, h*w, C]. Positive
+        points [P, n, 2] (x, y) and boxes [P, 4], in pixels.
         """
-        device = self.no_mask_embed.weight.device
         y, x = torch.meshgrid(
-            (torch.arange(h, device=device) + 0.5) * TINY_STRIDE,
-            (torch.arange(w, device=device) + 0.5) * TINY_STRIDE,
+            (torch.arange(h, device=points.device) + 0.5) * TINY_STRIDE,
+            (torch.arange(w, device=points.device) + 0.5) * TINY_STRIDE,
             indexing="ij",
         )
         centre = torch.stack([x, y], dim=-1).view(1, h * w, 2)
-        count = len(points[0]) if points is not None else len(boxes)
-        near, box = centre.new_zeros(count, h * w, 7), centre.new_zeros(count, h * w, 11)
-        if points is not None:
-            near = self.point_features(centre, *points)
+        near = self.point_features(centre, points)
+        box = near.new_zeros(*near.shape[:2], 11)
         if boxes is not None:
-            box = self.box_features(centre, boxes.float().reshape(-1, 1, 4))
+            box = self.box_features(centre, boxes.float()[:, None])
         return self.prompt_map(torch.cat([near, box], dim=-1))
 
     @staticmethod
-    def point_features(centre: Tensor, points: Tensor, labels: Tensor) -> Tensor:
-        """Features [P, N, 7] of tokens at `centre` [1, N, 2] for the nearest point of label 1:
-        three Gaussians of the distance and the offset at two scales.
+    def point_features(centre: Tensor, points: Tensor) -> Tensor:
+        """[P, N, 7] of tokens at `centre` [1, N, 2] for the nearest point: three Gaussians of the
+        distance, the offset at two scales.
         """
         offset = centre[:, :, None] - (points.float() + 0.5)[:, None]  # [P, N, n, 2]
-        distance = offset.square().sum(-1).masked_fill((labels != 1)[:, None], 1e8)
-        distance, index = distance.min(dim=2)
+        distance, index = offset.square().sum(-1).min(dim=2)
         offset = offset.gather(2, index[..., None, None].expand(-1, -1, 1, 2))[:, :, 0]
         variances = 2 * distance.new_tensor([6.0, 20.0, 60.0]) ** 2
         gaussians = torch.exp(-distance[..., None] / variances)
@@ -429,8 +357,8 @@ class TinyPromptEncoder(PromptEncoder):
 
     @staticmethod
     def box_features(centre: Tensor, boxes: Tensor) -> Tensor:
-        """Features [P, N, 11] of tokens at `centre` [1, N, 2] for boxes [P, 1, 4]: the distances
-        from the four sides at two scales, inside or not, the box's size, and one.
+        """[P, N, 11] of tokens at `centre` [1, N, 2] for boxes [P, 1, 4]: the distances from the
+        four sides at two scales, inside or not, the box's size, and one.
         """
         sides = torch.cat([centre - boxes[..., :2], boxes[..., 2:] + 1 - centre], dim=-1)
         extent = (boxes[..., 2:] + 1 - boxes[..., :2]).clamp(min=1)
@@ -441,59 +369,19 @@ class TinyPromptEncoder(PromptEncoder):
 
     def draw_single_points(self, points: Tensor, h: int, w: int) -> tuple[Tensor, Tensor]:
         """The same of many single points [P, 2]: a table [U, C] and its row for each token, [P,
-        h*w].
-
-        A row depends on the offset from point to token alone, and the points of a grid share their
-        offsets.
+        h*w]. A row depends on the offset from point to token alone, and the points of a grid share
+        their offsets.
         """
-        device = points.device
         offsets = []
         for axis, count in ((0, w), (1, h)):
-            tokens = (torch.arange(count, device=device) + 0.5) * TINY_STRIDE - 0.5
+            tokens = (torch.arange(count, device=points.device) + 0.5) * TINY_STRIDE - 0.5
             offset = tokens[None] - points[:, axis : axis + 1].float()
             offsets.append(torch.unique(offset, return_inverse=True))
         (dx, column), (dy, row) = offsets
         # One token is drawn, for points with all offsets to it.
-        token = TINY_STRIDE / 2 - 0.5
-        around = token - torch.cartesian_prod(dy, dx).flip(1)
-        labels = torch.ones(len(around), 1, device=device)
-        table = self.draw((around[:, None], labels), None, 1, 1)[:, 0]
+        around = TINY_STRIDE / 2 - 0.5 - torch.cartesian_prod(dy, dx).flip(1)
+        table = self.draw(around[:, None], None, 1, 1)[:, 0]
         return table, (row[:, :, None] * len(dx) + column[:, None, :]).flatten(1)
-
-    def forward(
-        self, points: tuple[Tensor, Tensor] | None, boxes: Tensor | None, masks: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """As in the package: sparse [P, T, C] and dense [P, C, S, S] embeddings of P prompts."""
-        sparse, dense = super().forward(points, boxes, masks)
-        if points is not None or boxes is not None:
-            h, w = self.image_embedding_size
-            drawn = self.draw(points, boxes, h, w)
-            dense = dense + drawn.transpose(1, 2).unflatten(2, (h, w))
-        return sparse, dense
-
-
-class TinyMaskDecoder(MaskDecoder):
-    """The package's mask decoder on the tokens that show the image: those of padding take no part.
-
-    `two_way_transformer` and `mask_logits` compute the same faster, for PSA and for the training.
-    """
-
-    def predict_masks(
-        self,
-        image_embeddings: Tensor,
-        image_pe: Tensor,
-        sparse_prompt_embeddings: Tensor,
-        dense_prompt_embeddings: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """As in the package, for one image: embeddings [1, C, S, S], pe [1, C, S, S], sparse [P, T,
-        C], dense [P, C, S, S] to low-resolution mask logits [P, M, 4S, 4S] and predicted IoU [P,
-        M]. Logits over the padding repeat the image's last row or column.
-        """
-        full, (h, w) = image_embeddings.shape[-1], occupied_extent(image_embeddings)
-        embeddings, pe = image_embeddings[..., :h, :w], image_pe[..., :h, :w]
-        dense = dense_prompt_embeddings[..., :h, :w]
-        masks, iou = super().predict_masks(embeddings, pe, sparse_prompt_embeddings, dense)
-        return F.pad(masks, (0, 4 * (full - w), 0, 4 * (full - h)), mode="replicate"), iou
 
 
 def build_sam_tiny() -> Sam:
@@ -507,7 +395,7 @@ def build_sam_tiny() -> Sam:
         mask_in_chans=16,
     )
     transformer = TwoWayTransformer(depth=2, embedding_dim=TINY_WIDTH, mlp_dim=256, num_heads=4)
-    decoder = TinyMaskDecoder(
+    decoder = MaskDecoder(
         transformer_dim=TINY_WIDTH, transformer=transformer, iou_head_hidden_dim=128
     )
     return Sam(encoder, prompt_encoder, decoder).eval()

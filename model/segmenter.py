@@ -1,24 +1,19 @@
 """What PSA asks of a promptable segmenter, and all of it that is not the network.
 
 `Segmenter` is the one interface: `set_image`, then `proposals` and `predict`. A backend supplies
-the network: `encode` an image, `decode` prompts, `enlargement` of its masks (model/sam_fast.py,
-model/sam.py).
+the network (model/sam_fast.py, model/sam.py).
 
 Pixels of an image are (x, y) with (0, 0) at the upper left. H x W is the image's size, h x w that
 of the low-resolution masks, P counts prompts, k points of a prompt, M masks.
-
-Needs when copied away: util/{outputs,run}.py.
 """
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import cv2
 import numpy as np
@@ -36,6 +31,7 @@ from util.outputs import atomic_path
 from util.run import Stopwatch, UserError
 
 MASK_THRESHOLD = 0.0  # logits above it are the mask
+STABILITY_OFFSET = 1.0  # in logits, segment_anything's
 FULL_SIZE_PIXELS = 1 << 28  # of masks that a GPU looks at together at the image's size
 
 # A proposal: its mask (bool, inside its box) and the box x0 y0 x1 y1, inclusive.
@@ -45,56 +41,21 @@ Size = tuple[int, int]  # height, width
 
 @dataclass(frozen=True)
 class ProposalSettings:
-    """Settings of an automatic mask generator. The defaults are segment_anything's, which SeCo uses
-    unchanged.
-    """
+    """Of an automatic mask generator. The defaults are segment_anything's, which SeCo uses."""
 
     points_per_side: int = 32
     predicted_iou: float = 0.88  # proposals at or below it are rejected
     stability: float = 0.95  # proposals below it are rejected
-    stability_offset: float = 1.0  # in logits
     box_nms: float = 0.7  # IoU of boxes
-
-
-SAM_SETTINGS = ProposalSettings()
-
-
-@dataclass(frozen=True)
-class Proposals:
-    """Proposals at low resolution, where those of a street scene are not gigabytes.
-
-    low: mask logits M x h x w, in descending predicted IoU; boxes: int64 M x 4, x0 y0 x1 y1,
-    inclusive, in pixels of the image; predicted_iou: M.
-    """
-
-    low: Tensor
-    boxes: Tensor
-    predicted_iou: Tensor
-
-
-@dataclass
-class Decoded:
-    """P prompts that the network has decoded. iou: predicted IoU of their masks, float32 P x M;
-    low: the masks' low-resolution logits, float32 P x M x h x w.
-    """
-
-    iou: Tensor
-    low: Tensor
-
-    def masks(self, kept: Tensor | None = None) -> Tensor:
-        """Low-resolution logits, float32 (number of masks) x h x w, of the masks that are `kept`
-        (bool P x M), or of all.
-        """
-        return self.low.flatten(0, 1) if kept is None else self.low[kept]
 
 
 class Segmenter:
     """One network and the image it has encoded.
 
-    device: torch.device of all tensors that come out. prompt_batch: prompts decoded at a time
-    (default: 4 on a CPU, whose caches like few, 64 on a GPU), halved for good when memory runs out.
-    amp: compute in bf16; may be set anew before `set_image`. `watch`: seconds of each stage.
-    `files`: what `load_segmenter` made it from.
+    device: of all tensors that come out. prompt_batch: prompts decoded at a time (default: 4 on a
+    CPU, whose caches like few, 64 on a GPU), halved for good when memory runs out. amp: compute in
+    bf16; may be set anew before `set_image`. `watch`: seconds of each stage. `files`: what
+    `load_segmenter` made it from.
     """
 
     files: list[Path]
@@ -102,11 +63,11 @@ class Segmenter:
     def __init__(
         self,
         device: torch.device,
-        settings: ProposalSettings = SAM_SETTINGS,
         prompt_batch: int | None = None,
         amp: bool = False,
+        settings: ProposalSettings | None = None,
     ):
-        self.device, self.settings, self.amp = device, settings, amp
+        self.device, self.amp, self.settings = device, amp, settings or ProposalSettings()
         self.prompt_batch = prompt_batch or (64 if device.type == "cuda" else 4)
         self.watch = Stopwatch()
         self.size: Size = (0, 0)  # of the image
@@ -120,28 +81,27 @@ class Segmenter:
 
     def encode(self, image: np.ndarray) -> None:
         """Keep what `decode` needs of an image, uint8 H x W x 3, RGB. `self.size` is set."""
-        raise NotImplementedError
 
     def to_input(self, points: np.ndarray) -> np.ndarray:
         """Points ... x 2 (x, y), from the image's pixels to those of the network's input."""
-        raise NotImplementedError
 
     def decode(
-        self, points: Tensor, boxes: Tensor | None, several: bool
-    ) -> Callable[[int, int], Decoded]:
-        """A function that decodes the prompts start .. stop - 1.
+        self, points: Tensor, boxes: Tensor | None, several: bool, above: float = -np.inf
+    ) -> Callable[[int, int], tuple[Tensor, Tensor]]:
+        """A function that decodes the prompts start .. stop - 1: low-resolution logits, float32
+        M x h x w, of their masks whose predicted IoU is `above`, and that IoU, float32 M.
 
-        points: P x k x 2, all positive; boxes: P x 4, x0 y0 x1 y1, or None; both in pixels of the
-        network's input. several: the masks of an ambiguous prompt (M = 3), else the one mask
-        (M = 1).
+        Args:
+            points: P x k x 2, all positive, in pixels of the network's input.
+            boxes: P x 4, x0 y0 x1 y1, in the same pixels, or None.
+            several: the three masks of an ambiguous prompt, else the one mask.
+            above: masks of this predicted IoU or less are left out.
         """
-        raise NotImplementedError
 
     def enlargement(self, height: int, width: int) -> list[tuple[Size, Size]]:
         """How low-resolution masks of this size come to the image's: steps of a size to enlarge to
         (bilinear) and the size of the upper left part that is kept.
         """
-        raise NotImplementedError
 
     # ------------------------------------------------------------------------------- what PSA calls
 
@@ -152,10 +112,11 @@ class Segmenter:
         self.encode(image)
 
     def proposals(self) -> Iterator[ProposalMask]:
-        """Automatic masks of the image in descending predicted IoU, on the device. They are found
-        at once, and made at full size while they are taken, few at a time.
+        """Automatic masks of the image in descending predicted IoU, on the device: found at once,
+        made at full size while they are taken, few at a time.
         """
-        return self._full_size_masks(self.find_proposals())
+        low, boxes, _ = self.find_proposals()
+        return self._full_size_masks(low, boxes)
 
     @torch.inference_mode()
     def predict(self, boxes: np.ndarray, points: list[np.ndarray]) -> Tensor:
@@ -174,7 +135,7 @@ class Segmenter:
             decode = self.decode(tensor(coords), tensor(corners.reshape(-1, 4)), several=False)
 
             def masks(start: int, stop: int) -> Tensor:
-                return self.full_size(decode(start, stop).masks()) > MASK_THRESHOLD
+                return self.full_size(decode(start, stop)[0]) > MASK_THRESHOLD
 
             with self.watch("prompts"):
                 batches = self._in_batches(masks, len(chosen))
@@ -188,8 +149,10 @@ class Segmenter:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp)
 
     @torch.inference_mode()
-    def find_proposals(self) -> Proposals:
-        """The proposals of the image before they are made at full size.
+    def find_proposals(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The proposals of the image at low resolution, where those of a street scene are not
+        gigabytes: logits M x h x w, boxes int64 M x 4 in pixels of the image (x0 y0 x1 y1,
+        inclusive) and predicted IoU M, which descends.
 
         The order and the tests are segment_anything's generator's. Its test for boxes at the edge
         of a crop is left out: the only crop is the image, where it never fires.
@@ -197,29 +160,22 @@ class Segmenter:
         settings, device = self.settings, self.device
         grid = build_point_grid(settings.points_per_side) * np.array(self.size)[None, ::-1]
         points = torch.as_tensor(self.to_input(grid), device=device)[:, None]
-        decode = self.decode(points, None, several=True)
+        decode = self.decode(points, None, several=True, above=settings.predicted_iou)
 
-        def good_masks(start: int, stop: int) -> tuple[Tensor, Tensor, Tensor] | None:
+        def good_masks(start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
             """Those that pass both tests: their logits, boxes and predicted IoU."""
             with self.watch("decode proposals", self.threads):
-                decoded = decode(start, stop)
-                likely = decoded.iou > settings.predicted_iou
-                if not likely.any():
-                    return None
+                low, iou = decode(start, stop)
             with self.watch("upscale and filter", self.threads):
-                low = decoded.masks(likely)
                 stable, boxes = self._stable(low)
-                return low[stable], boxes, decoded.iou[likely][stable]
+                return low[stable], boxes, iou[stable]
 
-        batches = [found for found in self._in_batches(good_masks, len(points)) if found]
-        if not batches:
-            boxes = torch.zeros(0, 4, dtype=torch.long, device=device)
-            return Proposals(torch.zeros(0, 1, 1, device=device), boxes, boxes[:, 0].float())
+        batches = self._in_batches(good_masks, len(points))
         with self.watch("nms"):
             low, boxes, iou = (torch.cat(part) for part in zip(*batches))
             one_class = torch.zeros(len(boxes), device=device)
             keep = batched_nms(boxes.float(), iou, one_class, settings.box_nms)
-            return Proposals(low[keep], boxes[keep], iou[keep])
+            return low[keep], boxes[keep], iou[keep]
 
     @torch.inference_mode()
     def full_size(self, low: Tensor) -> Tensor:
@@ -231,18 +187,16 @@ class Segmenter:
         return masks[:, 0]
 
     @torch.inference_mode()
-    def _full_size_masks(self, proposals: Proposals) -> Iterator[ProposalMask]:
-        for i in range(0, len(proposals.low), batch := self.prompt_batch):
-            masks = self.full_size(proposals.low[i : i + batch]) > MASK_THRESHOLD
-            for mask, (x0, y0, x1, y1) in zip(masks, proposals.boxes[i : i + batch].tolist()):
+    def _full_size_masks(self, low: Tensor, boxes: Tensor) -> Iterator[ProposalMask]:
+        for some, their_boxes in zip(low.split(self.prompt_batch), boxes.split(self.prompt_batch)):
+            masks = self.full_size(some) > MASK_THRESHOLD
+            for mask, (x0, y0, x1, y1) in zip(masks, their_boxes.tolist()):
                 yield mask[y0 : y1 + 1, x0 : x1 + 1], (x0, y0, x1, y1)
 
     def _in_batches(self, function: Callable[[int, int], Any], count: int) -> list:
         """`function(start, stop)` over 0..count in prompt batches; on out-of-memory the batch is
-        halved, for good.
-
-        On a CPU as many batches are decoded side by side as there are cores, one core each: the
-        matrices of a batch are too small to keep several cores busy.
+        halved, for good. On a CPU as many batches are decoded side by side as there are cores, one
+        core each: the matrices of a batch are too small to keep several cores busy.
         """
         results, start = [], 0
         while start < count:
@@ -265,22 +219,20 @@ class Segmenter:
         """
         if self.device.type == "cpu":
             return self._stable_on_cpu(low)
-        settings = self.settings
         stable, boxes = [], []
         for part in low.split(max(1, FULL_SIZE_PIXELS // (self.size[0] * self.size[1]))):
             logits = self.full_size(part)
-            score = calculate_stability_score(logits, MASK_THRESHOLD, settings.stability_offset)
-            stable.append(score >= settings.stability)
+            score = calculate_stability_score(logits, MASK_THRESHOLD, STABILITY_OFFSET)
+            stable.append(score >= self.settings.stability)
             boxes.append(batched_mask_to_box(logits[stable[-1]] > MASK_THRESHOLD).long())
         return torch.cat(stable), torch.cat(boxes)
 
     def _stable_on_cpu(self, low: Tensor) -> tuple[Tensor, Tensor]:
         """As `_stable`, one mask at a time, so that it stays in the cache; OpenCV enlarges and
-        numpy counts several times faster than torch does on a CPU. OpenCV rounds other last bits: a
+        numpy counts several times faster than torch on a CPU. OpenCV rounds other last bits: a
         score may change by a pixel on its threshold.
         """
-        threshold, settings = np.float32(MASK_THRESHOLD), self.settings
-        offset = np.float32(settings.stability_offset)
+        threshold, offset = np.float32(MASK_THRESHOLD), np.float32(STABILITY_OFFSET)
         stable, boxes = torch.zeros(len(low), dtype=torch.bool), []
         steps = self.enlargement(*low.shape[-2:])
         for number, logits in enumerate(low.contiguous().numpy()):
@@ -289,7 +241,7 @@ class Segmenter:
                 logits = logits[:rows, :columns]
             least = np.count_nonzero(logits > threshold + offset)
             most = np.count_nonzero(logits > threshold - offset)
-            if most and np.float32(least) / np.float32(most) >= settings.stability:
+            if most and np.float32(least) / np.float32(most) >= self.settings.stability:
                 stable[number] = True
                 inside = logits > threshold
                 ys, xs = np.flatnonzero(inside.any(axis=1)), np.flatnonzero(inside.any(axis=0))
@@ -301,9 +253,7 @@ class Segmenter:
 
 
 def save_proposals(path: Path, masks: list[ProposalMask]) -> None:
-    """The masks to a file, as bits, compressed: a few hundred kilobytes for an image of
-    2048x1024.
-    """
+    """The masks to a file, as bits, compressed: a few hundred kilobytes at 2048x1024."""
     boxes = np.array([box for _, box in masks], dtype=np.int32).reshape(-1, 4)
     flat = [mask.cpu().numpy().ravel() for mask, _ in masks]
     bits = np.packbits(np.concatenate(flat or [np.zeros(0, bool)]))
@@ -316,10 +266,8 @@ def load_proposals(path: Path, device: torch.device) -> list[ProposalMask]:
     try:
         with np.load(path) as file:
             boxes, bits = file["boxes"].tolist(), np.unpackbits(file["bits"]).astype(bool)
-    except (OSError, ValueError, EOFError, KeyError, BadZipFile, zlib.error) as error:
-        raise UserError(
-            f"{path}: not readable as mask proposals ({error}); remove the file"
-        ) from None
+    except Exception as error:  # of numpy, zipfile and zlib
+        raise UserError(f"{path}: no whole mask proposals ({error}); remove the file") from None
     masks, start = [], 0
     for x0, y0, x1, y1 in boxes:
         height, width = y1 - y0 + 1, x1 - x0 + 1

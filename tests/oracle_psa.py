@@ -3,12 +3,13 @@ mask generator.
 
 Slow and obvious; tests compare seco_sam.py with it pixel by pixel, scripts/dev/bench.py
 measures against it. It shares no code with the fast path but the constants' values, which are
-written out again; of the tiny SAM it shares model/sam_fast.py, which is its definition.
+written out again; of the tiny SAM it shares the network's parts.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 
 import cv2
@@ -16,8 +17,48 @@ import numpy as np
 import pyclipper
 import torch
 from segment_anything import SamAutomaticMaskGenerator, SamPredictor
+from torch.nn import functional as F
+
+from model.sam_fast import TinyPromptEncoder
 
 IGNORE = 255
+
+
+def for_the_package(sam):
+    """The tiny SAM as a copy that the package's predictor can use, which deals in padded squares;
+    any other as it is.
+    """
+    if not isinstance(sam.prompt_encoder, TinyPromptEncoder):
+        return sam
+    sam = copy.deepcopy(sam)
+    encoder, prompts, decoder = sam.image_encoder, sam.prompt_encoder, sam.mask_decoder
+    embed, prompted, decoded = encoder.forward, prompts.forward, decoder.predict_masks
+    side = prompts.image_embedding_size[0]
+
+    def extent(x):  # of what is no padding: no pixel and no token is zero
+        shown = (x != 0).any(dim=1)[0]
+        return int(shown.any(dim=1).sum()), int(shown.any(dim=0).sum())
+
+    def encode(x):
+        height, width = (-(-pixels // 32) * 32 for pixels in extent(x))
+        y = embed(x[..., :height, :width])
+        return F.pad(y, (0, side - y.shape[3], 0, side - y.shape[2]))
+
+    def encode_prompts(points, boxes, masks):
+        sparse, dense = prompted(points, boxes, masks)
+        boxes = None if boxes is None else boxes.reshape(-1, 4)
+        drawn = prompts.draw(points[0], boxes, side, side)
+        return sparse, dense + drawn.transpose(1, 2).unflatten(2, (side, side))
+
+    def predict_masks(image_embeddings, image_pe, **prompt_embeddings):
+        sparse, dense = prompt_embeddings.values()
+        h, w = extent(image_embeddings)
+        image, pe, dense = (x[..., :h, :w] for x in (image_embeddings, image_pe, dense))
+        masks, iou = decoded(image, pe, sparse, dense)
+        return F.pad(masks, (0, 4 * (side - w), 0, 4 * (side - h)), mode="replicate"), iou
+
+    encoder.forward, prompts.forward, decoder.predict_masks = encode, encode_prompts, predict_masks
+    return sam
 
 
 def components(mask: np.ndarray) -> list[np.ndarray]:
@@ -118,6 +159,7 @@ def oracle_psa(
     """The aggregated label map. settings: keyword arguments of the mask generator, by default the
     official ones. watch: times the stages, `with watch(name)`.
     """
+    sam = for_the_package(sam)
     official = dict(pred_iou_thresh=0.88, stability_score_thresh=0.95, box_nms_thresh=0.7)
     generator = SamAutomaticMaskGenerator(sam, **(settings or official | {"points_per_side": 32}))
     over_stuff, over_things = np.full_like(label, IGNORE), np.full_like(label, IGNORE)

@@ -241,11 +241,11 @@ def prepared_segmenter(
     if random:
         sam.settings = replace(sam.settings, predicted_iou=-np.inf, stability=-1.0, box_nms=1.0)
         sam.set_image(image)
-        everything = sam.find_proposals()
-        iou = float(everything.predicted_iou.quantile(2 / 3))
+        low, _, predicted_iou = sam.find_proposals()
+        iou = float(predicted_iou.quantile(2 / 3))
         stability = [
-            calculate_stability_score(sam.full_size(low), MASK_THRESHOLD, 1.0)
-            for low in everything.low[everything.predicted_iou > iou].split(8)
+            calculate_stability_score(sam.full_size(some), MASK_THRESHOLD, 1.0)
+            for some in low[predicted_iou > iou].split(8)
         ]
         ranked = torch.cat(stability).sort(descending=True).values
         limit = float(ranked[min(150, len(ranked) - 1)])

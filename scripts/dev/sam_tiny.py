@@ -32,7 +32,6 @@ import numpy as np
 import torch
 from PIL import Image
 from scipy import ndimage
-from segment_anything.modeling import PromptEncoder
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import default_collate
@@ -42,7 +41,6 @@ from dataset.toy import draw_scene
 from model.checkpoint import read_checkpoint
 from model.sam_fast import (
     TINY_CHECKPOINT,
-    TINY_PE_FREQUENCIES,
     build_sam_tiny,
     mask_logits,
     two_way_transformer,
@@ -77,6 +75,8 @@ MIN_AREA = 10  # pixels: PSA skips connectivities under 10 pixels (released code
 # Prompts of an image and step: boxes with one point, boxes with two, one point alone.
 BOX_PROMPTS, POINT_PROMPTS = (4, 4), 7
 LOGIT_GAIN = 4.0  # see `export`
+# Of positional encodings, cycles per half image: 12 is a wavelength of 16 pixels, two tokens.
+PE_FREQUENCIES = (0.5, 12.0)
 SAVE_EVERY = 100  # steps
 
 
@@ -306,7 +306,7 @@ def initialise(sam) -> None:
     generator = torch.Generator().manual_seed(SEED)
     matrix = sam.prompt_encoder.pe_layer.positional_encoding_gaussian_matrix
     n = matrix.shape[1]
-    low, high = TINY_PE_FREQUENCIES
+    low, high = PE_FREQUENCIES
     magnitude = low * (high / low) ** (torch.arange(n) / (n - 1))
     angle = 2 * np.pi * torch.rand(n, generator=generator)
     matrix.copy_(torch.stack([torch.cos(angle), torch.sin(angle)]) * magnitude)
@@ -325,7 +325,7 @@ def initialise(sam) -> None:
 
 def embedded(sam, images: Tensor) -> Tensor:
     """The embedding [B, C, H/8, W/8] of images [B, 3, H, W] of 0 to 255."""
-    return sam.image_encoder.tokens((images - sam.pixel_mean) / sam.pixel_std)
+    return sam.image_encoder((images - sam.pixel_mean) / sam.pixel_std)
 
 
 def decoded(
@@ -334,14 +334,13 @@ def decoded(
     """What SAM gives for K prompts on each of B images: logits [B, K, M, N*16] in token order and
     predicted IoU [B, K, M] of the M mask `outputs`, and what the IoU head reads [B, K, C].
 
-    embedding [B, C, h, w]; positive points [B, K, n, 2]; boxes [B, K, 4]. The prompt encoder's own
-    forward would draw the prompts over the padding too.
+    embedding [B, C, h, w]; positive points [B, K, n, 2]; boxes [B, K, 4].
     """
     (b, k), (h, w) = points.shape[:2], embedding.shape[2:]
     encoder, decoder = sam.prompt_encoder, sam.mask_decoder
     labels = torch.ones(b * k, points.shape[2], dtype=torch.int)
-    points, boxes = (points.flatten(0, 1), labels), None if boxes is None else boxes.flatten(0, 1)
-    sparse, _ = PromptEncoder.forward(encoder, points, boxes, None)
+    points, boxes = points.flatten(0, 1), None if boxes is None else boxes.flatten(0, 1)
+    sparse, _ = encoder((points, labels), boxes, None)
     drawn = encoder.draw(points, boxes, h, w).unflatten(0, (b, k))
     tokens = (embedding + encoder.no_mask_embed.weight[:, :, None, None]).flatten(2).transpose(1, 2)
     keys = tokens[:, None].to(drawn.dtype) + drawn
