@@ -59,13 +59,7 @@ def test_the_layout_as_downloaded(downloaded, capsys):
     assert "conditions are unknown" not in out
     again = sound(capsys, downloaded, data="acdc", expect=(4, 4, 4))
     assert again.endswith("checked before, nothing has changed\n") and again.count("\n") == 1
-    missing = [what for what, _ in layouts.missing_data("acdc", downloaded)]
-    assert missing == [
-        f"{downloaded}/rgb_anon/*/train: 4 of 1600 files *_rgb_anon.png",
-        f"{downloaded}/rgb_anon/*/val: 4 of 406 files *_rgb_anon.png",
-        f"{downloaded}/gt/*/val: 4 of 406 files *_gt_labelTrainIds.png",
-    ]
-    assert "rgb_anon/*/test: 4 of 2000 files" in capsys.readouterr().err
+    assert layouts.missing_data("acdc", downloaded) == []
 
 
 def test_the_flattened_layout_without_training_labels(downloaded, capsys):

@@ -5,7 +5,6 @@ lacks. Standard library only: a task asks before any package is installed.
 from __future__ import annotations
 
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -139,24 +138,17 @@ OFFICIAL = {
 
 def missing_data(name: str, root: Path) -> list[tuple[str, str]]:
     """[(what is missing, where to get it)] of the official files that a task needs: images of all
-    splits, labels of the validation images. Reads names only, writes nothing.
-
-    name: of OFFICIAL, of a task's data.
+    splits, labels of the validation images. Looks for any; prepare_data counts them.
     """
     data, missing = OFFICIAL[name], []
     for kind, split in (*(("images", split) for split in data.counts), ("labels", "val")):
         layout = data.layout(root, split)
-        folder, ending = getattr(layout, kind)
-        found, wanted = len(layout.files(root, kind, split)), data.counts[split]
-        where = root / folder.format(split=split, condition="*")
-        line = f"{where}: {found} of {wanted} files *{ending}"
-        allowed = wanted if split in data.optional else few(wanted) if data.has_gaps else 0
-        if found > wanted or found < wanted - allowed:
-            download = data.downloads[kind == "labels"]
-            get = f"{download} of {data.site} (login), unpacked in {root}"
-            missing.append((line, get + (" (for evaluation)" if kind == "labels" else "")))
-        elif 0 < found < wanted:
-            print(f"note: {line}; going on with these", file=sys.stderr)
+        if split not in data.optional and not layout.files(root, kind, split):
+            folder, ending = getattr(layout, kind)
+            where = root / folder.format(split=split, condition="*")
+            get = f"{data.downloads[kind == 'labels']} of {data.site} (login), unpacked in {root}"
+            get += " (for evaluation)" if kind == "labels" else ""
+            missing.append((f"{where}: 0 of {data.counts[split]} files *{ending}", get))
     return missing
 
 
