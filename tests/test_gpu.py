@@ -151,7 +151,7 @@ def test_a_case_that_fails_leaves_the_others_and_alone_runs_again(tmp_path, monk
     assert "| tf32 | RuntimeError: CUDA error: |" in text
     assert gpu.main(how) == 0 and begun[3:] == ["tf32"]
     assert "Error" not in (tmp_path / "gpu.md").read_text()
-    monkeypatch.setattr(gpu, "settings_of", lambda *_: {"card": "another", "miniature": True})
+    monkeypatch.setattr(gpu, "settings_of", lambda _: {"card": "another"})
     with pytest.raises(UserError, match="holds results of card = .*, now it is another"):
         gpu.main(how)
 

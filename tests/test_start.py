@@ -94,7 +94,7 @@ def test_sh_hands_a_script_on_to_bash(script):
         ["sh", str(script), "--help"], env={**os.environ, "PYTHON": python}, capture_output=True
     )
     if of_python:
-        assert result.returncode == 0 and b"--miniature" in result.stdout
+        assert result.returncode == 0 and b"--out" in result.stdout
     else:
         assert result.returncode == 0 and b"Environment variables" in result.stdout
 

@@ -6,7 +6,7 @@ every part in turn, each with a time limit:
 Outputs  in --out: gpu.md and gpu.json, written anew after every figure
 
 The same command goes on where it was stopped, and runs what failed again. On a CPU all sizes are
-tiny. Another card, commit, torch or size needs another folder.
+tiny. Another card, commit or torch needs another folder.
 """
 
 from __future__ import annotations
@@ -145,13 +145,13 @@ def table(figures: dict[str, dict], size: dict) -> str:
     return markdown_table(["what", "case", "figure", "peak memory, GB"], rows)
 
 
-def settings_of(device: torch.device, miniature: bool) -> dict:
+def settings_of(device: torch.device) -> dict:
     """What figures belong to."""
     made = run.manifest({})
     cuda = device.type == "cuda"
     card = torch.cuda.get_device_name(device) if cuda else made["hardware"]["cpu"]
-    settings = {"card": card, "torch": str(torch.__version__), "commit": made["git"]["commit"]}
-    return {**settings, "uncommitted": made["git"]["changed"], "miniature": miniature}
+    commit, changed = made["git"]["commit"], made["git"]["changed"]
+    return {"card": card, "torch": torch.__version__, "commit": commit, "uncommitted": changed}
 
 
 def measured(function, case: str, size: dict, device: torch.device) -> dict:
@@ -175,21 +175,18 @@ class Options(DeviceOptions):
     "what is measured"
     out: Folder = Path("runs/gpu")
     "folder of the results"
-    miniature: bool = False
-    "tiny sizes; always on a CPU"
 
 
 def main(argv=None) -> int:
     options = parse_options(Options, __doc__, argv)
     device, out = run.select_device(options.device), options.out
     function, _, cases = PARTS[options.part]
-    miniature = options.miniature or device.type == "cpu"
-    size = MINIATURE if miniature else FULL
+    size = MINIATURE if device.type == "cpu" else FULL
     run.tune_cpu()
     if device.type == "cpu":  # whose code takes minutes to generate and says nothing here
         torch.compile = functools.partial(torch.compile, backend="aot_eager")
     with Outputs(out, "choose another folder") as outputs:
-        settings, record = settings_of(device, miniature), out / "gpu.json"
+        settings, record = settings_of(device), out / "gpu.json"
         figures = read_json(record)["parts"] if record.is_file() else {}
         outputs.accept(settings, begun=bool(figures))
         found = figures.setdefault(options.part, {})
