@@ -348,15 +348,18 @@ def print_histogram(title: str, histogram: np.ndarray, classes: ClassSet) -> Non
         print(f"  {name:<14} {100 * pixels / total:7.3f} %{note}")
 
 
+def tell(kind: str, lines: list[str], file=None) -> None:
+    """Print the first lines, and how many more there are."""
+    for line in lines[:LINES_SHOWN]:
+        print(f"{kind}: {line}", file=file)
+    if len(lines) > LINES_SHOWN:
+        print(f"{kind}: {len(lines) - LINES_SHOWN} more of these", file=file)
+
+
 def stop_at(problems: list[str]) -> None:
-    """If there are problems, print the first ones and stop with exit code 2."""
-    if not problems:
-        return
-    for line in problems[:LINES_SHOWN]:
-        print(f"problem: {line}", file=sys.stderr)
-    hidden, plural = len(problems) - LINES_SHOWN, "s" if len(problems) != 1 else ""
-    more = f" ({hidden} more not shown)" if hidden > 0 else ""
-    raise UserError(f"{len(problems)} problem{plural} in the data{more}; nothing was listed")
+    if problems:
+        tell("problem", problems, sys.stderr)
+        raise UserError(f"problems in the data: {len(problems)}; nothing was listed")
 
 
 # --------------------------------------------------------------------------------------------- main
@@ -373,10 +376,7 @@ def prepare_split(root: Path, data: DataSet, name: str, split: str, found: Check
             f"{root}: {lacking} of {count} {split} images have no usable label; unpack"
             f" {data.source} here again"
         )
-    for line in found.notes[:LINES_SHOWN]:
-        print(f"note: {line}")
-    if len(found.notes) > LINES_SHOWN:
-        print(f"note: {len(found.notes) - LINES_SHOWN} more of these")
+    tell("note", found.notes)
 
 
 def prepare(options: DataSetOptions) -> None:
