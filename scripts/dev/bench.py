@@ -47,8 +47,9 @@ from util.labels import CITYSCAPES_19, IGNORE, write_list
 from util.options import Argument, Bounds, Count, DeviceOptions, Pixels, parse_options
 
 CROP = 769  # of `data`
-# Of `scc`: different images on disk, connectivities that the reference cuts, batches of patches
-FILES, CUTS, BATCHES = 8, 24, 60
+# Of `scc`: different images on disk, how often each is listed, connectivities that the reference
+# cuts, batches of patches
+FILES, TIMES, CUTS, BATCHES = 8, 375, 24, 60
 VARIANTS = {  # of `train`
     "plain fp32": [],
     "fp32": [],
@@ -80,8 +81,6 @@ class Options(DeviceOptions):
     "psa: not of the oracle"
     no_oracle: bool = False
     "psa: time PSA alone"
-    listed: Count = 3000
-    "scc: images in the list, in multiples of 8"
     backbone: str = "resnet101"
     "train: of train_unimatch.py"
     crop_size: Pixels = 769
@@ -269,7 +268,7 @@ def scc(options: Options, device: torch.device) -> None:
     """
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        data = repeated(root, reference_data.made_files(root, FILES), -(-options.listed // FILES))
+        data = repeated(root, reference_data.made_files(root, FILES), TIMES)
         chosen = np.random.default_rng(1).permutation(data.starts[FILES])[:CUTS].tolist()
         reference_scc.store_masks(root, data, chosen)
         slow = cpu_seconds(
