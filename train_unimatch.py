@@ -501,7 +501,8 @@ def parse_args(argv: list[str] | None = None) -> Options:
         raise UserError(
             "--photometric: only with --supervised; UniMatch's labeled images stay as they are"
         )
-    Bounds(least=0, most=args.class_num - 1).check("copy_paste_classes", args.copy_paste_classes)
+    for number in args.copy_paste_classes or ():
+        Bounds(least=0, most=args.class_num - 1).check("copy_paste_classes", number)
     least, most = args.scales = list(args.scales)  # as settings.json gives it back
     if least > most:
         raise UserError(f"--scales {least:g} {most:g}: give the smaller factor first")

@@ -9,6 +9,7 @@ seco_sam.Aggregation.
 from __future__ import annotations
 
 import sys
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -34,7 +35,7 @@ from util.labels import (
 )
 from util.outputs import read_json, write_json
 from util.pictures import colour_label, contact_sheet, overlay
-from util.run import UserError, process_rank, progress, sha256, wait_for
+from util.run import UserError, process_rank, progress, sha256
 
 # Below them PSA doubts its segmenter. Read off runs: of photographs' labels the tiny SAM of drawn
 # scenes kept 25 %, that of photographs 63 %; CamVid's good runs have 6 proposals an image.
@@ -167,7 +168,10 @@ def summarise(records: list[dict], classes: ClassSet) -> dict:
 def write_summary(job: Job, record: dict) -> None:
     """The list of results and the summary with `record`, when all processes are done."""
     made = [path for row in job.rows for path in (job.record(row), job.label(row))]
-    wait_for(made, "the other processes")
+    if process_rank()[1] > 1:
+        print("waiting for the other processes")
+    while not all(path.is_file() for path in made):
+        time.sleep(0.5)
     write_list(job.list_path, [(r[0], in_experiment(r[1], job.out.name)) for r in job.rows])
     summary = summarise([read_json(job.record(row)) for row in job.rows], job.classes)
     if job.truth:

@@ -29,7 +29,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # for `python scri
 
 import numpy as np
 
-from util.charts import decorate, draw_lines, new_axes, save_chart
+from util.charts import draw_lines, new_axes, save_chart
 from util.options import Argument, File, NotNegative, parse_options
 from util.outputs import check_writable
 from util.run import UserError, run_main
@@ -178,14 +178,15 @@ def picture(run: TrainingLog, reference: TrainingLog, tolerance: float):
         if of_logs["reference"]:
             losses[name] = {label: (list(v), list(v.values())) for label, v in of_logs.items()}
     axes, *others = new_axes([460, *(300 for _ in losses)])
-    decorate(axes, "mIoU on the validation set", "epoch", "mIoU (%)")
+    axes.set_title("mIoU on the validation set", loc="left")
+    axes.set(xlabel="epoch", ylabel="mIoU (%)")
     middle = np.array([reference.miou[epoch] for epoch in epochs])
     widths = np.array([band(reference, epoch, tolerance) for epoch in epochs])
     axes.fill_between(epochs, middle - widths, middle + widths, color=BAND_COLOUR, label="band")
     draw_lines(axes, {label: log.curve for label, log in logs.items()})
     for below, (name, series) in zip(others, losses.items()):
-        decorate(below, name, "epoch", name)
         draw_lines(below, series)
+        below.set(xlabel="epoch", ylabel=name)
     return axes.figure
 
 

@@ -27,26 +27,23 @@ def test_a_gap_is_a_gap_and_two_evaluations_are_two_points():
 
 @pytest.mark.parametrize("count", [1, 3, 10])
 @pytest.mark.parametrize("name", ["short", LONG, LONG * 3])
-def test_a_legend_is_below_the_chart_and_within_the_picture(tmp_path, count, name):
+def test_a_legend_is_below_the_chart_and_within_its_width(tmp_path, count, name):
     series = {f"{name} {i}": ([0, 1, 2], [i, NAN, i + 1]) for i in range(count)}
     figure = line_chart(series, "title", "epoch", "mIoU (%)")
     save_chart(tmp_path / "x.png", figure)
     (legend,), picture = figure.legends, Image.open(tmp_path / "x.png")
     box, axes = legend.get_window_extent(), figure.axes[0].get_tightbbox()
-    assert 0 <= box.x0 < box.x1 <= picture.width == 860 and 0 <= box.y0 < box.y1 < axes.y0
+    assert axes.x0 >= 0 and box.x0 >= 0 and max(axes.x1, box.x1) <= 860 and box.y1 < axes.y0
+    assert abs(picture.width - 860) < 40 and picture.height > axes.y1 - box.y0
     assert len(legend.get_texts()) == count and figure.axes[0].bbox.height > 300
-    assert axes.x0 >= 0 and axes.x1 <= picture.width and axes.y1 <= picture.height
 
 
-def test_bars_are_labelled_and_stacked():
-    values = {"a": 50.0, LONG: 60.04}
-    axes = bar_chart({"": values}, "", "%", {"a": 1.0, LONG: 2.0}).axes[0]
+def test_bars_have_figures_and_whiskers():
+    axes = bar_chart({"a": 50.0, LONG: 60.04}, "%", {"a": 1.0, LONG: 2.0}).axes[0]
     assert [text.get_text() for text in axes.texts] == ["50.0", "60.0"]
     ((whiskers,),) = (bars.errorbar.lines[2] for bars in axes.containers[1:])
     ends = [x for segment in whiskers.get_segments() for x, _ in segment]
     assert ends == pytest.approx([49, 51, 58.04, 62.04])
-    axes = bar_chart({"kept": {"a": 70, "b": 0}, "dropped": {"a": 30, "b": 100}}, "", "%").axes[0]
-    assert [bar.get_x() for bar in axes.patches] == [0, 0, 70, 0] and not axes.texts
 
 
 def test_a_confusion_matrix_is_in_percent_of_its_rows():
@@ -55,15 +52,13 @@ def test_a_confusion_matrix_is_in_percent_of_its_rows():
     assert {t.get_position(): t.get_text() for t in axes.texts} == {(0, 0): "75", (1, 0): "25"}
     assert [label.get_text() for label in axes.get_xticklabels()] == ["road", "sky", "none"]
     cells = axes.images[0].get_array()
-    assert (cells[1] == cells[1, 0]).all() and (cells[0, 2] == 1).all() and cells[1, 0, 0] < 1
+    assert np.ma.getmaskarray(cells)[1].all() and cells[0].tolist() == [0.75, 0.25, 0]
 
 
 def test_charts_of_nothing_are_drawn(tmp_path):
-    titles = ("", "x", "y")
     for figure in (
-        line_chart({}, *titles),
-        line_chart({"a": ([], []), "b": ([4], [NAN])}, *titles),
-        bar_chart({"": {}}, "", "%"),
+        line_chart({}, "", "x", "y"),
+        line_chart({"a": ([], []), "b": ([4], [NAN])}, "", "x", "y"),
         confusion_chart(np.zeros((2, 2), int), ("a", "b")),
     ):
         save_chart(tmp_path / "x.png", figure)

@@ -449,7 +449,7 @@ def test_bad_input_is_told_in_one_line(data, tmp_path, capsys):
         (("--labels", tmp_path / "others.txt"), None, "has none of the images of"),
         (("--labels", data / "gt/val"), None, "has none of the images of"),
         (("--labels", tmp_path / "turned.txt"), None, "turned.png: 50x70 pixels do not show"),
-        ((*model, "--labels", tmp_path), None, "--checkpoint and --labels: give one of them"),
+        ((*model, "--labels", tmp_path), None, "--checkpoint or --labels: give one of them"),
         ((), None, "--checkpoint or --labels: give one of them"),
     ]
     for options, name, message in cases:

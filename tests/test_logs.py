@@ -338,7 +338,7 @@ def test_a_log_with_itself_passes(tmp_path, capsys):
     for name in COUNTS:
         log, picture = str(SHIPPED / name), tmp_path / f"{name}.png"
         assert compare_logs.main([log, log, "--picture", str(picture)]) == 0
-        assert Image.open(picture).size[0] == 860
+        assert Image.open(picture).width > 800
         printed = capsys.readouterr().out
         assert "FAIL" not in printed and "overall: pass" in printed
         assert f"tensorboard --logdir_spec run:{log},reference:{log}" in printed

@@ -83,7 +83,7 @@ def test_settings_are_those_that_are_marked():
         ("--share nan", "--share nan"),
         ("--lr 0", "--lr 0.0: give a number above 0"),
         ("--lr inf", "--lr inf"),
-        ("--size 31 64", "--size 31 64: give 32 or more"),
+        ("--size 31 64", "--size 31: give 32 or more"),
         ("--batch 0", "--batch 0: give 1 or more"),
         ("--seed -1", "--seed -1: give 0 or more and at most 4294967295"),
         ("--seed 4294967296", "--seed 4294967296"),
@@ -123,5 +123,5 @@ def test_options_that_exclude_each_other():
     assert one_of(parse(), "left", "right", needed=False) is None
     with pytest.raises(UserError, match="--left or --right: give one of them"):
         one_of(parse(), "left", "right")
-    with pytest.raises(UserError, match="--left and --right: give one of them"):
+    with pytest.raises(UserError, match="--left or --right: give one of them"):
         one_of(parse("--left", "--right"), "left", "right", needed=False)

@@ -13,13 +13,12 @@ import pytest
 from util.outputs import (
     Outputs,
     atomic_path,
-    digests,
     made_before,
     made_from,
     read_json,
     write_json,
 )
-from util.run import UserError, sha256
+from util.run import UserError
 
 
 def write(path, text):
@@ -84,8 +83,8 @@ def test_inputs_may_change_until_there_are_results(tmp_path):
 
         assert not out.accept({}, two, begun=False) and out.accept({}, two, begun=False)
         assert out.accept({}, two, begun=True)
-        refused(files, f"lack 1 of the inputs, first {files['c']}")
-        refused({"a": files["a"]}, "1 inputs of its results are none now, first b")
+        refused(files, f"{files['c']}: has changed .* or was added or removed")
+        refused({"a": files["a"]}, "b: has changed .* or was added or removed")
         refused(dict(reversed(two.items())), "in another order")
         write(files["b"], "other")
         refused(two, f"{files['b']}: has changed since the results in {tmp_path}/out")
@@ -114,8 +113,3 @@ def test_a_file_is_whole_or_as_it_was(tmp_path):
     assert json.loads(path.read_text()) == read_json(path) == {"a": [1]}
     with pytest.raises(UserError, match="no such file"):
         read_json(tmp_path / "none.json")
-
-
-def test_digests(tmp_path):
-    path = write(tmp_path / "a", "x")
-    assert digests([path, path]) == {str(path): sha256(path)}

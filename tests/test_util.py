@@ -30,7 +30,6 @@ from util.run import (
     RENDEZVOUS_SECONDS,
     WORK_SECONDS,
     UserError,
-    _output,
     manifest,
     run_main,
 )
@@ -247,86 +246,61 @@ def test_unknown_devices_are_refused(device):
         (OSError(errno.EDQUOT, "Disk quota exceeded", "x.pth"), "x.pth: the disk is full; make"),
         (RuntimeError("PytorchStreamWriter failed writing file data/0"), "the disk is full"),
         (RuntimeError("unable to allocate shared memory(shm) for file </torch_1>"), "--shm-size"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB.\nGPU 0"), "CUDA out of memory"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+            "error: memory has run out (D",
+        ),
+        (MemoryError("Unable to allocate 3 TiB"), "; use --amp bf16. What is finished is kept"),
     ],
+    ids=["full", "quota", "torch", "shm", "cuda", "cpu", "numpy"],
 )
 def test_limits_of_the_machine_are_told_in_a_line(error, told, capsys):
     def main():
         raise error
 
-    assert run_main(main) == 2
+    assert run_main(main, "use --amp bf16") == 2
     said = capsys.readouterr().err
-    assert told in said and said.count("\n") == 1
-
-
-@pytest.mark.parametrize(
-    "error, told",
-    [
-        (OSError(errno.ENOSPC, "No space left on device"), "a.png: the disk is full; make room"),
-        (OSError(errno.EACCES, "Permission denied"), "denied); choose another place"),
-    ],
-)
-def test_a_file_that_cannot_be_written_is_told_in_a_line(tmp_path, error, told):
-    path = tmp_path / "a.png"
-    path.write_text("whole")
-    with pytest.raises(UserError, match=re.escape(told)), atomic_path(path) as temporary:
-        temporary.write_text("half")
-        raise error
-    assert [p.name for p in tmp_path.iterdir()] == ["a.png"] and path.read_text() == "whole"
-
-
-def test_output_of_other_programs_may_have_any_bytes():
-    assert _output("printf", r"caf\303\251 \377") == "café \ufffd"
+    assert told in said and said.startswith("error: ") and said.count("\n") == 1
 
 
 def test_other_errors_keep_their_traceback():
-    def main():
-        raise RuntimeError("a bug")
+    with pytest.raises(ZeroDivisionError):
+        run_main(lambda: 1 / 0)
 
-    with pytest.raises(RuntimeError):
-        run_main(main)
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES])
+def test_a_file_that_cannot_be_written_is_told_in_a_line(tmp_path, number):
+    path = tmp_path / "a.png"
+    path.write_text("whole")
+    with (
+        pytest.raises(UserError, match=r"a.png: cannot be written \(reason\); make room or"),
+        atomic_path(path) as temporary,
+    ):
+        temporary.write_text("half")
+        raise OSError(number, "reason")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.png"] and path.read_text() == "whole"
 
 
 def test_manifests_name_every_run_time_package():
-    wanted = [
-        line.split("#")[0].split(">")[0].strip()
-        for line in (ROOT / "requirements.txt").read_text().splitlines()
-        if line.split("#")[0].strip()
-    ]
-    assert set(wanted) <= set(PACKAGES)
+    text = (ROOT / "requirements.txt").read_text()
+    wanted = set(re.findall(r"^([\w-]+)", text, re.M))
+    assert wanted <= set(PACKAGES) and len(wanted) > 10
     found = manifest({})
     assert all(found["versions"][name] for name in wanted)
-    assert found["hardware"]["cpu"] and found["hardware"]["ram_gb"] > 1
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has"),
-        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
-        MemoryError("Unable to allocate 3 TiB"),
-    ],
-    ids=["cuda", "cpu", "numpy"],
-)
-def test_memory_that_has_run_out_is_one_line(capsys, error):
-    def main():
-        raise error
-
-    assert run_main(main, "use --amp bf16") == 2
-    line = capsys.readouterr().err
-    assert line.startswith("error: memory has run out (") and line.count("\n") == 1
-    assert "use --amp bf16. What is finished is kept" in line
+    assert found["hardware"]["cpu"] and found["hardware"]["threads"] == 1
 
 
 # --- progress
 
 
 def test_a_log_gets_plain_lines_now_and_then(capsys, monkeypatch):
-    clock = iter(range(0, 10000, 10))
-    monkeypatch.setattr(shown.time, "monotonic", lambda: next(clock))
-    assert list(shown.progress(range(12), "PSA")) == list(range(12))
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 4 and lines[0].startswith("PSA: 3/12 img, 10.00 s each, 2 min left")
-    assert not any("\r" in line for line in lines)
+    clock = [0]
+    monkeypatch.setattr("tqdm.std.time", lambda: clock[0])
+    for _ in shown.progress(range(12), "PSA"):
+        clock[0] += 10
+    lines = capsys.readouterr().err.split("\n")
+    assert len(lines) == 5 and lines[0] == "PSA: 3/12 img, 10.00s/img, 01:30 left"
 
 
 PROCESSES = """

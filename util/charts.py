@@ -17,30 +17,20 @@ INK, GRID = "#282828", "#e1e1e1"
 CYCLE = tuple(f"#{red:02x}{green:02x}{blue:02x}" for red, green, blue in COLOURS)
 DASHES = ("-", "--", ":", "-.")  # of the first seven series, of the next seven …
 MARKERS = ("o", "s", "^", "D")
-LEGEND_CHARACTERS, NAME_CHARACTERS = 90, 60  # in a line of the legend, of a bar's name
+LEGEND_CHARACTERS, NAME_CHARACTERS = 45, 60  # in a line of the legend, of a bar's name
 
 
 def new_axes(heights: list[int], width: int = 860):
-    """Empty axes below one another on one figure, so many pixels high and wide."""
+    """Empty axes with a grid, below one another on one figure, so many pixels high and wide."""
     from matplotlib.figure import Figure
 
     figure = Figure((width / DPI, sum(heights) / DPI), DPI, layout="constrained")
-    return figure.subplots(len(heights), squeeze=False, height_ratios=heights)[:, 0]
-
-
-def new_chart(title: str, x_label: str, y_label: str, height: int = 460, width: int = 860):
-    """Empty axes with a title and a grid, alone on their figure."""
-    (axes,) = new_axes([height], width)
-    decorate(axes, title, x_label, y_label)
-    return axes
-
-
-def decorate(axes, title: str, x_label: str, y_label: str) -> None:
-    """Give axes their titles and a grid."""
-    axes.set_title(title, loc="left")
-    axes.set(xlabel=x_label, ylabel=y_label, axisbelow=True)
-    axes.grid(color=GRID)
-    axes.spines[["top", "right"]].set_visible(False)
+    column = figure.subplots(len(heights), squeeze=False, height_ratios=heights)[:, 0]
+    for axes in column:
+        axes.set_axisbelow(True)
+        axes.grid(color=GRID)
+        axes.spines[["top", "right"]].set_visible(False)
+    return column
 
 
 def draw_lines(axes, series: dict[str, tuple[list, list]]) -> None:
@@ -67,38 +57,26 @@ def line_chart(
     series: dict[str, tuple[list, list]], title: str, x_label: str, y_label: str, y_range=None
 ):
     """See draw_lines."""
-    axes = new_chart(title, x_label, y_label)
+    (axes,) = new_axes([460])
     draw_lines(axes, series)
-    axes.set_ylim(y_range)
+    axes.set(xlabel=x_label, ylabel=y_label, ylim=y_range)
+    axes.set_title(title, loc="left")
     return axes.figure
 
 
-def bar_chart(
-    parts: dict[str, dict[str, float]],
-    title: str,
-    x_label: str,
-    deviations: dict[str, float] | None = None,
-    colours=CYCLE,
-):
-    """One horizontal bar per name, of stacked parts `{part: {name: length}}`. A single part has its
-    figures beside it, and whiskers of one standard deviation where given.
+def bar_chart(values: dict[str, float], x_label: str, deviations: dict[str, float] | None = None):
+    """One horizontal bar per name with its figure beside it, and whiskers of one standard deviation
+    where given.
     """
-    names = [*next(iter(parts.values()))]
-    axes = new_chart(title, x_label, "", 90 + 30 * max(4, len(names)))
-    left = np.zeros(len(names))
-    for (part, lengths), colour in zip(parts.items(), colours):
-        widths = np.array([lengths[name] for name in names])
-        spread = [deviations[name] for name in names] if deviations else None
-        bars = axes.barh(
-            range(len(names)), widths, left=left, xerr=spread, capsize=4, color=colour, label=part
-        )
-        left += widths
-    if len(parts) == 1:
-        axes.bar_label(bars, fmt="%.1f", padding=3)
-        axes.margins(x=0.08)  # room for the figures
-    axes.set_yticks(range(len(names)), [textwrap.fill(name, NAME_CHARACTERS) for name in names])
+    names = [textwrap.fill(name, NAME_CHARACTERS) for name in values]
+    (axes,) = new_axes([90 + 30 * max(4, len(names))])
+    spread = [deviations[name] for name in values] if deviations else None
+    bars = axes.barh(names, values.values(), xerr=spread, capsize=4, color=CYCLE[0])
+    axes.bar_label(bars, fmt="%.1f", padding=3)
+    axes.margins(x=0.08)  # room for the figures
     axes.invert_yaxis()
     axes.grid(False, axis="y")
+    axes.set_xlabel(x_label)
     return axes.figure
 
 
@@ -106,45 +84,30 @@ def confusion_chart(confusion: np.ndarray, names: tuple[str, ...]):
     """A confusion matrix (K x K or K x (K + 1), rows ground truth; the last column of the latter:
     no prediction), each row in percent of its sum, empty rows grey.
     """
-    from matplotlib.colors import to_rgb
-
     columns = [*names, "none"][: confusion.shape[1]]
     sums = confusion.sum(axis=1, keepdims=True)
-    shares = (confusion / np.maximum(sums, 1))[..., None]
-    colours = np.where(np.eye(*confusion.shape)[..., None], to_rgb(CYCLE[0]), to_rgb(CYCLE[4]))
-    cells = np.where(sums[..., None] > 0, 1 + (colours - 1) * shares, to_rgb(GRID))
+    shares = confusion / np.where(sums > 0, sums, np.nan)
     side = 100 + 8 * max(map(len, columns)) + 30 * max(6, len(columns))
-    axes = new_chart("", "prediction, in % of each row", "ground truth", side, side + 60)
-    axes.imshow(cells, aspect="auto")
-    for row, column in np.argwhere(shares[..., 0] >= 0.005):
-        share = shares[row, column, 0]
-        axes.text(
-            column,
-            row,
-            f"{100 * share:.0f}",
-            color="white" if share > 0.6 else INK,
-            ha="center",
-            va="center",
-            fontsize=8,
-        )
+    (axes,) = new_axes([side], side + 60)
+    axes.imshow(shares, "Blues", aspect="auto", vmin=0, vmax=1)
+    axes.set_facecolor(GRID)
+    for row, column in np.argwhere(shares >= 0.005):
+        share = shares[row, column]
+        colour = "white" if share > 0.6 else INK
+        where = {"ha": "center", "va": "center", "fontsize": 8}
+        axes.text(column, row, f"{100 * share:.0f}", color=colour, **where)
     axes.set_xticks(range(len(columns)), columns, rotation=90)
     axes.set_yticks(range(len(names)), names)
+    axes.set(xlabel="prediction, in % of each row", ylabel="ground truth")
     axes.grid(False)
     return axes.figure
 
 
 def save_chart(path: str | Path, figure) -> None:
-    """Write a chart as PNG. The legend of its first axes goes below it, in as many columns as its
-    width allows, and makes it higher by that.
-    """
+    """Write a chart as PNG, with the legend of its first axes below it."""
     handles, names = figure.axes[0].get_legend_handles_labels()
-    names = [textwrap.fill(name, LEGEND_CHARACTERS) for name in names]
-    for columns in range(len(names), 0, -1):
-        legend = figure.legend(handles, names, loc="outside lower center", ncols=columns)
-        box = legend.get_window_extent()
-        if box.width < 0.97 * figure.bbox.width or columns == 1:
-            figure.set_figheight(figure.get_figheight() + box.height / DPI)
-            break
-        legend.remove()
+    if names:
+        names = [textwrap.fill(name, LEGEND_CHARACTERS) for name in names]
+        figure.legend(handles, names, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2)
     with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png")
+        figure.savefig(temporary, format="png", bbox_inches="tight")

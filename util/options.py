@@ -40,24 +40,17 @@ class Bounds:
     above: float = -math.inf
     most: float = math.inf
 
-    def check(self, name: str, value) -> None:
-        """UserError unless the number, or each of several, lies within; None passes."""
-        numbers = value if isinstance(value, (list, tuple)) else [value]
-        for number in numbers:
-            if (
-                number is None
-                or self.above < number < math.inf
-                and self.least <= number <= self.most
-            ):
-                continue
-            bounds = {
-                f"{self.least:g} or more": self.least,
-                f"a number above {self.above:g}": self.above,
-                f"at most {self.most:.10g}": self.most,
-            }
-            words = " and ".join(text for text, bound in bounds.items() if math.isfinite(bound))
-            given = " ".join(map(str, numbers))
-            raise UserError(f"--{name.replace('_', '-')} {given}: give {words}")
+    def check(self, name: str, number: float) -> None:
+        """UserError unless the number lies within."""
+        if self.above < number < math.inf and self.least <= number <= self.most:
+            return
+        bounds = {
+            f"{self.least:g} or more": self.least,
+            f"a number above {self.above:g}": self.above,
+            f"at most {self.most:.10g}": self.most,
+        }
+        words = " and ".join(text for text, bound in bounds.items() if math.isfinite(bound))
+        raise UserError(f"--{name.replace('_', '-')} {number}: give {words}")
 
 
 Setting = Annotated[T, SETTING]
@@ -116,8 +109,8 @@ class RunOptions(DeviceOptions):
 
 
 def parse_options(kind: type[T], description: str, argv: list[str] | None = None) -> T:
-    """An instance of a class of options from the command line, its bounds and device checked. Its
-    attribute `given` has the names of those that were given.
+    """An instance of a class of options from the command line, its device checked. Its attribute
+    `given` has the names of those that were given.
     """
     parser = ArgumentParser(description=description, formatter_class=RawDescriptionHelpFormatter)
     hints = get_type_hints(kind, include_extras=True)
@@ -130,9 +123,6 @@ def parse_options(kind: type[T], description: str, argv: list[str] | None = None
     given = vars(parser.parse_args(argv))
     options = kind(**given)
     options.given = frozenset(given)
-    for name, hint in hints.items():
-        for bounds in (mark for mark in taken_apart(hint)[1] if isinstance(mark, Bounds)):
-            bounds.check(name, getattr(options, name))
     if getattr(options, "device", "auto") != "auto":
         select_device(options.device)
     return options
@@ -180,7 +170,15 @@ def add_option(group, name: str, hint, default, text: str) -> None:
             how["nargs"] = "*" if get_origin(plain) is list else len(get_args(plain))
             plain = taken_apart(get_args(plain)[0])[0]
             metavar = tuple(metavar.split()) if metavar and " " in metavar else metavar
-        how |= {"type": plain, "metavar": metavar or name.rpartition("_")[2].upper()}
+
+        def read(word: str):
+            value = plain(word)
+            for bounds in (mark for mark in marks if isinstance(mark, Bounds)):
+                bounds.check(name, value)
+            return value
+
+        read.__name__ = plain.__name__  # for argparse's messages
+        how |= {"type": read, "metavar": metavar or name.rpartition("_")[2].upper()}
     if default is not MISSING:
         how["default"] = SUPPRESS
     elif ARGUMENT not in marks:
@@ -203,7 +201,6 @@ def one_of(options, *names: str, needed: bool = True) -> str | None:
     """The name of the option that is given, of several that exclude each other."""
     given = [name for name in names if getattr(options, name) not in (None, False)]
     if len(given) > 1 or needed and not given:
-        words = [f"--{name.replace('_', '-')}" for name in (given if len(given) > 1 else names)]
-        what = " and ".join(words) if given else " or ".join(words)
-        raise UserError(f"{what}: give one of them")
+        words = " or ".join(f"--{name.replace('_', '-')}" for name in given or names)
+        raise UserError(f"{words}: give one of them")
     return given[0] if given else None

@@ -17,12 +17,13 @@ import fcntl
 import json
 import os
 import sys
+import tempfile
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from util.run import UserError, disk_is_full, full_disk, process_rank, sha256
+from util.run import UserError, process_rank, sha256
 
 REMEDY = "remove the folder or rename the experiment"
 
@@ -85,44 +86,31 @@ class Outputs:
                         f"{self.folder}: holds results of {name} = {before.get(name)}, now it is"
                         f" {settings.get(name)}; {self.remedy}"
                     )
-        same = inputs is None or self._inputs_are_as_before(inputs, begun)
-        if not begun:
+        else:
             write_json(path, settings)
-        return same
-
-    def _inputs_are_as_before(self, inputs: Mapping[str, Path], begun: bool) -> bool:
-        """Whether inputs.json has these inputs; if not, and nothing is `begun`, they are noted."""
-        path, found = self.folder / "inputs.json", digests(inputs.values())
-        now = {name: found[str(file)] for name, file in inputs.items()}
+        if inputs is None:
+            return True
+        path, now = self.folder / "inputs.json", digests(inputs)
         before = read_json(path) if path.exists() else {}
         if list(before.items()) == list(now.items()):
             return True
         if begun:
-            raise UserError(f"{difference(self.folder, before, now, inputs)}; {self.remedy}")
+            for name in {**before, **now}:
+                if before.get(name) != now.get(name):
+                    raise UserError(
+                        f"{inputs.get(name, name)}: has changed since the results in {self.folder}"
+                        f" were made, or was added or removed; {self.remedy}"
+                    )
+            raise UserError(f"{self.folder}: inputs are in another order now; {self.remedy}")
         write_json(path, now)
         return False
-
-
-def difference(folder: Path, before: dict, now: dict, inputs: Mapping[str, Path]) -> str:
-    """What differs between the inputs of a folder's results and those of now, in words."""
-    changed = [name for name in now if name in before and before[name] != now[name]]
-    more, fewer = [n for n in now if n not in before], [n for n in before if n not in now]
-    if more:
-        return f"{folder}: its results lack {len(more)} of the inputs, first {inputs[more[0]]}"
-    if fewer:
-        return f"{folder}: {len(fewer)} inputs of its results are none now, first {fewer[0]}"
-    if changed:
-        return f"{inputs[changed[0]]}: has changed since the results in {folder} were made from it"
-    return f"{folder}: its inputs are the same, but in another order"
 
 
 def made_from(settings: dict, inputs: Mapping[str, Path]) -> dict:
     """What results depend on: the settings and the SHA-256 of the input files. A command that makes
     a few files in seconds notes it in the record that it writes last, under "made_from".
     """
-    found = digests(inputs.values())
-    whole = {"settings": settings, "inputs": {n: found[str(p)] for n, p in inputs.items()}}
-    return json.loads(json.dumps(whole))
+    return json.loads(json.dumps({"settings": settings, "inputs": digests(inputs)}))
 
 
 def made_before(record: Path, source: dict) -> bool:
@@ -150,10 +138,9 @@ def atomic_path(path: str | Path):
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
-        if disk_is_full(error):
-            raise UserError(full_disk(path)) from None
         raise UserError(
-            f"{path}: cannot be written ({error.strerror or error}); choose another place"
+            f"{path}: cannot be written ({error.strerror or error}); make room or choose another"
+            " place, then run the command again"
         ) from None
     finally:
         with contextlib.suppress(OSError):
@@ -173,9 +160,7 @@ def check_writable(folder: str | Path) -> None:
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe.{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise UserError(
             f"{folder}: cannot write there ({error.strerror or error}); choose another folder"
@@ -196,10 +181,9 @@ def read_json(path: str | Path):
         raise UserError(f"{path}: not readable as JSON ({error})") from None
 
 
-def digests(paths: Iterable[str | Path]) -> dict[str, str]:
-    """{path: SHA-256} of files, read by several threads; each path once."""
-    names = list(dict.fromkeys(str(path) for path in paths))
-    if len(names) > 100 and process_rank()[0] == 0:
-        print(f"checksums of {len(names)} files", file=sys.stderr)
+def digests(files: Mapping[str, str | Path]) -> dict[str, str]:
+    """{name: SHA-256} of {name: file}, read by several threads."""
+    if len(files) > 100 and process_rank()[0] == 0:
+        print(f"checksums of {len(files)} files", file=sys.stderr)
     with ThreadPoolExecutor() as pool:
-        return dict(zip(names, pool.map(sha256, names)))
+        return dict(zip(files, pool.map(sha256, files.values())))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +15,11 @@ INK, PAPER = (40, 40, 40), (255, 255, 255)
 
 
 def save_picture(path: str | Path, image: Image.Image | np.ndarray) -> None:
-    """Write a picture: JPEG if the name ends in .jpg, else PNG."""
+    """Write a picture in the format that its name says."""
     if isinstance(image, np.ndarray):
         image = Image.fromarray(image)
     with atomic_path(path) as temporary:
-        if Path(path).suffix == ".jpg":
-            image.convert("RGB").save(temporary, format="JPEG", quality=85)
-        else:
-            image.save(temporary, format="PNG")
+        image.save(temporary, quality=85)  # of a JPEG
 
 
 # --------------------------------------------------------------------------------------- label maps
@@ -51,10 +49,9 @@ def heat(values: np.ndarray) -> np.ndarray:
     """Values in [0, 1] (H x W, NaN allowed) → RGB from blue (0) over white to orange (1); NaN is
     black.
     """
-    low, middle, high = np.array(COLOURS[0]), np.array((245, 245, 245)), np.array(COLOURS[4])
-    t = np.clip(np.nan_to_num(values), 0, 1)[..., None]
-    rgb = np.where(t < 0.5, low + (middle - low) * 2 * t, middle + (high - middle) * (2 * t - 1))
-    return np.where(np.isnan(values)[..., None], 0, rgb).round().astype(np.uint8)
+    colours = np.array([COLOURS[0], (245, 245, 245), COLOURS[4]])
+    rgb = [np.interp(values, (0, 0.5, 1), colours[:, channel]) for channel in range(3)]
+    return np.nan_to_num(np.stack(rgb, axis=-1)).round().astype(np.uint8)
 
 
 # ------------------------------------------------------------------------------------------- panels
@@ -91,9 +88,7 @@ def contact_sheet(
         if row_titles:
             draw.text((4, y + height / 2), row_titles[number], INK, typeface, anchor="lm")
         for column, picture in enumerate(row):
-            tile = Image.fromarray(picture)
-            if tile.size != (width, height):
-                tile = tile.resize((width, height), Image.Resampling.BILINEAR)
+            tile = Image.fromarray(picture).resize((width, height), Image.Resampling.BILINEAR)
             sheet.paste(tile, (left + column * (width + gap), y))
     if key:
         sheet.paste(key, (0, total_height + 6))
@@ -105,16 +100,13 @@ def class_legend(classes: ClassSet, width: int, typeface: ImageFont.FreeTypeFont
     label`.
     """
     entries = [*zip(classes.names, classes.palette), ("no label", (0, 0, 0))]
-    size, positions, x, y = int(typeface.size), [], 0, 0
-    for name, _ in entries:
-        step = size + 6 + int(typeface.getlength(name)) + 14
-        if x + step > width and x:
-            x, y = 0, y + size + 8
-        positions.append((x, y))
-        x += step
-    strip = Image.new("RGB", (width, y + size + 8), PAPER)
+    size = int(typeface.size)
+    step = size + 20 + int(max(typeface.getlength(name) for name, _ in entries))
+    columns, line = max(width // step, 1), size + 8
+    strip = Image.new("RGB", (width, line * math.ceil(len(entries) / columns)), PAPER)
     draw = ImageDraw.Draw(strip)
-    for (name, colour), (x, y) in zip(entries, positions):
-        draw.rectangle((x, y + 2, x + size, y + 2 + size), tuple(colour))
-        draw.text((x + size + 5, y + 2 + size / 2), name, INK, typeface, anchor="lm")
+    for index, (name, colour) in enumerate(entries):
+        x, y = index % columns * step, index // columns * line + 2
+        draw.rectangle((x, y, x + size, y + size), tuple(colour))
+        draw.text((x + size + 5, y + size / 2), name, INK, typeface, anchor="lm")
     return strip

@@ -150,8 +150,7 @@ def settings_of(device: torch.device) -> dict:
     made = run.manifest({})
     cuda = device.type == "cuda"
     card = torch.cuda.get_device_name(device) if cuda else made["hardware"]["cpu"]
-    commit, changed = made["git"]["commit"], made["git"]["changed"]
-    return {"card": card, "torch": torch.__version__, "commit": commit, "uncommitted": changed}
+    return {"card": card, "torch": torch.__version__, "commit": made["commit"]}
 
 
 def measured(function, case: str, size: dict, device: torch.device) -> dict:

@@ -22,13 +22,13 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # for `python scri
 import numpy as np
 
 from dataset.scc import numbered
-from eval import confusion_matrix, metrics_of
 from model.scc import decide
 from scripts.lib.report import LABEL_FIGURES, label_table
 from scripts.lib.run_folder import label_lists, seeds_in, truth_list
 from seco_scc import corrected_label
 from util.charts import line_chart, save_chart
 from util.labels import chosen_classes, read_label, read_list
+from util.metrics import confusion_matrix, metrics_of
 from util.options import Argument, ClassOptions, Folder, parse_options
 from util.outputs import write_json
 from util.run import UserError, run_main
@@ -49,7 +49,7 @@ class Options(ClassOptions):
 
 
 def sweep_seed(seed: Path, class_num: int) -> dict[tuple[str, float], dict]:
-    """{(threshold, value): `eval.metrics_of` of SCC's labels}; the other threshold has the
+    """{(threshold, value): `metrics_of` of SCC's labels}; the other threshold has the
     paper's value.
     """
     lists = label_lists(seed)

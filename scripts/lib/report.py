@@ -207,8 +207,7 @@ def ablation_chart(models: dict):
     }
     several = len(next(iter(values.values()))) > 1
     return bar_chart(
-        {"": {title: statistics.mean(found) for title, found in values.items()}},
-        "",
+        {title: statistics.mean(found) for title, found in values.items()},
         "target validation mIoU (%)",
         {title: statistics.stdev(found) for title, found in values.items()} if several else None,
     )

@@ -143,7 +143,7 @@ def outdated(seed: Path) -> set[str]:
     for stage, folder in folders.items():
         inputs = manifest_of(folder).get("inputs", {}).values()
         noted = {i["path"]: i["sha256"] for i in inputs if Path(i["path"]).is_file()}
-        if digests(noted) != noted:
+        if digests({path: path for path in noted}) != noted:
             old.add(stage)
     for row in LABEL_ROWS.keys() | MODEL_ROWS.keys():
         for stages in ((row, f"quality_{row}"), (f"split_{row}", f"adapt_{row}", f"eval_{row}")):
