@@ -357,7 +357,7 @@ class Evaluation:
 
     def __init__(self, args: Options):
         root, self.args = args.root_path, args
-        columns = (1, 2) if args.predictions and not args.out else 2
+        columns = (1, 2) if args.predictions and not args.out else (2,)
         self.rows = rows = read_list(args.id_list_path, columns)
         self.labeled = len(rows[0]) == 2
         if len({len(row) for row in rows}) > 1:

@@ -55,7 +55,9 @@ def test_the_layout_as_downloaded(downloaded, capsys):
     stem = "night/val/GOPR0351/GOPR0351_frame_000001"
     row = (f"rgb_anon/{stem}_rgb_anon.png", f"gt/{stem}_gt_labelTrainIds.png")
     assert read_list(lists / "val_night.txt") == [row] and row in read_list(lists / "val.txt")
-    assert len(read_list(lists / "train.txt")) == 4 and len(read_list(lists / "test.txt", 1)) == 4
+    assert (
+        len(read_list(lists / "train.txt")) == 4 and len(read_list(lists / "test.txt", (1,))) == 4
+    )
     assert "conditions are unknown" not in out
     again = sound(capsys, downloaded, data="acdc", expect=(4, 4, 4))
     assert again.endswith("checked before, nothing has changed\n") and again.count("\n") == 1

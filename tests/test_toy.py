@@ -86,7 +86,7 @@ def test_data_set(tmp_path):
     label = draw_scene(scene_seed(1, "val", 1), "target").label
     assert np.array_equal(read_label(tmp_path / rows[1][1], 19), label)
     # Nothing that trains on the target gets to see where its ground truth is.
-    assert all(len(row) == 1 for row in read_list(folder / "lists" / "target_train.txt", 1))
+    assert all(len(row) == 1 for row in read_list(folder / "lists" / "target_train.txt", (1,)))
 
 
 def test_data_set_goes_on_where_it_was_stopped(tmp_path):

@@ -726,7 +726,7 @@ device = torch.device("cpu")
 with process_group(device):
     model = t.build_model(args, 19)
     batch = args.batch_per_process
-    unlabeled = [row[0] for row in read_list(args.unlabeled_id_path, 1)]
+    unlabeled = [row[0] for row in read_list(args.unlabeled_id_path, (1,))]
     samples = TrainingSamples(
         read_list(args.labeled_id_path), unlabeled, args.root_path, args.crop_size, args.seed
     )

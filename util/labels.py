@@ -19,15 +19,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from scipy import ndimage
 
-from util.outputs import atomic_path
+from util.outputs import atomic_path, read_text
 from util.run import UserError, process_rank, progress
 
 IGNORE = 255
-LOSSY_FORMATS = ("JPEG", "JPEG2000", "MPO")
-ORIENTATION = 0x0112  # EXIF tag
 # Okabe and Ito's colours, which stay apart for colour-blind readers, of whatever is no class.
 COLOURS = (
     (0, 114, 178),
@@ -134,7 +132,7 @@ def read_classes(path: str | Path) -> ClassSet:
     comment.
     """
     names, palette, ids = [], [], {"stuff": [], "thing": [], "neither": []}
-    lines = lines_of(path, "file of classes")
+    lines = read_text(path, "file of classes").splitlines()
     generated = generated_palette(len(lines))
     for number, line in enumerate(lines, start=1):
         where, words = f"{path}, line {number}", line.split("#")[0].split()
@@ -159,16 +157,6 @@ def read_classes(path: str | Path) -> ClassSet:
     if not names:
         raise UserError(f"{path}: names no classes")
     return ClassSet(tuple(names), tuple(palette), tuple(ids["stuff"]), tuple(ids["thing"]))
-
-
-def lines_of(path: str | Path, what: str) -> list[str]:
-    """The lines of a text file; what: its kind, for errors."""
-    try:
-        return Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such {what}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: the {what} cannot be read ({error})") from None
 
 
 def write_classes(folder: Path, classes: ClassSet) -> None:
@@ -222,14 +210,9 @@ def generated_palette(count: int) -> tuple[tuple[int, int, int], ...]:
     """`count` distinct colours by reversing the bits of the index over the three channels (as
     PASCAL VOC colours).
     """
-    colours = []
-    for index in range(1, count + 1):
-        rgb = [0, 0, 0]
-        for bit in range(8):
-            for channel in range(3):
-                rgb[channel] |= ((index >> (3 * bit + channel)) & 1) << (7 - bit)
-        colours.append(tuple(rgb))
-    return tuple(colours)
+    bits = np.arange(1, count + 1)[:, None] >> np.arange(9) & 1  # count x 9, the lowest first
+    weights = 128 >> np.arange(3)
+    return tuple(map(tuple, (bits.reshape(count, 3, 3) * weights[:, None]).sum(axis=1).tolist()))
 
 
 # ------------------------------------------------------------------------------- label maps on disk
@@ -250,8 +233,6 @@ def read_picture(path: str | Path) -> Image.Image:
         if image.mode.startswith("I;16") or image.mode == "I":
             values = np.asarray(image).clip(0, 65535)
             image = Image.fromarray((values / 257 + 0.5).astype(np.uint8))
-        if image.mode == "F":
-            raise UserError(f"{path}: an image of floating-point values; write 8 bits a channel")
         turned = ImageOps.exif_transpose(image)
         return turned if turned.mode == "RGB" else turned.convert("RGB")
 
@@ -264,7 +245,7 @@ def read_label(path: str | Path, class_num: int | None = None) -> np.ndarray:
     format and colours are refused.
     """
     with _reading(path, "label map"), Image.open(path) as image:
-        if image.format in LOSSY_FORMATS:
+        if image.format in ("JPEG", "JPEG2000", "MPO"):
             raise UserError(
                 f"{path}: a {image.format} changes the values of a label map; give a PNG of"
                 " train IDs"
@@ -305,7 +286,7 @@ def check_label_values(label: np.ndarray, class_num: int, path: str | Path) -> N
 def image_size(path: str | Path) -> tuple[int, int]:
     """(height, width) as `read_image` gives it, from the file's header, without decoding it."""
     with _reading(path, "image"), Image.open(path) as image:
-        sideways = image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
+        sideways = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
         return (image.width, image.height) if sideways else (image.height, image.width)
 
 
@@ -316,8 +297,6 @@ def _reading(path: str | Path, what: str):
         yield
     except UserError:
         raise
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; check the list and --root-path") from None
     except Exception as error:  # the library's own kinds are many
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
@@ -382,34 +361,35 @@ def connectivities(label: np.ndarray, class_ids) -> Iterator[Connectivity]:
 # -------------------------------------------------------------------------------------------- lists
 
 
-def read_list(path: str | Path, columns: int | tuple[int, ...] = 2) -> list[tuple[str, ...]]:
-    """Rows of a list file. `columns` is the number of columns allowed (several numbers: any of
-    them).
+def read_list(path: str | Path, columns: tuple[int, ...] = (2,)) -> list[tuple[str, ...]]:
+    """Rows of a list file. columns: how many a row may have.
 
     Paths come back in their shortest form (`./a/../b.png` as `b.png`). Blank lines and Windows line
     ends are accepted. An error names the line of anything else that is odd: a path that is absolute
     or leaves the root, an image or a label that an earlier line has.
     """
-    allowed = (columns,) if isinstance(columns, int) else columns
     rows = []
     seen: dict[tuple[int, str], int] = {}
-    for number, line in enumerate(lines_of(path, "list file"), start=1):
-        row = tuple(line.split())
-        if not row:
+    for number, line in enumerate(read_text(path, "list file").splitlines(), start=1):
+        where, names = f"{path}, line {number}", line.split()
+        if not names:
             continue
-        if len(row) not in allowed:
-            wanted = " or ".join(str(n) for n in allowed)
+        if len(names) not in columns:
             raise UserError(
-                f"{path}, line {number}: {len(row)} columns where {wanted} are wanted "
+                f"{where}: {len(names)} columns where {' or '.join(map(str, columns))} are wanted "
                 "(`<image path> <label path>`, no spaces within a path)"
             )
-        row = tuple(root_relative(name, f"{path}, line {number}") for name in row)
+        row = tuple(posixpath.normpath(name.replace("\\", "/")) for name in names)
         for column, name in enumerate(row):
+            if name.startswith(("/", "../")) or name in (".", "..") or ":" in name.split("/")[0]:
+                raise UserError(
+                    f"{where}: {name} does not lie below --root-path; give a path relative to it"
+                )
             first = seen.setdefault((column, name), number)
             if first != number:
                 raise UserError(
-                    f"{path}, line {number}: {name} is in line {first} already; each image and"
-                    " each label may occur once"
+                    f"{where}: {name} is in line {first} already; each image and each label may"
+                    " occur once"
                 )
         rows.append(row)
     if not rows:
@@ -432,16 +412,6 @@ def ground_truth_of(path: Path, rows: list[tuple[str, str]]) -> dict[str, str]:
 def write_list(path: str | Path, rows: list[tuple[str, ...]]) -> None:
     with atomic_path(path) as temporary:
         temporary.write_text("".join(" ".join(row) + "\n" for row in rows), encoding="utf-8")
-
-
-def root_relative(name: str, where: str) -> str:
-    """A list's path in its shortest form; UserError if it is not below the root. where: for it."""
-    short = posixpath.normpath(name.replace("\\", "/"))
-    if short.startswith(("/", "../")) or short in (".", "..") or ":" in short.split("/")[0]:
-        raise UserError(
-            f"{where}: {name} does not lie below --root-path; give a path relative to it"
-        )
-    return short
 
 
 def holds_pictures(folder: Path) -> bool:

@@ -71,24 +71,21 @@ def table(metrics: dict, header: str) -> str:
     width = max(len(name) for name in metrics["iou"])
     lines = [header]
     for number, (name, value) in enumerate(metrics["iou"].items()):
-        shown = "     -" if value is None else f"{value:6.2f}"
+        shown = "-" if value is None else f"{value:.2f}"
         absent = "   absent from the ground truth" if name in metrics["absent"] else ""
-        lines.append(f"  {number:3d} {name:{width}s} {shown}{absent}")
+        lines.append(f"  {number:3d} {name:{width}s} {shown:>6s}{absent}")
     count = len(metrics["iou"])
-    lines.append(
-        f"mIoU {metrics['miou']:.2f} %  over all {count} classes, one absent from the ground truth"
-        " counting 0 (as in the shipped logs)"
-    )
-    lines.append(
-        f"mIoU {metrics['miou_present']:.2f} %  over the {count - len(metrics['absent'])} classes"
-        " present in the ground truth"
-    )
-    for key, what in (
-        ("miou_16", "over SYNTHIA's 16 classes, absent = 0"),
-        ("miou_13", "over SYNTHIA's 13 classes (without wall, fence, pole), absent = 0"),
-    ):
-        if key in metrics:
-            lines.append(f"mIoU {metrics[key]:.2f} %  {what}")
+    means = {
+        "miou": f"over all {count} classes, one absent from the ground truth counting 0 (as in the"
+        " shipped logs)",
+        "miou_present": f"over the {count - len(metrics['absent'])} classes present in the ground"
+        " truth",
+        "miou_16": "over SYNTHIA's 16 classes, absent = 0",
+        "miou_13": "over SYNTHIA's 13 classes (without wall, fence, pole), absent = 0",
+    }
+    lines += [
+        f"mIoU {metrics[name]:.2f} %  {words}" for name, words in means.items() if name in metrics
+    ]
     lines.append(
         f"accuracy {metrics['accuracy']:.2f} % of labeled pixels; coverage"
         f" {metrics['coverage']:.2f} % of the ground truth's pixels are labeled"

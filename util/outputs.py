@@ -172,12 +172,20 @@ def write_json(path: str | Path, value) -> None:
         temporary.write_text(json.dumps(value, indent=2, sort_keys=False) + "\n", encoding="utf-8")
 
 
+def read_text(path: str | Path, what: str = "file", errors: str = "strict") -> str:
+    """A text file's content; what: its kind, for UserErrors; errors: of its encoding, UTF-8."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig", errors=errors)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such {what}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: the {what} cannot be read ({error})") from None
+
+
 def read_json(path: str | Path):
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
+        return json.loads(read_text(path))
+    except ValueError as error:
         raise UserError(f"{path}: not readable as JSON ({error})") from None
 
 

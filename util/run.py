@@ -120,15 +120,17 @@ def select_device(name: str):
 
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"(cpu|cuda)(:\d+)?", name):
-        raise UserError(f"--device {name}: no such device; give auto, cpu, cuda or cuda:N")
-    if name.startswith("cpu"):
+    if name == "cpu":
         return torch.device(name)
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    number = int(name.partition(":")[2] or int(os.environ.get("LOCAL_RANK", 0)) % max(count, 1))
-    if number >= count:
-        raise UserError(f"--device {name}: torch sees {count} CUDA devices here; use --device cpu")
-    device = torch.device("cuda", number)
+    count = torch.cuda.device_count()
+    numbers = {f"cuda:{i}": i for i in range(count)}
+    if count:
+        numbers["cuda"] = int(os.environ.get("LOCAL_RANK", 0)) % count
+    if name not in numbers:
+        raise UserError(
+            f"--device {name}: give auto, cpu or one of {count} CUDA devices, as cuda:0"
+        )
+    device = torch.device("cuda", numbers[name])
     torch.cuda.set_device(device)
     return device
 

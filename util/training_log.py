@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from util.labels import CITYSCAPES_19, SYNTHIA_16
-from util.outputs import read_json
+from util.outputs import read_json, read_text
 from util.run import UserError
 
 # UniMatch's TensorBoard tags. Losses count iterations, evaluations epochs. Ours adds the learning
@@ -100,11 +100,7 @@ def read_text_log(path: str | Path) -> TrainingLog:
     resumed or started anew, an epoch that starts again voids what was logged of it and of all later
     ones. Lines without a clock have the time of the line before.
     """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+    path, text = Path(path), read_text(path, "log", errors="replace")
     if not text.endswith("\n"):
         # Its end is whole if an earlier line is like it in all but digits, with as many decimals.
         kinds = re.sub(r"(?<![.\d])\d+|\d", "0", text).split("\n")
@@ -201,38 +197,39 @@ def read_events(path: Path) -> TrainingLog:
     Where a step goes back, the run was resumed or started anew: it voids what was written before of
     this and of later steps, and the evaluations that came after these.
     """
-    steps: dict[int, dict[str, float]] = {}  # of losses, and of lr
-    evaluations: dict[int, dict[str, float]] = {}  # epoch: IoU by class, and MIOU_TAG
-    trained: dict[int, int] = {}  # epoch: the last step before its evaluation
-    step, epoch, length = -1, -1, None
+    placed, step, length = [], -1, None  # placed: by the last step before
     for _, evaluation, number, name, value in _events_by_clock(path):
         if evaluation:
-            if number < epoch or name in evaluations.get(number, ()):
-                evaluations = {e: ious for e, ious in evaluations.items() if e < number}
-            evaluations.setdefault(number, {})[name] = value
-            epoch, trained[number] = number, step
-            length = math.ceil((step + 1) / (epoch + 1))
+            length = math.ceil((step + 1) / (number + 1))
         else:
-            if number < step or name in steps.get(number, ()):
-                steps = {s: values for s, values in steps.items() if s < number}
-                evaluations = {e: i for e, i in evaluations.items() if trained[e] < number}
-            steps.setdefault(number, {})[name] = value
             step = number
+        placed.append(((step, evaluation, number), name, value))
+    steps: dict[int, dict[str, float]] = {}  # of losses, and of lr
+    evaluations: dict[int, dict[str, float]] = {}  # epoch: IoU by class, and MIOU_TAG
+    least = (math.inf,)
+    for place, name, value in reversed(placed):
+        _, evaluation, number = place
+        if place <= least:
+            least, found = place, evaluations if evaluation else steps
+            found.setdefault(number, {}).setdefault(name, value)
+    folder = path if path.is_dir() else path.parent
+    for record in (folder / "config.json", folder / "manifest.json"):
+        if record.is_file():
+            length = read_json(record).get("iterations_per_epoch") or length
+    length = length or step + 1
     log = TrainingLog(path.name)
-    log.miou = {e: ious.pop(MIOU_TAG) for e, ious in evaluations.items() if MIOU_TAG in ious}
+    for epoch, ious in sorted(evaluations.items()):
+        if MIOU_TAG in ious:
+            log.miou[epoch] = ious.pop(MIOU_TAG)
     names = {name for ious in evaluations.values() for name in ious}
     log.class_names = next(
         (s.names for s in (CITYSCAPES_19, SYNTHIA_16) if set(s.names) == names),
         tuple(sorted(names)),
     )
     if names:
-        for e in log.miou:
-            log.class_iou[e] = tuple(evaluations[e].get(n, math.nan) for n in log.class_names)
-    folder = path if path.is_dir() else path.parent
-    for record in (folder / "config.json", folder / "manifest.json"):
-        if record.is_file():
-            length = read_json(record).get("iterations_per_epoch") or length
-    length = length or step + 1
+        for epoch in log.miou:
+            ious = evaluations[epoch]
+            log.class_iou[epoch] = tuple(ious.get(n, math.nan) for n in log.class_names)
     for number, values in sorted(steps.items()):
         if LR_TAG in values:
             log.lr.setdefault(number // length, values.pop(LR_TAG))
