@@ -7,7 +7,6 @@ import json
 import math
 import re
 import shutil
-from contextlib import closing
 from datetime import datetime
 
 import numpy as np
@@ -16,7 +15,7 @@ from conftest import ROOT
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
-from model.train_logs import Logs, best_and_last
+from model.train_logs import best_and_last
 from scripts import compare_logs
 from util.labels import IDS_13_IN_16
 from util.run import UserError
@@ -397,43 +396,13 @@ def test_evaluations_that_never_meet_are_told_others_waited_for(tmp_path, capsys
 
 @pytest.fixture
 def our_run(tmp_path):
-    """A run's folder as train_unimatch.py leaves it, cut in the middle of a line: two epochs of 3
-    iterations, and a bit.
-    """
+    """A run's folder as train_unimatch.py leaves it after two epochs."""
     names = read_training_log(SHIPPED / "seco_gta").class_names
     (tmp_path / "run").mkdir()
-    with closing(Logs(tmp_path / "run", None, 0)) as logs:
-        for step in range(7):
-            epoch, i = divmod(step, 3)
-            values = dict.fromkeys(LOSS_NAMES, epoch + i + 0.5)
-            if i == 0:
-                sums = dict.fromkeys(LOSS_NAMES, 0.0)
-                logs.epoch(epoch, 0.005 - 0.001 * epoch, 0.0)
-            sums = {name: sums[name] + value for name, value in values.items()}
-            logs.train(step, {**values, "lr": 0.005 - 0.001 * epoch})
-            logs.row(i, sums)
-            if i == 2:
-                ious = {name: float(k) for k, name in enumerate(names)}
-                logs.evaluation(epoch, "original", {"miou": 34.14 + 10 * epoch, "iou": ious})
-    with open(tmp_path / "run/train.log", "a", encoding="utf-8") as file:
-        file.write("[2026-01-01 00:00:00,000][    INFO] Iters: 1, Total loss: 1.2")
+    text_log(tmp_path / "run/train.log", 2, lambda epoch: 34.14 + 10 * epoch, classes=names)
     options = {"epochs": 240, "crop_size": 801, "lr": 0.005}
-    manifest = {"options": options, "iterations_per_epoch": 3}
-    (tmp_path / "run/manifest.json").write_text(json.dumps(manifest))
+    (tmp_path / "run/manifest.json").write_text(json.dumps({"options": options}))
     return tmp_path / "run"
-
-
-def test_our_run_is_read_alike_from_its_text_and_its_events(our_run):
-    text, events = read_training_log(our_run), read_events(our_run)
-    assert text.epochs == events.epochs == [0, 1] and text.class_names == events.class_names
-    assert list(text.miou.values()) == pytest.approx(list(events.miou.values())) == [34.14, 44.14]
-    assert text.class_iou[1] == events.class_iou[1] and text.eval_mode == "original"
-    assert text.lr == pytest.approx(events.lr) == {0: 0.005, 1: 0.004, 2: 0.003}
-    assert [row[:2] for row in text.losses] == [row[:2] for row in events.losses]
-    mean = (1.5 + 2.5 + 3.5) / 3
-    assert text.losses[-2] == (1, 2, dict.fromkeys(LOSS_NAMES, mean))  # running, of the epoch
-    assert events.losses[-2] == (1, 2, dict.fromkeys(LOSS_NAMES, 3.5))
-    assert text.name == "run"
 
 
 def test_our_run_beside_a_shipped_log(our_run, capsys):

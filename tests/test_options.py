@@ -54,26 +54,16 @@ def parse(*words):
 def test_defaults_and_types():
     options = parse()
     assert options.root_path == Path("data") and options.id_list_path == Path("l.txt")
-    assert (options.share, options.size, options.batch, options.fast) == (
-        0.5,
-        (256, 512),
-        None,
-        None,
-    )
-    options = parse(
-        "--size", "64", "32", "--stuff", "0", "1", "--no-fast", "--left", "--batch", "3"
-    )
+    assert (options.share, options.size) == (0.5, (256, 512))
+    assert options.batch is None and options.fast is None
+    options = parse(*"--size 64 32 --stuff 0 1 --no-fast --left --batch 3".split())
     assert list(options.size) == [64, 32] and options.stuff == [0, 1] and options.fast is False
     assert options.left and not options.right and options.batch == 3
 
 
 def test_settings_are_those_that_are_marked():
-    assert settings_of(parse("--seed", "4")) == {
-        "seed": 4,
-        "class_num": 19,
-        "share": 0.5,
-        "size": (256, 512),
-    }
+    settings = {"seed": 4, "class_num": 19, "share": 0.5, "size": (256, 512)}
+    assert settings_of(parse("--seed", "4")) == settings
 
 
 @pytest.mark.parametrize(
@@ -87,7 +77,10 @@ def test_settings_are_those_that_are_marked():
         ("--batch 0", "--batch 0: give 1 or more"),
         ("--seed -1", "--seed -1: give 0 or more and at most 4294967295"),
         ("--seed 4294967296", "--seed 4294967296"),
-        ("--device banana", "--device banana"),
+        *(
+            (f"--device {d}", f"--device {d}: give auto")
+            for d in ("banana", "0", "cuda:x", "cuda:99")
+        ),
     ],
 )
 def test_values_out_of_bounds_are_told(words, told):
@@ -108,7 +101,6 @@ def test_help_has_every_option_with_its_words_and_default(capsys):
         parse("--help")
     text = " ".join(capsys.readouterr().out.split())
     for words in (
-        "what it does",
         "--share SHARE of all, 0 to 1; 100 % is 1 (default: 0.5)",
         "--size H W of a patch (default: 256 512)",
         "--recipe {release,paper} what is done (default: release)",

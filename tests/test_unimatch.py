@@ -41,7 +41,7 @@ from train_unimatch import cutmix_targets, learning_rate, main, perturbation_fac
 from util.labels import CITYSCAPES_19, write_label, write_list
 from util.outputs import Outputs
 from util.run import run_main
-from util.training_log import read_text_log, read_training_log
+from util.training_log import read_events, read_text_log, read_training_log
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -579,6 +579,7 @@ def test_logs_of_a_run(whole_run):
     found = {e: metrics["miou"] for e, metrics in latest["progress"]["evaluations"].items()}
     assert dict(scalars["eval/mIoU"]) == pytest.approx(found)
     assert log.miou == {epoch: round(miou, 2) for epoch, miou in found.items()}
+    assert read_events(whole_run).miou == pytest.approx(found)
     assert best["epoch"] == max(found, key=found.get)
     summary = json.loads((whole_run / "summary.json").read_text())
     assert summary["mIoU"] == {**best_and_last(found), "eval_mode": "original"}

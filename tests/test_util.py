@@ -1,4 +1,4 @@
-"""What the scripts share: paths and lists, reading of images and labels, option checks, locks."""
+"""What the scripts share: paths and lists, reading of images and labels, processes."""
 
 import contextlib
 import errno
@@ -21,7 +21,6 @@ from util.labels import (
     read_label,
     read_list,
 )
-from util.options import RunOptions, parse_options
 from util.outputs import atomic_path
 from util.run import (
     PACKAGES,
@@ -185,19 +184,6 @@ def test_check_pairs(tmp_path):
     image.unlink()
     with pytest.raises(UserError, match=r"i\.png: no such file"):
         check_pairs(tmp_path, rows, "list", 19)
-
-
-# --- options
-
-
-def options(*argv):
-    return parse_options(RunOptions, "", argv)
-
-
-@pytest.mark.parametrize("device", ["banana", "gpu", "0", "cuda:x", "cpu:", "cuda:99", "mps"])
-def test_unknown_devices_are_refused(device):
-    with pytest.raises(UserError, match=f"--device {device}: "):
-        options("--device", device)
 
 
 # --- runs

@@ -55,46 +55,82 @@ class ClassSet:
 
 
 # Cityscapes' 19 train IDs with its official colours; stuff and things as in the released SeCo code.
-_CITYSCAPES = (
-    ("road", (128, 64, 128)),
-    ("sidewalk", (244, 35, 232)),
-    ("building", (70, 70, 70)),
-    ("wall", (102, 102, 156)),
-    ("fence", (190, 153, 153)),
-    ("pole", (153, 153, 153)),
-    ("traffic light", (250, 170, 30)),
-    ("traffic sign", (220, 220, 0)),
-    ("vegetation", (107, 142, 35)),
-    ("terrain", (152, 251, 152)),
-    ("sky", (70, 130, 180)),
-    ("person", (220, 20, 60)),
-    ("rider", (255, 0, 0)),
-    ("car", (0, 0, 142)),
-    ("truck", (0, 0, 70)),
-    ("bus", (0, 60, 100)),
-    ("train", (0, 80, 100)),
-    ("motorcycle", (0, 0, 230)),
-    ("bicycle", (119, 11, 32)),
-)
-CITYSCAPES_19 = ClassSet(
-    names=tuple(name for name, _ in _CITYSCAPES),
-    palette=tuple(colour for _, colour in _CITYSCAPES),
-    stuff=(0, 1, 2, 3, 4, 8, 9, 10),
-    things=(5, 6, 7, 11, 12, 13, 14, 15, 16, 17, 18),
-)
+_CITYSCAPES = """\
+road stuff 128,64,128
+sidewalk stuff 244,35,232
+building stuff 70,70,70
+wall stuff 102,102,156
+fence stuff 190,153,153
+pole thing 153,153,153
+traffic light thing 250,170,30
+traffic sign thing 220,220,0
+vegetation stuff 107,142,35
+terrain stuff 152,251,152
+sky stuff 70,130,180
+person thing 220,20,60
+rider thing 255,0,0
+car thing 0,0,142
+truck thing 0,0,70
+bus thing 0,60,100
+train thing 0,80,100
+motorcycle thing 0,0,230
+bicycle thing 119,11,32
+""".splitlines()
 # Their official label IDs (cityscapesscripts, helpers/labels.py).
 LABEL_IDS_OF_19 = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
-
 # SYNTHIA's 16 classes: the 19 without terrain, truck and train, renumbered without gaps.
 IDS_16_IN_19 = (0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 11, 12, 13, 15, 17, 18)
-SYNTHIA_16 = ClassSet(
-    names=tuple(CITYSCAPES_19.names[i] for i in IDS_16_IN_19),
-    palette=tuple(CITYSCAPES_19.palette[i] for i in IDS_16_IN_19),
-    stuff=(0, 1, 2, 3, 4, 8, 9),
-    things=(5, 6, 7, 10, 11, 12, 13, 14, 15),
-)
 # mIoU* of the SYNTHIA papers: the 16 without wall, fence and pole.
 IDS_13_IN_16 = (0, 1, 2, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)
+
+
+def generated_palette(count: int) -> tuple[tuple[int, int, int], ...]:
+    """`count` distinct colours by reversing the bits of the index over the three channels (as
+    PASCAL VOC colours).
+    """
+    bits = np.arange(1, count + 1)[:, None] >> np.arange(9) & 1  # count x 9, the lowest first
+    weights = 128 >> np.arange(3)
+    return tuple(map(tuple, (bits.reshape(count, 3, 3) * weights[:, None]).sum(axis=1).tolist()))
+
+
+def classes_of(lines: list[str], path: str | Path) -> ClassSet:
+    """The class set of a file's lines: one class each in the order of the train IDs, its name,
+    `stuff`, `thing` or `neither` and, if wanted, its colour: `traffic sign thing 220,220,0`. `#`
+    begins a comment. path: for errors.
+    """
+    names, palette, ids = [], [], {"stuff": [], "thing": [], "neither": []}
+    generated = generated_palette(len(lines))
+    for number, line in enumerate(lines, start=1):
+        where, words = f"{path}, line {number}", line.split("#")[0].split()
+        if not words:
+            continue
+        colour = words.pop() if "," in words[-1] else None
+        kind = words.pop().rstrip("s") if len(words) > 1 else ""
+        if kind not in ids:
+            raise UserError(
+                f"{where}: give a name, `stuff` or `thing` and a colour: `sky stuff 70,130,180`"
+            )
+        if (name := " ".join(words)) in names:
+            raise UserError(f"{where}: the class {name} has a line already")
+        rgb = generated[len(names)]
+        if colour:
+            rgb = tuple(int(part) if part.isdecimal() else 256 for part in colour.split(","))
+            if len(rgb) != 3 or max(rgb) > 255:
+                raise UserError(f"{where}: {colour} is no colour; give red,green,blue, 0 to 255")
+        ids[kind].append(len(names))
+        names.append(name)
+        palette.append(rgb)
+    if not names:
+        raise UserError(f"{path}: names no classes")
+    return ClassSet(tuple(names), tuple(palette), tuple(ids["stuff"]), tuple(ids["thing"]))
+
+
+CITYSCAPES_19 = classes_of(_CITYSCAPES, __file__)
+SYNTHIA_16 = classes_of([_CITYSCAPES[i] for i in IDS_16_IN_19], __file__)
+
+
+def read_classes(path: str | Path) -> ClassSet:
+    return classes_of(read_text(path, "file of classes").splitlines(), path)
 
 
 def class_set(
@@ -124,39 +160,6 @@ def class_set(
         return replace(known, stuff=stuff, things=things)
     names = tuple(f"class {i}" for i in range(class_num))
     return ClassSet(names, generated_palette(class_num), stuff, things)
-
-
-def read_classes(path: str | Path) -> ClassSet:
-    """The class set of a file: one class a line in the order of the train IDs, its name, `stuff`,
-    `thing` or `neither` and, if wanted, its colour: `traffic sign thing 220,220,0`. `#` begins a
-    comment.
-    """
-    names, palette, ids = [], [], {"stuff": [], "thing": [], "neither": []}
-    lines = read_text(path, "file of classes").splitlines()
-    generated = generated_palette(len(lines))
-    for number, line in enumerate(lines, start=1):
-        where, words = f"{path}, line {number}", line.split("#")[0].split()
-        if not words:
-            continue
-        colour = words.pop() if "," in words[-1] else None
-        kind = words.pop().rstrip("s") if len(words) > 1 else ""
-        if kind not in ids:
-            raise UserError(
-                f"{where}: give a name, `stuff` or `thing` and a colour: `sky stuff 70,130,180`"
-            )
-        if (name := " ".join(words)) in names:
-            raise UserError(f"{where}: the class {name} has a line already")
-        rgb = generated[len(names)]
-        if colour:
-            rgb = tuple(int(part) if part.isdecimal() else 256 for part in colour.split(","))
-            if len(rgb) != 3 or max(rgb) > 255:
-                raise UserError(f"{where}: {colour} is no colour; give red,green,blue, 0 to 255")
-        ids[kind].append(len(names))
-        names.append(name)
-        palette.append(rgb)
-    if not names:
-        raise UserError(f"{path}: names no classes")
-    return ClassSet(tuple(names), tuple(palette), tuple(ids["stuff"]), tuple(ids["thing"]))
 
 
 def write_classes(folder: Path, classes: ClassSet) -> None:
@@ -204,15 +207,6 @@ def chosen_classes(options, beside: Path | None = None) -> ClassSet:
         )
     options.class_num = classes.count
     return classes
-
-
-def generated_palette(count: int) -> tuple[tuple[int, int, int], ...]:
-    """`count` distinct colours by reversing the bits of the index over the three channels (as
-    PASCAL VOC colours).
-    """
-    bits = np.arange(1, count + 1)[:, None] >> np.arange(9) & 1  # count x 9, the lowest first
-    weights = 128 >> np.arange(3)
-    return tuple(map(tuple, (bits.reshape(count, 3, 3) * weights[:, None]).sum(axis=1).tolist()))
 
 
 # ------------------------------------------------------------------------------- label maps on disk

@@ -128,7 +128,7 @@ def select_device(name: str):
         numbers["cuda"] = int(os.environ.get("LOCAL_RANK", 0)) % count
     if name not in numbers:
         raise UserError(
-            f"--device {name}: give auto, cpu or one of {count} CUDA devices, as cuda:0"
+            f"--device {name}: give auto, cpu, cuda or cuda:N; torch sees {count} CUDA devices here"
         )
     device = torch.device("cuda", numbers[name])
     torch.cuda.set_device(device)
