@@ -453,7 +453,7 @@ class RecipeOptions:
     "least confidence of a pseudo-label that counts, 0 to 1"
     copy_paste: Setting[bool] = False
     "paste objects of rare classes of the labeled list into labeled crops"
-    copy_paste_classes: Setting[Annotated[list[int], "ID"]] | None = None
+    copy_paste_classes: Setting[Annotated[list[int], Bounds(least=0), "ID"]] | None = None
     "train IDs of the rare classes (default: DT-ST's, known for 16 and 19 classes)"
 
 
@@ -501,8 +501,7 @@ def parse_args(argv: list[str] | None = None) -> Options:
         raise UserError(
             "--photometric: only with --supervised; UniMatch's labeled images stay as they are"
         )
-    for number in args.copy_paste_classes or ():
-        Bounds(least=0, most=args.class_num - 1).check("copy_paste_classes", number)
+    Bounds(most=args.class_num - 1).check("copy_paste_classes", max(args.copy_paste_classes or [0]))
     least, most = args.scales = list(args.scales)  # as settings.json gives it back
     if least > most:
         raise UserError(f"--scales {least:g} {most:g}: give the smaller factor first")

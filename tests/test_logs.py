@@ -54,10 +54,11 @@ def test_shipped_rows_are_those_of_the_text_logs(name):
         ours, theirs = getattr(shipped, part), getattr(text, part)
         assert {epoch: ours[epoch] for epoch in theirs} == theirs
     assert [row for row in shipped.losses if row[0] in epochs] == text.losses
+    excerpt = (EXCERPTS / f"{name}.log").read_text()
     for row in table(SHIPPED / name / "losses.csv"):
-        if (epoch := int(row["epoch"])) in epochs:
-            clock = datetime.fromisoformat(row["time"] + "+00:00").timestamp()
-            assert text.times[epoch, int(row["iteration"])] == pytest.approx(clock, abs=1e-3)
+        if int(row["epoch"]) in epochs:
+            clock = row["time"].replace(".", ",")
+            assert re.search(rf"{clock}.* Iters: {row['iteration']}, ", excerpt)
 
 
 @pytest.mark.parametrize("name", COUNTS)
@@ -180,7 +181,6 @@ def test_rows_of_other_wordings(tmp_path):
     log = read_text_log(path)
     assert log.losses == [(0, 0, {"loss_all": 0.75})] and log.lr == {0: 1e-5}
     assert log.miou == {0: 41.5} and log.eval_mode is None
-    assert log.times[0, "eval"] == log.times[1, "begin"] == 1672531200.25
     path.write_text(path.read_text().replace("INFO:root:Iters: 0", "INFO:root:Iters: 1"))
     known = {"loss_all": 0.5, "loss_x": 1.25, "loss_w_fp": 2, "mask_ratio": 0.01}
     assert read_text_log(path).losses[0][2] == known
@@ -214,7 +214,7 @@ def test_events_with_tensorboardx_tags(tmp_path, capsys, every):
             rows.append((clock, epoch, "eval/mIOU", reference.miou[epoch]))
             for name, value in zip(names, reference.class_iou[epoch]):
                 rows.append((clock, epoch, f"eval/{name.replace(' ', '_')}_IoU", value))
-    with closing(SummaryWriter(tmp_path / "run")) as writer:
+    with SummaryWriter(tmp_path / "run") as writer:
         for clock, step, tag, value in rows:
             writer.add_scalar(tag, value, step, clock)
     for path in (tmp_path / "run", *(tmp_path / "run").iterdir()):

@@ -237,7 +237,7 @@ def test_bad_input_is_one_clear_line(data, spoil, told):
         (("--rule", "cbst", "--top-p-things", "0.3"), "--top-p-things 0.3: belongs to"),
         (("--policy", "global"), "--policy global: belongs to --rule cbst"),
         (("--multi-scale",), "--multi-scale: is for --checkpoint"),
-        (("--test-size", "64", "16"), "--test-size 64 16"),
+        (("--test-size", "64", "16"), "--test-size 16"),
         (("--exp", "a/b"), "--exp a/b"),
         (("--exp", "leftImg8bit"), "--exp leftImg8bit takes the place"),
         (("--out-list", "list.txt"), "is the list that is read"),

@@ -33,6 +33,14 @@ def new_axes(heights: list[int], width: int = 860):
     return column
 
 
+def new_chart(title: str, x_label: str, y_label: str, height: int = 460, width: int = 860):
+    """Empty axes with titles, alone on their figure."""
+    (axes,) = new_axes([height], width)
+    axes.set_title(title, loc="left")
+    axes.set(xlabel=x_label, ylabel=y_label)
+    return axes
+
+
 def draw_lines(axes, series: dict[str, tuple[list, list]]) -> None:
     """One line per series, `{name: (xs, ys)}`, with a marker on every point. A value that is not
     finite is a gap; one or two points are not joined, since they show no trend.
@@ -57,10 +65,9 @@ def line_chart(
     series: dict[str, tuple[list, list]], title: str, x_label: str, y_label: str, y_range=None
 ):
     """See draw_lines."""
-    (axes,) = new_axes([460])
+    axes = new_chart(title, x_label, y_label)
     draw_lines(axes, series)
-    axes.set(xlabel=x_label, ylabel=y_label, ylim=y_range)
-    axes.set_title(title, loc="left")
+    axes.set_ylim(y_range)
     return axes.figure
 
 
@@ -69,14 +76,13 @@ def bar_chart(values: dict[str, float], x_label: str, deviations: dict[str, floa
     where given.
     """
     names = [textwrap.fill(name, NAME_CHARACTERS) for name in values]
-    (axes,) = new_axes([90 + 30 * max(4, len(names))])
+    axes = new_chart("", x_label, "", 90 + 30 * max(4, len(names)))
     spread = [deviations[name] for name in values] if deviations else None
     bars = axes.barh(names, values.values(), xerr=spread, capsize=4, color=CYCLE[0])
     axes.bar_label(bars, fmt="%.1f", padding=3)
     axes.margins(x=0.08)  # room for the figures
     axes.invert_yaxis()
     axes.grid(False, axis="y")
-    axes.set_xlabel(x_label)
     return axes.figure
 
 
@@ -88,7 +94,7 @@ def confusion_chart(confusion: np.ndarray, names: tuple[str, ...]):
     sums = confusion.sum(axis=1, keepdims=True)
     shares = confusion / np.where(sums > 0, sums, np.nan)
     side = 100 + 8 * max(map(len, columns)) + 30 * max(6, len(columns))
-    (axes,) = new_axes([side], side + 60)
+    axes = new_chart("", "prediction, in % of each row", "ground truth", side, side + 60)
     axes.imshow(shares, "Blues", aspect="auto", vmin=0, vmax=1)
     axes.set_facecolor(GRID)
     for row, column in np.argwhere(shares >= 0.005):
@@ -98,7 +104,6 @@ def confusion_chart(confusion: np.ndarray, names: tuple[str, ...]):
         axes.text(column, row, f"{100 * share:.0f}", color=colour, **where)
     axes.set_xticks(range(len(columns)), columns, rotation=90)
     axes.set_yticks(range(len(names)), names)
-    axes.set(xlabel="prediction, in % of each row", ylabel="ground truth")
     axes.grid(False)
     return axes.figure
 

@@ -291,6 +291,8 @@ def _reading(path: str | Path, what: str):
         yield
     except UserError:
         raise
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; check the list and --root-path") from None
     except Exception as error:  # the library's own kinds are many
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(

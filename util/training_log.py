@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ast
 import csv
-import datetime
 import math
 import re
 from dataclasses import dataclass, field
@@ -53,9 +52,8 @@ class TrainingLog:
 
     miou: epoch → mIoU; class_iou: epoch → IoU per class, in the order of class_names; lr: epoch →
     learning rate as printed at the epoch's start; losses: rows (epoch, iteration, {loss name:
-    value}); times: (epoch, "begin" | iteration | "eval") → seconds since 1970, the log's clock read
-    as UTC. eval_mode: several modes are joined by `, then `. A log may have no IoU per
-    class, for all epochs or for some. IoU and mIoU may be NaN, as they were printed.
+    value}). eval_mode: several modes are joined by `, then `. A log may have no IoU per class, for
+    all epochs or for some. IoU and mIoU may be NaN, as they were printed.
     """
 
     name: str
@@ -66,7 +64,6 @@ class TrainingLog:
     class_iou: dict[int, tuple[float, ...]] = field(default_factory=dict)
     lr: dict[int, float] = field(default_factory=dict)
     losses: list[tuple[int, int, dict[str, float]]] = field(default_factory=list)
-    times: dict[tuple, float] = field(default_factory=dict)
 
     @property
     def epochs(self) -> list[int]:
@@ -82,7 +79,7 @@ class TrainingLog:
 # ----------------------------------------------------------------------------------------- text log
 
 _NUMBER = r"\d+(?:\.\d*)?(?:[eE][+-]?\d+)?"
-_TIME = re.compile(r"^\[?(\d{4}-\d\d-\d\d)[ T](\d\d:\d\d:\d\d)(?:[,.](\d{1,6}))?")
+_CONFIG = re.compile(r"(?m)^\[?\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d[^{\n]*(\{.*(?:\n.*\S.*)*)")
 _EPOCH = re.compile(r"=+> Epoch:? *(\d+)")
 _LR = re.compile(rf"\b(?:LR|learning rate) *[:=] *({_NUMBER})", re.IGNORECASE)
 _ROW = re.compile(r"\bIters?: *(\d+)(?:/\d+)?, *(.*)$", re.IGNORECASE)
@@ -98,7 +95,7 @@ def read_text_log(path: str | Path) -> TrainingLog:
 
     Other lines are passed over, as is a last line cut short by a run still going. If the run was
     resumed or started anew, an epoch that starts again voids what was logged of it and of all later
-    ones. Lines without a clock have the time of the line before.
+    ones.
     """
     path, text = Path(path), read_text(path, "log", errors="replace")
     if not text.endswith("\n"):
@@ -117,22 +114,19 @@ def read_text_log(path: str | Path) -> TrainingLog:
         raise UserError(
             f"{path}: no line `===========> Epoch: …`; this is not a UniMatch-style text log"
         )
-    log, time, modes = TrainingLog(path.stem, config=config), 0.0, []
+    log, modes = TrainingLog(path.stem, config=config), []
     for epoch, chunk in epochs.items():
         rows, ious = {}, {}
         for line in chunk.splitlines():
-            time = _seconds(line) or time
-            log.times.setdefault((epoch, "begin"), time)
             if _EPOCH.search(line) and (rate := _LR.search(line)):
                 log.lr[epoch] = float(rate[1])
             elif match := _ROW.search(line):
-                iteration, losses = int(match[1]), _text_losses(match[2])
-                if losses:
-                    rows[iteration], log.times[epoch, iteration] = losses, time
+                if losses := _text_losses(match[2]):
+                    rows[int(match[1])] = losses
             elif match := _CLASS.search(line):
                 ious[int(match[1])] = (official_name(match[2]), float(match[3]))
             elif match := _MEAN.search(line):
-                log.miou[epoch], log.times[epoch, "eval"] = float(match[2]), time
+                log.miou[epoch] = float(match[2])
                 modes += [match[1]] if match[1] else []
                 if ious:
                     log.class_names, log.class_iou[epoch] = zip(*(ious[i] for i in sorted(ious)))
@@ -140,15 +134,6 @@ def read_text_log(path: str | Path) -> TrainingLog:
         log.losses += [(epoch, iteration, losses) for iteration, losses in rows.items()]
     log.eval_mode = ", then ".join(dict.fromkeys(modes)) or None
     return log
-
-
-def _seconds(line: str) -> float | None:
-    """Seconds since 1970 by the clock that the line starts with, if it does."""
-    match = _TIME.match(line)
-    if not match:
-        return None
-    moment = datetime.datetime.fromisoformat(f"{match.group(1)} {match.group(2)}+00:00")
-    return moment.timestamp() + float(f"0.{match.group(3) or 0}")
 
 
 def _text_losses(text: str) -> dict[str, float]:
@@ -159,9 +144,9 @@ def _text_losses(text: str) -> dict[str, float]:
 
 def _text_config(text: str) -> dict:
     """The pretty-printed dict that UniMatch logs first, up to an empty line; {} without one."""
-    found = re.search(rf"(?m){_TIME.pattern}[^{{\n]*(?P<dict>\{{.*(?:\n.*\S.*)*)", text)
+    found = _CONFIG.search(text)
     try:
-        return ast.literal_eval(found["dict"]) if found else {}
+        return ast.literal_eval(found[1]) if found else {}
     except (ValueError, SyntaxError):
         return {}
 
