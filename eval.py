@@ -106,7 +106,6 @@ if TYPE_CHECKING:  # else where they are used: seconds that a finished evaluatio
 Mode = Literal["original", "sliding_window", "center_crop", "square_windows"]
 Values = Literal["train-ids", "label-ids", "colour"]
 RESULTS = ("confusion.csv", "confusion.png", "metrics.json")
-REMEDY = "choose another --predictions, or remove that folder"
 CropSize = Annotated[int, Bounds(least=33), "PIXELS"]  # 33: the least that DeepLabV3+ takes
 
 
@@ -504,7 +503,7 @@ def main(argv: list[str] | None = None) -> None:
     task, first = Evaluation(args), process_rank()[0] == 0
     with contextlib.ExitStack() as held:
         for place in filter(None, (args.predictions, args.out)):
-            folder = held.enter_context(Outputs(place, REMEDY))
+            folder = held.enter_context(Outputs(place))
             if first and place == args.predictions:
                 task.accept(folder)
         if not task.finished():

@@ -120,7 +120,6 @@ from util.run import (
 )
 
 RESULTS = ("latest.pth", "best.pth", "summary.json")  # a folder with one of them holds a run
-REMEDY = "choose another --save-path, or remove that folder"
 
 
 # ------------------------------------------------------------------------------------ one iteration
@@ -545,7 +544,7 @@ def main(argv: list[str] | None = None) -> None:
     set_precision(args)
     tune_cpu()
     model = build_model(args, classes.count)
-    with contextlib.nullcontext() if args.dry_run else Outputs(args.save_path, REMEDY) as out:
+    with contextlib.nullcontext() if args.dry_run else Outputs(args.save_path) as out:
         if out and process_rank()[0] == 0:
             begun = any((args.save_path / name).is_file() for name in RESULTS)
             inputs = named_files(args) | lists.files(args.root_path)

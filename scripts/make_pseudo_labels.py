@@ -493,9 +493,8 @@ def main(argv: list[str] | None = None) -> None:
     inputs, probabilities = load_source(options, [image for image, _ in rows], device)
     check_writable(options.out_list.parent)
     summary_path = folder / "summary.json"
-    remedy = "thresholds are of the whole list: choose another --exp, or remove that folder"
 
-    with Outputs(folder, remedy) as out, process_group(device) as (rank, _):
+    with Outputs(folder) as out, process_group(device) as (rank, _):
         if rank == 0:
             begun = holds_pictures(folder) or (folder / ".confidence").exists()
             out.accept(options.settings, inputs, begun)

@@ -59,13 +59,13 @@ def test_of_several_processes_only_the_first_takes_the_lock(tmp_path, monkeypatc
 
 
 def test_settings_of_a_run_that_made_nothing_do_not_bind(tmp_path):
-    with Outputs(tmp_path, "remedy") as out:
+    with Outputs(tmp_path) as out:
         with pytest.raises(UserError, match="has no settings.json that says what made its content"):
             out.accept({"seed": 1}, begun=True)
         out.accept({"seed": 1}, begun=False)
         out.accept({"seed": 2, "scales": (1, 2)}, begun=False)
         out.accept({"seed": 2, "scales": (1, 2)}, begun=True)
-        with pytest.raises(UserError, match="holds results of seed = 2, now it is 3; remedy"):
+        with pytest.raises(UserError, match="holds results of seed = 2, now it is 3; remove"):
             out.accept({"seed": 3, "scales": (1, 2)}, begun=True)
         with pytest.raises(UserError, match="scales"):  # one that is no longer given
             out.accept({"seed": 2}, begun=True)
@@ -75,10 +75,10 @@ def test_settings_of_a_run_that_made_nothing_do_not_bind(tmp_path):
 def test_inputs_may_change_until_there_are_results(tmp_path):
     files = {name: write(tmp_path / name, name) for name in "abc"}
     two = {name: files[name] for name in "ab"}
-    with Outputs(tmp_path / "out", "remedy") as out:
+    with Outputs(tmp_path / "out") as out:
 
         def refused(inputs, words):
-            with pytest.raises(UserError, match=f"{words}.*; remedy"):
+            with pytest.raises(UserError, match=f"{words}.*; remove that"):
                 out.accept({}, inputs, begun=True)
 
         assert not out.accept({}, two, begun=False) and out.accept({}, two, begun=False)

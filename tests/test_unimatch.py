@@ -468,7 +468,7 @@ def test_a_failed_start_does_not_block_the_corrected_command(data, tmp_path, cap
     assert rows == [(0, i) for i in range(4)]  # nothing of the failed start
     error = error_of(changed(argv, lr=0.01), capsys)
     assert "holds results of lr = 0.001, now it is 0.01" in error
-    assert "choose another --save-path, or remove that folder" in error
+    assert "remove that folder, or choose another" in error
 
 
 @pytest.mark.parametrize("name", ["corrected/x1.png", "images/x2.png", "images/u3.png"])

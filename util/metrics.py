@@ -14,8 +14,6 @@ def confusion_matrix(truth: np.ndarray, prediction: np.ndarray, class_num: int) 
     truth, prediction: integer arrays of one shape with train IDs and IGNORE. Ground-truth IGNORE is
     left out.
     """
-    if truth.shape != prediction.shape:
-        raise ValueError(f"ground truth is {truth.shape}, prediction {prediction.shape}")
     counted = truth != IGNORE
     predicted = np.minimum(prediction[counted].astype(np.int64), class_num)
     cells = truth[counted].astype(np.int64) * (class_num + 1) + predicted

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from util.run import UserError, process_rank, sha256
 
-REMEDY = "remove the folder or rename the experiment"
+REMEDY = "remove that folder, or choose another"
 
 
 class Outputs:
@@ -33,11 +33,10 @@ class Outputs:
 
     The lock is the kernel's, on <folder>/.lock: a killed run does not leave it behind, nor do its
     forked processes, which end later. Of several processes of one run only the first takes it.
-    remedy: what an error tells to do where results of something else are there.
     """
 
-    def __init__(self, folder: str | Path, remedy: str = REMEDY):
-        self.folder, self.remedy = Path(folder), remedy
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
 
     def __enter__(self) -> Outputs:
         self.lock = None
@@ -84,7 +83,7 @@ class Outputs:
                 if before.get(name) != settings.get(name):
                     raise UserError(
                         f"{self.folder}: holds results of {name} = {before.get(name)}, now it is"
-                        f" {settings.get(name)}; {self.remedy}"
+                        f" {settings.get(name)}; {REMEDY}"
                     )
         else:
             write_json(path, settings)
@@ -99,9 +98,9 @@ class Outputs:
                 if before.get(name) != now.get(name):
                     raise UserError(
                         f"{inputs.get(name, name)}: has changed since the results in {self.folder}"
-                        f" were made, or was added or removed; {self.remedy}"
+                        f" were made, or was added or removed; {REMEDY}"
                     )
-            raise UserError(f"{self.folder}: inputs are in another order now; {self.remedy}")
+            raise UserError(f"{self.folder}: inputs are in another order now; {REMEDY}")
         write_json(path, now)
         return False
 
