@@ -28,11 +28,11 @@ def one_thread():
 
 
 def pytest_collection_modifyitems(items):
-    """The two longest files first, so that the processes that share the tests end together. Without
+    """The longest files first, so that the processes that share the tests end together. Without
     a CUDA device those marked gpu are skipped.
     """
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
-    first = ("test_end_to_end.py", "test_tasks.py")
-    items.sort(key=lambda item: item.path.name not in first)
+    first = ("unimatch", "tasks", "psa", "scc", "model", "end_to_end")
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in first)

@@ -36,7 +36,7 @@ def own(tmp_path_factory):
     (folder / "my/data/photos").mkdir(parents=True)
     (folder / "my/data/gt").mkdir()
     (folder / "my/probs/photos").mkdir(parents=True)
-    for i in range(3):
+    for i in range(2):
         scene = draw_scene(i, "target", 64, 128)
         Image.fromarray(scene.image).save(folder / f"my/data/photos/{i}.png")
         known = scene.label != IGNORE
@@ -47,7 +47,7 @@ def own(tmp_path_factory):
         probabilities = np.full((5, 64, 128), 0.05, np.float16)
         np.put_along_axis(probabilities, label[None], 0.8, axis=0)
         np.save(folder / f"my/probs/photos/{i}.png.npy", probabilities)
-    (folder / "my/train.txt").write_text("".join(f"photos/{i}.png\n" for i in range(3)))
+    (folder / "my/train.txt").write_text("".join(f"photos/{i}.png\n" for i in range(2)))
     (folder / "my/val.txt").write_text("photos/0.png gt/0.png\n")
     (folder / "my/classes.txt").write_text(CLASSES)
     return folder

@@ -11,6 +11,7 @@ import sys
 
 import pytest
 from conftest import ROOT
+from processes import warm_python
 
 from scripts import compare_logs
 from util.run import run_main
@@ -89,7 +90,7 @@ def test_a_stream_in_the_place_of_stdout_may_be_of_any_kind():
 )
 def test_sh_hands_a_script_on_to_bash(script):
     of_python = script.name == "gpu.sh"  # whose --help is
-    python = sys.executable if of_python else "false"
+    python = warm_python() if of_python else "false"
     result = subprocess.run(
         ["sh", str(script), "--help"], env={**os.environ, "PYTHON": python}, capture_output=True
     )
