@@ -184,7 +184,7 @@ def main(argv=None) -> int:
     run.tune_cpu()
     if device.type == "cpu":  # whose code takes minutes to generate and says nothing here
         torch.compile = functools.partial(torch.compile, backend="aot_eager")
-    with Outputs(out, "choose another folder") as outputs:
+    with Outputs(out) as outputs:
         settings, record = settings_of(device), out / "gpu.json"
         figures = read_json(record)["parts"] if record.is_file() else {}
         outputs.accept(settings, begun=bool(figures))
