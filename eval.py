@@ -112,13 +112,11 @@ CropSize = Annotated[int, Bounds(least=33), "PIXELS"]  # 33: the least that Deep
 # --------------------------------------------------------------------------------------- prediction
 
 
-def sliding_windows(height: int, width: int, size: int) -> list[tuple[int, int, int, int]]:
-    """(top, bottom, left, right) of UniMatch's windows: a start every int(2/3 size) in the image;
-    windows are cut at the border, not shifted back.
-    """
+def sliding_windows(height: int, width: int, size: int) -> list[tuple[slice, slice]]:
+    """UniMatch's windows: a start every int(2/3 size); cut at the border, not shifted back."""
     stride = max(int(size * 2 / 3), 1)
     return [
-        (top, min(top + size, height), left, min(left + size, width))
+        (slice(top, min(top + size, height)), slice(left, min(left + size, width)))
         for top in range(0, height, stride)
         for left in range(0, width, stride)
     ]
@@ -140,8 +138,7 @@ def predict(
     """
     height, width = images.shape[-2:]
     if mode == "center_crop":
-        rows, columns = center_square(height, width, crop_size)
-        images = images[..., rows, columns]
+        images = images[(..., *center_square(height, width, crop_size))]
     if mode == "square_windows":
         from model.network import square_window_logits
 
@@ -150,23 +147,18 @@ def predict(
         return model(images).float().softmax(dim=1)
     import torch
 
-    by_shape = defaultdict(list)
+    by_shape, scores = defaultdict(list), None
     for window in sliding_windows(height, width, crop_size):
-        by_shape[window[1] - window[0], window[3] - window[2]].append(window)
-    scores = None
+        by_shape[images[(..., *window)].shape].append(window)
     for windows in by_shape.values():
         for start in range(0, len(windows), window_batch):
             share = windows[start : start + window_batch]
-            batch = torch.cat(
-                [images[..., top:bottom, left:right] for top, bottom, left, right in share]
-            )
-            probabilities = model(batch).float().softmax(dim=1).chunk(len(share))
+            batch = torch.cat([images[(..., *window)] for window in share])
+            probabilities = model(batch).float().softmax(dim=1)
             if scores is None:
-                scores = probabilities[0].new_zeros(
-                    len(images), probabilities[0].shape[1], height, width
-                )
-            for (top, bottom, left, right), values in zip(share, probabilities):
-                scores[..., top:bottom, left:right] += values
+                scores = images.new_zeros(len(images), probabilities.shape[1], height, width)
+            for window, values in zip(share, probabilities.chunk(len(share))):
+                scores[(..., *window)] += values
     return scores
 
 
@@ -314,9 +306,6 @@ def label_of_images(labels: Path, rows, list_path: Path, root: Path) -> dict[str
             pair = root / found[image], root / truth
             check_same_shape(pair[0], image_size(pair[0]), pair[1], image_size(pair[1]))
     return found
-
-
-# --------------------------------------------------------------------------------------------- main
 
 
 @dataclass(kw_only=True)

@@ -167,8 +167,8 @@ class Verdicts:
 
 
 def correct(job: Correction) -> None:
-    """SCC of a list: train the classifier, score every connectivity, judge and correct them; or the
-    one of the three that --stage names. What is there already is not made again.
+    """Train the classifier, score every connectivity, judge and correct them; or the one of the
+    three that --stage names. What is there already is not made again.
     """
     data, out, options = job.data, job.out, job.data.options
     rank, checkpoint, record, watch = process_rank()[0], out / "checkpoint.pth", {}, Stopwatch()
@@ -190,17 +190,17 @@ def correct(job: Correction) -> None:
     if options.stage in ("all", "correct"):
         if not all(score_path(out, image).is_file() for image in range(len(data.rows))):
             raise UserError(f"{out / 'scores'}: not all images are scored; run --stage score first")
-        record["made_from"] = decided_by(job)
+        old, now = before.get("made_from"), decided_by(job)
+        record["made_from"] = now
         results = [job.list_path, out / "connectivities.csv", out / "report/index.html"]
         results += [data.root / label for _, label in job.rows]
-        old, now = before.get("made_from"), record["made_from"]
         if old and all(path.is_file() for path in results):
             if old == now:
                 print(f"{out}: corrected before; list: {job.list_path}")
                 return
-            changed = old["settings"].items() - now["settings"].items()
+            changed = [n for n, value in old["settings"].items() if value != now["settings"].get(n)]
             if changed:
-                other = ", ".join(f"--{name} {value}" for name, value in sorted(changed))
+                other = ", ".join(f"--{name} {old['settings'][name]}" for name in changed)
                 print(f"the labels of {other} are replaced; --exp NAME would keep both")
         with watch("correct"):
             verdicts = RECIPES[options.recipe].judge(data, *data.scores(out))
@@ -500,9 +500,6 @@ def parse_args(argv: list[str] | None = None) -> Options:
             f"{weights}: no such file; --backbone-weights is imagenet, none or a .pth file"
         )
     return options
-
-
-# --------------------------------------------------------------------------------------------- main
 
 
 def settings_of_scores(options: Options) -> dict:

@@ -86,7 +86,7 @@ class Data:
         return slice(self.starts[image], self.starts[image + 1])
 
     def of_image(self, image: int) -> np.ndarray:
-        """The INDEX rows of image i."""
+        """Its INDEX rows."""
         return self.index[self.part(image)]
 
     def judged_images(self) -> np.ndarray:
@@ -130,7 +130,7 @@ class Data:
 
 
 def batches_per_epoch(data: Data) -> int:
-    """Release: full batches of connectivities; paper: groups of whole images. At least one."""
+    """Release: full batches of connectivities; paper: of whole images. At least one."""
     if data.options.recipe == "release":
         return max(1, int(data.judged.sum()) // data.options.batch_size)
     images = len(data.judged_images())
@@ -158,12 +158,9 @@ def patch_window(
 
 def span(centre: int, length: int, limit: int) -> tuple[int, int]:
     """(start, end) of about `length` pixels around `centre`, shifted and cut to 0 .. limit."""
-    start, end = centre - length // 2, centre + length // 2
-    if start < 0:
-        start, end = 0, end - start
-    if end > limit:
-        start, end = start - (end - limit), limit
-    return max(start, 0), end
+    half = length // 2
+    start = min(max(centre - half, 0), limit - 2 * half)
+    return max(start, 0), start + 2 * half
 
 
 def cut_patch(
@@ -214,8 +211,7 @@ def patch_batches(
     3, masks uint8 B x 1 x h/2 x w/2 of 0 and 1, classes int64 B).
 
     A batch follows from the seed and its number alone, so a stopped training goes on exactly. An
-    incomplete last batch of an epoch is left out. --workers visits of images are read and cut
-    ahead.
+    incomplete last batch of an epoch is left out. --workers visits are read and cut ahead.
     """
     options, size, per_epoch = data.options, data.options.batch_size, batches_per_epoch(data)
 

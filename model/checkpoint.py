@@ -19,10 +19,8 @@ TABLES = ("ResNet101", "model_state", "model", "state_dict")
 
 
 def numpy_scalars() -> list:
-    """What a file needs to hold a numpy number beside its weights, for torch's `safe_globals`.
-
-    UniMatch, ProDA and SHADE save their best score as numpy's float64. Its maker has one name in
-    files of numpy 1 and another in those of numpy 2.
+    """For torch's `safe_globals`: UniMatch, ProDA and SHADE save their best score as a number of
+    numpy's. Its maker has one name in files of numpy 1 and another in those of numpy 2.
     """
     scalar = np.float64(0).__reduce__()[0]
     makers = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
@@ -73,10 +71,8 @@ def load_exactly(
     module: nn.Module, state: dict[str, torch.Tensor], path: str | Path, what: str
 ) -> None:
     """Copy `state` into `module`. A missing, additional or differently shaped weight is an error
-    that names it.
-
-    Batch norm's counter `num_batches_tracked` may be missing, as in older files, or additional, of
-    a batch norm that is frozen: no arithmetic here uses it.
+    that names it; but for batch norm's counter `num_batches_tracked`, which no arithmetic here uses
+    (older files lack it, a frozen batch norm does not have it).
     """
     try:
         found = module.load_state_dict(state, strict=False)

@@ -1,11 +1,10 @@
-"""ResNet-10, -18, -50 and -101 as backbones: of DeepLabV3+ at output stride 16, and of SCC's
-classifier at output stride 32.
+"""ResNet-10, -18, -50 and -101: the backbones of DeepLabV3+ at output stride 16 and of SCC's
+classifiers; and how RGB images become their input.
 
 Two stems. "deep": three 3x3 convolutions 3→64→64→128, as in UniMatch's ResNet-101. "torchvision":
 one 7x7 convolution 3→64, for torchvision's ImageNet weights. ResNet-10, one block a stage and half
 the width, is for CPUs and small images. Weights are named as in torchvision and in UniMatch's
-`pretrained/resnet101.pth`, so that both kinds of files load. And how RGB images become the input of
-networks whose backbone has learned from ImageNet.
+`pretrained/resnet101.pth`, so that both kinds of files load.
 """
 
 from __future__ import annotations
@@ -27,9 +26,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def normalised(images: torch.Tensor) -> torch.Tensor:
-    """uint8 B x H x W x 3 → float32 B x 3 x H x W with ImageNet's mean and deviation.
-
-    The result is laid out channels-last in memory.
+    """uint8 B x H x W x 3 → float32 B x 3 x H x W with ImageNet's mean and deviation, channels-last
+    in memory.
     """
     mean = torch.tensor(IMAGENET_MEAN, device=images.device) * 255
     deviation = torch.tensor(IMAGENET_STD, device=images.device) * 255
@@ -136,9 +134,7 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward_stem(self, images: torch.Tensor) -> torch.Tensor:
-        """B x 3 x H x W → B x stem_channels x H/2 x W/2, after convolution, BN and ReLU, before
-        max-pooling.
-        """
+        """B x 3 x H x W → B x stem_channels x H/2 x W/2, before max-pooling."""
         return self.relu(self.bn1(self.conv1(images)))
 
     def forward_from_stem(self, activations: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -172,9 +168,7 @@ def _statistics_left_alone(block: nn.Module):
 
 
 def imagenet_weights(backbone: ResNet) -> dict[str, torch.Tensor]:
-    """torchvision's IMAGENET1K_V1 weights: the recipe closest to the weights that UniMatch starts
-    from.
-    """
+    """torchvision's IMAGENET1K_V1 weights, trained most like those that UniMatch starts from."""
     if backbone.depth == 10 or backbone.stem != "torchvision":
         raise UserError(
             "--backbone-weights imagenet: torchvision has weights for ResNet-18, 50 and 101 with"
@@ -194,12 +188,9 @@ def imagenet_weights(backbone: ResNet) -> dict[str, torch.Tensor]:
 
 
 def load_backbone(backbone: ResNet, weights: str | Path) -> None:
-    """Load weights into `backbone`: "none" (leave it random), "imagenet" (torchvision's, 7x7 stem
-    only), or a .pth file.
-
-    A file may hold a backbone's state dict, torchvision's (its `fc` is left out), or a whole
-    segmentation checkpoint of ours or of UniMatch, with or without the prefix `module.`, of which
-    the part `backbone.` is taken.
+    """Load weights into `backbone`: "none" (leave it random), "imagenet" (torchvision's), or a .pth
+    file: of a backbone, of torchvision (its `fc` is left out), or a whole segmentation checkpoint
+    of ours or of UniMatch, of which the part `backbone.` is taken.
     """
     if weights == "none":
         return

@@ -30,10 +30,8 @@ MIN_SEPARATION = 1.0  # least distance of the mixture's means, in root mean squa
 
 class PatchClassifier(nn.Module):
     """release: a ResNet (stride 32) that sees one connectivity in a patch, and a K-way linear
-    layer.
-
-    The connectivity's mask multiplies the activations after the first convolution, batch norm and
-    ReLU; the pooling at the end is over the whole patch.
+    layer. The mask multiplies the activations after the first convolution, batch norm and ReLU; the
+    pooling at the end is over the whole patch.
     """
 
     def __init__(self, depth: int, stem: str, class_num: int):
@@ -42,9 +40,7 @@ class PatchClassifier(nn.Module):
         self.classifier = linear(self.backbone.channels[-1], class_num)
 
     def forward(self, patches: Tensor, masks: Tensor) -> Tensor:
-        """patches: normalised, B x 3 x h x w; masks: B x 1 x h/2 x w/2 of 0 and 1 → logits B x
-        K.
-        """
+        """Normalised patches B x 3 x h x w, masks B x 1 x h/2 x w/2 of 0 and 1 → logits B x K."""
         stem = self.backbone.forward_stem(patches)
         features = self.backbone.forward_from_stem(stem * masks.to(stem.dtype))[-1]
         return self.classifier(features.mean(dim=(2, 3)).to(self.classifier.weight.dtype))
@@ -61,12 +57,11 @@ class PooledClassifier(nn.Module):
         self.classifier = linear(self.backbone.channels[-1], class_num)
 
     def forward(self, images: Tensor, shares: list[Tensor]) -> Tensor:
-        """Normalised images B x 3 x H x W → logits of all their connectivities, image by image: N x
-        K.
+        """Normalised images B x 3 x H x W → logits N x K of all their connectivities, image by
+        image. shares: of each image, what dataset.scc.mask_shares gives.
 
-        shares: of each image, what dataset.scc.mask_shares gives. Features are averaged by a matrix
-        product: gathered cells would be summed in a changing order when that is differentiated,
-        with several threads or on a GPU.
+        Features are averaged by a matrix product: gathered cells would be summed in a changing
+        order when that is differentiated, with several threads or on a GPU.
         """
         features = self.backbone(images)[-1].float()  # F(x), B x C x H/16 x W/16
         features = features.flatten(2).transpose(1, 2)

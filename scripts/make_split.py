@@ -130,9 +130,6 @@ def reliabilities(
     return coverage * np.array([trusts.get(row[0], 1.0) for row in rows]), pixels, bool(trusts)
 
 
-# --------------------------------------------------------------------------------------------- main
-
-
 @dataclass(kw_only=True)
 class Options(ListOptions, ClassOptions):
     """split"""

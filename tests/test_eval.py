@@ -11,24 +11,11 @@ from PIL import Image
 from processes import beside_a_second
 from torch.nn.functional import pad
 
-from eval import (
-    confusion_matrix,
-    main,
-    metrics_of,
-    predict,
-    sliding_windows,
-    table,
-)
+from eval import confusion_matrix, main, metrics_of, predict, sliding_windows, table
 from model.deeplabv3plus import DeepLabV3Plus
 from model.network import load_network
 from model.resnet import to_tensor
-from util.labels import (
-    CITYSCAPES_19,
-    SYNTHIA_16,
-    read_label,
-    write_label,
-    write_list,
-)
+from util.labels import CITYSCAPES_19, SYNTHIA_16, read_label, write_label, write_list
 from util.outputs import Outputs
 from util.run import run_main
 
@@ -38,9 +25,10 @@ from util.run import run_main
 def test_windows_are_the_released_ones():
     """1024 x 2048 with 769 (stride 512): cut at the border, not shifted back."""
     rows, columns = [(0, 769), (512, 1024)], [(0, 769), (512, 1281), (1024, 1793), (1536, 2048)]
-    assert sliding_windows(1024, 2048, 769) == [(*r, *c) for r in rows for c in columns]
-    assert sliding_windows(100, 100, 801) == [(0, 100, 0, 100)]
-    assert {window[0] for window in sliding_windows(1024, 2048, 801)} == {0, 534}
+    expected = [(slice(*row), slice(*column)) for row in rows for column in columns]
+    assert sliding_windows(1024, 2048, 769) == expected
+    assert sliding_windows(100, 100, 801) == [(slice(0, 100), slice(0, 100))]
+    assert {row.start for row, _ in sliding_windows(1024, 2048, 801)} == {0, 534}
 
 
 class Patchy(torch.nn.Module):
@@ -244,30 +232,45 @@ def test_labels_from_a_list_or_a_folder(data, tmp_path, capsys):
     assert (tmp_path / "list/run.json").exists()
 
 
-@pytest.mark.parametrize("mode", ["original", "sliding_window", "center_crop", "square_windows"])
-def test_checkpoints_are_evaluated_in_every_mode(data, mode, capsys, tmp_path):
-    how = ("--mode", mode, "--crop-size", 40, "--out", tmp_path)
-    main(arguments(data, "--checkpoint", data / "model.pth", *how))
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
-    torch.manual_seed(0)
-    model, confusion = DeepLabV3Plus(10, 19).eval(), 0
+@pytest.mark.parametrize(
+    "mode, values, kind",
+    [
+        ("original", "train-ids", "P"),
+        ("sliding_window", "label-ids", "L"),
+        ("center_crop", "colour", "RGB"),
+        ("square_windows", "train-ids", "P"),
+    ],
+)
+def test_figures_and_predictions_of_a_network(data, mode, values, kind, capsys, tmp_path):
+    """In every mode and form of the predictions, which have the images' own size."""
+    official = pytest.importorskip("cityscapesscripts.helpers.labels").trainId2label
+    table = np.zeros((256, 3) if values == "colour" else 256, int)
+    table[255] = 255 if values == "train-ids" else 0
+    for c in range(19):
+        table[c] = {"P": c, "L": official[c].id, "RGB": official[c].color}[kind]
+    how = ("--mode", mode, "--crop-size", 40, "--out", tmp_path / "out", "--predictions", tmp_path)
+    argv = arguments(data, "--checkpoint", data / "model.pth", *how, "--prediction-values", values)
+    main(argv)
+    assert f"mode {mode}" in capsys.readouterr().out
+    model, confusion = load_network(data / "model.pth", "cpu", 19).model, 0
     for number in range(3):
         image = to_tensor(np.asarray(Image.open(data / f"images/val/city/{number}.png")))[None]
-        truth = read_label(data / f"gt/val/city/{number}.png")
+        truth, label = read_label(data / f"gt/val/city/{number}.png"), np.full((50, 70), 255)
+        seen = (slice(5, 45), slice(15, 55)) if mode == "center_crop" else ...
         with torch.no_grad():
             if mode == "sliding_window":
                 scores = sliding_slowly(model, image, 40)
-            elif mode == "center_crop":
-                scores, truth = model(image[:, :, 5:45, 15:55]), truth[5:45, 15:55]
             elif mode == "square_windows":  # two of 50x50; logits added up have the mean's argmax
                 scores = pad(model(image[..., :50]), (0, 20)) + pad(model(image[..., 20:]), (20, 0))
             else:
-                scores = model(image)
-        confusion = confusion + confusion_matrix(truth, scores.argmax(dim=1)[0].numpy(), 19)
+                scores = model(image[(..., *seen)] if mode == "center_crop" else image)
+        label[seen] = scores.argmax(dim=1)[0].numpy()
+        confusion = confusion + confusion_matrix(truth[seen], label[seen], 19)
+        with Image.open(tmp_path / f"images/val/city/{number}.png") as found:
+            assert found.mode == kind and (np.asarray(found) == table[label]).mean() > 0.999
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
     expected = metrics_of(confusion, CITYSCAPES_19.names)["miou"]
-    assert metrics["miou"] == pytest.approx(expected, rel=1e-3)
-    out = capsys.readouterr().out
-    assert f"mode {mode}" in out and metrics["mode"] == mode
+    assert metrics["miou"] == pytest.approx(expected, rel=1e-3) and metrics["mode"] == mode
 
 
 @pytest.mark.parametrize("what", ["checkpoint", "labels"])
@@ -298,39 +301,6 @@ def test_a_finished_evaluation_is_not_made_again(data, tmp_path, monkeypatch, wh
     for name in ("run.json", "metrics.json"):  # as a kill in the middle leaves it
         (out / name).unlink()
         assert measured() and not measured()
-
-
-@pytest.mark.parametrize("mode", ["original", "sliding_window", "center_crop"])
-def test_predictions_are_the_network_s_at_full_size(data, tmp_path, mode):
-    """In each of the three forms, of the images' own size, with and without ground truth."""
-    (tmp_path / "test.txt").write_text("".join(f"images/val/city/{n}.png\n" for n in range(3)))
-    network, expected = load_network(data / "model.pth", "cpu", 19), []
-    for number in range(3):
-        image = to_tensor(np.asarray(Image.open(data / f"images/val/city/{number}.png")))[None]
-        with torch.no_grad():
-            label = predict(network.model, image, mode, 40).argmax(dim=1)[0].numpy()
-        whole = np.full((50, 70), 255)
-        whole[(slice(5, 45), slice(15, 55)) if mode == "center_crop" else ...] = label
-        expected.append(whole)
-    how = ("--checkpoint", data / "model.pth", "--mode", mode, "--crop-size", 40, "--predictions")
-    official = pytest.importorskip("cityscapesscripts.helpers.labels").trainId2label
-    for values in ("train-ids", "label-ids", "colour"):
-        argv = arguments(data, *how, tmp_path / values, "--prediction-values", values)
-        if values != "train-ids":
-            argv[1] = str(tmp_path / "test.txt")
-        main(argv)
-        for number, label in enumerate(expected):
-            with Image.open(tmp_path / values / f"images/val/city/{number}.png") as image:
-                assert image.mode == {"train-ids": "P", "label-ids": "L", "colour": "RGB"}[values]
-                found, colours = np.asarray(image), np.asarray(image.convert("RGB"))
-            if values == "train-ids":
-                assert np.array_equal(found, label)
-            for class_id in np.unique(label):
-                there, known = label == class_id, class_id != 255
-                if values == "label-ids":
-                    assert (found[there] == (official[class_id].id if known else 0)).all()
-                else:
-                    assert (colours[there] == (official[class_id].color if known else 0)).all()
 
 
 def test_predictions_resume_and_are_not_mixed(data, tmp_path, capsys):

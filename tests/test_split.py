@@ -89,9 +89,6 @@ def test_images_without_a_labeled_pixel_are_unlabeled(root, capsys):
     assert sorted(row[0] for row in labeled) == [f"images/a/{i:02d}.png" for i in range(4)]
     assert len(unlabeled) == 20
     assert "20 images without a labeled pixel are unlabeled, first " in capsys.readouterr().out
-
-
-def test_labels_that_are_all_empty_are_refused(root):
     empty_labels(root, 0)
     with pytest.raises(UserError, match=r"train\.txt: no label map of it has a labeled pixel"):
         split(root)
