@@ -197,7 +197,7 @@ def test_preflight_is_about_what_is_missing_only(monkeypatch, capsys, tmp_path):
     "count, visible, expected",
     [
         *((8, None, 8), (8, "2, 3", 2), (8, "GPU-5", 1), (8, "1,0,-1,2,3", 2), (8, "1,,2,3", 1)),
-        *((1, "MIG-a,MIG-b", 1), (8, "", 0), (0, None, 0), (None, None, 0)),
+        *((2, "1,0,2,3", 2), (2, "2", 0), (1, "MIG-a,MIG-b", 1), (8, "", 0), (None, None, 0)),
     ],
     ids=str,
 )

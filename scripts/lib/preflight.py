@@ -71,8 +71,9 @@ def gpus_found() -> int:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return everyone
-    named = takewhile(lambda entry: entry.strip() not in ("", "-1"), visible.split(","))
-    return min(everyone, len(list(named)))
+    entries = map(str.strip, visible.split(","))
+    there = lambda x: x.startswith(("GPU-", "MIG-")) or x.isdecimal() and int(x) < everyone
+    return min(everyone, len(list(takewhile(there, entries))))
 
 
 def gpus_to_use(device: str, asked: str, batch: int, found: int) -> tuple[int, Missing]:
