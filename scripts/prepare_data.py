@@ -385,8 +385,8 @@ def prepare(options: DataSetOptions) -> None:
     """
     name, root = options.data, options.root_path
     data = DATA_SETS[f"{name}_16" if getattr(options, "class_num", 19) == 16 else name]
-    there = [x for x in data.counts if x not in data.optional or data.layout(root, x).has(root, x)]
-    splits = there or list(data.counts)
+    splits = [x for x in data.counts if x not in data.optional or pairs_of(data, root, x)[0]]
+    splits = splits or list(data.counts)
     stated = options.expect or [None] * len(splits)
     if len(stated) != len(splits):
         raise UserError(f"--expect: give {len(splits)} numbers, for {', '.join(splits)}")

@@ -33,13 +33,6 @@ class Layout:
             found |= {(condition, name): path for name, path in names.items()}
         return found
 
-    def has(self, root: Path, split: str) -> bool:
-        """Whether a folder of the split's images is there."""
-        return any(
-            (root / self.images[0].format(split=split, condition=condition)).is_dir()
-            for condition in self.conditions
-        )
-
 
 @dataclass(frozen=True, kw_only=True)
 class Official:
@@ -68,7 +61,8 @@ class Official:
 
     def layout(self, root: Path, split: str) -> Layout:
         """The layout whose images are there; the first if none is."""
-        return next((x for x in self.layouts if x.has(root, split)), self.layouts[0])
+        there = (x for x in self.layouts if x.files(root, "images", split))
+        return next(there, self.layouts[0])
 
 
 def cityscapes(number: str, suffix: str) -> Official:
