@@ -73,6 +73,12 @@ def saved(path, array, **options):
     return path
 
 
+def test_floating_point_images_are_refused(tmp_path):
+    path = saved(tmp_path / "f.tif", np.zeros((4, 4), np.float32))
+    with pytest.raises(UserError, match=r"f\.tif: an image of floating-point values"):
+        read_image(path)
+
+
 def test_16_bit_grey_is_scaled(tmp_path):
     values = np.array([[0, 257, 32896, 65535]], dtype=np.uint16)
     image = read_image(saved(tmp_path / "g.png", values))

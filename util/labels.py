@@ -227,6 +227,8 @@ def read_picture(path: str | Path) -> Image.Image:
         if image.mode.startswith("I;16") or image.mode == "I":
             values = np.asarray(image).clip(0, 65535)
             image = Image.fromarray((values / 257 + 0.5).astype(np.uint8))
+        if image.mode == "F":
+            raise UserError(f"{path}: an image of floating-point values; write 8 bits a channel")
         turned = ImageOps.exif_transpose(image)
         return turned if turned.mode == "RGB" else turned.convert("RGB")
 

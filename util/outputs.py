@@ -94,15 +94,22 @@ class Outputs:
         if list(before.items()) == list(now.items()):
             return True
         if begun:
-            for name in {**before, **now}:
-                if before.get(name) != now.get(name):
-                    raise UserError(
-                        f"{inputs.get(name, name)}: has changed since the results in {self.folder}"
-                        f" were made, or was added or removed; {REMEDY}"
-                    )
-            raise UserError(f"{self.folder}: inputs are in another order now; {REMEDY}")
+            raise UserError(f"{difference(self.folder, before, now, inputs)}; {REMEDY}")
         write_json(path, now)
         return False
+
+
+def difference(folder: Path, before: dict, now: dict, inputs: Mapping[str, Path]) -> str:
+    """What differs between the inputs of a folder's results and those of now, in words."""
+    changed = [name for name in now if name in before and before[name] != now[name]]
+    more, fewer = [n for n in now if n not in before], [n for n in before if n not in now]
+    if more:
+        return f"{folder}: its results lack {len(more)} of the inputs, first {inputs[more[0]]}"
+    if fewer:
+        return f"{folder}: {len(fewer)} inputs of its results are none now, first {fewer[0]}"
+    if changed:
+        return f"{inputs[changed[0]]}: has changed since the results in {folder} were made from it"
+    return f"{folder}: its inputs are the same, but in another order"
 
 
 def made_from(settings: dict, inputs: Mapping[str, Path]) -> dict:

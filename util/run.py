@@ -229,6 +229,9 @@ def peak_memory_mb(device=None) -> dict[str, float]:
     """
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     peak *= 1 if sys.platform == "darwin" else 1024
+    with contextlib.suppress(OSError, TypeError):  # Linux: what is above has its parent's too
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        peak = 1024 * int(re.search(r"^VmHWM:\s*(\d+) kB", status, re.M)[1])
     memory = {"host_mb": round(peak / 1e6, 1)}
     if device is not None and device.type == "cuda":
         import torch
