@@ -16,7 +16,6 @@ DPI = 100
 INK, GRID = "#282828", "#e1e1e1"
 CYCLE = tuple(f"#{red:02x}{green:02x}{blue:02x}" for red, green, blue in COLOURS)
 DASHES = ("-", "--", ":", "-.")  # of the first seven series, of the next seven …
-MARKERS = ("o", "s", "^", "D")
 LEGEND_CHARACTERS, NAME_CHARACTERS = 45, 60  # in a line of the legend, of a bar's name
 
 
@@ -53,7 +52,7 @@ def draw_lines(axes, series: dict[str, tuple[list, list]]) -> None:
             np.where(finite, ys, np.nan),
             color=CYCLE[colour],
             linestyle=DASHES[again % len(DASHES)] if finite.sum() > 2 else "none",
-            marker=MARKERS[again % len(MARKERS)],
+            marker="o",
             markersize=3,
             label=name,
         )

@@ -18,10 +18,9 @@ from util.labels import CITYSCAPES_19, SYNTHIA_16
 from util.outputs import read_json, read_text
 from util.run import UserError
 
-# UniMatch's TensorBoard tags. Losses count iterations, evaluations epochs. Ours adds the learning
-# rate.
+# UniMatch's TensorBoard tags. Losses count iterations, evaluations epochs.
 LOSS_NAMES = ("loss_all", "loss_x", "loss_s", "loss_w_fp", "mask_ratio")
-LR_TAG, MIOU_TAG = "train/lr", "eval/mIoU"
+MIOU_TAG = "eval/mIoU"
 # Names of losses in text logs and tags: of UniMatch 2023 and of 2022 (`Mask`), and in code built on
 # it; lower case, without spaces and underscores.
 LOSS_WORDINGS = {
@@ -50,19 +49,17 @@ def loss_name(wording: str) -> str | None:
 class TrainingLog:
     """The record of one run.
 
-    miou: epoch → mIoU; class_iou: epoch → IoU per class, in the order of class_names; lr: epoch →
-    learning rate as printed at the epoch's start; losses: rows (epoch, iteration, {loss name:
-    value}). eval_mode: several modes are joined by `, then `. A log may have no IoU per class, for
-    all epochs or for some. IoU and mIoU may be NaN, as they were printed.
+    miou: epoch → mIoU; class_iou: epoch → IoU per class, in the order of class_names; losses: rows
+    (epoch, iteration, {loss name: value}). eval_mode: several modes are joined by `, then `. A log
+    may have no IoU per class, for all epochs or for some. IoU and mIoU may be NaN, as they were
+    printed.
     """
 
-    name: str
     config: dict = field(default_factory=dict)
     eval_mode: str | None = None
     class_names: tuple[str, ...] = ()
     miou: dict[int, float] = field(default_factory=dict)
     class_iou: dict[int, tuple[float, ...]] = field(default_factory=dict)
-    lr: dict[int, float] = field(default_factory=dict)
     losses: list[tuple[int, int, dict[str, float]]] = field(default_factory=list)
 
     @property
@@ -81,7 +78,6 @@ class TrainingLog:
 _NUMBER = r"\d+(?:\.\d*)?(?:[eE][+-]?\d+)?"
 _CONFIG = re.compile(r"(?m)^\[?\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d[^{\n]*(\{.*(?:\n.*\S.*)*)")
 _EPOCH = re.compile(r"=+> Epoch:? *(\d+)")
-_LR = re.compile(rf"\b(?:LR|learning rate) *[:=] *({_NUMBER})", re.IGNORECASE)
 _ROW = re.compile(r"\bIters?: *(\d+)(?:/\d+)?, *(.*)$", re.IGNORECASE)
 _LOSS = re.compile(rf"([A-Za-z][\w ]*?) *: *({_NUMBER}|nan|inf)(?=,|\s|$)")
 _CLASS = re.compile(rf"\*+ Evaluation .*Class \[(\d+) (.+)\] IoU: ({_NUMBER}|nan)", re.IGNORECASE)
@@ -114,13 +110,11 @@ def read_text_log(path: str | Path) -> TrainingLog:
         raise UserError(
             f"{path}: no line `===========> Epoch: …`; this is not a UniMatch-style text log"
         )
-    log, modes = TrainingLog(path.stem, config=config), []
+    log, modes = TrainingLog(config), []
     for epoch, chunk in epochs.items():
         rows, ious = {}, {}
         for line in chunk.splitlines():
-            if _EPOCH.search(line) and (rate := _LR.search(line)):
-                log.lr[epoch] = float(rate[1])
-            elif match := _ROW.search(line):
+            if match := _ROW.search(line):
                 if losses := _text_losses(match[2]):
                     rows[int(match[1])] = losses
             elif match := _CLASS.search(line):
@@ -158,12 +152,10 @@ def read_training_logs_folder(folder: Path) -> TrainingLog:
     """A folder of training_logs/: epochs.csv, losses.csv, config.json."""
     config = read_json(folder / "config.json")
     names = tuple(config["class_names"])
-    log = TrainingLog(folder.name, config["options"], config["eval_mode"], names)
+    log = TrainingLog(config["options"], config["eval_mode"], names)
     with open(folder / "epochs.csv", newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             epoch, ious = int(row["epoch"]), [row[name] for name in names]
-            if row["lr"]:
-                log.lr[epoch] = float(row["lr"])
             if row["mIoU"]:
                 log.miou[epoch] = float(row["mIoU"])
             if ious and all(ious):
@@ -189,7 +181,7 @@ def read_events(path: Path) -> TrainingLog:
         else:
             step = number
         placed.append(((step, evaluation, number), name, value))
-    steps: dict[int, dict[str, float]] = {}  # of losses, and of lr
+    steps: dict[int, dict[str, float]] = {}  # of losses
     evaluations: dict[int, dict[str, float]] = {}  # epoch: IoU by class, and MIOU_TAG
     least = (math.inf,)
     for place, name, value in reversed(placed):
@@ -202,7 +194,7 @@ def read_events(path: Path) -> TrainingLog:
         if record.is_file():
             length = read_json(record).get("iterations_per_epoch") or length
     length = length or step + 1
-    log = TrainingLog(path.name)
+    log = TrainingLog()
     for epoch, ious in sorted(evaluations.items()):
         if MIOU_TAG in ious:
             log.miou[epoch] = ious.pop(MIOU_TAG)
@@ -216,15 +208,12 @@ def read_events(path: Path) -> TrainingLog:
             ious = evaluations[epoch]
             log.class_iou[epoch] = tuple(ious.get(n, math.nan) for n in log.class_names)
     for number, values in sorted(steps.items()):
-        if LR_TAG in values:
-            log.lr.setdefault(number // length, values.pop(LR_TAG))
-        if values:
-            log.losses.append((number // length, number % length, values))
+        log.losses.append((number // length, number % length, values))
     return log
 
 
 def _events_by_clock(path: Path) -> list[tuple[float, bool, int, str, float]]:
-    """(wall time, whether of an evaluation, step or epoch, name of a loss, LR_TAG, MIOU_TAG or name
+    """(wall time, whether of an evaluation, step or epoch, name of a loss, MIOU_TAG or name
     of a class, value) of all scalars with a tag that we know, void ones included.
     """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -237,7 +226,7 @@ def _events_by_clock(path: Path) -> list[tuple[float, bool, int, str, float]]:
         kind, _, rest = tag.strip("/").partition("/")
         name = None
         if kind == "train":
-            name = LR_TAG if rest == "lr" else loss_name(rest)
+            name = loss_name(rest)
         elif kind == "eval" and rest.lower() in ("miou", "meaniou"):
             name = MIOU_TAG
         elif kind == "eval" and rest.lower().endswith("_iou"):
@@ -267,7 +256,6 @@ def read_training_log(path: str | Path) -> TrainingLog:
         return read_training_logs_folder(path)
     if (path / "train.log").is_file():
         log = read_text_log(path / "train.log")
-        log.name = path.name
         if (path / "manifest.json").is_file():
             log.config = read_json(path / "manifest.json")["options"]
         return log
