@@ -31,10 +31,16 @@ WORK_SECONDS = 24 * 3600  # that one process may take longer than another
 SECONDS_BETWEEN_LINES = 30  # of progress, in a log file
 STARTED = time.time()  # of this process
 
-# In messages of torch, CUDA's libraries and the C library about what has run out.
-SHARED_MEMORY = ("shared memory", "/torch_")
-DISK = ("No space left", "quota exceeded", "PytorchStreamWriter", "unexpected pos")
-MEMORY = ("out of memory", "allocate memory", "Unable to allocate", "_ALLOC_FAILED")
+# Words in the errors of torch, CUDA's libraries and the C library when something has run out, and
+# what to tell of it.
+RUN_OUT = {
+    "shared memory|/torch_": "the data-loading processes ran out of shared memory (/dev/shm); use"
+    " --workers 0, or give the container more: docker run --shm-size=8g",
+    "No space left|quota exceeded|PytorchStreamWriter|unexpected pos": "{file}: the disk is full;"
+    " make room, then run the same command again",
+    "out of memory|allocate memory|Unable to allocate|_ALLOC_FAILED|MemoryError": "memory has run"
+    " out ({said}); {spare}. What is finished is kept",
+}
 
 # What requirements.txt names: versions that results may depend on.
 PACKAGES = (
@@ -74,28 +80,14 @@ def run_main(main, spare: str = "use a machine with more") -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (OSError, RuntimeError, MemoryError) as error:
-        message = _machine_trouble(error, spare)
+        message = next((RUN_OUT[words] for words in RUN_OUT if re.search(words, repr(error))), None)
         if message is None:
             raise
+        file = getattr(error, "filename", None) or "output"
+        said = str(error).partition("\n")[0][:120] or type(error).__name__
+        message = message.format(file=file, said=said, spare=spare)
     print(f"error: {message}", file=sys.stderr)
     return 2
-
-
-def _machine_trouble(error: Exception, spare: str) -> str | None:
-    """What to tell of an error that the machine's limits cause, or None."""
-    text = str(error)
-    if any(words in text for words in SHARED_MEMORY):
-        return (
-            "the data-loading processes ran out of shared memory (/dev/shm); use --workers 0, or"
-            " give the container more: docker run --shm-size=8g"
-        )
-    if any(words in text for words in DISK):
-        file = getattr(error, "filename", None) or "output"
-        return f"{file}: the disk is full; make room, then run the same command again"
-    if isinstance(error, MemoryError) or any(words in text for words in MEMORY):
-        said = text.partition("\n")[0][:120] or type(error).__name__
-        return f"memory has run out ({said}); {spare}. What is finished is kept"
-    return None
 
 
 # ------------------------------------------------------------------------ seeds, devices, exactness
