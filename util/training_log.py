@@ -14,7 +14,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from util.labels import CITYSCAPES_19, SYNTHIA_16
+from util.labels import CITYSCAPES_19
 from util.outputs import read_json, read_text
 from util.run import UserError
 
@@ -194,19 +194,14 @@ def read_events(path: Path) -> TrainingLog:
         if record.is_file():
             length = read_json(record).get("iterations_per_epoch") or length
     length = length or step + 1
-    log = TrainingLog()
+    names = {name for ious in evaluations.values() for name in ious} - {MIOU_TAG}
+    order = {name: index for index, name in enumerate(CITYSCAPES_19.names)}
+    log = TrainingLog(class_names=tuple(sorted(names, key=lambda n: (order.get(n, len(order)), n))))
     for epoch, ious in sorted(evaluations.items()):
         if MIOU_TAG in ious:
-            log.miou[epoch] = ious.pop(MIOU_TAG)
-    names = {name for ious in evaluations.values() for name in ious}
-    log.class_names = next(
-        (s.names for s in (CITYSCAPES_19, SYNTHIA_16) if set(s.names) == names),
-        tuple(sorted(names)),
-    )
-    if names:
-        for epoch in log.miou:
-            ious = evaluations[epoch]
-            log.class_iou[epoch] = tuple(ious.get(n, math.nan) for n in log.class_names)
+            log.miou[epoch] = ious[MIOU_TAG]
+            if names:
+                log.class_iou[epoch] = tuple(ious.get(n, math.nan) for n in log.class_names)
     for number, values in sorted(steps.items()):
         log.losses.append((number // length, number % length, values))
     return log
