@@ -5,8 +5,7 @@ labels alone.
 Inputs   --labeled-id-path     rows `<image path> <label path>`: what acts as ground truth
          --unlabeled-id-path   rows `<image path>`; a second column is not read
          --val-id-path         optional, rows `<image path> <ground truth>`: evaluated after every
-                               epoch. The only ground truth that this script opens; nothing trains
-                               on it
+                               epoch. The only ground truth that this script opens
          --supervised          instead of an unlabeled list: OHEM cross-entropy on the labeled one
                                (source model, upper bound)
 Outputs  in --save-path: latest.pth (resumes), best.pth (best evaluation), train.log (the shipped
@@ -19,7 +18,7 @@ Outputs  in --save-path: latest.pth (resumes), best.pth (best evaluation), train
         --backbone-weights pretrained/resnet101.pth --eval-mode sliding_window --save-path runs/seco
     # the same on four GPUs; the global batch stays 8
     torchrun --nproc_per_node 4 train_unimatch.py …
-    # two iterations and one evaluation image: memory and time; only an estimate if it has no room
+    # two iterations and one evaluation image: memory and time
     python train_unimatch.py … --dry-run
 
 The defaults are the authors' (Cityscapes logs). Stopped at any moment, the same command goes on
@@ -32,14 +31,12 @@ Copied away, this file needs eval.py, model/, dataset/ and util/.
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
-import multiprocessing
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -52,42 +49,17 @@ from dataset.samples import (
     AUTHORS_PROCESSES,
     Lists,
     MicroBatches,
-    TrainingSamples,
     batch_per_process,
     batches,
-    iterations_per_epoch,
     loading_processes,
     read_lists,
     training_samples,
 )
 from eval import CropSize, Mode, evaluate_checkpoint, metrics_of
-from model import losses
+from model import losses, train_logs, training
 from model.checkpoint import load_exactly, read_checkpoint
 from model.resnet import BLOCKS, STEMS, normalised
-from model.train_logs import (
-    Logs,
-    announce,
-    dry_run,
-    epoch_picture,
-    log_header,
-    named_files,
-    room_for,
-    summarise,
-    two_iterations,
-    write_manifest,
-)
-from model.training import (
-    State,
-    average_running_statistics,
-    build_model,
-    distributed,
-    learning_rate,
-    mean_over_processes,
-    optimizer_of,
-    perturbation_factors,
-    set_precision,
-    to_device,
-)
+from model.training import learning_rate, perturbation_factors
 from util.labels import ClassSet, chosen_classes, label_folder, read_list, write_classes
 from util.options import (
     Bounds,
@@ -107,10 +79,9 @@ from util.options import (
     parse_options,
     settings_of,
 )
-from util.outputs import Outputs, atomic_path, check_writable, remove_leftovers
+from util.outputs import Outputs, atomic_path, remove_leftovers
 from util.run import (
     UserError,
-    peak_memory_mb,
     process_group,
     process_rank,
     progress,
@@ -130,20 +101,19 @@ class Trainer:
 
     network: what forward and backward go through (DistributedDataParallel, a compiled module or the
     model itself); plain: the same without gradients' averaging; model: the DeepLabV3Plus inside.
-    group: samples per loss group. total: iterations of the run. weights: of the classes, for
-    --class-balance.
+    group: samples per loss group. total: iterations of the run. weights: of classes, or None.
     """
 
     def __init__(self, model, args: Options, device, group: int, total: int, weights=None):
         self.model, self.args, self.device = model, args, device
         self.group, self.total = group, total
         self.weights = None if weights is None else weights.to(device)
-        self.optimizer = optimizer_of(model, args.optimizer, args.lr, args.lr_multi)
+        self.optimizer = training.optimizer_of(model, args)
         self.plain = model
         if args.compile:
             self.plain = torch.compile(model)
             torch._dynamo.config.optimize_ddp = False  # its splitter fails on `fp_from`, a number
-        self.network = distributed(self.plain, device)
+        self.network = training.distributed(self.plain, device)
         model.train()
 
     def unimatch_losses(self, batch: dict, factors) -> tuple[torch.Tensor, dict, dict]:
@@ -197,10 +167,7 @@ class Trainer:
         return loss, {"loss_all": loss, "loss_x": loss}, {"pred_x": pred_x}
 
     def mix_pseudo_labels(self, w_mix: torch.Tensor, needed: torch.Tensor) -> dict:
-        """Label and confidence of the images pasted from, in eval mode; only of those that
-        something is pasted from (eval mode's batch norm makes each independent of the others, so
-        the rest is not missed).
-        """
+        """Pseudo-labels in eval mode of the images that are pasted from (`needed`), else zeros."""
         count, size = len(w_mix), w_mix.shape[1]
         mix = {
             "label": torch.zeros(count, size, size, dtype=torch.int64, device=self.device),
@@ -216,21 +183,15 @@ class Trainer:
         return mix
 
     def loss_x(self, pred_x: torch.Tensor, mask_x: torch.Tensor) -> torch.Tensor:
-        def loss(logits, labels):
-            if self.weights is not None:
-                return losses.balanced_cross_entropy(logits, labels, self.weights)
-            return losses.ohem_cross_entropy(
-                logits, labels, self.args.ohem_threshold, self.args.min_kept
-            )
-
+        how = {"threshold": self.args.ohem_threshold, "min_kept": self.args.min_kept}
+        loss = partial(losses.ohem_cross_entropy, **how)
+        if self.weights is not None:
+            loss = partial(losses.balanced_cross_entropy, weights=self.weights)
         return losses.mean_over_groups(loss, self.group, pred_x, mask_x)
 
     def consistency(self, pred: torch.Tensor, target: dict) -> torch.Tensor:
         """The loss of `pred` with pseudo-labels, confidence and padding as targets."""
-
-        def loss(*chunk):
-            return losses.pseudo_label_loss(*chunk, self.args.conf_thresh)
-
+        loss = partial(losses.pseudo_label_loss, threshold=self.args.conf_thresh)
         parts = (target[name] for name in ("label", "confidence", "ignore"))
         return losses.mean_over_groups(loss, self.group, pred, *parts)
 
@@ -241,13 +202,8 @@ class Trainer:
         images = normalised(views.to(self.device, non_blocking=True))
         return images if self.args.channels_last else images.contiguous()
 
-    def iteration(
-        self, iteration: int, micro_batches, sampler: MicroBatches, step: bool = True
-    ) -> tuple[dict, dict]:
-        """One optimizer step from `sampler.steps` batches: logged values (floats, means over the
-        global batch), and what the pictures show. With step=False gradients are computed and left
-        alone.
-        """
+    def iteration(self, iteration: int, micro_batches, sampler: MicroBatches) -> tuple[dict, dict]:
+        """An optimizer step from `sampler.steps` batches: logged values, what the pictures show."""
         for group, factor in zip(self.optimizer.param_groups, (1.0, self.args.lr_multi)):
             group["lr"] = learning_rate(iteration, self.total, self.args.lr) * factor
         self.optimizer.zero_grad()
@@ -269,16 +225,18 @@ class Trainer:
                 (loss / sampler.steps).backward()
             for name, value in found.items():
                 values[name] = values.get(name, 0) + value.detach() / sampler.steps
-        logged = mean_over_processes(values)
+        stacked = torch.stack(list(values.values())).float()
+        logged = dict(zip(values, training.means_over_processes([stacked])[0].tolist()))
         if not all(math.isfinite(value) for value in logged.values()):
             raise UserError(
                 f"iteration {iteration}: a loss is not finite ({logged}); lower --lr, or check the"
                 " labels; latest.pth holds the last saved state"
             )
-        if step:
-            self.optimizer.step()
-        if self.device.type != "cuda":
-            average_running_statistics(self.model)
+        self.optimizer.step()
+        if self.device.type != "cuda":  # GPUs synchronise batch norm by themselves
+            running = [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]
+            for buffer, mean in zip(running, training.means_over_processes(running)):
+                buffer.copy_(mean)
         return logged, {**shown, "batch": batch}
 
 
@@ -294,9 +252,9 @@ class Adaptation:
     lists: Lists
     trainer: Trainer
     sampler: MicroBatches
-    samples: TrainingSamples
-    state: State
-    logs: Logs | None = None
+    batches: Iterator[dict]
+    state: training.State
+    logs: train_logs.Logs | None = None
 
     def save(self, name: str, epoch: int) -> None:
         """best.pth, the model alone; or latest.pth, with all that resuming needs."""
@@ -323,12 +281,10 @@ class Adaptation:
 def train(run: Adaptation) -> list[float]:
     """From state.iteration to the end; returns the seconds of each iteration."""
     args, trainer, sampler, state, logs = run.args, run.trainer, run.sampler, run.state, run.logs
-    workers = loading_processes(args.workers)
-    micro_batches = iter(batches(run.samples, sampler, workers, trainer.device))
     length, seconds = sampler.per_epoch, []
     every = max(length // 8, 1)  # UniMatch's rows: eight or nine an epoch
-    where = {"total": sampler.total, "initial": state.iteration}
-    with progress(desc="training", unit="it", quiet=logs is None, **where) as bar:
+    where = {"total": sampler.total, "initial": state.iteration, "quiet": logs is None}
+    with progress(desc="training", unit="it", **where) as bar:
         while state.iteration < sampler.total:
             epoch, within = divmod(state.iteration, length)
             if within == 0:
@@ -337,7 +293,7 @@ def train(run: Adaptation) -> list[float]:
                     lr = learning_rate(state.iteration, sampler.total, args.lr)
                     logs.epoch(epoch, lr, state.best)
             start = time.perf_counter()
-            values, shown = trainer.iteration(state.iteration, micro_batches, sampler)
+            values, shown = trainer.iteration(state.iteration, run.batches, sampler)
             seconds.append(time.perf_counter() - start)
             for name, value in values.items():
                 state.sums[name] = state.sums.get(name, 0.0) + value
@@ -374,7 +330,7 @@ def finish_epoch(run: Adaptation, epoch: int, shown: dict) -> None:
     if logs:
         if args.pictures_every and ((epoch + 1) % args.pictures_every == 0 or last):
             path = args.save_path / "pictures" / f"epoch_{epoch:03d}.png"
-            epoch_picture(path, shown, run.classes)
+            train_logs.epoch_picture(path, shown, run.classes)
         run.save("latest.pth", epoch)
 
 
@@ -401,8 +357,7 @@ class DataOptions:
     supervised: Setting[bool] = False
     "train on the labeled list alone"
     photometric: Setting[bool] = False
-    "with --supervised: colour jitter, grey and blur as in the strong views, for a source model"
-    "less bound to its domain's colours"
+    "with --supervised: colour jitter, grey and blur as in the strong views"
 
 
 @dataclass(kw_only=True)
@@ -428,10 +383,9 @@ class RecipeOptions:
     global_batch: Setting[Count] = 8
     "labeled samples an iteration, over all processes; as many unlabeled"
     batch_per_process: Count | None = None
-    "samples per process at a time; fewer than its share accumulates gradients (default: its share)"
+    "samples per process at a time; fewer than its share (the default) accumulate gradients"
     loss_groups: Setting[Count] | None = None
-    "groups of samples of the global batch within which pixels are counted (OHEM, means); default:"
-    "4, the authors' GPUs, or the largest of 4, 2, 1 that divides --global-batch"
+    "groups within which pixels are counted (default: 4, the authors' GPUs, or what divides 4)"
     epochs: Setting[Count] = 240
     "passes over the unlabeled list"
     lr: Setting[Positive] = 0.005
@@ -469,11 +423,9 @@ class RunningOptions:
     pictures_every: CountFrom0 = 10
     "epochs between pictures of views and predictions; 0: never"
     workers: CountFrom0 | None = None
-    "data-loading processes per process, 0: none; results do not depend on it (default: one a"
-    "core, at most 4)"
+    "data-loading processes per process, 0: none (default: one a core, at most 4)"
     image_cache: Folder | None = None
-    "keep decoded images here (6 MB for 2048x1024, 19 GB for Cityscapes): data loads several times"
-    "faster"
+    "keep decoded images here, for speed (6 MB for 2048x1024, 19 GB for Cityscapes)"
     amp: Setting[Literal["none", "tf32", "bf16"]] = "none"
     "none is exact fp32; bf16 is faster, on CPUs too"
     channels_last: bool | None = None
@@ -481,8 +433,7 @@ class RunningOptions:
     compile: bool = False
     "torch.compile the network"
     dry_run: bool = False
-    "two iterations and one evaluation image; reports memory and time, saves nothing. On one"
-    "process small crops tell first whether there is room; without, the estimate is all"
+    "two iterations and one evaluation image; reports memory and time, saves nothing"
 
 
 @dataclass(kw_only=True)
@@ -491,33 +442,21 @@ class Options(RunOptions, RunningOptions, RecipeOptions, NetworkOptions, ClassOp
 
 
 def parse_args(argv: list[str] | None = None) -> Options:
-    """The options, with one line for every value that no run can have; defaults that depend on
-    others are filled in.
-    """
+    """The options, with defaults that depend on others filled in."""
     args = parse_options(Options, __doc__, argv)
     one_of(args, "unlabeled_id_path", "supervised")
     if args.photometric and not args.supervised:
-        raise UserError(
-            "--photometric: only with --supervised; UniMatch's labeled images stay as they are"
-        )
+        raise UserError("--photometric: only with --supervised")
     Bounds(most=args.class_num - 1).check("copy_paste_classes", max(args.copy_paste_classes or [0]))
-    least, most = args.scales = list(args.scales)  # as settings.json gives it back
-    if least > most:
-        raise UserError(f"--scales {least:g} {most:g}: give the smaller factor first")
+    args.scales = sorted(args.scales)
     if args.channels_last is None:
         args.channels_last = args.amp == "bf16"
-    if args.loss_groups is None:
-        args.loss_groups = math.gcd(AUTHORS_PROCESSES, args.global_batch)
+    args.loss_groups = args.loss_groups or math.gcd(AUTHORS_PROCESSES, args.global_batch)
     if args.global_batch % args.loss_groups:
-        raise UserError(
-            f"--loss-groups {args.loss_groups}: it must divide --global-batch {args.global_batch}"
-        )
+        raise UserError(f"--loss-groups {args.loss_groups}: give a divisor of --global-batch")
     if args.copy_paste and not args.copy_paste_classes:
         if args.class_num not in RARE_CLASSES:
-            raise UserError(
-                "--copy-paste: rare classes are known for 16 and 19 classes; name yours with"
-                " --copy-paste-classes"
-            )
+            raise UserError("--copy-paste: name your rare classes with --copy-paste-classes")
         args.copy_paste_classes = list(RARE_CLASSES[args.class_num])
     return args
 
@@ -529,25 +468,18 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     beside = label_folder(args.root_path, read_list(args.labeled_id_path))
     classes = chosen_classes(args, beside)
-    batch = batch_per_process(args.global_batch, args.batch_per_process, process_rank()[1])
-    if args.supervised and batch == 1:
-        raise UserError(
-            "--supervised with one sample per process and step: batch norm needs two or more; "
-            "raise --global-batch or --batch-per-process"
-        )
-    args.batch_per_process = batch
-    paths = (args.labeled_id_path, args.unlabeled_id_path, args.val_id_path)
-    lists = read_lists(args.root_path, *paths, classes.count)
-    if args.image_cache:
-        check_writable(args.image_cache)
+    args.batch_per_process = batch_per_process(args)
+    if args.supervised and args.batch_per_process == 1:
+        raise UserError("--supervised: batch norm needs a --batch-per-process of two or more")
+    lists = read_lists(args)
     device = select_device(args.device)
-    set_precision(args)
+    training.set_precision(args)
     tune_cpu()
-    model = build_model(args, classes.count)
+    model = training.build_model(args, classes.count)
     with contextlib.nullcontext() if args.dry_run else Outputs(args.save_path) as out:
         if out and process_rank()[0] == 0:
             begun = any((args.save_path / name).is_file() for name in RESULTS)
-            inputs = named_files(args) | lists.files(args.root_path)
+            inputs = train_logs.named_files(args) | lists.files(args.root_path)
             out.accept(settings_of(args), inputs, begun)
             remove_leftovers(args.save_path)
             write_classes(args.save_path, classes)
@@ -558,92 +490,41 @@ def main(argv: list[str] | None = None) -> None:
 def adapt(args: Options, classes: ClassSet, lists: Lists, model, device) -> None:
     """Resume and train, or --dry-run."""
     rank, world = process_rank()
-    latest, state, content = args.save_path / "latest.pth", State(), {}
-    if args.dry_run and world == 1:
-        length = len(lists.unlabeled) or len(lists.labeled)
-        iterations = args.epochs * iterations_per_epoch(length, args.global_batch)
-        at_crop = functools.partial(measured_apart, args, classes, lists, device)
-        if not room_for(args, iterations, device, at_crop):
-            return
+    latest, state, content = args.save_path / "latest.pth", training.State(), {}
     if latest.is_file() and not args.dry_run:
         content = read_checkpoint(latest)
         load_exactly(model, content["model"], latest, "this run's network")
-        state.restore(content["progress"])
-    run = adaptation(args, classes, lists, model, device, state)
-    trainer, sampler = run.trainer, run.sampler
+        vars(state).update(content["progress"])
+    samples, batch = training_samples(args, lists), args.batch_per_process
+    share = (args.global_batch, batch, rank, world, args.seed)
+    sampler = MicroBatches(len(samples), args.epochs, *share, state.iteration)
     if state.iteration == sampler.total and (args.save_path / "summary.json").is_file():
         if rank == 0:
             print(f"{args.save_path}: this run is complete ({args.epochs} epochs)")
         return
-    if content:
-        trainer.optimizer.load_state_dict(content["optimizer"])
-    if rank == 0:
-        groups = args.global_batch // trainer.group
-        announce(args, world, sampler.batch, sampler.steps, groups, device)
-    if args.dry_run:
-        dry_run(run, iter(batches(run.samples, sampler, 0, device)))
-    elif rank > 0:
-        train(run)
-    else:
-        train_with_records(run, content.get("logs"))
-
-
-def adaptation(args: Options, classes, lists: Lists, model, device, state: State) -> Adaptation:
-    """What the main loop works with, with the network on its device."""
-    rank, world = process_rank()
-    samples, batch = training_samples(args, lists), args.batch_per_process
-    share = (args.global_batch, batch, rank, world, args.seed)
-    sampler = MicroBatches(len(samples), args.epochs, *share, state.iteration)
-    model = to_device(model, device, args.channels_last)
+    model = training.to_device(model, device, args.channels_last)
     group = losses.loss_group(args.global_batch, args.loss_groups, batch)
     pixels, power = lists.pixels.sum(axis=0), args.class_balance
     weights = losses.class_weights(pixels, power) if power else None
     trainer = Trainer(model, args, device, group, sampler.total, weights)
-    return Adaptation(args, classes, lists, trainer, sampler, samples, state)
-
-
-def measured_apart(args: Options, classes, lists: Lists, device, crop: int) -> tuple:
-    """`measured` with another --crop-size, in a process of its own: the peak of a process's memory
-    never falls. MemoryError if the kernel ends it.
-    """
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, context) as process:
-        job = process.submit(measured, replace(args, crop_size=crop), classes, lists, device)
-        try:
-            return job.result()
-        except BrokenProcessPool:
-            raise MemoryError(f"already at --crop-size {crop}") from None
-
-
-def measured(args: Options, classes, lists: Lists, device) -> tuple[float, float, float]:
-    """Peak memory in MB (of the GPU, else of this process), seconds of computing and of loading of
-    an iteration.
-    """
-    set_precision(args)
-    tune_cpu()
-    run = adaptation(args, classes, lists, build_model(args, classes.count), device, State())
-    computing, loading, _ = two_iterations(run, iter(batches(run.samples, run.sampler, 0, device)))
-    memory = peak_memory_mb(device)
-    return memory.get("device_mb", memory["host_mb"]), computing, loading
-
-
-def train_with_records(run: Adaptation, sizes: dict[str, int] | None) -> None:
-    """Process 0's training, with logs, manifest.json and summary.json. sizes: of the logs at the
-    checkpoint that the run goes on from.
-    """
-    args, sampler, iteration = run.args, run.sampler, run.state.iteration
-    with contextlib.closing(Logs(args.save_path, sizes, iteration)) as run.logs:
-        if iteration:
-            print(f"resuming at iteration {iteration} of {sampler.total}")
-        else:
-            log_header(run.logs, args, sampler.batch, process_rank()[1], run.trainer.model)
-        write_manifest(run)
-        seconds = train(run)
-    write_manifest(run)
-    summarise(args, run.state, sampler.total, seconds, run.trainer.device)
+    if content:
+        trainer.optimizer.load_state_dict(content["optimizer"])
+    workers = 0 if args.dry_run else loading_processes(args.workers)
+    loader = iter(batches(samples, sampler, workers, device))
+    run = Adaptation(args, classes, lists, trainer, sampler, loader, state)
+    if rank == 0:
+        train_logs.announce(args, sampler, args.global_batch // group, device)
+    if args.dry_run:
+        train_logs.dry_run(run)
+    elif rank > 0:
+        train(run)
+    else:
+        with contextlib.closing(train_logs.Logs(run, content.get("logs"))) as run.logs:
+            train_logs.write_manifest(run)
+            seconds = train(run)
+        train_logs.write_manifest(run)
+        train_logs.summarise(run, seconds)
 
 
 if __name__ == "__main__":
-    sys.exit(
-        run_main(main, "use --batch-per-process 1 or --amp bf16; --dry-run tells what it takes")
-    )
+    sys.exit(run_main(main, "use --batch-per-process 1 or --amp bf16"))

@@ -1,9 +1,6 @@
-"""Augmentation of UniMatch (its section 4.1 and released code), as functions of an explicit random
-generator.
-
-Images are uint8 H x W x 3 (RGB), label maps uint8 H x W. Every function that draws takes a numpy
-Generator, so that what a sample becomes depends on its own seed alone, not on workers, processes or
-what was drawn before.
+"""Augmentation of UniMatch (its section 4.1 and released code). Images are uint8 H x W x 3 (RGB),
+label maps uint8 H x W. Every function that draws takes a numpy Generator, so that what a sample
+becomes depends on its own seed alone, not on workers, processes or what was drawn before.
 """
 
 from __future__ import annotations
@@ -16,13 +13,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-# Samples are made in processes of their own, one core each. OpenCV's threads would be as many as
-# there are cores in every one of them, and do not survive a fork: this has to be said before OpenCV
-# starts any.
+# Samples are made in processes of their own, one core each. OpenCV's threads, one for each core in
+# every one of them, do not survive a fork: this has to be said before it starts any.
 cv2.setNumThreads(1)
 
 SCALES = (0.5, 2.0)  # long side after resizing / before
-JITTER = {"brightness": 0.5, "contrast": 0.5, "saturation": 0.5, "hue": 0.25}
 JITTER_CHANCE, GREY_CHANCE, BLUR_CHANCE = 0.8, 0.2, 0.5
 BLUR_RADIUS = (0.1, 2.0)  # standard deviation of the Gaussian, pixels
 CUTMIX_CHANCE = 0.5
@@ -30,16 +25,10 @@ CUTMIX_AREA = (0.02, 0.4)  # of the crop
 CUTMIX_RATIO = (0.3, 1 / 0.3)  # height / width
 
 
-# ------------------------------------------------------------------------------- resize, crop, flip
-
-
 @dataclass(frozen=True)
 class Crop:
     """A square of `size` pixels at (top, left) of the image resized to (height, width); mirrored if
-    `flip`.
-
-    Where the resized image is smaller than the square, the rest, at the right and at the bottom, is
-    padding.
+    `flip`. Where the resized image is smaller, the rest, at the right and the bottom, is padding.
     """
 
     height: int
@@ -56,24 +45,18 @@ class Crop:
 
 
 def draw_crop(
-    random: np.random.Generator,
-    height: int,
-    width: int,
-    size: int,
-    scales: tuple[float, float] = SCALES,
+    random: np.random.Generator, height: int, width: int, size: int, scales=SCALES
 ) -> Crop:
     """UniMatch's geometry for an image of height x width: long side uniform over the integers of
-    `scales` times itself, both ends included; then a uniform origin; then a mirror with chance
-    0.5.
+    `scales` times itself, both ends included; then a uniform origin; a mirror with chance 0.5.
     """
     longest = max(height, width)
     least, most = (max(int(longest * scale), 1) for scale in scales)
     long_side = int(random.integers(least, most, endpoint=True))
     short_side = max(int(min(height, width) * long_side / longest + 0.5), 1)
+    new_width, new_height = long_side, short_side
     if height > width:
-        new_height, new_width = long_side, short_side
-    else:
-        new_height, new_width = short_side, long_side
+        new_width, new_height = short_side, long_side
     left = int(random.integers(0, max(new_width - size, 0), endpoint=True))
     top = int(random.integers(0, max(new_height - size, 0), endpoint=True))
     return Crop(new_height, new_width, top, left, size, bool(random.random() < 0.5))
@@ -81,13 +64,12 @@ def draw_crop(
 
 def cropped_image(image: Image.Image, crop: Crop) -> np.ndarray:
     """The square of `crop`, uint8 size x size x 3, padded with black. Only the region that it shows
-    is resized.
+    is resized, which equals resizing all of the image with Pillow (bilinear, antialiased) and
+    cutting, within one grey level.
 
-    Equals resizing all of the image with Pillow (bilinear, antialiased) and cutting, within one
-    grey level. Pillow resizes rows, rounds, and then columns. Rows: its `box` takes the filter's
-    support from the pixels around it, but is kept in float32, so that values half-way between two
-    levels may be rounded the other way. Columns: a second such difference could add to that, so all
-    of the height is made of the few columns wanted, with the very weights of the whole image.
+    Pillow resizes rows, rounds, and then columns. Rows: its `box` is kept in float32, so that
+    values half-way between two levels may be rounded the other way. Columns: such a difference
+    could add to that, so all of the height is made, with the very weights of the whole image.
     """
     rows, columns = crop.inside
     scale, from_x, to_x = _source_span(image.width, crop.width, crop.left, columns)
@@ -103,9 +85,7 @@ def cropped_image(image: Image.Image, crop: Crop) -> np.ndarray:
 
 
 def _source_span(length: int, new_length: int, start: int, count: int) -> tuple[float, int, int]:
-    """(source pixels per new pixel, first, one past the last source pixel) that `count` new pixels
-    from `start` depend on.
-    """
+    """(old pixels per new, first, one past the last old pixel) that `count` new ones depend on."""
     scale = length / new_length
     support = max(scale, 1.0) + 1  # of the bilinear filter, and one for rounding
     first = max(math.floor(start * scale - support), 0)
@@ -113,10 +93,8 @@ def _source_span(length: int, new_length: int, start: int, count: int) -> tuple[
 
 
 def cropped_label(label: np.ndarray, crop: Crop, padding: int) -> np.ndarray:
-    """The square of `crop`, uint8 size x size, by nearest neighbour, padded with `padding`.
-
-    The label is brought to the image's target size, so it may have another resolution than the
-    image.
+    """The square of `crop`, uint8 size x size, by nearest neighbour, padded with `padding`. The
+    label may have another resolution than the image.
     """
     rows, columns = crop.inside
     y = nearest_indices(label.shape[0], crop.height)[crop.top : crop.top + rows]
@@ -138,26 +116,18 @@ def nearest_indices(length: int, new_length: int) -> np.ndarray:
     return (2 * np.arange(new_length) + 1) * length // (2 * new_length)
 
 
-def padding_mask(crop: Crop, value: int) -> np.ndarray:
-    """uint8 size x size: 0 on the image, `value` on padding."""
-    rows, columns = crop.inside
-    return padded_and_flipped(np.zeros((rows, columns), dtype=np.uint8), crop, value)
-
-
-# ------------------------------------------------------------------------------------- strong views
+def padding_mask(crop: Crop) -> np.ndarray:
+    """bool size x size: true on padding."""
+    return padded_and_flipped(np.zeros(crop.inside, dtype=np.uint8), crop, 1).astype(bool)
 
 
 def strong_view(random: np.random.Generator, image: np.ndarray) -> np.ndarray:
-    """Colour jitter (chance 0.8, its four parts in random order), grey (0.2), blur (0.5), as
-    UniMatch's strong views.
-    """
+    """Colour jitter (its four parts in random order), grey, blur, each with its chance."""
     if random.random() < JITTER_CHANCE:
-        factors = {
-            part: random.uniform(neutral - JITTER[part], neutral + JITTER[part])
-            for part, (_, neutral) in ADJUSTMENTS.items()
-        }
-        for part in random.permutation(list(ADJUSTMENTS)):
-            image = ADJUSTMENTS[part][0](image, float(factors[part]))
+        jitter = [(adjust, random.uniform(*bounds)) for adjust, bounds in JITTER.items()]
+        for part in random.permutation(len(jitter)):
+            adjust, factor = jitter[part]
+            image = adjust(image, factor)
     if random.random() < GREY_CHANCE:
         image = adjusted_saturation(image, 0.0)
     if random.random() < BLUR_CHANCE:
@@ -165,9 +135,8 @@ def strong_view(random: np.random.Generator, image: np.ndarray) -> np.ndarray:
     return image
 
 
-# The adjustments are torchvision's on Pillow images, which UniMatch uses, computed with OpenCV:
-# five times faster, and within a grey level of them on average (rounding; Pillow's blur is a
-# threefold box).
+# Torchvision's adjustments of Pillow images, as in UniMatch, by OpenCV: five times faster, and
+# within a grey level of them on average (rounding; Pillow's blur is a threefold box).
 
 
 def adjusted_brightness(image: np.ndarray, factor: float) -> np.ndarray:
@@ -198,12 +167,12 @@ def adjusted_hue(image: np.ndarray, turn: float) -> np.ndarray:
     return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
 
 
-# Name: function, and the factor that changes nothing; in the order of their random factors.
-ADJUSTMENTS = {
-    "brightness": (adjusted_brightness, 1),
-    "contrast": (adjusted_contrast, 1),
-    "saturation": (adjusted_saturation, 1),
-    "hue": (adjusted_hue, 0),
+# {part of the colour jitter: least and greatest factor or turn}, in the order of their draws.
+JITTER = {
+    adjusted_brightness: (0.5, 1.5),
+    adjusted_contrast: (0.5, 1.5),
+    adjusted_saturation: (0.5, 1.5),
+    adjusted_hue: (-0.25, 0.25),
 }
 
 
@@ -213,11 +182,7 @@ def blurred(image: np.ndarray, radius: float) -> np.ndarray:
 
 
 def cutmix_box(random: np.random.Generator, size: int) -> np.ndarray:
-    """bool size x size, true in one rectangle; with chance 0.5 nowhere.
-
-    Area uniform in CUTMIX_AREA of the square, drawn once; shape and place are drawn again until the
-    rectangle fits.
-    """
+    """bool size x size, true in one rectangle; with chance 0.5 nowhere."""
     box = np.zeros((size, size), dtype=bool)
     if random.random() > CUTMIX_CHANCE:
         return box
@@ -231,16 +196,7 @@ def cutmix_box(random: np.random.Generator, size: int) -> np.ndarray:
             return box
 
 
-def cutmix(values, pasted, box):
-    """`pasted` inside the box, `values` outside: arrays or tensors whose shapes `box` (bool)
-    broadcasts against.
-    """
-    where = torch.where if torch.is_tensor(values) else np.where
-    return where(box, pasted, values)
-
-
 def cutmix_targets(w: dict, mix: dict, box: torch.Tensor) -> dict:
-    """Pseudo-labels, confidence and padding of a strong view: those of `w`, and those of `mix`
-    inside the box (B x S x S).
-    """
-    return {name: cutmix(w[name], mix[name], box) for name in ("label", "confidence", "ignore")}
+    """Pseudo-labels, confidence and padding of a strong view: of `w`, inside the box of `mix`."""
+    names = ("label", "confidence", "ignore")
+    return {name: torch.where(box, mix[name], w[name]) for name in names}

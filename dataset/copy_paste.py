@@ -2,10 +2,8 @@
 labeled crops.
 
 The paper (section 2.4) uses the corrected labels as such a pool; its details are not released. Ours
-follow DT-ST's mixer, which two of the three shipped logs hint at: the same rare classes, partners
-that belong together (a rider and the cycle), at least 50 pixels of the class in the source image,
-connected components of at least 20 pixels, enlarged by U(1, 2.5), nearest. Simpler than there:
-places are drawn until a component fits into the crop, whatever lies there is covered.
+follow DT-ST's mixer, which two of the three shipped logs hint at: rare classes, partners (a rider
+and the cycle), least sizes, enlargement. Simpler than there: whatever lies there is covered.
 """
 
 from __future__ import annotations
@@ -31,19 +29,11 @@ MAX_COMPONENTS = 10  # pasted into one crop; bounds the time that a source full 
 
 
 class RareClassPool:
-    """Which images of the labeled list show which rare class.
-
-    rows: (image path, label path); pixel_counts: int len(rows) x K, pixels per class of each label
-    map.
+    """Which images of the labeled list show which of the rare `classes`. rows: (image path, label
+    path); pixel_counts: int len(rows) x K, pixels per class of each label map.
     """
 
-    def __init__(
-        self,
-        rows: list[tuple[str, str]],
-        pixel_counts: np.ndarray,
-        root: Path,
-        classes: tuple[int, ...],
-    ):
+    def __init__(self, rows: list[tuple[str, str]], pixel_counts: np.ndarray, root: Path, classes):
         self.rows, self.root = rows, root
         self.partners = PARTNERS.get(pixel_counts.shape[1], {})
         self.sources = {c: np.flatnonzero(pixel_counts[:, c] >= MIN_SOURCE_PIXELS) for c in classes}
@@ -52,9 +42,7 @@ class RareClassPool:
     def paste(
         self, random: np.random.Generator, image: np.ndarray, label: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """New (image uint8 S x S x 3, label uint8 S x S) with the objects of one random rare class
-        of one random source.
-        """
+        """New image (S x S x 3) and label (S x S), with a random rare class of a random source."""
         if not self.sources:
             return image, label
         class_id = int(random.choice(sorted(self.sources)))
@@ -73,33 +61,19 @@ class RareClassPool:
         image, label = image.copy(), label.copy()
         for number in random.permutation(numbers)[:MAX_COMPONENTS]:
             window = windows[number - 1]
-            piece = (source_image[window], source_label[window], components[window] == number)
-            paste_component(random, image, label, *piece)
+            mask = components[window] == number
+            factor = random.uniform(*ENLARGEMENT)
+            height, width = (round(side * factor) for side in mask.shape)
+            top, left = (
+                int(random.integers(0, max(room - side, 0), endpoint=True))
+                for room, side in zip(label.shape, (height, width))
+            )
+            if height > label.shape[0] or width > label.shape[1]:
+                continue  # too large for the crop
+            place = np.s_[top : top + height, left : left + width]
+            rows = (np.arange(height) * mask.shape[0] // height)[:, None]
+            columns = np.arange(width) * mask.shape[1] // width
+            where = mask[rows, columns]
+            image[place][where] = source_image[window][rows, columns][where]
+            label[place][where] = source_label[window][rows, columns][where]
         return image, label
-
-
-def paste_component(
-    random: np.random.Generator,
-    image: np.ndarray,
-    label: np.ndarray,
-    piece: np.ndarray,
-    piece_label: np.ndarray,
-    mask: np.ndarray,
-) -> None:
-    """Paste `piece` (uint8 h x w x 3) and its labels where `mask` is true, enlarged, at a random
-    place, into image and label (changed in place). Pieces that do not fit, enlarged, are left
-    out.
-    """
-    factor = random.uniform(*ENLARGEMENT)
-    height, width = round(mask.shape[0] * factor), round(mask.shape[1] * factor)
-    top, left = (
-        int(random.integers(0, max(label.shape[axis] - side, 0), endpoint=True))
-        for axis, side in enumerate((height, width))
-    )
-    if height > label.shape[0] or width > label.shape[1]:
-        return
-    rows = (np.arange(height) * mask.shape[0] // height)[:, None]
-    columns = np.arange(width) * mask.shape[1] // width
-    where = mask[rows, columns]
-    image[top : top + height, left : left + width][where] = piece[rows, columns][where]
-    label[top : top + height, left : left + width][where] = piece_label[rows, columns][where]

@@ -1,5 +1,4 @@
-"""The lists that training reads, and its samples, of UniMatch and of supervised training, as pure
-functions of (seed, epoch, position).
+"""The lists that training reads, and its samples, as pure functions of (seed, epoch, position).
 
 UniMatch walks through three streams in step: labeled images, unlabeled images, and unlabeled images
 again to paste from. One item here is one position of all three, already pasted. Its random numbers
@@ -15,22 +14,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from dataset.augment import (
-    SCALES,
-    cropped_image,
-    cropped_label,
-    cutmix,
-    cutmix_box,
-    draw_crop,
-    padding_mask,
-    strong_view,
-)
+from dataset import augment
 from dataset.copy_paste import RareClassPool
 from util.labels import (
     IGNORE,
@@ -42,23 +33,16 @@ from util.labels import (
     read_picture,
 )
 from util.outputs import atomic_path
-from util.run import UserError
+from util.run import UserError, process_rank
 
-# The authors ran four processes, whose sampler pads the order of images to a multiple of four. It
-# is done here on any number of processes, so that an epoch has as many iterations as theirs.
-AUTHORS_PROCESSES = 4
-MOST_WORKERS = 4  # loading processes, unless --workers says otherwise
+AUTHORS_PROCESSES = 4  # whose sampler pads the order of images to a multiple of four
 LABELED, UNLABELED, UNLABELED_MIX, PASTE, PHOTOMETRIC = range(5)  # streams of random numbers
-
-
-# -------------------------------------------------------------------------------------------- lists
 
 
 @dataclass(frozen=True)
 class Lists:
     """What the lists of a training run name: (image path, label path) to learn from, images without
-    labels, (image path, ground-truth path) to evaluate. pixels: int64 len(labeled) x K, of each
-    class in each label to learn from.
+    labels, (image path, ground-truth path) to evaluate. pixels: int64 len(labeled) x K, of classes.
     """
 
     labeled: list[tuple[str, str]]
@@ -67,42 +51,33 @@ class Lists:
     pixels: np.ndarray
 
     def files(self, root: Path) -> dict[str, Path]:
-        """{path in a list: file} of all of them."""
         names = [*chain(*self.labeled, *self.validation), *self.unlabeled]
         return {name: root / name for name in names}
 
 
-def read_lists(
-    root: Path, labeled_list: Path, unlabeled_list: Path | None, val_list: Path | None, classes: int
-) -> Lists:
-    """The lists, with all that they name checked. Evaluation needs ground truth in its image's
-    size; a training label may be smaller or larger.
-    """
+def read_lists(args) -> Lists:
+    """The lists, with all that they name checked. Only ground truth must have its image's size."""
+    labeled_list, unlabeled_list = args.labeled_id_path, args.unlabeled_id_path
     labeled = read_list(labeled_list)
     unlabeled = [row[0] for row in read_list(unlabeled_list, (1, 2))] if unlabeled_list else []
-    validation = read_list(val_list) if val_list else []
+    validation = read_list(args.val_id_path) if args.val_id_path else []
     if both := {image for image, _ in labeled}.intersection(unlabeled):
         raise UserError(
             f"{min(both)}: in {labeled_list} and in {unlabeled_list}; each image is in one of the"
             " two, make both with scripts/make_split.py"
         )
-    check_files(root, unlabeled, unlabeled_list)
+    check_files(args.root_path, unlabeled, unlabeled_list)
     if validation:
-        check_pairs(root, validation, val_list, classes, same_size=True)
-    pixels = check_pairs(root, labeled, labeled_list, classes)
+        check_pairs(args.root_path, validation, args.val_id_path, args.class_num, same_size=True)
+    pixels = check_pairs(args.root_path, labeled, labeled_list, args.class_num)
     if not pixels.any():
-        raise UserError(
-            f"{labeled_list}: no label map of it has a labeled pixel; nothing can be learned"
-        )
+        raise UserError(f"{labeled_list}: no label map has a labeled pixel; nothing can be learned")
     return Lists(labeled, unlabeled, validation, pixels)
 
 
-# ------------------------------------------------------------------------------------------ samples
-
-
 def iterations_per_epoch(samples: int, global_batch: int) -> int:
-    """UniMatch's floor(ceil(samples / processes) / batch per process) with the authors' four
-    processes, for any number of processes; short lists are repeated to at least one batch.
+    """UniMatch's floor(ceil(samples / processes) / batch per process) with the authors' processes,
+    on any number of them; short lists are repeated to at least one batch.
     """
     padded = -(-samples // AUTHORS_PROCESSES) * AUTHORS_PROCESSES
     return max(padded // global_batch, 1)
@@ -114,40 +89,28 @@ def epoch_order(samples: int, seed: int, epoch: int, length: int) -> np.ndarray:
     return np.resize(torch.randperm(samples, generator=generator).numpy(), length)
 
 
-@dataclass(frozen=True)
-class Key:
-    """Names one training sample: its epoch, its position in the epoch's order, the index there of
-    both lists.
-    """
+class Key(NamedTuple):
+    """One training sample: its epoch, its position in the epoch's order, the index there."""
 
     epoch: int
     position: int
     index: int
 
 
-class ImageCache:
-    """Reads images; with a folder, keeps them there decoded, since decoding a large PNG takes
-    longer than all the rest.
-
-    6 MB for each 2048 x 1024 image (19 GB for Cityscapes' training images). An entry is named by
-    the file's path, size and time of change, so that a changed file is read anew.
+def read_cached(path: Path, folder: Path) -> Image.Image:
+    """The image of a file, kept decoded in `folder`: to decode a large PNG takes longer than all
+    the rest. An entry is named by path, size and time of change, so that it is never outdated.
     """
-
-    def __init__(self, folder: Path | None):
-        self.folder = folder
-
-    def read(self, path: Path) -> Image.Image:
-        if self.folder is None:
-            return read_picture(path)
-        state = path.stat()
-        what = f"{path.resolve()} {state.st_size} {state.st_mtime_ns}"
-        entry = self.folder / f"{hashlib.sha256(what.encode()).hexdigest()[:32]}.npy"
-        if not entry.is_file():
-            with atomic_path(entry) as temporary:
-                np.save(temporary, read_image(path))  # its name ends in .npy, so numpy adds nothing
-        return Image.fromarray(np.load(entry))
+    state = path.stat()
+    what = f"{path.resolve()} {state.st_size} {state.st_mtime_ns}"
+    entry = folder / f"{hashlib.sha256(what.encode()).hexdigest()[:32]}.npy"
+    if not entry.is_file():
+        with atomic_path(entry) as temporary:
+            np.save(temporary, read_image(path))  # its name ends in .npy, so numpy adds nothing
+    return Image.fromarray(np.load(entry))
 
 
+@dataclass
 class TrainingSamples(Dataset):
     """Item `Key` → dict of uint8 / bool arrays of side `crop_size` (S).
 
@@ -156,29 +119,23 @@ class TrainingSamples(Dataset):
     box2 (bool S x S), ignore, ignore_mix (bool S x S, true on padding).
     """
 
-    def __init__(
-        self,
-        labeled: list[tuple[str, str]],
-        unlabeled: list[str],
-        root: Path,
-        crop_size: int,
-        seed: int,
-        rare: RareClassPool | None = None,
-        image_cache: Path | None = None,
-        scales: tuple[float, float] = SCALES,
-        photometric: bool = False,
-    ):
-        """photometric: x is a strong view of its crop."""
-        self.labeled, self.unlabeled, self.root = labeled, unlabeled, root
-        self.crop_size, self.seed = crop_size, seed
-        self.rare, self.images, self.scales = rare, ImageCache(image_cache), tuple(scales)
-        self.photometric = photometric
+    labeled: list[tuple[str, str]]
+    unlabeled: list[str]
+    root: Path
+    crop_size: int
+    seed: int
+    rare: RareClassPool | None = None  # for copy-paste
+    image_cache: Path | None = None
+    scales: tuple[float, float] = augment.SCALES
+    photometric: bool = False  # x is a strong view of its crop
 
     def __len__(self) -> int:
-        """The unlabeled list sets the length of an epoch: a shorter labeled list is repeated, a
-        longer one is cut.
-        """
+        """The unlabeled list sets the length of an epoch; the labeled one is repeated or cut."""
         return len(self.unlabeled) or len(self.labeled)
+
+    def read(self, path: str) -> Image.Image:
+        file = self.root / path
+        return read_cached(file, self.image_cache) if self.image_cache else read_picture(file)
 
     def generator(self, stream: int, key: Key) -> np.random.Generator:
         return np.random.default_rng((self.seed, stream, key.epoch, key.position))
@@ -192,93 +149,83 @@ class TrainingSamples(Dataset):
 
     def labeled_crop(self, key: Key) -> tuple[np.ndarray, np.ndarray]:
         image_path, label_path = self.labeled[key.index % len(self.labeled)]
-        image, label = self.images.read(self.root / image_path), read_label(self.root / label_path)
+        image, label = self.read(image_path), read_label(self.root / label_path)
         how = (image.height, image.width, self.crop_size, self.scales)
-        crop = draw_crop(self.generator(LABELED, key), *how)
-        x, mask_x = cropped_image(image, crop), cropped_label(label, crop, IGNORE)
+        crop = augment.draw_crop(self.generator(LABELED, key), *how)
+        x, mask_x = augment.cropped_image(image, crop), augment.cropped_label(label, crop, IGNORE)
         if self.rare is not None:
             x, mask_x = self.rare.paste(self.generator(PASTE, key), x, mask_x)
         if self.photometric:
-            x = strong_view(self.generator(PHOTOMETRIC, key), x)
+            x = augment.strong_view(self.generator(PHOTOMETRIC, key), x)
         return x, mask_x
 
     def unlabeled_views(self, key: Key) -> dict[str, np.ndarray]:
-        """The image is decoded once for both unlabeled streams: UniMatch's loaders walk the same
-        order, so that the image pasted from is the same one in another crop. Strong views to paste
-        are made only where a box was drawn.
-        """
-        image = self.images.read(self.root / self.unlabeled[key.index])
+        """The image pasted from is the same one in another crop, as in UniMatch's loaders."""
+        image = self.read(self.unlabeled[key.index])
         random, random_mix = self.generator(UNLABELED, key), self.generator(UNLABELED_MIX, key)
         how = (image.height, image.width, self.crop_size, self.scales)
-        crop, crop_mix = draw_crop(random, *how), draw_crop(random_mix, *how)
-        w, w_mix = cropped_image(image, crop), cropped_image(image, crop_mix)
+        crop, crop_mix = augment.draw_crop(random, *how), augment.draw_crop(random_mix, *how)
+        w, w_mix = augment.cropped_image(image, crop), augment.cropped_image(image, crop_mix)
         sample = {
             "w": w,
             "w_mix": w_mix,
-            "ignore": padding_mask(crop, 1).astype(bool),
-            "ignore_mix": padding_mask(crop_mix, 1).astype(bool),
+            "ignore": augment.padding_mask(crop),
+            "ignore_mix": augment.padding_mask(crop_mix),
         }
-        boxes = [cutmix_box(random, self.crop_size) for _ in range(2)]
+        boxes = [augment.cutmix_box(random, self.crop_size) for _ in range(2)]
         for number, box in enumerate(boxes, start=1):
-            view = strong_view(random, w)
+            view = augment.strong_view(random, w)
             if box.any():
-                view = cutmix(view, strong_view(random_mix, w_mix), box[..., None])
+                view = np.where(box[..., None], augment.strong_view(random_mix, w_mix), view)
             sample[f"s{number}"], sample[f"box{number}"] = view, box
         return sample
 
 
-def batch_per_process(global_batch: int, wanted: int | None, world: int) -> int:
-    """Samples per process and accumulation step: `wanted`, or all that fall to each of `world`
-    processes. UserError if they do not make up the global batch.
-    """
-    if global_batch % world:
+def batch_per_process(args) -> int:
+    """Samples per process and accumulation step; by default all that fall to each process."""
+    world, wanted = process_rank()[1], args.batch_per_process
+    share, rest = divmod(args.global_batch, world)
+    if rest:
         raise UserError(
-            f"--global-batch {global_batch}: it must be a multiple of the number of processes,"
-            f" {world}"
+            f"--global-batch {args.global_batch}: must be a multiple of {world} processes"
         )
-    share = global_batch // world
     if wanted and share % wanted:
         raise UserError(
-            f"--batch-per-process {wanted}: {share} samples of the global batch fall to each of"
-            f" {world} processes; give a divisor of {share}"
+            f"--batch-per-process {wanted}: a process has {share}; give a divisor of it"
         )
     return wanted or share
 
 
+@dataclass
 class MicroBatches:
-    """Sampler of a run's batches for one process: lists of Keys, from iteration `start` to the
-    last.
+    """Sampler of a run's batches for one process: lists of Keys, from iteration `start` to the end.
 
     Iteration i of an epoch takes positions [i G, (i + 1) G) of its order, G the global batch; its
     step m (of gradient accumulation) on process r the b of them from (m x processes + r) b.
     """
 
-    def __init__(
-        self,
-        samples: int,
-        epochs: int,
-        global_batch: int,
-        batch: int,
-        rank: int,
-        world: int,
-        seed: int,
-        start: int = 0,
-    ):
-        self.samples, self.global_batch, self.batch = samples, global_batch, batch
-        self.rank, self.world, self.seed, self.start = rank, world, seed, start
-        self.per_epoch = iterations_per_epoch(samples, global_batch)
-        self.total = self.per_epoch * epochs
-        self.steps = global_batch // (batch * world)
+    samples: int
+    epochs: int
+    global_batch: int
+    batch: int
+    rank: int
+    world: int
+    seed: int
+    start: int = 0
+
+    def __post_init__(self):
+        self.per_epoch = iterations_per_epoch(self.samples, self.global_batch)
+        self.total = self.per_epoch * self.epochs
+        self.steps = self.global_batch // (self.batch * self.world)
 
     def __len__(self) -> int:
         return (self.total - self.start) * self.steps
 
     def __iter__(self) -> Iterator[list[Key]]:
-        order, order_epoch = None, None
         for iteration in range(self.start, self.total):
             epoch, within = divmod(iteration, self.per_epoch)
-            if epoch != order_epoch:
-                length, order_epoch = self.per_epoch * self.global_batch, epoch
+            if within == 0 or iteration == self.start:
+                length = self.per_epoch * self.global_batch
                 order = epoch_order(self.samples, self.seed, epoch, length)
             for step in range(self.steps):
                 first = within * self.global_batch + self.slot(step)
@@ -290,18 +237,15 @@ class MicroBatches:
 
 
 def loading_processes(wanted: int | None) -> int:
-    """`wanted`, or one for each core that this process may use, at most MOST_WORKERS."""
+    """`wanted`, or one for each core that this process may use, at most four."""
     if wanted is not None:
         return wanted
-    several = hasattr(os, "sched_getaffinity")  # not on macOS
-    cores = len(os.sched_getaffinity(0)) if several else os.cpu_count() or 1
-    return min(cores, MOST_WORKERS)
+    on_macos = not hasattr(os, "sched_getaffinity")
+    return min(os.cpu_count() if on_macos else len(os.sched_getaffinity(0)), 4)
 
 
 def batches(samples: TrainingSamples, sampler: MicroBatches, workers: int, device) -> DataLoader:
-    """Batches as dicts of tensors (B x …). Workers live for the whole run, so that no epoch waits
-    for its first batch.
-    """
+    """Batches as dicts of tensors (B x …), of a whole run, so that no epoch waits for its first."""
     return DataLoader(
         samples,
         batch_sampler=sampler,
@@ -313,9 +257,8 @@ def batches(samples: TrainingSamples, sampler: MicroBatches, workers: int, devic
 
 def training_samples(args, lists: Lists) -> TrainingSamples:
     """The samples of the lists, cropped and changed as train_unimatch.py's options say."""
-    rare = None
+    rare, where = None, (lists.labeled, lists.pixels, args.root_path)
     if args.copy_paste:
-        where = (lists.labeled, lists.pixels, args.root_path)
-        rare = RareClassPool(*where, tuple(args.copy_paste_classes))
+        rare = RareClassPool(*where, args.copy_paste_classes)
     what = (lists.labeled, lists.unlabeled, args.root_path, args.crop_size, args.seed)
     return TrainingSamples(*what, rare, args.image_cache, args.scales, args.photometric)

@@ -1,5 +1,4 @@
-"""DeepLabV2 as DT-ST, CMA and ProDA train it, so that their checkpoints can be used for starting
-pseudo-labels (model/network.py).
+"""DeepLabV2 as DT-ST, CMA and ProDA train it, for starting pseudo-labels (model/network.py).
 
 All are a torchvision ResNet-101 at output stride 8, layer3 and layer4 trading their stride for
 dilation 2 and 4, and a classifier on layer4 whose branches are convolutions of different dilation.
@@ -19,33 +18,25 @@ from torchvision.ops import FrozenBatchNorm2d
 from model.resnet import conv3x3
 
 FEATURE_CHANNELS = 2048  # of layer4
-# Of the classifiers' 3x3 convolutions (DeepLabV2's ASPP-L; both released codes).
-DILATIONS = (6, 12, 18, 24)
-
+DILATIONS = (6, 12, 18, 24)  # of the classifiers' 3x3 convolutions (DeepLabV2's ASPP-L)
 # What ProDA's classifier is made of (its released code).
 BRANCH_CHANNELS = 256  # of each branch
 GROUPS = 32  # of group norm
 SQUEEZE = 16  # the channels are squeezed to one in this many
 
 
-def backbone(norm_layer: type[nn.Module] | partial | None = None) -> OrderedDict[str, nn.Module]:
-    """The parts of a ResNet-101 at output stride 8 by name, in order."""
+def backbone(
+    norm_layer: type[nn.Module] | partial | None = None, dilate_first: bool = True
+) -> OrderedDict[str, nn.Module]:
+    """The parts of a ResNet-101 at output stride 8 by name, in order. dilate_first: the first
+    blocks of layer3 and layer4 get the dilation of their layers' other blocks, 2 and 4;
+    torchvision's have half of it.
+    """
     dilated = [False, True, True]
     network = resnet101(weights=None, norm_layer=norm_layer, replace_stride_with_dilation=dilated)
-    names = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
-    return OrderedDict((name, getattr(network, name)) for name in names)
-
-
-def dilate_first_blocks(parts: dict[str, nn.Module]) -> None:
-    """The first blocks of layer3 and layer4 get the dilation of their layers' other blocks, 2 and
-    4; torchvision's have half of it.
-    """
-    for name, dilation in (("layer3", 2), ("layer4", 4)):
-        convolution = parts[name][0].conv2
-        convolution.dilation = convolution.padding = (dilation, dilation)
-
-
-# --------------------------------------------------------------------------------------- DT-ST, CMA
+    for layer, dilation in ((network.layer3, 2), (network.layer4, 4)) if dilate_first else ():
+        layer[0].conv2.dilation = layer[0].conv2.padding = (dilation, dilation)
+    return OrderedDict(list(network.named_children())[:-2])  # without pooling and classifier
 
 
 class SummedClassifier(nn.Module):
@@ -64,16 +55,15 @@ class SummedClassifier(nn.Module):
 
 class DeepLabV2(nn.Module):
     """DT-ST's: images (B x 3 x H x W, RGB in [0, 1] normalised by ImageNet's mean and deviation) to
-    logits at stride 8.
-
-    Batch norm is frozen and has no epsilon: the trained weights belong to that formula. `forward`
-    returns B x K x ceil(H/8) x ceil(W/8); upsample them with align_corners=True, as DT-ST does.
+    logits at stride 8, B x K x ceil(H/8) x ceil(W/8). Batch norm is frozen and has no epsilon: the
+    trained weights belong to that formula.
     """
 
     def __init__(self, class_num: int):
         super().__init__()
         self.feature_extractor = nn.Module()
-        self.feature_extractor.backbone = nn.Sequential(backbone(partial(FrozenBatchNorm2d, eps=0)))
+        norm = partial(FrozenBatchNorm2d, eps=0)
+        self.feature_extractor.backbone = nn.Sequential(backbone(norm, dilate_first=False))
         self.classifier = SummedClassifier(class_num)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -81,28 +71,22 @@ class DeepLabV2(nn.Module):
 
 
 class CMA(nn.Module):
-    """CMA's: images as DT-ST's to logits at stride 8, B x K x ceil(H/8) x ceil(W/8).
-
-    Its stem is mmsegmentation's of ResNet-101 v1c: three 3x3 convolutions, 3→32→32→64. As in ProDA,
-    the first blocks of layer3 and layer4 are dilated too.
+    """CMA's: images as DT-ST's to logits at stride 8, B x K x ceil(H/8) x ceil(W/8). Its stem is
+    mmsegmentation's of ResNet-101 v1c: three 3x3 convolutions, 3→32→32→64.
     """
 
     def __init__(self, class_num: int):
         super().__init__()
-        parts = backbone()
-        dilate_first_blocks(parts)
-        stem = []
+        parts, stem = backbone(), []
         for inputs, outputs, stride in ((3, 32, 2), (32, 32, 1), (32, 64, 1)):
             stem += [conv3x3(inputs, outputs, stride), nn.BatchNorm2d(outputs), nn.ReLU()]
-        layers = {name: parts[name] for name in ("maxpool", "layer1", "layer2", "layer3", "layer4")}
-        self.backbone = nn.Sequential(OrderedDict(stem=nn.Sequential(*stem), **layers))
+        for name in ("conv1", "bn1", "relu"):
+            del parts[name]
+        self.backbone = nn.Sequential(OrderedDict(stem=nn.Sequential(*stem), **parts))
         self.head = SummedClassifier(class_num)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.head(self.backbone(images))
-
-
-# -------------------------------------------------------------------------------------------- ProDA
 
 
 def convolution(inputs: int, dilation: int = 0) -> list[nn.Module]:
@@ -131,9 +115,7 @@ class SqueezeExcitation(nn.Module):
 
 
 class JoinedClassifier(nn.Module):
-    """A 1x1 and four dilated 3x3 convolutions, joined, their channels weighed (squeeze and
-    excitation), and a convolution without bias: B x 2048 x h x w → B x K x h x w.
-    """
+    """A 1x1 and four dilated 3x3 convolutions, joined: B x 2048 x h x w to B x K x h x w."""
 
     def __init__(self, class_num: int):
         super().__init__()
@@ -152,13 +134,9 @@ class JoinedClassifier(nn.Module):
 
 
 class ProDA(nn.Sequential):
-    """ProDA's: images (B x 3 x H x W, RGB in [0, 1], no mean and deviation) to logits at stride 8.
-
-    Its ResNet differs from torchvision's in three places: max-pooling rounds sizes up, layer2
-    strides in its first convolution, and every 3x3 convolution of layer3 and layer4 is dilated, the
-    first block's too. pretrained_norm: whether there is a batch norm between backbone and
-    classifier, `bn_pretrain`, as in the models of its stages 2 and 3. `forward` returns B x K x
-    (H/8 + 1) x (W/8 + 1); upsample them with align_corners=True, as ProDA does.
+    """ProDA's: images (B x 3 x H x W, RGB in [0, 1], no mean and deviation) to logits at stride 8,
+    B x K x (H/8 + 1) x (W/8 + 1), since max-pooling rounds sizes up. layer2 strides in its first
+    convolution. pretrained_norm: a batch norm before the classifier, as in stages 2 and 3.
     """
 
     def __init__(self, class_num: int, pretrained_norm: bool):
@@ -166,7 +144,6 @@ class ProDA(nn.Sequential):
         parts["maxpool"].ceil_mode = True
         first = parts["layer2"][0]
         first.conv1.stride, first.conv2.stride = (2, 2), (1, 1)
-        dilate_first_blocks(parts)
         if pretrained_norm:
             parts["bn_pretrain"] = nn.BatchNorm2d(FEATURE_CHANNELS)
         parts["layer5"] = JoinedClassifier(class_num)

@@ -1,8 +1,5 @@
 """DeepLabV3+ (Chen et al. 2018) as UniMatch builds it: ResNet at output stride 16, ASPP without
-dropout, decoder on layer1.
-
-Weights are named as in UniMatch's checkpoints (backbone, head, reduce, fuse, classifier), so that
-both load.
+dropout, decoder on layer1. Weights are named as in UniMatch's checkpoints.
 """
 
 from __future__ import annotations
@@ -16,14 +13,10 @@ from model.resnet import ResNet
 # Of ASPP at output stride 16 (DeepLabV3, table 5; UniMatch's configuration).
 DILATIONS = (6, 12, 18)
 REDUCED_CHANNELS = 48  # of layer1's output in the decoder (DeepLabV3+, table 1)
-# Share of channels dropped by the feature perturbation (UniMatch, section 3.2).
-FEATURE_DROPOUT = 0.5
 
 
 def upsampled(x: torch.Tensor, size) -> torch.Tensor:
-    """B x C x h x w → B x C x size, bilinear with the corners aligned, as everywhere in this
-    network.
-    """
+    """B x C x h x w → B x C x size, bilinear with the corners aligned."""
     return interpolate(x, size=tuple(size), mode="bilinear", align_corners=True)
 
 
@@ -37,9 +30,7 @@ def conv_bn_relu(inputs: int, outputs: int, kernel: int, dilation: int = 1) -> l
 
 
 class ImagePooling(nn.Module):
-    """ASPP's branch with the mean over the image, spread over it again: B x inputs x h x w → B x
-    outputs x h x w.
-    """
+    """ASPP's mean over the image, spread over it: B x inputs x h x w → B x outputs x h x w."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
@@ -52,11 +43,11 @@ class ImagePooling(nn.Module):
 class ASPP(nn.Module):
     """Atrous spatial pyramid pooling: B x inputs x h x w → B x outputs x h x w."""
 
-    def __init__(self, inputs: int, outputs: int, dilations: tuple[int, int, int]):
+    def __init__(self, inputs: int, outputs: int):
         super().__init__()
         self.b0 = nn.Sequential(*conv_bn_relu(inputs, outputs, 1))
         self.b1, self.b2, self.b3 = (
-            nn.Sequential(*conv_bn_relu(inputs, outputs, 3, rate)) for rate in dilations
+            nn.Sequential(*conv_bn_relu(inputs, outputs, 3, rate)) for rate in DILATIONS
         )
         self.b4 = ImagePooling(inputs, outputs)
         self.project = nn.Sequential(*conv_bn_relu(5 * outputs, outputs, 1))
@@ -67,18 +58,14 @@ class ASPP(nn.Module):
 
 
 class DeepLabV3Plus(nn.Module):
-    """Images to logits at the images' size.
+    """Images to logits at the images' size. backbone: its depth, 10, 18, 50 or 101."""
 
-    backbone: 10, 18, 50 or 101 (depth). ASPP and decoder have c4's channels / 8, at least 64: 256
-    with ResNet-50 and -101, 64 with -18 and -10.
-    """
-
-    def __init__(self, backbone: int, class_num: int, stem: str = "deep", dilations=DILATIONS):
+    def __init__(self, backbone: int, class_num: int, stem: str = "deep"):
         super().__init__()
         self.backbone = ResNet(backbone, stem)
         low, high = self.backbone.channels[0], self.backbone.channels[-1]
-        width = max(64, high // 8)
-        self.head = ASPP(high, width, tuple(dilations))
+        width = max(64, high // 8)  # of ASPP and decoder: 256 with ResNet-50 and -101
+        self.head = ASPP(high, width)
         self.reduce = nn.Sequential(*conv_bn_relu(low, REDUCED_CHANNELS, 1))
         first = conv_bn_relu(REDUCED_CHANNELS + width, width, 3)
         self.fuse = nn.Sequential(*first, *conv_bn_relu(width, width, 3))
@@ -88,7 +75,7 @@ class DeepLabV3Plus(nn.Module):
             "backbone": f"resnet{backbone}",
             "stem": stem,
             "class_num": class_num,
-            "dilations": list(dilations),
+            "dilations": list(DILATIONS),
         }
 
     def decode(self, c1: torch.Tensor, c4: torch.Tensor) -> torch.Tensor:
@@ -104,11 +91,9 @@ class DeepLabV3Plus(nn.Module):
     ):
         """B x 3 x H x W → logits, B x K x H x W.
 
-        With `perturbation` (factors for the channels of c1 and of c4, B x C x 1 x 1 each, see
-        `channel_dropout`): (logits, logits of images[fp_from:] from perturbed features). The
-        decoder then runs once on both, clean and perturbed, of all B images, because all of them
-        take part in its batch norm statistics, as in UniMatch; logits are computed of those asked
-        for alone.
+        With `perturbation` (factors for the channels of c1 and of c4, B x C x 1 x 1 each): (logits,
+        logits of images[fp_from:] from perturbed features). The decoder runs on both of all B
+        images, since all of them take part in its batch norm statistics, as in UniMatch.
         """
         size, count = images.shape[-2:], images.shape[0]
         c1, _, _, c4 = self.backbone(images)
@@ -120,14 +105,6 @@ class DeepLabV3Plus(nn.Module):
         wanted = torch.cat([features[:count], features[count + fp_from :]])
         logits = upsampled(self.classifier(wanted), size)
         return logits[:count], logits[count:]
-
-
-def channel_dropout(generator: torch.Generator, count: int, channels: int) -> torch.Tensor:
-    """Factors, `count` x channels x 1 x 1, of UniMatch's feature perturbation (Dropout2d with 0.5):
-    0 or 2.
-    """
-    kept = torch.rand(count, channels, 1, 1, generator=generator) >= FEATURE_DROPOUT
-    return kept.float() / (1 - FEATURE_DROPOUT)
 
 
 def parameter_count(model: nn.Module) -> int:

@@ -1,5 +1,4 @@
-"""The losses of UniMatch's released code, and a class-balanced one, as functions of logits and
-targets."""
+"""The losses of UniMatch's released code, and a class-balanced one."""
 
 from __future__ import annotations
 
@@ -10,26 +9,19 @@ from torch.nn.functional import cross_entropy
 
 from util.labels import IGNORE
 
-OHEM_THRESHOLD = 0.7  # of the probability of the true class (UniMatch's configuration)
-# Pixels of the local batch (UniMatch's configuration, for two crops of 801 x 801).
-OHEM_MIN_KEPT = 200_000
+# UniMatch's configuration: probability of the true class; pixels of two crops of 801 x 801.
+OHEM_THRESHOLD, OHEM_MIN_KEPT = 0.7, 200_000
 
 
 def ohem_cross_entropy(
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    threshold: float = OHEM_THRESHOLD,
-    min_kept: int = OHEM_MIN_KEPT,
+    logits: torch.Tensor, labels: torch.Tensor, threshold: float, min_kept: int
 ) -> torch.Tensor:
     """Mean cross-entropy over the hard pixels (online hard example mining).
 
     logits: B x K x H x W; labels: B x H x W integers, IGNORE for no label. With fewer than
     `min_kept` labeled pixels all of them count. Otherwise those count whose probability p of the
     true class is at most t: t is `threshold`, or, where that would keep fewer than `min_kept`, the
-    `min_kept`-th smallest p (ties are kept).
-
-    Without any labeled pixel the released code gives NaN and ruins the run; here the loss is 0 and
-    its gradient too.
+    `min_kept`-th smallest p (ties are kept). Without any label 0 (the released code: NaN).
     """
     labels = labels.long()
     losses = cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="none")
@@ -48,11 +40,8 @@ def ohem_cross_entropy(
 
 
 def class_weights(pixel_counts, power: float) -> torch.Tensor:
-    """Weights of K classes, float32: frequency^-power, 0 for a class without a pixel, scaled so
-    that the labels' mean weight is 1.
-
-    pixel_counts: K numbers of labeled pixels. ENet's and others' balancing; none of UniMatch's, for
-    training from few images.
+    """Weights of K classes, float32, of their K numbers of labeled pixels: frequency^-power, 0 for
+    a class without a pixel, scaled so that the labels' mean weight is 1.
     """
     frequency = torch.as_tensor(pixel_counts, dtype=torch.float64)
     frequency = frequency / frequency.sum()
@@ -63,10 +52,8 @@ def class_weights(pixel_counts, power: float) -> torch.Tensor:
 def balanced_cross_entropy(
     logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
-    """Cross-entropy of all labeled pixels, weighted by the weight of their class, over the sum of
-    the weights; 0 without any.
-
-    logits: B x K x H x W; labels: B x H x W integers, IGNORE for no label; weights: K.
+    """Cross-entropy of all labeled pixels, weighted by their class, over the sum of the weights; 0
+    without any. Not UniMatch's: for training from few images.
     """
     if not bool((labels != IGNORE).any()):
         return (logits * 0).sum()
@@ -81,10 +68,7 @@ def pseudo_label_loss(
     threshold: float,
 ) -> torch.Tensor:
     """Cross-entropy with pseudo-labels, summed over confident valid pixels, divided by the number
-    of *valid* pixels.
-
-    logits: B x K x H x W; labels, confidence: B x H x W, of the model itself; ignored: bool B x H x
-    W, true on padding.
+    of *valid* pixels. labels, confidence: B x H x W; ignored: the same, true on padding.
     """
     losses = cross_entropy(logits.float(), labels.long(), reduction="none")
     kept = (confidence >= threshold) & ~ignored
@@ -92,17 +76,13 @@ def pseudo_label_loss(
 
 
 def total_loss(loss_x, loss_s1, loss_s2, loss_fp):
-    """UniMatch's weights: half for the labels; of the other half, a half each for strong views and
-    feature perturbation. Equal to (x + 0.5 s + 0.5 w_fp) / 2 with s = (s1 + s2) / 2, as all rows of
-    the shipped logs are.
-    """
+    """UniMatch's weights: (x + 0.5 s + 0.5 w_fp) / 2 with s = (s1 + s2) / 2."""
     return (loss_x + 0.25 * loss_s1 + 0.25 * loss_s2 + 0.5 * loss_fp) / 2
 
 
 def loss_group(global_batch: int, groups: int, batch: int) -> int:
-    """Samples that share the losses' pixel counts: OHEM and the means over valid pixels are taken
-    within such a group, and averaged over groups, as the authors' four processes did. A process
-    that has fewer samples at a time (`batch`) than a group makes the groups smaller.
+    """Samples that share the losses' pixel counts (OHEM's, the means'), as within one of the
+    authors' four processes. A process that has fewer at a time (`batch`) makes the groups smaller.
     """
     group = global_batch // groups
     return group if batch % group == 0 else math.gcd(group, batch)

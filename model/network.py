@@ -26,24 +26,18 @@ from torch.nn.functional import interpolate
 
 from model.checkpoint import load_exactly, read_checkpoint, state_dict_in, without_prefixes
 from model.deeplabv2 import CMA, DeepLabV2, ProDA
-from model.deeplabv3plus import DILATIONS, DeepLabV3Plus, upsampled
+from model.deeplabv3plus import DeepLabV3Plus, upsampled
 from model.resnet import to_tensor
 from util.run import UserError
 
-# Width and height that the authors feed their networks for testing and for pseudo-labels; DT-ST's
-# by number of classes.
+# Width and height that the authors feed their networks; DT-ST's by number of classes.
 DTST_SIZE = {19: (1536, 768), 16: (1280, 640)}
 PRODA_SIZE = (2048, 1024)
-
-
-# Of the multi-scale mean that CMA takes its pixel labels from (its released code).
-SCALES = (0.5, 0.75, 1, 1.25, 1.5, 1.75, 2)
+SCALES = (0.5, 0.75, 1, 1.25, 1.5, 1.75, 2)  # of CMA's pixel labels (its released code)
 
 
 def square_windows(height: int, width: int) -> list[tuple[int, int, int, int]]:
-    """(top, bottom, left, right) of CMA's windows: squares of the shorter side along the longer
-    one. Three where that is 1.5 to 3 times the shorter (1920x1080: at 0, 420 and 840).
-    """
+    """(top, bottom, left, right) of CMA's windows: squares along the longer side."""
     side, length = sorted((height, width))
     stride = length // 2 - side // 2 if length > 1.5 * side else length - side
     stride = max(1, min(stride, side))
@@ -72,10 +66,9 @@ def square_window_logits(model: nn.Module, images: torch.Tensor) -> torch.Tensor
 class Network:
     """A segmentation network and how its authors feed it.
 
-    model: in eval mode, 1 x 3 x h x w → logits, 1 x K x any size. mode: of eval.py, its authors':
-    whole images or square windows. test_size: (width, height) that images are resized to, by
-    `resample`; None: as they are. scaled_only: RGB / 255 is the input, without ImageNet's mean and
-    deviation.
+    model: in eval mode, 1 x 3 x h x w → logits, 1 x K x any size. mode: of eval.py, its authors'.
+    test_size: (width, height) that images are resized to, by `resample`; None: as they are.
+    scaled_only: RGB / 255 is the input, without ImageNet's mean and deviation.
     """
 
     model: nn.Module
@@ -87,22 +80,17 @@ class Network:
     mode: str = "original"
 
     def logits(self, image: np.ndarray, test_size: tuple[int, int] | None = None) -> torch.Tensor:
-        """uint8 H x W x 3 → float32 1 x K x H x W on the network's device. `test_size` replaces the
-        network's own.
-        """
+        """uint8 H x W x 3 → float32 1 x K x H x W on the network's device. test_size: another."""
         return self.logits_at(self.pixels(image, test_size), image.shape[:2])
 
     def multi_scale(self, image: np.ndarray, test_size: tuple[int, int] | None) -> torch.Tensor:
-        """The mean softmax of the image and its mirror image at SCALES times their size, as CMA
-        makes its pixel labels; arguments and result as `logits` has them.
-        """
-        pixels, total = self.pixels(image, test_size), 0
+        """Instead CMA's mean softmax of image and mirror image at SCALES, for its pixel labels."""
+        pixels, size, total = self.pixels(image, test_size), image.shape[:2], 0
         for scale in SCALES:
-            size = [int(length * scale + 0.5) for length in pixels.shape[-2:]]
-            scaled = interpolate(pixels, size, mode="bilinear", antialias=True)
-            total += self.logits_at(scaled, image.shape[:2]).softmax(dim=1)
-            mirrored = self.logits_at(scaled.flip(-1), image.shape[:2]).flip(-1)
-            total += mirrored.softmax(dim=1)
+            scaled_size = [int(length * scale + 0.5) for length in pixels.shape[-2:]]
+            scaled = interpolate(pixels, scaled_size, mode="bilinear", antialias=True)
+            total += self.logits_at(scaled, size).softmax(dim=1)
+            total += self.logits_at(scaled.flip(-1), size).flip(-1).softmax(dim=1)
         return total / (2 * len(SCALES))
 
     def pixels(self, image: np.ndarray, test_size: tuple[int, int] | None) -> torch.Tensor:
@@ -110,15 +98,14 @@ class Network:
         test_size = test_size or self.test_size
         if test_size and test_size[::-1] != image.shape[:2]:
             image = np.array(Image.fromarray(image).resize(test_size, self.resample))
+        pixels = to_tensor(image)
         if self.scaled_only:
             pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
-        else:
-            pixels = to_tensor(image)
         return pixels[None].to(next(self.model.buffers()).device)
 
     def logits_at(self, pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-        """Logits of an input at a size (height, width). They are upsampled once, with the corners
-        aligned, as all these networks' authors do, but CMA's, who does it window by window.
+        """Logits of an input at a size (height, width): upsampled once, with the corners aligned,
+        as all these networks' authors do, but CMA's, who does it window by window.
         """
         if self.mode == "square_windows":
             logits = square_window_logits(self.model, pixels)
@@ -128,15 +115,11 @@ class Network:
 
 
 def load_network(path: str | Path, device, class_num: int) -> Network:
-    """The network in a checkpoint file of any format of the table above, on `device`.
-
-    class_num: how many classes it must predict.
-    """
+    """The network in a file of any format of the table above; it must predict `class_num`."""
     network = network_in(read_checkpoint(path), path)
-    if network.class_num != class_num:
-        raise UserError(
-            f"{path}: predicts {network.class_num} classes, but --class-num is {class_num}"
-        )
+    found = network.class_num
+    if found != class_num:
+        raise UserError(f"{path}: predicts {found} classes, but --class-num is {class_num}")
     network.model.eval().to(device)
     return network
 
@@ -153,45 +136,31 @@ def network_in(content, path: str | Path) -> Network:
         return proda(state, path)
     if {"bot_aspp.0.weight", "final2.0.weight"} <= state.keys():
         return shade(state, path)
-    config = parts.get("config") or config_of(state)
-    if not isinstance(config, dict) or config.get("arch") != "deeplabv3plus":
-        raise UserError(
-            f"{path}: not a network of train_unimatch.py, UniMatch, DT-ST, CMA, ProDA or SHADE "
-            f"(first weight: {next(iter(state))})"
-        )
-    model = deeplabv3plus(config)
-    what = f"{config['backbone']} ({config['stem']} stem), {config['class_num']} classes"
-    load_exactly(model, state, path, f"DeepLabV3+ with {what}")
-    return Network(model, "DeepLabV3+", config["class_num"])
-
-
-# ------------------------------------------------------------------------------- DeepLabV3+, SHADE
+    if {"classifier.weight", "head.project.0.weight"} <= state.keys():
+        return deeplabv3plus(state, path)
+    raise UserError(
+        f"{path}: not a network of train_unimatch.py, UniMatch, DT-ST, CMA, ProDA or SHADE "
+        f"(first weight: {next(iter(state))})"
+    )
 
 
 # A weight that ResNets of at least this depth have.
 DEPTHS = {"layer3.22.conv1.weight": 101, "layer1.0.conv3.weight": 50, "layer1.1.conv1.weight": 18}
 
 
-def config_of(state: dict[str, torch.Tensor]) -> dict | None:
-    """The configuration of a DeepLabV3+ whose file has none (UniMatch's), read off the names and
-    shapes of its weights; ASPP's dilations are taken to be 6, 12, 18. None for other networks.
-    """
-    if "classifier.weight" not in state or "head.project.0.weight" not in state:
-        return None
+def deeplabv3plus(
+    state: dict[str, torch.Tensor], path: str | Path, shades: bool = False
+) -> Network:
+    """Of train_unimatch.py, of UniMatch or with SHADE's differences: the weights tell its size."""
     depths = [depth for name, depth in DEPTHS.items() if f"backbone.{name}" in state]
-    return {
-        "arch": "deeplabv3plus",
-        "backbone": f"resnet{max(depths, default=10)}",
-        "class_num": len(state["classifier.weight"]),
-        "stem": "deep" if "backbone.conv1.0.weight" in state else "torchvision",
-        "dilations": list(DILATIONS),
-    }
-
-
-def deeplabv3plus(config: dict) -> DeepLabV3Plus:
-    """The network of a `DeepLabV3Plus.config`."""
-    depth = int(config["backbone"].removeprefix("resnet"))
-    return DeepLabV3Plus(depth, config["class_num"], config["stem"], tuple(config["dilations"]))
+    stem = "deep" if "backbone.conv1.0.weight" in state else "torchvision"
+    depth, class_num = max(depths, default=10), len(state["classifier.weight"])
+    model, kind = DeepLabV3Plus(depth, class_num, stem), "SHADE" if shades else "DeepLabV3+"
+    if shades:
+        first = model.backbone.layer4[0].conv2  # SHADE dilates it too
+        first.dilation = first.padding = (2, 2)
+    load_exactly(model, state, path, f"{kind}, resnet{depth}, {stem} stem, {class_num} classes")
+    return Network(model, kind, class_num)
 
 
 # Names of weights: SHADE's as a regular expression, and ours.
@@ -213,25 +182,14 @@ POOLED_CHANNELS = 256  # of ASPP's image pooling, which SHADE joins first and ou
 
 
 def shade(state: dict[str, torch.Tensor], path: str | Path) -> Network:
-    """Of SHADE's `{'state_dict', 'epoch', 'mean_iu', 'command'}`, ResNet-50 or -101 with
-    torchvision's stem: our DeepLabV3+ but for one dilation and the order in which ASPP's branches
-    are joined.
-    """
+    """Of SHADE: ours but for names, one dilation and the order of ASPP's branches."""
     state = {name: value for name, value in state.items() if not name.startswith(SHADE_TRAINING)}
     for theirs, ours in SHADE_NAMES:
         state = {re.sub(f"^{theirs}", ours, name): value for name, value in state.items()}
     project = state["head.project.0.weight"]
     pooled, others = project[:, :POOLED_CHANNELS], project[:, POOLED_CHANNELS:]
     state["head.project.0.weight"] = torch.cat([others, pooled], dim=1)
-    config = config_of(state)
-    model = deeplabv3plus(config)
-    first = model.backbone.layer4[0].conv2  # SHADE dilates it too
-    first.dilation = first.padding = (2, 2)
-    load_exactly(model, state, path, f"SHADE's DeepLabV3+ with {config['backbone']}")
-    return Network(model, "SHADE", config["class_num"])
-
-
-# ------------------------------------------------------------------------------- DT-ST, CMA, ProDA
+    return deeplabv3plus(state, path, shades=True)
 
 
 def dtst(content: dict, path: str | Path) -> Network:
@@ -243,9 +201,7 @@ def dtst(content: dict, path: str | Path) -> Network:
     }
     weight = state.get("classifier.conv2d_list.0.weight")
     if weight is None:
-        raise UserError(
-            f"{path}: its classifier has no conv2d_list.0.weight; this is not DT-ST's DeepLabV2"
-        )
+        raise UserError(f"{path}: not DT-ST's DeepLabV2: no conv2d_list.0.weight in its classifier")
     model, size = DeepLabV2(len(weight)), DTST_SIZE.get(len(weight))
     load_exactly(model, state, path, "DT-ST's DeepLabV2")
     return Network(model, "DT-ST", len(weight), size, Image.Resampling.BICUBIC)

@@ -1,5 +1,5 @@
-"""What DeepLabV3+ is trained with: precision, starting weights, optimizer and its schedule, feature
-perturbation; where a run stands; and several processes that train one network."""
+"""What DeepLabV3+ is trained with: starting weights, optimizer and its schedule, feature
+perturbation; where a run stands; several processes. args: options of train_unimatch.py."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ import time
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from model.checkpoint import load_exactly, read_checkpoint, state_dict_in
-from model.deeplabv3plus import DILATIONS, DeepLabV3Plus, channel_dropout
+from model.deeplabv3plus import DeepLabV3Plus
 from model.resnet import load_backbone
 from util.run import STARTED, exact_mode, process_rank, seed_everything
 
 MOMENTUM, WEIGHT_DECAY = 0.9, 1e-4  # SGD without Nesterov; batch norm and biases decay too
 POLY_POWER = 0.9
+FEATURE_DROPOUT = 0.5  # share of channels that are dropped (UniMatch, section 3.2)
 FACTORS = 4  # stream of random numbers, after those of dataset/samples.py
 
 
@@ -32,12 +34,9 @@ class State:
     def saved(self) -> dict:
         return vars(self) | {"seconds": self.seconds + time.time() - STARTED}
 
-    def restore(self, saved: dict) -> None:
-        vars(self).update(saved)
-
 
 def set_precision(args) -> None:
-    """Exact fp32, unless train_unimatch.py's --amp and --compile ask for what is faster."""
+    """Exact fp32, unless --amp and --compile ask for what is faster."""
     exact_mode()
     if args.amp != "none" or args.compile:
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = False, True
@@ -46,60 +45,46 @@ def set_precision(args) -> None:
 
 
 def build_model(args, class_num: int) -> DeepLabV3Plus:
-    """DeepLabV3+ with the starting weights that train_unimatch.py's options name, the rest drawn
-    from --seed.
-    """
+    """DeepLabV3+ with the starting weights that the options name, the rest drawn from --seed."""
     seed_everything(args.seed)
     depth = int(args.backbone.removeprefix("resnet"))
-    model = DeepLabV3Plus(depth, class_num, args.stem, DILATIONS)
+    model = DeepLabV3Plus(depth, class_num, args.stem)
     if args.init_checkpoint:
         state = state_dict_in(read_checkpoint(args.init_checkpoint), args.init_checkpoint)
-        wanted = f"DeepLabV3+ with {args.backbone} ({args.stem} stem), {class_num} classes"
+        wanted = f"{args.backbone}, {args.stem} stem, {class_num} classes"
         load_exactly(model, state, args.init_checkpoint, wanted)
     else:
         load_backbone(model.backbone, args.backbone_weights)
     return model
 
 
-def optimizer_of(
-    model: DeepLabV3Plus, kind: str, lr: float, lr_multi: float
-) -> torch.optim.Optimizer:
-    """UniMatch's SGD, or AdamW (kind "sgd", "adamw"): group 0 the backbone at `lr`, group 1 the
-    rest at `lr_multi` times that.
-    """
+def optimizer_of(model: DeepLabV3Plus, args) -> torch.optim.Optimizer:
+    """UniMatch's SGD, or AdamW: group 0 the backbone, group 1 the rest at --lr-multi times --lr."""
     rest = [p for name, p in model.named_parameters() if not name.startswith("backbone.")]
     groups = [
-        {"params": list(model.backbone.parameters()), "lr": lr},
-        {"params": rest, "lr": lr * lr_multi},
+        {"params": list(model.backbone.parameters()), "lr": args.lr},
+        {"params": rest, "lr": args.lr * args.lr_multi},
     ]
-    if kind == "adamw":
-        return torch.optim.AdamW(groups, lr=lr)
-    return torch.optim.SGD(groups, lr=lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
+    if args.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=args.lr)
+    return torch.optim.SGD(groups, lr=args.lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
 
 
 def learning_rate(iteration: int, total: int, base: float) -> float:
     """Learning rate of training step `iteration` (from 0) of `total`: poly, one step late, as in
-    the shipped logs.
-
-    UniMatch sets lr0 (1 - it / total)^0.9 *after* step `it`, so that steps 0 and 1 both use lr0.
+    the shipped logs. UniMatch sets it *after* a step, so that steps 0 and 1 both use `base`.
     """
     return base * (1 - max(iteration - 1, 0) / total) ** POLY_POWER
 
 
 def perturbation_factors(seed: int, iteration: int, global_batch: int, channels: tuple[int, int]):
-    """Channel factors of an iteration's feature perturbation, drawn for the whole global batch, so
-    that they do not depend on its distribution: a pair (c1, c4) of tensors 2 x G x C x 1 x 1,
-    [labeled, unlabeled].
+    """Channel factors, 0 or 2, of an iteration's feature perturbation (Dropout2d), whatever the
+    distribution of the batch: a pair (c1, c4) of 2 x G x C x 1 x 1, [labeled, unlabeled].
     """
     state = np.random.SeedSequence((seed, FACTORS, iteration)).generate_state(1, np.uint64)[0]
     generator = torch.Generator().manual_seed(int(state) >> 1)
-    return tuple(
-        channel_dropout(generator, 2 * global_batch, c).view(2, global_batch, c, 1, 1)
-        for c in channels
-    )
-
-
-# -------------------------------------------------------------------------------- several processes
+    drawn = (torch.rand(2, global_batch, c, 1, 1, generator=generator) for c in channels)
+    return tuple((values >= FEATURE_DROPOUT) / (1 - FEATURE_DROPOUT) for values in drawn)
 
 
 def to_device(model: nn.Module, device, channels_last: bool) -> nn.Module:
@@ -112,14 +97,13 @@ def to_device(model: nn.Module, device, channels_last: bool) -> nn.Module:
 
 
 def distributed(model: nn.Module, device) -> nn.Module:
-    """The model, whose gradients are averaged over processes if there are several.
-
-    Buffers are not broadcast: `average_running_statistics` and synchronised batch norm keep them
-    equal. Newer versions of torch name that option otherwise.
+    """The model, whose gradients are averaged over processes if there are several. Buffers are not
+    broadcast: their means over processes and synchronised batch norm keep them equal.
     """
     if process_rank()[1] == 1:
         return model
     ddp = nn.parallel.DistributedDataParallel
+    # newer versions of torch name that option otherwise
     new = "forward_sync_buffers" in inspect.signature(ddp).parameters
     return ddp(
         model,
@@ -128,28 +112,13 @@ def distributed(model: nn.Module, device) -> nn.Module:
     )
 
 
-def average_running_statistics(model: nn.Module) -> None:
-    """Give every process the mean of all processes' running statistics of batch norm, which only
-    GPUs synchronise by themselves: what process 0 saves and what each evaluates or pastes with are
-    then the same.
-    """
-    if process_rank()[1] == 1:
-        return
-    import torch.distributed as dist
-
-    running = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
-    together = torch.cat([buffer.flatten() for buffer in running])
+def means_over_processes(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The mean of each tensor over all processes."""
+    world = process_rank()[1]
+    if world == 1:
+        return tensors
+    together = torch.cat([tensor.flatten() for tensor in tensors])
     dist.all_reduce(together)
-    together /= process_rank()[1]
-    for buffer, values in zip(running, together.split([buffer.numel() for buffer in running])):
-        buffer.copy_(values.view_as(buffer))
-
-
-def mean_over_processes(values: dict[str, torch.Tensor]) -> dict[str, float]:
-    stacked = torch.stack(list(values.values())).float()
-    if process_rank()[1] > 1:
-        import torch.distributed as dist
-
-        dist.all_reduce(stacked)
-        stacked /= process_rank()[1]
-    return dict(zip(values, stacked.tolist()))
+    together /= world
+    parts = together.split([tensor.numel() for tensor in tensors])
+    return [part.view_as(tensor) for part, tensor in zip(parts, tensors)]

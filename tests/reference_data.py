@@ -52,20 +52,10 @@ def pillow_strong_view(random: np.random.Generator, image: np.ndarray) -> np.nda
     """`dataset.augment.strong_view` with torchvision and Pillow."""
     view = Image.fromarray(np.ascontiguousarray(image))
     if random.random() < JITTER_CHANCE:
-        factors = {
-            part: random.uniform(1 - width, 1 + width)
-            for part, width in JITTER.items()
-            if part != "hue"
-        }
-        factors["hue"] = random.uniform(-JITTER["hue"], JITTER["hue"])
-        adjust = {
-            "brightness": F.adjust_brightness,
-            "contrast": F.adjust_contrast,
-            "saturation": F.adjust_saturation,
-            "hue": F.adjust_hue,
-        }
-        for part in random.permutation(list(adjust)):
-            view = adjust[part](view, float(factors[part]))
+        factors = [random.uniform(*bounds) for bounds in JITTER.values()]
+        adjust = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
+        for part in random.permutation(len(adjust)):
+            view = adjust[part](view, factors[part])
     if random.random() < GREY_CHANCE:
         view = view.convert("L").convert("RGB")
     if random.random() < BLUR_CHANCE:

@@ -2,7 +2,7 @@
 copy-paste."""
 
 import json
-from fractions import Fraction
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,23 +11,9 @@ import torch
 from PIL import Image, ImageFilter
 from torchvision.transforms import functional as colour
 
-from dataset.augment import (
-    CUTMIX_AREA,
-    Crop,
-    adjusted_brightness,
-    adjusted_contrast,
-    adjusted_hue,
-    adjusted_saturation,
-    blurred,
-    cropped_image,
-    cropped_label,
-    cutmix,
-    cutmix_box,
-    draw_crop,
-    padding_mask,
-    strong_view,
-)
-from dataset.copy_paste import RARE_CLASSES, RareClassPool, paste_component
+from dataset import augment
+from dataset.augment import Crop, cropped_image, cropped_label, cutmix_box, draw_crop, strong_view
+from dataset.copy_paste import RARE_CLASSES, RareClassPool
 from dataset.samples import (
     Key,
     MicroBatches,
@@ -36,7 +22,6 @@ from dataset.samples import (
     epoch_order,
     iterations_per_epoch,
 )
-from model.resnet import IMAGENET_MEAN, IMAGENET_STD, normalised, to_tensor
 from tests.reference_data import (
     label_resized_then_cropped,
     pillow_strong_view,
@@ -57,75 +42,51 @@ def street(height: int, width: int, seed: int = 0) -> np.ndarray:
     return (image // 2 + random.integers(0, 128, image.shape)).astype(np.uint8)
 
 
-# ------------------------------------------------------------------------------- resize, crop, flip
-
-
-def assert_as_resized_whole(image, crop):
-    """Within one grey level, everywhere in the square."""
-    image = Image.fromarray(image)
-    fast, slow = cropped_image(image, crop), resized_then_cropped(image, crop)
-    assert fast.shape == slow.shape == (crop.size, crop.size, 3)
-    assert np.abs(fast.astype(int) - slow).max() <= 1
-
-
-@pytest.mark.parametrize("seed", range(25))
-def test_resizing_the_region_equals_resizing_the_whole(seed):
-    """Crops larger than the image, padding and mirroring included."""
-    random = np.random.default_rng(seed)
-    height, width = (int(n) for n in random.integers(60, 240, 2))
-    crop = draw_crop(random, height, width, int(random.integers(33, 160)))
-    assert_as_resized_whole(street(height, width, seed), crop)
-
-
-def test_resizing_the_region_at_full_size():
-    """3600 = 2048 x 225 / 128: in every 225th row and column values lie half-way between two
-    levels.
+def crops():
+    """(image, crop): crops larger than the image, padding and mirroring included; and full size.
+    3600 = 2048 x 225 / 128: in every 225th row and column values lie half-way between two levels.
     """
+    for seed in range(25):
+        random = np.random.default_rng(seed)
+        height, width = (int(n) for n in random.integers(60, 240, 2))
+        crop = draw_crop(random, height, width, int(random.integers(33, 160)))
+        yield street(height, width, seed), crop
     image = street(1024, 2048)
-    assert_as_resized_whole(image, Crop(512, 1024, 0, 200, 769, False))
-    assert_as_resized_whole(image, Crop(1800, 3600, 900, 2600, 769, True))
-    assert_as_resized_whole(image, Crop(1024, 2048, 255, 1279, 769, False))
+    for geometry in ((512, 1024, 0, 200), (1800, 3600, 900, 2600), (1024, 2048, 255, 1279)):
+        yield image, Crop(*geometry, 769, geometry[0] == 1800)
 
 
-def nearest_slowly(label, crop, padding):
-    """Pixel by pixel, in fractions: the source pixel under the centre of each target pixel."""
-    square = np.full((crop.size, crop.size), padding, dtype=np.uint8)
-    for row, column in np.ndindex(square.shape):
-        y, x = crop.top + row, crop.left + column
-        if y < crop.height and x < crop.width:
-            source_y = (Fraction(2 * y + 1, 2) * label.shape[0] / crop.height).__floor__()
-            source_x = (Fraction(2 * x + 1, 2) * label.shape[1] / crop.width).__floor__()
-            square[row, column] = label[source_y, source_x]
-    return square[:, ::-1] if crop.flip else square
+def test_resizing_the_region_equals_resizing_the_whole():
+    """Within one grey level, everywhere in the square."""
+    for image, crop in crops():
+        image = Image.fromarray(image)
+        fast, slow = cropped_image(image, crop), resized_then_cropped(image, crop)
+        assert fast.shape == slow.shape == (crop.size, crop.size, 3)
+        assert np.abs(fast.astype(int) - slow).max() <= 1, crop
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_labels_are_taken_from_the_nearest_pixel(seed):
-    """Also from a label map of another resolution than its image; and as Pillow does, but for
-    ties.
-    """
+    """As by Pillow, also of another resolution than its image; odd sizes have no ties."""
     random = np.random.default_rng(seed)
-    label = random.integers(0, 19, (40, 70), dtype=np.uint8)
+    label = random.integers(0, 19, (41, 71), dtype=np.uint8)
     crop = draw_crop(random, 80 if seed % 2 else 40, 140 if seed % 2 else 70, 45)
-    ours = cropped_label(label, crop, 255)
-    assert np.array_equal(ours, nearest_slowly(label, crop, 255))
-    assert (ours == label_resized_then_cropped(label, crop, 255)).mean() > 0.9
+    expected = label_resized_then_cropped(label, crop, 255)
+    assert np.array_equal(cropped_label(label, crop, 255), expected)
 
 
 def test_padding_is_ignored_and_nothing_else():
     crop = Crop(20, 30, 0, 0, 40, True)
     label = np.zeros((20, 30), dtype=np.uint8)
-    mask = padding_mask(crop, 255)
-    assert (mask == 255).sum() == 40 * 40 - 20 * 30
-    assert np.array_equal(mask == 255, cropped_label(label, crop, 254) == 254)
+    mask = augment.padding_mask(crop)
+    assert mask.sum() == 40 * 40 - 20 * 30
+    assert np.array_equal(mask, cropped_label(label, crop, 254) == 254)
     white = cropped_image(Image.new("RGB", (30, 20), "white"), crop)
-    assert np.array_equal(mask == 255, (white == 0).all(axis=2))
+    assert np.array_equal(mask, (white == 0).all(axis=2))
 
 
 def test_geometry_is_unimatchs():
-    """Long side uniform over the integers of [0.5 M, 2 M], ends included; origins cover all places;
-    half are mirrored.
-    """
+    """Long side uniform over [0.5 M, 2 M], ends included; origins anywhere; half are mirrored."""
     random = np.random.default_rng(0)
     crops = [draw_crop(random, 20, 10, 12) for _ in range(4000)]
     assert {c.height for c in crops} == set(range(10, 41))
@@ -137,23 +98,8 @@ def test_geometry_is_unimatchs():
     assert wide.height == int(30 * wide.width / 100 + 0.5)
     narrower = {draw_crop(random, 20, 10, 12, (0.75, 1.5)).height for _ in range(1000)}
     assert narrower == set(range(15, 31))
-
-
-def test_images_of_a_single_row_keep_a_pixel():
-    for seed in range(5):
-        crop = draw_crop(np.random.default_rng(seed), 1, 90, 33, (0.1, 0.2))
-        assert crop.height == 1 and 9 <= crop.width <= 18
-        assert cropped_image(Image.new("RGB", (90, 1)), crop).shape == (33, 33, 3)
-
-
-def test_normalisation():
-    image = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
-    expected = (image / 255 - np.array(IMAGENET_MEAN)) / np.array(IMAGENET_STD)
-    np.testing.assert_allclose(to_tensor(image).numpy(), expected.transpose(2, 0, 1), atol=1e-5)
-    assert torch.equal(normalised(torch.from_numpy(image)[None])[0], to_tensor(image))
-
-
-# ------------------------------------------------------------------------------ strong views, boxes
+    row = draw_crop(random, 1, 90, 33, (0.1, 0.2))
+    assert row.height == 1 and cropped_image(Image.new("RGB", (90, 1)), row).shape == (33, 33, 3)
 
 
 def pillows_blur(image, radius):
@@ -163,11 +109,11 @@ def pillows_blur(image, radius):
 @pytest.mark.parametrize(
     "fast, slow, values, mean, most",
     [
-        (adjusted_brightness, colour.adjust_brightness, (0.5, 0.9, 1.5), 0.1, 1),
-        (adjusted_contrast, colour.adjust_contrast, (0.5, 0.9, 1.5), 0.6, 2),
-        (adjusted_saturation, colour.adjust_saturation, (0.0, 0.5, 1.5), 0.6, 2),
-        (adjusted_hue, colour.adjust_hue, (-0.25, 0.0, 0.1, 0.25), 1.0, 16),
-        (blurred, pillows_blur, (0.1, 0.5, 1.0, 2.0), 1.5, 20),
+        (augment.adjusted_brightness, colour.adjust_brightness, (0.5, 0.9, 1.5), 0.1, 1),
+        (augment.adjusted_contrast, colour.adjust_contrast, (0.5, 0.9, 1.5), 0.6, 2),
+        (augment.adjusted_saturation, colour.adjust_saturation, (0.0, 0.5, 1.5), 0.6, 2),
+        (augment.adjusted_hue, colour.adjust_hue, (-0.25, 0.0, 0.1, 0.25), 1.0, 16),
+        (augment.blurred, pillows_blur, (0.1, 0.5, 1.0, 2.0), 1.5, 20),
     ],
 )
 def test_colour_and_blur_are_torchvisions_within_rounding(fast, slow, values, mean, most):
@@ -179,9 +125,7 @@ def test_colour_and_blur_are_torchvisions_within_rounding(fast, slow, values, me
 
 
 def test_strong_views_draw_as_stated():
-    """The same draws as with torchvision, part by part; and what leaves an image as it was is as
-    rare as it should be.
-    """
+    """The same draws as with torchvision; an image is as rarely left as it was as it should be."""
     image, differences, unchanged = street(48, 64), [], 0
     for seed in range(300):
         view = strong_view(np.random.default_rng(seed), image)
@@ -202,21 +146,10 @@ def test_cutmix_boxes_have_the_stated_chance_area_and_shape():
         rows, columns = np.flatnonzero(box.any(axis=1)), np.flatnonzero(box.any(axis=0))
         height, width = rows[-1] - rows[0] + 1, columns[-1] - columns[0] + 1
         assert box.sum() == height * width  # one filled rectangle
-        assert CUTMIX_AREA[0] * 1e4 - height - width <= box.sum() <= CUTMIX_AREA[1] * 1e4
+        least, most = (1e4 * share for share in augment.CUTMIX_AREA)
+        assert least - height - width <= box.sum() <= most
         assert 0.3 - 0.1 < height / width < 1 / 0.3 + 0.8  # both sides are cut down to integers
     assert max(box.mean() for box in drawn) > 0.35 and min(box.mean() for box in drawn) < 0.05
-
-
-def test_cutmix_equals_a_pixel_loop():
-    random, box = np.random.default_rng(0), cutmix_box(np.random.default_rng(3), 8)[:6]
-    a, b = random.random((6, 8)), random.random((6, 8))
-    box[1:3, 2:7] = True
-    expected = [[b[y, x] if box[y, x] else a[y, x] for x in range(8)] for y in range(6)]
-    assert np.array_equal(cutmix(a, b, box), expected)
-    assert np.array_equal(cutmix(*(torch.from_numpy(v) for v in (a, b, box))), expected)
-
-
-# ------------------------------------------------------------------------------------------ samples
 
 
 @pytest.fixture(scope="module")
@@ -237,16 +170,17 @@ def same(one: dict, other: dict) -> bool:
     return one.keys() == other.keys() and all(equal)
 
 
-def test_samples_depend_on_seed_epoch_and_position_alone(data):
+@pytest.fixture(scope="module")
+def samples(data):
     root, rows = data
-    unlabeled = [image for image, _ in rows]
-    samples = TrainingSamples(rows[:2], unlabeled, root, 48, seed=0)
-    key = Key(epoch=3, position=4, index=1)
-    assert same(samples[key], TrainingSamples(rows[:2], unlabeled, root, 48, seed=0)[key])
-    assert not same(samples[key], samples[Key(3, 5, 1)])
-    assert not same(samples[key], samples[Key(2, 4, 1)])
-    assert not same(samples[key], TrainingSamples(rows[:2], unlabeled, root, 48, seed=1)[key])
-    sample = samples[key]
+    return TrainingSamples(rows[:2], [image for image, _ in rows], root, 48, seed=0)
+
+
+def test_samples_depend_on_seed_epoch_and_position_alone(samples):
+    key, sample = Key(epoch=3, position=4, index=1), samples[Key(3, 4, 1)]
+    assert same(sample, replace(samples)[key])
+    for other in (samples[Key(3, 5, 1)], samples[Key(2, 4, 1)], replace(samples, seed=1)[key]):
+        assert not same(sample, other)
     assert not np.array_equal(sample["w"], sample["w_mix"])  # the same image, another crop
     shapes = {name: (value.shape, value.dtype.name) for name, value in sample.items()}
     assert shapes == {
@@ -256,9 +190,7 @@ def test_samples_depend_on_seed_epoch_and_position_alone(data):
     }
 
 
-def test_strong_views_are_pasted_inside_their_box_alone(data):
-    root, rows = data
-    samples = TrainingSamples(rows, [image for image, _ in rows], root, 48, seed=0)
+def test_strong_views_are_pasted_inside_their_box_alone(samples):
     pasted = 0
     for position in range(12):
         key = Key(0, position, position % 5)
@@ -278,13 +210,10 @@ def test_strong_views_are_pasted_inside_their_box_alone(data):
     assert pasted > 4
 
 
-def test_workers_and_image_cache_change_nothing(data, tmp_path):
-    root, rows = data
-    unlabeled = [image for image, _ in rows]
-    sampler = MicroBatches(5, 2, 2, 2, 0, 1, seed=0)
-    cpu, what = torch.device("cpu"), (rows[:2], unlabeled, root, 40, 0)
-    plain = list(batches(TrainingSamples(*what), sampler, 0, cpu))
-    cached = TrainingSamples(*what, image_cache=tmp_path)
+def test_workers_and_image_cache_change_nothing(samples, tmp_path):
+    sampler, cpu = MicroBatches(5, 2, 2, 2, 0, 1, seed=0), torch.device("cpu")
+    plain = list(batches(samples, sampler, 0, cpu))
+    cached = replace(samples, image_cache=tmp_path)
     for _ in range(2):  # filling the cache, and reading it
         others = list(batches(cached, sampler, 2, cpu))
         assert len(plain) == len(others) == sampler.total
@@ -292,11 +221,9 @@ def test_workers_and_image_cache_change_nothing(data, tmp_path):
     assert len(list(tmp_path.glob("*.npy"))) == 5
 
 
-def test_labels_alone_and_photometric_which_changes_colours_alone(data):
-    root, rows = data
-    plain = TrainingSamples(rows, [], root, 40, 0)
-    strong = TrainingSamples(rows, [], root, 40, 0, photometric=True)
-    changed = 0
+def test_labels_alone_and_photometric_which_changes_colours_alone(samples):
+    plain, changed = replace(samples, unlabeled=[]), 0
+    strong = replace(plain, photometric=True)
     for position in range(8):
         key = Key(0, position, position % 5)
         before, after = plain[key], strong[key]
@@ -307,29 +234,18 @@ def test_labels_alone_and_photometric_which_changes_colours_alone(data):
 
 
 def test_iterations_per_epoch_fit_the_shipped_logs():
-    """With the splits that facts/training_logs.md finds: 1487 and 5250 unlabeled images; and in
-    general UniMatch's formula for four processes.
-    """
     logs = json.loads((Path(__file__).parent / "data" / "shipped_logs.json").read_text())
-    for name, unlabeled, batch in (
-        ("seco_synthia", 1487, 8),
-        ("seco_bdd", 5250, 4),
-        ("seco_gta", 1890, 8),
-    ):
+    of_logs = {"seco_synthia": (1487, 8), "seco_bdd": (5250, 4), "seco_gta": (1890, 8)}
+    for name, unlabeled_and_batch in of_logs.items():
         low, high = logs[name]["iterations_per_epoch"]
-        length = iterations_per_epoch(unlabeled, batch)
+        length = iterations_per_epoch(*unlabeled_and_batch)
         assert low <= length <= high
         assert set(range(0, length, length // 8)) == set(logs[name]["printed_iterations"])
-    for unlabeled in range(20, 60):
-        assert iterations_per_epoch(unlabeled, 8) == -(-unlabeled // 4) // 2
-    assert iterations_per_epoch(3, 8) == 1
 
 
 @pytest.mark.parametrize("world, batch", [(1, 4), (2, 2), (4, 1), (1, 2), (2, 1)])
 def test_every_distribution_takes_the_same_samples_an_iteration(world, batch):
-    """The union over processes and accumulation steps of an iteration is the global batch of one
-    process.
-    """
+    """Processes' accumulation steps of an iteration together are one process's global batch."""
     samples, epochs, global_batch = 13, 2, 4
     reference = list(MicroBatches(samples, epochs, global_batch, 4, 0, 1, seed=5))
     assert len(reference) == 2 * (16 // 4)
@@ -355,13 +271,8 @@ def test_an_epoch_visits_every_image_and_resuming_goes_on_in_it():
     assert list(MicroBatches(13, 3, 4, 4, 0, 1, seed=0, start=6)) == whole[6:]
 
 
-# --------------------------------------------------------------------------------------- copy-paste
-
-
 def test_copy_paste_pastes_a_rare_class_and_its_partners(tmp_path):
-    """Source: a rider (12) on a bicycle (18), a car (13). Rider and bicycle are pasted, image and
-    label alike; the car not.
-    """
+    """Of a rider (12) on a bicycle (18) and a car (13), rider and bicycle are pasted."""
     image, label = np.zeros((60, 60, 3), dtype=np.uint8), np.full((60, 60), 255, dtype=np.uint8)
     areas = {12: np.s_[5:15, 5:13], 18: np.s_[15:22, 3:15], 13: np.s_[40:50, 40:55]}
     for class_id, area in areas.items():
@@ -379,12 +290,8 @@ def test_copy_paste_pastes_a_rare_class_and_its_partners(tmp_path):
         assert np.array_equal(new[..., 0], np.where(new_label == 0, 255, new_label * 10))
         assert (new_label == 12).sum() >= 80
     assert (target_label == 0).all() and (target == 255).all()  # what was given is not changed
+    small, small_label = target[:20, :7], target_label[:20, :7]
+    nothing = pool.paste(np.random.default_rng(0), small, small_label)  # all pieces are wider
+    assert np.array_equal(nothing[0], small) and np.array_equal(nothing[1], small_label)
     empty = RareClassPool([("i.png", "l.png")], counts, tmp_path, (4,))
     assert empty.paste(np.random.default_rng(0), target, target_label)[1] is target_label
-
-
-def test_pieces_that_do_not_fit_are_left_out():
-    image, label = np.zeros((20, 20, 3), np.uint8), np.zeros((20, 20), np.uint8)
-    piece = (np.ones((30, 5, 3), np.uint8), np.ones((30, 5), np.uint8), np.ones((30, 5), bool))
-    paste_component(np.random.default_rng(0), image, label, *piece)
-    assert not image.any() and not label.any()
