@@ -207,7 +207,7 @@ def correct(job: Correction) -> None:
             write_labels(job, verdicts)
         with watch("report"):
             loss = torch.load(checkpoint, map_location="cpu", weights_only=True).get("loss")
-            figures = write_report(out / "report", data, verdicts, job.classes, job.truth, loss)
+            figures = write_report(job, verdicts, loss)
         print("\n".join(in_short(figures, job.classes.count)))
         for warning in figures["warnings"]:
             print(f"warning: {warning}", file=sys.stderr)

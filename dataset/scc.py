@@ -204,9 +204,7 @@ def shuffle(data: Data, epoch: int) -> tuple[np.ndarray, list[np.ndarray]]:
     return order, [visit for visit in visits if len(visit)]
 
 
-def patch_batches(
-    data: Data, start: int, stop: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+def patch_batches(data: Data, start: int, stop: int) -> Iterator[tuple]:
     """Training batches start .. stop - 1, drawn from a shuffle buffer: (patches uint8 B x h x w x
     3, masks uint8 B x 1 x h/2 x w/2 of 0 and 1, classes int64 B).
 
@@ -244,11 +242,9 @@ def patch_batches(
 # --------------------------------------------------------------------------- paper: of whole images
 
 
-def image_batches(
-    data: Data, start: int, stop: int
-) -> Iterator[tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]]:
+def image_batches(data: Data, start: int, stop: int) -> Iterator[tuple]:
     """Training batches start .. stop - 1, of which --workers are read ahead: (pictures uint8 B x H
-    x W x 3, the masks of all their connectivities, classes int64 N).
+    x W x 3, of each its masks as `mask_shares` gives them, classes int64 N of all connectivities).
 
     The pictures have the first one's size. The class of a connectivity that is not judged is
     IGNORE. An incomplete last batch of an epoch is left out.
@@ -256,7 +252,7 @@ def image_batches(
     images, per_epoch, workers = data.judged_images(), batches_per_epoch(data), data.options.workers
     size = min(data.options.batch_size, len(images))
 
-    def batch(iteration: int) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
+    def batch(iteration: int) -> tuple:
         random = np.random.default_rng([data.options.seed, iteration // per_epoch])
         first = iteration % per_epoch * size
         chosen = random.permutation(images)[first : first + size]

@@ -1,7 +1,7 @@
 """The results of SCC that people look at: connectivities.csv; a page with figures, decisions per
 class, a histogram of losses and panels.
 
-`data` and `verdicts` are those of seco_scc.py. Only a ground-truth list that is given is opened.
+`job`, `data` and `verdicts` are those of seco_scc.py.
 """
 
 from __future__ import annotations
@@ -29,26 +29,14 @@ BINS = 60  # of the histogram
 LEARNED = 2.5
 
 
-def write_report(
-    folder: Path,
-    data,
-    verdicts,
-    classes: ClassSet,
-    truth: dict[str, str] | None,
-    loss: float | None,
-) -> dict:
-    """Write index.html with its pictures, and report.json, into `folder`; return its figures.
-
-    Args:
-        folder: where the report goes.
-        data, verdicts: what was judged, and how.
-        classes: of the labels.
-        truth: {image path: ground-truth path} or None.
-        loss: of the classifier's last iterations, if it is known.
+def write_report(job, verdicts, loss: float | None) -> dict:
+    """Write report/: index.html with its pictures, and report.json; return its figures. loss: of
+    the classifier's last iterations, if it is known.
     """
+    data, classes, folder = job.data, job.classes, job.out / "report"
     report = figures_of(data, verdicts, classes, loss)
-    if truth is not None:  # the only ground truth that is ever opened
-        report["ground_truth"] = compare_with_ground_truth(data, verdicts, truth)
+    if job.truth is not None:  # the only ground truth that is ever opened
+        report["ground_truth"] = compare_with_ground_truth(data, verdicts, job.truth)
     write_json(folder / "report.json", report)
     pictures = [("loss_histogram.png", "Losses")]
     save_chart(folder / "loss_histogram.png", loss_histogram(data, verdicts))

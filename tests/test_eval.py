@@ -229,7 +229,6 @@ def test_labels_from_a_list_or_a_folder(data, tmp_path, capsys):
     counts = [[int(cell) for cell in line.split(",")[1:]] for line in lines[1:]]
     assert np.array_equal(counts, confusion)
     assert Image.open(tmp_path / "list/confusion.png").width > 300
-    assert (tmp_path / "list/run.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -412,7 +411,6 @@ def test_bad_input_is_told_in_one_line(data, tmp_path, capsys):
         (model, "bad", "bad.png: holds the value 33"),
         (model, "small", "small.png: 35x25 pixels, but its image"),
         (model, "turned", "turned.png: 50x70 pixels do not show the same as the 70x50"),
-        (model, "columns", "line 1: 1 columns where 2 are wanted"),
         ((*predictions, "--out", tmp_path), "columns", "line 1: 1 columns where 2 are wanted"),
         (predictions, "mixed", "some lines lack a ground truth"),
         (("--labels", tmp_path, *predictions[2:]), None, "give --checkpoint, not --labels"),
