@@ -348,34 +348,23 @@ def test_an_miou_that_is_no_number_is_named_and_left_out(tmp_path, capsys):
         assert "epoch 2 " not in printed and "best up to epoch 5" in printed
 
 
-def evaluated_at(path, epochs, kept):
-    """A text log of 0 to `epochs` - 1, of 15, with a mIoU at `kept` alone."""
-    text = text_log(path, epochs).read_text().replace("'epochs': 9", "'epochs': 15")
-    parts = re.split(r"(?m)^(?=\[.*Epoch: )", text)
-    rows = [
-        part if e in kept else part.split("*****")[0] + "\n" for e, part in enumerate(parts, -1)
-    ]
-    path.write_text("\n".join(rows))
-    return path
+def evaluated_at(epochs, kept):
+    """A log of 0 to `epochs` - 1, of 15, with a mIoU at `kept` alone."""
+    losses = [(epoch, 0, {"loss_x": 1.0}) for epoch in range(epochs)]
+    return TrainingLog({"epochs": 15}, miou={epoch: 40 + epoch for epoch in kept}, losses=losses)
 
 
-def test_evaluations_that_never_meet_are_told_others_waited_for(tmp_path, capsys):
-    reference = str(evaluated_at(tmp_path / "reference.log", 15, (4, 9, 14)))
-    for epochs, kept, found in (
-        (15, (5, 10), "5, 10"),
-        (16, (5, 10, 15), "5, 10, 15"),
-        (15, (), "none"),
-    ):
-        run = evaluated_at(tmp_path / "run.log", epochs, kept)
-        message = (
-            f"run.log cannot be compared .*: it has {epochs} epochs, evaluated at {found}, the"
-        )
+def test_evaluations_that_never_meet_are_told_others_waited_for(compared_logs):
+    reference = evaluated_at(15, (4, 9, 14))
+    for epochs, *kept in ((15, 5, 10), (16, 5, 10, 15), (15,)):
+        run, found = evaluated_at(epochs, kept), ", ".join(map(str, kept)) or "none"
+        message = f"run cannot be compared .*: it has {epochs} epochs, evaluated at {found}, the"
         with pytest.raises(UserError, match=f"{message} reference at 4, 9, 14; train with"):
-            compare_logs.main([str(run), reference])
+            compared_logs(run, reference)
     with pytest.raises(UserError, match="no evaluation with a mIoU in it"):
-        compare_logs.main([reference, str(run)])
-    for epochs, kept in ((8, ()), (3, (0, 1, 2)), (6, (5,)), (12, (5, 10))):
-        code, printed = compared(evaluated_at(run, epochs, kept), reference, capsys)
+        compared_logs(reference, run)
+    for epochs, *kept in ((8,), (3, 0, 1, 2), (6, 5), (12, 5, 10)):
+        code, printed = compared_logs(evaluated_at(epochs, kept), reference)
         assert code == 0 and "overall: nothing to compare yet" in printed
 
 

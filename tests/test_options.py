@@ -113,7 +113,6 @@ def test_help_has_every_option_with_its_words_and_default(capsys):
 def test_options_that_exclude_each_other():
     assert one_of(parse("--left"), "left", "right") == "left"
     assert one_of(parse(), "left", "right", needed=False) is None
-    with pytest.raises(UserError, match="--left or --right: give one of them"):
-        one_of(parse(), "left", "right")
-    with pytest.raises(UserError, match="--left or --right: give one of them"):
-        one_of(parse("--left", "--right"), "left", "right", needed=False)
+    for words, needed in (((), True), (("--left", "--right"), False)):
+        with pytest.raises(UserError, match="--left or --right: give one of them"):
+            one_of(parse(*words), "left", "right", needed=needed)

@@ -103,11 +103,13 @@ def test_a_command_knows_what_it_made_before(tmp_path):
     assert not made_before(record, made_from({"k": (1,)}, inputs))
 
 
-def test_a_file_is_whole_or_as_it_was(tmp_path):
-    path = write(tmp_path / "a" / "x.json", "old")
-    with pytest.raises(ZeroDivisionError), atomic_path(path) as temporary:
+@pytest.mark.parametrize("error", [ZeroDivisionError("a bug"), OSError(28, "no room")])
+def test_a_file_is_whole_or_as_it_was(tmp_path, error):
+    path, kinds = write(tmp_path / "a" / "x.json", "old"), (ZeroDivisionError, UserError)
+    told = r"a bug|x\.json: cannot be written \(no room\); make room or"
+    with pytest.raises(kinds, match=told), atomic_path(path) as temporary:
         temporary.write_text("half")
-        raise ZeroDivisionError
+        raise error
     assert path.read_text() == "old" and os.listdir(path.parent) == ["x.json"]
     write_json(path, {"a": [1]})
     assert json.loads(path.read_text()) == read_json(path) == {"a": [1]}

@@ -21,7 +21,6 @@ from util.labels import (
     read_label,
     read_list,
 )
-from util.outputs import atomic_path
 from util.run import (
     PACKAGES,
     RENDEZVOUS_SECONDS,
@@ -218,19 +217,6 @@ def test_limits_of_the_machine_are_told_in_a_line(error, told, capsys):
 def test_other_errors_keep_their_traceback():
     with pytest.raises(ZeroDivisionError):
         run_main(lambda: 1 / 0)
-
-
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES])
-def test_a_file_that_cannot_be_written_is_told_in_a_line(tmp_path, number):
-    path = tmp_path / "a.png"
-    path.write_text("whole")
-    with (
-        pytest.raises(UserError, match=r"a.png: cannot be written \(reason\); make room or"),
-        atomic_path(path) as temporary,
-    ):
-        temporary.write_text("half")
-        raise OSError(number, "reason")
-    assert [p.name for p in tmp_path.iterdir()] == ["a.png"] and path.read_text() == "whole"
 
 
 def test_manifests_name_every_run_time_package():
