@@ -178,7 +178,7 @@ def aligned_class(counts: np.ndarray, allowed: tuple[int, ...], recipe: str) -> 
     go to the lower ID.
     """
     total = counts.sum()
-    if total == 0 or not allowed:
+    if total == 0:
         return IGNORE
     if recipe == "paper":
         best = int(counts.argmax())
@@ -269,12 +269,10 @@ def rotated_unclip_box(connectivity: Connectivity, height: int, width: int) -> n
 
 
 def enlarged_box(connectivity: Connectivity, height: int, width: int) -> np.ndarray:
-    """Paper box: the bounding box, its area enlarged by BOX_AREA_FACTOR, clipped."""
-    x, y, box_width, box_height = connectivity.box
-    grow_x, grow_y = (side * (BOX_AREA_FACTOR**0.5 - 1) / 2 for side in (box_width, box_height))
-    box = np.array(
-        [x - grow_x, y - grow_y, x + box_width - 1 + grow_x, y + box_height - 1 + grow_y]
-    )
+    """Paper box: the bounding box, its area enlarged BOX_AREA_FACTOR times about its centre."""
+    corner, size = np.array(connectivity.box).reshape(2, 2)
+    grow = size * (BOX_AREA_FACTOR**0.5 - 1) / 2
+    box = np.concatenate([corner - grow, corner + size - 1 + grow])
     return box.clip(0, [width - 1, height - 1] * 2)
 
 

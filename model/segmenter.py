@@ -32,7 +32,6 @@ from util.run import Stopwatch, UserError
 
 MASK_THRESHOLD = 0.0  # logits above it are the mask
 STABILITY_OFFSET = 1.0  # in logits, segment_anything's
-FULL_SIZE_PIXELS = 1 << 28  # of masks that a GPU looks at together at the image's size
 
 # A proposal: its mask (bool, inside its box) and the box x0 y0 x1 y1, inclusive.
 ProposalMask = tuple[Tensor, tuple[int, int, int, int]]
@@ -214,18 +213,15 @@ class Segmenter:
         return results
 
     def _stable(self, low: Tensor) -> tuple[Tensor, Tensor]:
-        """Which of M low-resolution masks are stable, bool M, and the boxes of those, int64 x 4;
-        judged at full size, in portions that fit into memory.
+        """Which of M low-resolution masks are stable at full size, bool M, and the boxes of those,
+        int64 x 4.
         """
         if self.device.type == "cpu":
             return self._stable_on_cpu(low)
-        stable, boxes = [], []
-        for part in low.split(max(1, FULL_SIZE_PIXELS // (self.size[0] * self.size[1]))):
-            logits = self.full_size(part)
-            score = calculate_stability_score(logits, MASK_THRESHOLD, STABILITY_OFFSET)
-            stable.append(score >= self.settings.stability)
-            boxes.append(batched_mask_to_box(logits[stable[-1]] > MASK_THRESHOLD).long())
-        return torch.cat(stable), torch.cat(boxes)
+        logits = self.full_size(low)
+        score = calculate_stability_score(logits, MASK_THRESHOLD, STABILITY_OFFSET)
+        stable = score >= self.settings.stability
+        return stable, batched_mask_to_box(logits[stable] > MASK_THRESHOLD).long()
 
     def _stable_on_cpu(self, low: Tensor) -> tuple[Tensor, Tensor]:
         """As `_stable`, one mask at a time, so that it stays in the cache; OpenCV enlarges and

@@ -8,9 +8,10 @@ import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -35,6 +36,7 @@ from util.labels import (
     write_label,
     write_list,
 )
+from util.options import help_texts
 from util.pictures import save_picture
 from util.run import UserError, run_main
 
@@ -69,32 +71,34 @@ FEW_OFFICIAL = dict(
 )
 
 
+def few(sam, **options) -> FastSam:
+    return FastSam(sam, settings=FEW, **options)
+
+
+def psa(image, label, segmenter, *recipe, **how) -> seco_sam.Aggregation:
+    return seco_sam.aggregate(image, label, segmenter, CITYSCAPES_19, *recipe, **how)
+
+
 @pytest.mark.parametrize("recipe", ["release", "paper"])
 def test_equals_the_oracle(sam, recipe):
+    kinds = CITYSCAPES_19.stuff, CITYSCAPES_19.things
     for seed, size in enumerate(((150, 250), (250, 150), (97, 203))):
         image, label = scene(seed, *size)
-        fast = seco_sam.aggregate(
-            image, label, FastSam(sam, settings=FEW, prompt_batch=7), CITYSCAPES_19, recipe
-        ).label
-        slow = oracle_psa(
-            image, label, sam, CITYSCAPES_19.stuff, CITYSCAPES_19.things, recipe, FEW_OFFICIAL
-        )
+        fast = psa(image, label, few(sam, prompt_batch=7), recipe).label
+        slow = oracle_psa(image, label, sam, *kinds, recipe, FEW_OFFICIAL)
         assert (fast != IGNORE).any() and (fast == slow).mean() >= 0.9999
 
 
 @pytest.mark.parametrize("size", [(150, 250), (192, 384), (300, 500)])
-def test_stability_and_boxes_on_a_cpu_are_the_packages(sam, size, monkeypatch):
-    """Against the GPU's path, which is segment_anything's score and boxes of masks enlarged by
-    torch, one at a time.
-    """
-    fast = FastSam(sam, settings=FEW)
+def test_stability_and_boxes_on_a_cpu_are_the_packages(sam, size):
+    """Against the GPU's path, segment_anything's score and boxes of masks enlarged by torch."""
+    fast = few(sam)
     fast.set_image(scene(0, *size)[0])
     low = 4 * torch.randn(12, 24, 48, generator=torch.Generator().manual_seed(0))
     low = F.interpolate(low[:, None], (97, 193), mode="bicubic")[:, 0]  # as smooth as masks are
     low[0], low[1] = -5, 5  # nothing at all; everything
     fast.settings = replace(FEW, stability=0.5)
     stable, boxes = fast._stable(low)
-    monkeypatch.setattr(segmenter, "FULL_SIZE_PIXELS", 1)
     fast.device = torch.device("meta")  # whatever is no CPU
     expected, expected_boxes = fast._stable(low)
     assert torch.equal(stable, expected) and torch.equal(boxes, expected_boxes)
@@ -127,18 +131,16 @@ def test_a_class_of_ten_pixels_prompts_nothing():
 
 
 def test_aligned_class_rules():
-    road_and_car = np.zeros(19, int)
-    road_and_car[[0, 13]] = 21, 79
-    assert seco_sam.aligned_class(road_and_car, CITYSCAPES_19.stuff, "release") == 0
-    assert seco_sam.aligned_class(road_and_car, CITYSCAPES_19.stuff, "paper") == IGNORE
-    road_and_car[[0, 13]] = 20, 80
-    assert (
-        seco_sam.aligned_class(road_and_car, CITYSCAPES_19.stuff, "release") == IGNORE
-    )  # 0.20 is not exceeded
-    tie = np.zeros(19, int)
-    tie[[2, 8]] = 5, 5
-    assert seco_sam.aligned_class(tie, CITYSCAPES_19.stuff, "release") == 2
-    assert seco_sam.aligned_class(np.zeros(19, int), CITYSCAPES_19.stuff, "release") == IGNORE
+    """In release 0.20 must be exceeded."""
+    for pixels, release, paper in (
+        ({0: 21, 13: 79}, 0, IGNORE),
+        ({0: 20, 13: 80}, IGNORE, IGNORE),
+        ({2: 5, 8: 5}, 2, 2),
+        ({}, IGNORE, IGNORE),
+    ):
+        counts = np.array([pixels.get(class_id, 0) for class_id in range(19)])
+        for recipe, wanted in (("release", release), ("paper", paper)):
+            assert seco_sam.aligned_class(counts, CITYSCAPES_19.stuff, recipe) == wanted
 
 
 def test_overlaps_are_painted_over_or_filtered():
@@ -159,19 +161,14 @@ def test_images_without_proposals_or_labels(sam):
     image, label = scene(5)
     none = ProposalSettings(points_per_side=2, predicted_iou=2.0)
     empty = np.full_like(label, IGNORE)
-    result = seco_sam.aggregate(image, empty, FastSam(sam, settings=none), CITYSCAPES_19)
+    result = psa(image, empty, FastSam(sam, settings=none))
     assert (result.label == IGNORE).all() and result.prompts == [] and result.aligned == []
 
 
 def test_connectivities_of_the_ablations(sam):
     """Alone, alignment takes all classes by proposals and prompting prompts for all classes."""
     image, label = scene(6)
-    aligned = seco_sam.aggregate(
-        image, label, FastSam(sam, settings=FEW), CITYSCAPES_19, only="alignment"
-    )
-    prompted = seco_sam.aggregate(
-        image, label, FastSam(sam, settings=FEW), CITYSCAPES_19, only="prompting"
-    )
+    aligned, prompted = (psa(image, label, few(sam), only=o) for o in ("alignment", "prompting"))
     assert aligned.prompts == [] and aligned.aligned and prompted.aligned == []
     assert {p.class_id for p in prompted.prompts} & set(CITYSCAPES_19.stuff)
 
@@ -179,11 +176,11 @@ def test_connectivities_of_the_ablations(sam):
 def test_cached_proposals_give_the_same_labels(sam, tmp_path):
     """And SAM is not asked for them a second time, whatever the recipe."""
     image, label = scene(8)
-    fast, reader = FastSam(sam, settings=FEW), FastSam(sam, settings=FEW)
+    fast, reader = few(sam), few(sam)
     reader.proposals = None
     for recipe in ("release", "paper"):
         plain, made, taken = (
-            seco_sam.aggregate(image, label, segmenter, CITYSCAPES_19, recipe, cache=cache)
+            psa(image, label, segmenter, recipe, cache=cache)
             for segmenter, cache in ((fast, None), (fast, tmp_path), (reader, tmp_path))
         )
         assert plain.aligned == made.aligned == taken.aligned
@@ -202,8 +199,8 @@ def test_batches_decoded_side_by_side_give_what_one_thread_gives(sam):
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            fast = FastSam(sam, settings=FEW, prompt_batch=5)
-            results.append(seco_sam.aggregate(image, label, fast, CITYSCAPES_19))
+            fast = few(sam, prompt_batch=5)
+            results.append(psa(image, label, fast))
             assert fast.threads == threads == torch.get_num_threads()
             assert all(0 < seconds < 60 for seconds in fast.watch.seconds.values())
     finally:
@@ -212,11 +209,9 @@ def test_batches_decoded_side_by_side_give_what_one_thread_gives(sam):
     assert (results[0].label == results[1].label).mean() >= 0.9999
 
 
-def test_the_help_names_the_prompts_of_a_batch(capsys):
-    with pytest.raises(SystemExit):
-        seco_sam.parse_args(["--help"])
+def test_the_help_names_the_prompts_of_a_batch():
     cpu, gpu = (segmenter.Segmenter(torch.device(kind)).prompt_batch for kind in ("cpu", "cuda"))
-    said = " ".join(capsys.readouterr().out.split())
+    said = help_texts(seco_sam.Options)["prompt_batch"]
     assert f"(default: {cpu} on a CPU, {gpu} on a GPU)" in said
 
 
@@ -224,7 +219,7 @@ def test_the_help_names_the_prompts_of_a_batch(capsys):
 def test_memory_exhaustion_halves_the_prompt_batch(sam, threads, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     image, label = scene(7)
-    whole, halved = (FastSam(sam, settings=FEW, prompt_batch=8) for _ in range(2))
+    whole, halved = few(sam, prompt_batch=8), few(sam, prompt_batch=8)
     real = halved.decode
 
     def scarce(*prompts, **how):
@@ -238,7 +233,7 @@ def test_memory_exhaustion_halves_the_prompt_batch(sam, threads, monkeypatch):
         return limited
 
     halved.decode = scarce
-    results = [seco_sam.aggregate(image, label, s, CITYSCAPES_19).label for s in (whole, halved)]
+    results = [psa(image, label, segmenter).label for segmenter in (whole, halved)]
     assert halved.prompt_batch == 2 and (results[0] == results[1]).mean() >= 0.9999
 
 
@@ -290,14 +285,7 @@ def load_few(*arguments, settings=EIGHT):
     return segmenter
 
 
-@dataclass
-class Result:
-    code: int
-    out: str
-    error: str
-
-
-def run(root: Path, *more: str, **how) -> Result:
+def run(root: Path, *more: str, **how) -> SimpleNamespace:
     """The command in this process. how: of `load_few`."""
     out, error = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
@@ -305,7 +293,7 @@ def run(root: Path, *more: str, **how) -> Result:
         patch.setattr(seco_sam, "load_segmenter", partial(load_few, **how))
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
             code = run_main(lambda: seco_sam.main(command(root, *more)))
-    return Result(code, out.getvalue(), error.getvalue())
+    return SimpleNamespace(code=code, out=out.getvalue(), error=error.getvalue())
 
 
 IN_A_PROCESS = """
@@ -531,8 +519,6 @@ def upright_image(root: Path) -> None:
         (nothing, ["--sam-checkpoint", "nowhere.pth"], "nowhere.pth"),
         (lambda r: (r / "pix_tiny").write_text("no folder"), [], "pix_tiny"),
         (upright_image, [], "pix/2.png: 96x48 pixels do not show the same as the 48x96"),
-        (nothing, ["--limit", "0"], "--limit 0"),
-        (nothing, ["--vis", "-1"], "--vis -1"),
         (nothing, ["--prompt-batch", "0"], "--prompt-batch 0"),
     ],
 )
