@@ -259,8 +259,10 @@ def test_events_of_a_run_started_again(tmp_path, purge, start, end, epochs):
 
 
 def compared(run, reference, capsys):
-    """(exit code, what is printed) of compare_logs."""
-    code = compare_logs.main([str(run), str(reference), "--picture", f"{run}.png"])
+    """(exit code, what is printed) of compare_logs, whose picture is made but not rendered."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare_logs, "save_chart", lambda path, figure: None)
+        code = compare_logs.main([str(run), str(reference), "--picture", f"{run}.png"])
     return code, capsys.readouterr().out
 
 

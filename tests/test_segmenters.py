@@ -31,7 +31,7 @@ from test_psa import make_root, run
 
 from dataset.toy import draw_scene
 from model import sam as model_sam
-from model.sam import files_digest, load_segmenter, output_name
+from model.sam import files_digest, load_segmenter
 from model.sam_fast import FastSam
 from model.segmenter import ProposalSettings
 from util.labels import IGNORE
@@ -256,16 +256,6 @@ def test_psa_end_to_end(family, folders, tmp_path, monkeypatch):
     assert summary["proposals_per_image"] > 5 and summary["coverage_after"] > 10
     settings = json.loads((folder / "settings.json").read_text())
     assert settings["sam_type"] == name and len(settings["sam_sha256"]) == 64
-
-
-def test_names_in_outputs():
-    for sam_type, name in (
-        ("vit_h", "vit_h"),
-        ("facebook/sam2.1-hiera-large", "sam2.1-hiera-large"),
-        ("pretrained/sam2.1-hiera-large/", "sam2.1-hiera-large"),
-        ("/data/my models/EdgeTAM hf", "EdgeTAM_hf"),
-    ):
-        assert output_name(sam_type) == name
 
 
 # --------------------------------------------------------------------------- folders of the Hub

@@ -99,12 +99,19 @@ def test_help_is_the_head_of_the_script_and_its_values(script, argument):
 
 
 @pytest.mark.parametrize(
-    "sam_type", ["vit_h", "facebook/sam2.1-hiera-large", "models/my sam/", "./sam3"]
+    "sam_type, expected",
+    [
+        ("vit_h", "vit_h"),
+        ("facebook/sam2.1-hiera-large", "sam2.1-hiera-large"),
+        ("pretrained/sam2.1-hiera-large/", "sam2.1-hiera-large"),
+        ("/data/my models/EdgeTAM hf", "EdgeTAM_hf"),
+        ("./sam3", "sam3"),
+    ],
 )
-def test_outputs_are_named_after_the_segmenter_as_seco_sam_does(sam_type):
+def test_outputs_are_named_after_the_segmenter_as_seco_sam_does(sam_type, expected):
     command = ["bash", "-c", 'source scripts/lib/common.sh; sam_name "$1"', "x", sam_type]
     name = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", check=True)
-    assert name.stdout.strip() == output_name(sam_type)
+    assert name.stdout.strip() == output_name(sam_type) == expected
 
 
 def test_camvid_root_is_the_folder_in_both_scripts(tmp_path):
