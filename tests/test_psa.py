@@ -375,10 +375,16 @@ def test_outputs(finished):
 
 
 def test_a_finished_list_is_not_computed_again(finished):
+    """But the image whose record is of an older form, which lacked a field, is."""
     before = {p: p.stat().st_mtime_ns for p in (finished / "pix_tiny").glob("*.png")}
     result = run(finished)
     assert result.code == 0 and "4 of 4 images are done" in result.out
     assert before == {p: p.stat().st_mtime_ns for p in (finished / "pix_tiny").glob("*.png")}
+    path = finished / "pix_tiny/stats/0.png.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps({name: record[name] for name in record if name != "kept"}))
+    assert "3 of 4 images are done" in run(finished).out
+    assert json.loads(path.read_text()).keys() == record.keys()
 
 
 def test_two_processes_give_the_same_bytes(finished, tmp_path, monkeypatch):
