@@ -18,7 +18,7 @@ Outputs  in --save-path: latest.pth (resumes), best.pth (best evaluation), train
         --backbone-weights pretrained/resnet101.pth --eval-mode sliding_window --save-path runs/seco
     # the same on four GPUs; the global batch stays 8
     torchrun --nproc_per_node 4 train_unimatch.py …
-    # two iterations and one evaluation image: memory and time
+    # two iterations and one evaluation image: memory and time; only an estimate if it has no room
     python train_unimatch.py … --dry-run
 
 The defaults are the authors' (Cityscapes logs). Stopped at any moment, the same command goes on
@@ -31,11 +31,15 @@ Copied away, this file needs eval.py, model/, dataset/ and util/.
 from __future__ import annotations
 
 import contextlib
+import io
 import math
+import multiprocessing
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -433,7 +437,8 @@ class RunningOptions:
     compile: bool = False
     "torch.compile the network"
     dry_run: bool = False
-    "two iterations and one evaluation image; reports memory and time, saves nothing"
+    "two iterations and one evaluation image; reports memory and time, saves nothing. On one"
+    "process small crops tell first whether there is room; without, the estimate is all"
 
 
 @dataclass(kw_only=True)
@@ -487,8 +492,27 @@ def main(argv: list[str] | None = None) -> None:
             adapt(args, classes, lists, model, device)
 
 
-def adapt(args: Options, classes: ClassSet, lists: Lists, model, device) -> None:
-    """Resume and train, or --dry-run."""
+def small_dry_run(args: Options, classes: ClassSet, lists: Lists, device, crop: int) -> tuple:
+    """A dry run with another --crop-size, in a process of its own: the peak of a process's memory
+    never falls. MemoryError if the kernel ends it.
+    """
+    args, lists = replace(args, crop_size=crop), replace(lists, validation=[])
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        try:
+            return process.submit(quiet_dry_run, args, classes, lists, device).result()
+        except BrokenProcessPool:
+            raise MemoryError(f"already at --crop-size {crop}") from None
+
+
+def quiet_dry_run(args: Options, classes: ClassSet, lists: Lists, device) -> tuple:
+    training.set_precision(args)
+    tune_cpu()
+    with contextlib.redirect_stdout(io.StringIO()):
+        return adapt(args, classes, lists, training.build_model(args, classes.count), device)
+
+
+def adapt(args: Options, classes: ClassSet, lists: Lists, model, device) -> tuple | None:
+    """Resume and train, or --dry-run, whose figures are returned."""
     rank, world = process_rank()
     latest, state, content = args.save_path / "latest.pth", training.State(), {}
     if latest.is_file() and not args.dry_run:
@@ -501,7 +525,11 @@ def adapt(args: Options, classes: ClassSet, lists: Lists, model, device) -> None
     if state.iteration == sampler.total and (args.save_path / "summary.json").is_file():
         if rank == 0:
             print(f"{args.save_path}: this run is complete ({args.epochs} epochs)")
-        return
+        return None
+    if args.dry_run and world == 1:
+        measured = partial(small_dry_run, args, classes, lists, device)
+        if not train_logs.room_for(args, sampler.total, device, measured):
+            return None
     model = training.to_device(model, device, args.channels_last)
     group = losses.loss_group(args.global_batch, args.loss_groups, batch)
     pixels, power = lists.pixels.sum(axis=0), args.class_balance
@@ -515,8 +543,8 @@ def adapt(args: Options, classes: ClassSet, lists: Lists, model, device) -> None
     if rank == 0:
         train_logs.announce(args, sampler, args.global_batch // group, device)
     if args.dry_run:
-        train_logs.dry_run(run)
-    elif rank > 0:
+        return train_logs.dry_run(run)
+    if rank > 0:
         train(run)
     else:
         with contextlib.closing(train_logs.Logs(run, content.get("logs"))) as run.logs:
@@ -524,7 +552,10 @@ def adapt(args: Options, classes: ClassSet, lists: Lists, model, device) -> None
             seconds = train(run)
         train_logs.write_manifest(run)
         train_logs.summarise(run, seconds)
+    return None
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main, "use --batch-per-process 1 or --amp bf16"))
+    sys.exit(
+        run_main(main, "use --batch-per-process 1 or --amp bf16; --dry-run tells what it takes")
+    )

@@ -7,8 +7,10 @@ import logging
 import math
 import os
 import pprint
+import re
 import statistics
 import time
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
@@ -31,6 +33,11 @@ TEXT_LOSSES = {
     "loss_w_fp": "Loss w_fp",
     "mask_ratio": "Mask ratio",
 }
+
+# --dry-run estimates larger crops from these two: sides of a multiple of 16 and 1, as the network
+# takes them; large enough that activations, not weights, settle the memory.
+SMALL_CROPS = (97, 161)
+MEMORY_MARGIN = 1.1  # times the estimate, which may be a few per cent low, has to be there
 
 
 class Logs:
@@ -221,6 +228,11 @@ def summarise(run, seconds: list[float]) -> None:
         "above_conf_thresh": None if shares is None else 100 * shares / run.sampler.per_epoch,
     }
     write_json(args.save_path / "summary.json", record)
+    if shares is not None:
+        print(
+            f"in the last epoch {record['above_conf_thresh']:.1f} % of the unlabeled pixels had a"
+            f" confidence of --conf-thresh {args.conf_thresh:g} or more"
+        )
     if m:
         print(
             f"mIoU ({args.eval_mode}): last {m['last']:.2f}, mean of the last"
@@ -232,8 +244,73 @@ def summarise(run, seconds: list[float]) -> None:
     print(f"{args.save_path / 'latest.pth'}: trained for {iterations} iterations")
 
 
-def dry_run(run) -> None:
-    """Two iterations (the second is timed) and an evaluation image; prints memory and time."""
+def memory_here(device) -> float:
+    """MB (10^6 bytes) that a run may take: of the GPU all; of the host what is available, or what
+    its control group (a container's or a job's limit) allows if that is less.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory / 1e6
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8")
+        limits = [1024 * int(re.search(r"^MemAvailable: *(\d+) kB", lines, re.M)[1])]
+        groups = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e6
+    root = Path("/sys/fs/cgroup")
+    for _, kind, path in (line.split(":", 2) for line in groups):
+        if kind not in ("", "memory"):  # of version 2, and version 1's for memory
+            continue
+        top, name = (root / kind, "memory.limit_in_bytes") if kind else (root, "memory.max")
+        folder = top / path.lstrip("/")  # a limit holds for all groups below it
+        for file in (parent / name for parent in (folder, *folder.parents)):
+            if file.is_file() and (limit := file.read_text(encoding="utf-8").strip()).isdigit():
+                limits.append(int(limit))
+    return min(limits) / 1e6
+
+
+def room_for(args, iterations: int, device, measured: Callable) -> bool:
+    """Whether a dry run at --crop-size has room, as two small crops suggest; prints the estimate.
+    Memory and seconds are taken to grow in proportion to a crop's pixels, above a fixed part. A
+    crop no larger than these is not estimated.
+
+    measured(crop): what `dry_run` returns of such a crop.
+    """
+    if args.crop_size <= SMALL_CROPS[-1]:
+        return True
+    found = []
+    for crop in SMALL_CROPS:
+        found.append(measured(crop))
+        what = f"{found[-1][0] / 1e3:.1f} GB, {found[-1][1]:.2f} s computing an iteration"
+        print(f"measured at --crop-size {crop}: {what}", flush=True)
+    small, large = (crop**2 for crop in SMALL_CROPS)
+    further = (args.crop_size**2 - large) / (large - small)
+    memory, computing, loading = (b + max(b - a, 0) * further for a, b in zip(*found))
+    there = memory_here(device)
+    owner = "this GPU" if device.type == "cuda" else "this machine"
+    hours = iterations * seconds_of(computing, loading, args) / 3600
+    print(
+        f"estimate for --crop-size {args.crop_size}: {memory / 1e3:.1f} GB, {owner} has"
+        f" {there / 1e3:.1f} GB; {computing:.2f} s computing an iteration, {hours:.1f} h for"
+        f" {iterations} iterations",
+        flush=True,
+    )
+    if memory * MEMORY_MARGIN <= there:
+        return True
+    print("not run: use --batch-per-process 1, --amp bf16 or a smaller --crop-size")
+    return False
+
+
+def seconds_of(computing: float, loading: float, args) -> float:
+    """Seconds of an iteration, whose samples other processes load meanwhile, if there are any."""
+    workers = loading_processes(args.workers)
+    return max(computing, loading / workers) if workers else computing + loading
+
+
+def dry_run(run) -> tuple[float, float, float]:
+    """Two iterations (the second is timed) and an evaluation image; process 0 prints memory and
+    time. Returns its peak memory in MB (of the GPU, else of the process), seconds of computing and
+    of loading of an iteration.
+    """
     args, sampler, validation = run.args, run.sampler, run.lists.validation
     rank, world = process_rank()
     times = [time.perf_counter()]
@@ -245,21 +322,22 @@ def dry_run(run) -> None:
     if validation:
         run.evaluate(validation[:1])
     times.append(time.perf_counter())
-    if rank > 0:
-        return
     loading, _, computing, an_image = np.diff(times)
-    workers = loading_processes(args.workers)
-    each = max(computing, loading / workers) if workers else computing + loading
+    memory = peak_memory_mb(run.trainer.device)
+    figures = memory.get("device_mb", memory["host_mb"]), computing, loading
+    if rank > 0:
+        return figures
+    each = seconds_of(computing, loading, args)
     images = math.ceil(len(validation) / world) * math.ceil(args.epochs / args.eval_every)
     hours = (sampler.total * each + images * an_image) / 3600
     values = ", ".join(f"{name} {value:.3f}" for name, value in losses.items())
-    memory = peak_memory_mb(run.trainer.device)
     peaks = ", ".join(f"{n.removesuffix('_mb')} {value:.0f} MB" for n, value in memory.items())
     print(
         f"losses after two iterations: {values}\n"
         f"an iteration: {computing:.2f} s computing; loading its samples takes {loading:.2f} s in"
-        f" one process (--workers {workers})\n"
+        f" one process (--workers {loading_processes(args.workers)})\n"
         f"projected time of {sampler.total} iterations and {images} images to evaluate"
         f" ({args.eval_mode}, {an_image:.2f} s each): {hours:.1f} h\n"
         f"peak memory of process 0: {peaks}"
     )
+    return figures

@@ -74,6 +74,7 @@ def test_from_arrays_to_the_page(own):
     first = run(own)
     assert first.returncode == 0, first.stdout + first.stderr
     assert "no --val-id-path: no mIoU was measured" in first.stdout
+    assert "of the unlabeled pixels had a confidence of --conf-thresh 0" in first.stdout
     page = (own / "run/index.html").read_text()
     for words in (
         "of the labeled pixels, keep their class",

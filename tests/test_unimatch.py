@@ -8,6 +8,7 @@ import re
 import runpy
 import signal
 import subprocess
+import sys
 from itertools import chain
 from pathlib import Path
 
@@ -448,6 +449,59 @@ def test_dry_run_reports_and_leaves_nothing(data, tmp_path, capsys):
     assert "warning: batch norm sees 1 samples" in out and "two iterations: loss_all" in out
     assert "projected time of 8 iterations and 4 images to evaluate (original, " in out
     assert "peak memory" in out and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("there, runs", [(989, False), (991, True)])
+def test_dry_run_runs_only_what_has_room(data, tmp_path, monkeypatch, capsys, there, runs):
+    """100 + 0.5 x pixels MB are 900 at 40 pixels, 990 with the margin."""
+
+    def small(args, classes, lists, device, crop):
+        return 100 + 0.5 * crop**2, 2 + 0.01 * crop**2, 0.5
+
+    monkeypatch.setattr(train_unimatch, "small_dry_run", small)
+    monkeypatch.setattr(train_logs, "SMALL_CROPS", (33, 37))
+    monkeypatch.setattr(train_logs, "memory_here", lambda device: there)
+    assert run_main(lambda: main(command(data, tmp_path / "run", "--dry-run"))) == 0
+    out = capsys.readouterr().out
+    assert "measured at --crop-size 37: 0.8 GB, 15.69 s computing an iteration" in out
+    estimate = "estimate for --crop-size 40: 0.9 GB, this machine has 1.0 GB; 18.00 s computing"
+    assert f"{estimate} an iteration, 0.0 h for 8 iterations" in out
+    refusal = "not run: use --batch-per-process 1, --amp bf16 or a smaller --crop-size\n"
+    assert out.endswith(refusal) != runs and ("losses after two iterations" in out) == runs
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_dry_run_estimates_what_it_then_measures(data, tmp_path):
+    """Measured in processes of their own, so not beside what this one has held."""
+    argv = changed(command(data, tmp_path / "run", "--dry-run", val=False), crop_size=177)
+    run = [sys.executable, str(ROOT / "train_unimatch.py"), *argv]
+    out = subprocess.run(run, check=True, capture_output=True, text=True, timeout=180).stdout
+    estimate = float(re.search(r"estimate for --crop-size 177: ([\d.]+) GB", out)[1])
+    measured = float(re.search(r"peak memory of process 0: host (\d+) MB", out)[1]) / 1e3
+    assert 0.8 < estimate / measured < 1.25
+
+
+@pytest.mark.parametrize(
+    "group, limits, expected",
+    [
+        ("0::/", {}, 8192),
+        ("0::/", {"memory.max": "4096000"}, 4.096),
+        ("0::/job/step", {"job/memory.max": "2048000", "job/step/memory.max": "max"}, 2.048),
+        ("4:memory:/job\n2:cpu:/", {"memory/job/memory.limit_in_bytes": "1024000"}, 1.024),
+        ("4:memory:/", {"memory/memory.limit_in_bytes": str(2**63)}, 8192),
+    ],
+)
+def test_memory_of_this_machine_is_also_its_control_groups(
+    tmp_path, monkeypatch, group, limits, expected
+):
+    """MB, of 8192 that are available."""
+    files = {f"sys/fs/cgroup/{name}": text for name, text in limits.items()}
+    files["proc/meminfo"] = "MemTotal: 9999999 kB\nMemAvailable:    8000000 kB\n"
+    for name, text in {**files, "proc/self/cgroup": f"{group}\n"}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(train_logs, "Path", lambda path: tmp_path / path.lstrip("/"))
+    assert train_logs.memory_here(torch.device("cpu")) == pytest.approx(expected)
 
 
 def test_as_many_loading_processes_as_cores_at_most_four(monkeypatch):
