@@ -182,7 +182,9 @@ def blurred(image: np.ndarray, radius: float) -> np.ndarray:
 
 
 def cutmix_box(random: np.random.Generator, size: int) -> np.ndarray:
-    """bool size x size, true in one rectangle; with chance 0.5 nowhere."""
+    """bool size x size, true in one rectangle; with chance 0.5 nowhere. The area, uniform in
+    CUTMIX_AREA of the square, is drawn once; shape and place again until the rectangle fits.
+    """
     box = np.zeros((size, size), dtype=bool)
     if random.random() > CUTMIX_CHANCE:
         return box

@@ -2,8 +2,9 @@
 labeled crops.
 
 The paper (section 2.4) uses the corrected labels as such a pool; its details are not released. Ours
-follow DT-ST's mixer, which two of the three shipped logs hint at: rare classes, partners (a rider
-and the cycle), least sizes, enlargement. Simpler than there: whatever lies there is covered.
+follow DT-ST's mixer, which two of the three shipped logs hint at: the same rare classes, partners
+(a rider and the cycle), least sizes of classes and components, enlargement, nearest neighbour.
+Simpler than there: whatever lies at the random place is covered.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ def ohem_cross_entropy(
 
 def class_weights(pixel_counts, power: float) -> torch.Tensor:
     """Weights of K classes, float32, of their K numbers of labeled pixels: frequency^-power, 0 for
-    a class without a pixel, scaled so that the labels' mean weight is 1.
+    a class without a pixel, scaled so that the labels' mean weight is 1 (ENet's and others').
     """
     frequency = torch.as_tensor(pixel_counts, dtype=torch.float64)
     frequency = frequency / frequency.sum()
@@ -54,6 +54,8 @@ def balanced_cross_entropy(
 ) -> torch.Tensor:
     """Cross-entropy of all labeled pixels, weighted by their class, over the sum of the weights; 0
     without any. Not UniMatch's: for training from few images.
+
+    logits: B x K x H x W; labels: B x H x W integers, IGNORE for no label; weights: K.
     """
     if not bool((labels != IGNORE).any()):
         return (logits * 0).sum()
@@ -68,7 +70,10 @@ def pseudo_label_loss(
     threshold: float,
 ) -> torch.Tensor:
     """Cross-entropy with pseudo-labels, summed over confident valid pixels, divided by the number
-    of *valid* pixels. labels, confidence: B x H x W; ignored: the same, true on padding.
+    of *valid* pixels.
+
+    logits: B x K x H x W; labels, confidence: B x H x W, of the model itself; ignored: bool B x H x
+    W, true on padding.
     """
     losses = cross_entropy(logits.float(), labels.long(), reduction="none")
     kept = (confidence >= threshold) & ~ignored
@@ -76,7 +81,9 @@ def pseudo_label_loss(
 
 
 def total_loss(loss_x, loss_s1, loss_s2, loss_fp):
-    """UniMatch's weights: (x + 0.5 s + 0.5 w_fp) / 2 with s = (s1 + s2) / 2."""
+    """UniMatch's weights: (x + 0.5 s + 0.5 w_fp) / 2 with s = (s1 + s2) / 2, as all rows of the
+    shipped logs are.
+    """
     return (loss_x + 0.25 * loss_s1 + 0.25 * loss_s2 + 0.5 * loss_fp) / 2
 
 

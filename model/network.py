@@ -37,7 +37,9 @@ SCALES = (0.5, 0.75, 1, 1.25, 1.5, 1.75, 2)  # of CMA's pixel labels (its releas
 
 
 def square_windows(height: int, width: int) -> list[tuple[int, int, int, int]]:
-    """(top, bottom, left, right) of CMA's windows: squares along the longer side."""
+    """(top, bottom, left, right) of CMA's windows: squares of the shorter side along the longer
+    one. Three where that is 1.5 to 3 times the shorter (1920x1080: at 0, 420 and 840).
+    """
     side, length = sorted((height, width))
     stride = length // 2 - side // 2 if length > 1.5 * side else length - side
     stride = max(1, min(stride, side))
