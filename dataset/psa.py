@@ -60,10 +60,15 @@ class Job:
         self.truth = options.gt and ground_truth_of(options.gt, self.rows)
         experiment = new_experiment(self.rows, list_path, options.suffix, options.exp)
         self.out = self.root / experiment
-        for image, _ in self.rows:
+        for image, label in self.rows:
             if image.partition("/")[0] == experiment:
                 raise UserError(
                     f"{list_path}: {image} lies in {self.out}, where results go; rename one"
+                )
+            if label.split("/")[1] in ("stats", "vis"):
+                raise UserError(
+                    f"{list_path}: {label} lies in a folder named as one of the results' own;"
+                    " rename it"
                 )
         first = f"_first{options.limit}" if options.limit else ""
         results = list_of_experiment(list_path, self.rows[0][1], experiment)

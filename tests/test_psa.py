@@ -489,6 +489,7 @@ def rows_are(*rows: tuple[str, str]):
         (lambda root: (root / "gt").rename(root / "pix_tiny"), "has no settings.json"),
         (lambda root: (root / "pix_tiny").symlink_to(root / "gt"), "has no settings.json"),
         (rows_are(("pix_tiny/0.png", "pix/0.png")), "where results go"),
+        (rows_are(("images/0.png", "pix/vis/0.png")), "the results' own"),
     ],
 )
 def test_ground_truth_and_other_inputs_are_not_overwritten(tmp_path, change, said):
