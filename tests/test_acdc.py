@@ -19,10 +19,10 @@ SIZE = (1080, 1920)
 RECORDINGS = {"fog": "GOPR0475", "night": "GOPR0351", "rain": "GOPR0400", "snow": "GP010122"}
 
 
-@pytest.fixture
-def downloaded(tmp_path):
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
     """One training, validation and test image of each condition, with all that lies beside them."""
-    root = tmp_path / "acdc"
+    root = tmp_path_factory.mktemp("acdc")
     for condition, recording in RECORDINGS.items():
         for split in ("train", "val", "test"):
             stem = f"{condition}/{split}/{recording}/{recording}_frame_000001"
@@ -33,6 +33,11 @@ def downloaded(tmp_path):
                 blocks(root / f"gt/{stem}_gt_labelTrainIds.png", [0, 10, 18, 255], *SIZE)
                 blocks(root / f"gt/{stem}_gt_labelIds.png", [7, 33], *SIZE)
     return root
+
+
+@pytest.fixture
+def downloaded(made, tmp_path):
+    return shutil.copytree(made, tmp_path / "acdc")
 
 
 def flattened(root):
