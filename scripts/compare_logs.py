@@ -176,7 +176,14 @@ def picture(run: TrainingLog, reference: TrainingLog, tolerance: float):
             for label, log in logs.items()
         }
         if of_logs["reference"]:
-            losses[name] = {label: (list(v), list(v.values())) for label, v in of_logs.items()}
+            span = {
+                label: range(min(v, default=0), max(v, default=-1) + 1)
+                for label, v in of_logs.items()
+            }
+            losses[name] = {  # an epoch without a row is a gap
+                label: (list(span[label]), [v.get(epoch, np.nan) for epoch in span[label]])
+                for label, v in of_logs.items()
+            }
     axes, *others = new_axes([460, *(300 for _ in losses)])
     axes.set_title("mIoU on the validation set", loc="left")
     axes.set(xlabel="epoch", ylabel="mIoU (%)")
