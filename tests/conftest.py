@@ -34,5 +34,5 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
-    first = ("unimatch", "tasks", "psa", "scc", "model", "end_to_end")
+    first = ("unimatch", "unimatch_conformance", "tasks", "psa", "scc", "model", "end_to_end")
     items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in first)
