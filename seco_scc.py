@@ -25,7 +25,7 @@ with plain cross-entropy. Ours are: whole images at half size, four an iteration
 16 (layer 4 dilated); batch statistics in training, running ones in scoring; masks averaged over the
 cells of the features.
 
-Needs when copied away: dataset/{scc,scc_report}.py, model/{checkpoint,resnet,scc}.py,
+Needs when copied away: dataset/{scc,scc_report}.py, model/{resnet,scc}.py,
 util/{charts,labels,options,outputs,page,pictures,run}.py.
 """
 

@@ -61,8 +61,7 @@ from dataset.samples import (
 )
 from eval import CropSize, Mode, evaluate_checkpoint, metrics_of
 from model import losses, train_logs, training
-from model.checkpoint import load_exactly, read_checkpoint
-from model.resnet import BLOCKS, STEMS, normalised
+from model.resnet import BLOCKS, STEMS, load_exactly, normalised, read_checkpoint
 from model.training import learning_rate, perturbation_factors
 from util.labels import ClassSet, chosen_classes, label_folder, read_list, write_classes
 from util.options import (

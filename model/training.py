@@ -11,9 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from model.checkpoint import load_exactly, read_checkpoint, state_dict_in
 from model.deeplabv3plus import DeepLabV3Plus
-from model.resnet import load_backbone
+from model.resnet import load_backbone, load_exactly, read_checkpoint, state_dict_in
 from util.run import STARTED, exact_mode, process_rank, seed_everything
 
 MOMENTUM, WEIGHT_DECAY = 0.9, 1e-4  # SGD without Nesterov; batch norm and biases decay too

@@ -20,10 +20,9 @@ from conformance import (
 )
 
 from model import network
-from model.checkpoint import read_checkpoint
 from model.deeplabv3plus import DeepLabV3Plus, parameter_count
 from model.network import load_network, square_windows
-from model.resnet import ResNet, load_backbone
+from model.resnet import ResNet, load_backbone, read_checkpoint
 from model.training import perturbation_factors
 from util.run import UserError
 

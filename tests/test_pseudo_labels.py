@@ -19,9 +19,8 @@ from PIL import Image
 from processes import beside_a_second
 
 import eval as evaluation
-from model.deeplabv2 import DeepLabV2
 from model.deeplabv3plus import DeepLabV3Plus
-from model.network import DTST_SIZE, network_in
+from model.network import DTST_SIZE, DeepLabV2, network_in
 from scripts import make_pseudo_labels as stage0
 from util.labels import class_set, read_label
 from util.run import STARTED, UserError

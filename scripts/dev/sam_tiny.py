@@ -38,7 +38,7 @@ from torch.utils.data import default_collate
 
 from dataset.scc import numbered
 from dataset.toy import draw_scene
-from model.checkpoint import read_checkpoint
+from model.resnet import read_checkpoint
 from model.sam_fast import (
     TINY_CHECKPOINT,
     build_sam_tiny,

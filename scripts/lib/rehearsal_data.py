@@ -33,7 +33,7 @@ import torch
 from PIL import Image
 
 from dataset.toy import draw_scene
-from model.deeplabv2 import CMA, DeepLabV2
+from model.network import CMA, DeepLabV2
 from model.resnet import to_tensor
 from scripts.lib.layouts import OFFICIAL
 from scripts.prepare_data import LABEL_IDS_OF_19
