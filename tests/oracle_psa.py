@@ -146,6 +146,16 @@ def paint(painted: np.ndarray, mask: np.ndarray, class_id: int, recipe: str) -> 
     painted[mask] = class_id
 
 
+def official(settings) -> dict:
+    """A model.segmenter.ProposalSettings as keyword arguments of the mask generator."""
+    return dict(
+        points_per_side=settings.points_per_side,
+        pred_iou_thresh=settings.predicted_iou,
+        stability_score_thresh=settings.stability,
+        box_nms_thresh=settings.box_nms,
+    )
+
+
 def oracle_psa(
     image: np.ndarray,
     label: np.ndarray,
@@ -153,15 +163,14 @@ def oracle_psa(
     stuff,
     things,
     recipe: str,
-    settings=None,
+    settings,
     watch=lambda stage: contextlib.nullcontext(),
 ) -> np.ndarray:
-    """The aggregated label map. settings: keyword arguments of the mask generator, by default the
-    official ones. watch: times the stages, `with watch(name)`.
+    """The aggregated label map. settings: as of `official`. watch: times the stages, `with
+    watch(name)`.
     """
     sam = for_the_package(sam)
-    official = dict(pred_iou_thresh=0.88, stability_score_thresh=0.95, box_nms_thresh=0.7)
-    generator = SamAutomaticMaskGenerator(sam, **(settings or official | {"points_per_side": 32}))
+    generator = SamAutomaticMaskGenerator(sam, **official(settings))
     over_stuff, over_things = np.full_like(label, IGNORE), np.full_like(label, IGNORE)
     with watch("proposals, encoding included"):
         proposals = generator.generate(image)

@@ -124,17 +124,15 @@ def test_links_lead_to_files():
 
 def test_figures_are_put_where_the_markers_are(tmp_path):
     figures = importlib.import_module("scripts.dev.figures")
-    other = tmp_path / "training_logs/ours/README.md"
-    other.parent.mkdir(parents=True)
-    (tmp_path / "README.md").write_text("a\n<!-- b:begin -->\nold\n<!-- b:end -->\nc\n")
-    other.write_text("<!-- d:begin --><!-- d:end --> e\n")
-    figures.put("b", "| new |\n", tmp_path)
-    figures.put("d", "x", tmp_path)
-    text = (tmp_path / "README.md").read_text()
-    assert text == "a\n<!-- b:begin -->\n| new |\n<!-- b:end -->\nc\n"
-    assert other.read_text() == "<!-- d:begin -->\nx\n<!-- d:end --> e\n"
-    with pytest.raises(figures.UserError, match="need one place"):
-        figures.put("f", "x", tmp_path)
+    document, new = tmp_path / "README.md", tmp_path / "new.md"
+    document.write_text("a\n<!-- b:begin -->\nold\n<!-- b:end -->\nc\n")
+    new.write_text("<!-- d:begin --><!-- d:end --> e\n")
+    figures.put(document, "b", "| new |\n")
+    figures.put(new, "d", "x")
+    assert document.read_text() == "a\n<!-- b:begin -->\n| new |\n<!-- b:end -->\nc\n"
+    assert new.read_text() == "<!-- d:begin -->\nx\n<!-- d:end --> e\n"
+    with pytest.raises(figures.UserError, match="<!-- f:begin --> … end in one place"):
+        figures.put(document, "f", "x")
 
 
 def versions(name: str) -> dict[str, str]:

@@ -172,7 +172,7 @@ def test_training_is_deterministic_and_resumes_exactly(tmp_path, photos, monkeyp
         ]
         recipe = {"warmup": 1, "threads": 1, "iou_scenes": 1, "end": first + 2, "phases": phases}
         write_json(tmp_path / f"{name}.json", {"recipe": recipe})
-        monkeypatch.setitem(sam_tiny.WEIGHTS, name, tmp_path / f"{name}.pth")
+        monkeypatch.setitem(sam_tiny.WEIGHTS, sam_tiny.TYPES[name], tmp_path / f"{name}.pth")
         undisturbed = trained(name)
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(sam_tiny, "train_step", killed)

@@ -34,6 +34,7 @@ from model import sam as model_sam
 from model.sam import files_digest, load_segmenter
 from model.sam_fast import FastSam
 from model.segmenter import ProposalSettings
+from tests.oracle_psa import official
 from util.labels import IGNORE
 from util.run import UserError, sha256
 
@@ -214,13 +215,8 @@ def test_the_fast_path_gives_the_packages_own_masks_and_proposals(make, predicto
     assert 0.01 < masks.float().mean() < 0.99
 
     def generate(settings):
-        official = dict(
-            points_per_side=settings.points_per_side,
-            pred_iou_thresh=settings.predicted_iou,
-            stability_score_thresh=settings.stability,
-            box_nms_thresh=settings.box_nms,
-        )
-        return [found["segmentation"] for found in generator(sam, **official).generate(image)]
+        found = generator(sam, **official(settings)).generate(image)
+        return [proposal["segmentation"] for proposal in found]
 
     check_proposals(segmenter, image, generate, side)
 

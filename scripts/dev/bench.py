@@ -2,7 +2,6 @@
 in one run. scripts/README.md has the figures.
 
     python -m scripts.dev.bench data --samples 16
-    python -m scripts.dev.bench psa --sam-type vit_b --size 1024 2048 --images 1
     python -m scripts.dev.bench psa --sam-type vit_h --size 1024 2048 --amp bf16 --no-oracle
     python -m scripts.dev.bench scc
     python -m scripts.dev.bench train --backbone resnet18 --crop-size 192 --batch 4     a CPU
@@ -11,7 +10,6 @@ in one run. scripts/README.md has the figures.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import statistics
 import sys
@@ -19,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -58,7 +57,6 @@ VARIANTS = {  # of `train`
     "bf16 channels-last": ["--amp", "bf16"],
     "bf16 channels-last compile": ["--amp", "bf16", "--compile"],
 }
-NOT_ON_A_CPU = "tf32", "bf16 channels-last compile"
 
 
 @dataclass(kw_only=True)
@@ -110,6 +108,16 @@ def cpu_seconds(work: Callable, items: list) -> float:
     return (time.process_time() - start) / len(items)
 
 
+def median_seconds(work: Callable, steps: int, device: torch.device) -> float:
+    """Seconds of work(number) on the device, after two calls to warm up."""
+    seconds = []
+    for number in range(steps + 2):
+        start = clock(device)
+        work(number)
+        seconds.append(clock(device) - start)
+    return statistics.median(seconds[2:])
+
+
 def count_memory_anew(device: torch.device) -> None:
     """Gives back what torch keeps of the device's memory and begins a new peak."""
     if device.type == "cuda":
@@ -144,9 +152,8 @@ def data(options: Options, device: torch.device) -> dict[str, float]:
         seconds = {}
         for what, way in ways.items():
             cpu_seconds(way, keys[: len(rows)])  # fills the cache; warms the others up
-            seconds[what] = cpu_seconds(way, keys[: options.samples])
-    for what, value in seconds.items():
-        print(f"| {what} | {1000 * value:.1f} ms CPU | {seconds['plain'] / value:.1f}x |")
+            seconds[what] = value = cpu_seconds(way, keys[: options.samples])
+            print(f"| {what} | {1000 * value:.1f} ms CPU | {seconds['plain'] / value:.1f}x |")
     return seconds
 
 
@@ -155,7 +162,7 @@ def data(options: Options, device: torch.device) -> dict[str, float]:
 
 def psa(options: Options, device: torch.device) -> None:
     """PSA stage by stage on scenes of the embedded benchmark, for SAMs beside tests/oracle_psa.py.
-    Seconds an image, MB.
+    Seconds an image, MB. On a GPU the stages' own seconds need CUDA_LAUNCH_BLOCKING=1.
     """
     run.exact_mode()
     run.tune_cpu()  # for both: the ratio is that of the algorithms
@@ -175,33 +182,18 @@ def measure_psa(options: Options, device: torch.device) -> dict:
     sam = prepared_segmenter(options, device, *pairs[0])
 
     def measured(work) -> tuple[list, dict]:
-        stopwatch = run.Stopwatch()
-
-        @contextlib.contextmanager
-        def watch(stage: str, threads: int = 1):
-            clock(device)
-            with stopwatch(stage, threads):
-                yield
-                clock(device)
-
-        sam.watch = watch
+        sam.watch.seconds.clear()
         count_memory_anew(device)
         start = clock(device)
         results = [work(*pair) for pair in pairs]
         seconds = (clock(device) - start) / len(pairs)
-        stages = {stage: value / len(pairs) for stage, value in stopwatch.seconds.items()}
+        stages = {stage: value / len(pairs) for stage, value in sam.watch.seconds.items()}
         memory = run.peak_memory_mb(device)
         return results, {"seconds": seconds, "stages": stages, "memory": memory}
 
     def plain(image: np.ndarray, label: np.ndarray) -> np.ndarray:
-        kinds, settings = (CITYSCAPES_19.stuff, CITYSCAPES_19.things), sam.settings
-        official = dict(
-            points_per_side=settings.points_per_side,
-            pred_iou_thresh=settings.predicted_iou,
-            stability_score_thresh=settings.stability,
-            box_nms_thresh=settings.box_nms,
-        )
-        return oracle_psa.oracle_psa(image, label, sam.sam, *kinds, "release", official, sam.watch)
+        how = (CITYSCAPES_19.stuff, CITYSCAPES_19.things, "release", sam.settings, sam.watch)
+        return oracle_psa.oracle_psa(image, label, sam.sam, *how)
 
     found, seconds = measured(lambda image, label: aggregate(image, label, sam, CITYSCAPES_19))
     figures = {"psa": seconds}
@@ -262,9 +254,8 @@ def scc(options: Options, device: torch.device) -> None:
     """SCC's patches of training a second, beside opening the image for each connectivity
     (tests/reference_scc.py), and the memory over a list of images of 2048 x 1024.
 
-    No network; CPU seconds of one process. The list names a few files again and again, so that
-    3,000 images need no 10 GB of disk. Memory is the process's peak, read at each tenth of the
-    batches: it grows no more once the buffer of patches is full.
+    No network; CPU seconds of one process. The list names a few files again and again, for 3,000
+    images need 10 GB of disk. The process's peak grows no more once the buffer of patches is full.
     """
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -305,11 +296,11 @@ def train(options: Options, device: torch.device) -> dict[str, dict]:
     """Seconds and peak memory of a UniMatch training step in every precision, beside the released
     step written out (tests/reference_train.py, whose losses and gradients are the same).
 
-    Random images and labels, so data loading is left out; medians. On a CPU without tf32 and
-    compile. Gives what `measure_train` gives.
+    Random images and labels, so data loading is left out; medians. No tf32, no compile on a CPU.
     """
     cuda = device.type == "cuda"
-    results = measure_train([v for v in VARIANTS if cuda or v not in NOT_ON_A_CPU], options, device)
+    variants = [v for v in VARIANTS if cuda or not {"tf32", "--compile"} & set(VARIANTS[v])]
+    results = measure_train(variants, options, device)
     rows = []
     for variant, found in results.items():
         ratio = results["plain fp32"]["seconds"] / found["seconds"]
@@ -324,32 +315,30 @@ def measure_train(variants: list[str], options: Options, device: torch.device) -
     batch, results = reference_train.random_batch(options.batch, options.crop_size, 19, 0), {}
     for variant in variants:
         count_memory_anew(device)
-        trainer, steps = trainer_for(variant, options, device), options.steps + 2  # 2 to warm up
-        seconds = [one_step(variant, trainer, dict(batch), number) for number in range(steps)]
-        results[variant] = {"seconds": statistics.median(seconds[2:]), **run.peak_memory_mb(device)}
-        del trainer  # its memory is not the next one's
+        trainer = trainer_for(variant, options, device)
+        step = partial(one_step, variant, trainer, batch)
+        seconds = median_seconds(step, options.steps, device)
+        results[variant] = {"seconds": seconds, **run.peak_memory_mb(device)}
+        del trainer, step  # its memory is not the next one's
     return results
 
 
 def trainer_for(variant: str, options: Options, device: torch.device):
     """A train_unimatch.Trainer set up for a variant, whose precision, which is global, is set."""
-    how = ["--labeled-id-path", "-", "--unlabeled-id-path", "-", "--save-path", "-"]
-    how += ["--backbone", options.backbone, "--crop-size", str(options.crop_size)]
-    how += ["--global-batch", str(options.batch), "--loss-groups", "1"]
-    how += ["--min-kept", str(options.min_kept), *VARIANTS[variant]]
-    args = train_unimatch.parse_args(how)
+    how = "--labeled-id-path - --unlabeled-id-path - --save-path - --loss-groups 1"
+    how += f" --backbone {options.backbone} --crop-size {options.crop_size}"
+    how += f" --global-batch {options.batch} --min-kept {options.min_kept}"
+    args = train_unimatch.parse_args([*how.split(), *VARIANTS[variant]])
     set_precision(args)
     model = to_device(build_model(args, 19), device, args.channels_last)
     return train_unimatch.Trainer(model, args, device, group=options.batch, total=1000)
 
 
-def one_step(variant: str, trainer: train_unimatch.Trainer, batch: dict, number: int) -> float:
-    """Seconds of one training step."""
-    args, model = trainer.args, trainer.model
+def one_step(variant: str, trainer: train_unimatch.Trainer, batch: dict, number: int) -> None:
+    args, model, batch = trainer.args, trainer.model, dict(batch)
     c1, _, _, c4 = model.backbone.channels
     factors = perturbation_factors(0, number, trainer.group, (c1, c4))
     factors = tuple(f.flatten(0, 1) for f in factors)
-    start = clock(trainer.device)
     trainer.optimizer.zero_grad()
     if variant.startswith("plain"):
         loss = reference_train.plain_losses(model, batch, factors, args, trainer.group)["loss_all"]
@@ -357,7 +346,6 @@ def one_step(variant: str, trainer: train_unimatch.Trainer, batch: dict, number:
         loss = trainer.unimatch_losses(batch, factors)[0]
     loss.backward()
     trainer.optimizer.step()
-    return clock(trainer.device) - start
 
 
 def main(argv=None) -> None:

@@ -23,14 +23,7 @@ import numpy as np
 from PIL import Image
 
 from dataset.scc import numbered
-from scripts.lib.report import (
-    LABEL_FIGURES,
-    cost_table,
-    label_table,
-    markdown_table,
-    mean_and_deviation,
-    model_table,
-)
+from scripts.lib import report
 from scripts.lib.run_folder import manifest_of, seeds_in, stage_folders
 from util.charts import line_chart, save_chart
 from util.labels import CITYSCAPES_19, IGNORE, read_image, read_label, read_list
@@ -42,7 +35,6 @@ from util.training_log import MIOU_TAG, read_training_log
 ROOT = Path(__file__).resolve().parents[2]
 OURS = ROOT / "training_logs/ours"
 
-DOCUMENTS = ("README.md", "training_logs/ours/README.md")
 PICTURE_WIDTH = 1400  # pixels, at most
 PIPELINE_IMAGE = 4  # of the list, in the pipeline picture
 # The paper's Tables 6 and 7, GTA to Cityscapes, DTST (source-free), mIoU after adaptation; "no SAM"
@@ -70,15 +62,14 @@ SHIPPED = {  # of training_logs/
 }
 
 
-def put(name: str, content: str, root: Path = ROOT) -> None:
-    """Replace what stands between the markers of `name`, in the document that has them."""
+def put(path: Path, name: str, content: str) -> None:
+    """Replace what stands between the markers of `name` in a document."""
     marked = re.compile(f"(<!-- {name}:begin -->).*?(<!-- {name}:end -->)", re.S)
-    texts = {root / path: (root / path).read_text(encoding="utf-8") for path in DOCUMENTS}
-    found = [path for path, text in texts.items() if marked.search(text)]
-    if len(found) != 1:
-        raise UserError(f"<!-- {name}:begin --> … end: need one place in {', '.join(DOCUMENTS)}")
-    text = marked.sub(lambda marks: f"{marks[1]}\n{content.strip()}\n{marks[2]}", texts[found[0]])
-    found[0].write_text(text, encoding="utf-8")
+    new = lambda marks: f"{marks[1]}\n{content.strip()}\n{marks[2]}"
+    text, count = marked.subn(new, path.read_text(encoding="utf-8"))
+    if count != 1:
+        raise UserError(f"{path}: need <!-- {name}:begin --> … end in one place")
+    path.write_text(text, encoding="utf-8")
 
 
 def keep_records(run: Path) -> None:
@@ -112,10 +103,10 @@ def ablation_tables(run: Path) -> str:
     seeds = ", ".join(map(str, results["seeds"]))
     tables = [
         f"Seeds: {seeds}. Figures in %, mean ± standard deviation over the seeds.\n",
-        label_table(results["labels"]),
-        model_table(results["models"], PAPER_ABLATION, "paper (DTST, GTA → Cityscapes)"),
+        report.label_table(results["labels"]),
+        report.model_table(results["models"], PAPER_ABLATION, "paper (DTST, GTA → Cityscapes)"),
         sweep.read_text(encoding="utf-8").rstrip() + "\n" if sweep.is_file() else "",
-        cost_table({stage: results["stages"][stage] for stage in MAIN_LINE}),
+        report.cost_table({stage: results["stages"][stage] for stage in MAIN_LINE}),
     ]
     return "\n".join(table for table in tables if table)
 
@@ -161,30 +152,27 @@ def ours_table() -> str:
     """The recorded runs side by side: quality of the labels, mIoU of the models."""
     runs = {title: read_json(OURS / name / "results.json") for name, title in RUNS.items()}
 
-    def labels(run: dict, row: str) -> str:
-        if row not in run["labels"]:
+    def cell(run: dict, table: str, row: str) -> str:
+        if row not in run[table]:
             return "not run"
-        return " / ".join(f"{np.mean(run['labels'][row][key]):.1f}" for key in LABEL_FIGURES)
-
-    def model(run: dict, row: str) -> str:
-        if row not in run["models"]:
-            return "not run"
-        values, before = run["models"][row]["miou"], run["models"]["before"]["miou"]
-        gain = "" if row == "before" else f" ({np.mean(values) - np.mean(before):+.1f})"
-        return mean_and_deviation(values) + gain
+        values, before = run[table][row], run["models"]["before"]["miou"]
+        if table == "labels":
+            return " / ".join(f"{np.mean(values[key]):.1f}" for key in report.LABEL_FIGURES)
+        gain = f" ({np.mean(values['miou']) - np.mean(before):+.1f})"
+        return report.mean_and_deviation(values["miou"]) + ("" if row == "before" else gain)
 
     rows = (
-        ("pixel labels: coverage / accuracy / mIoU of labels", labels, "pixel"),
-        ("PSA: coverage / accuracy / mIoU of labels", labels, "psa"),
-        ("PSA + SCC: coverage / accuracy / mIoU of labels", labels, "scc"),
-        ("source model", model, "before"),
-        ("UniMatch on pixel labels", model, "pixel"),
-        ("**SeCo**", model, "seco"),
-        ("upper bound (target ground truth)", model, "bound"),
+        ("pixel labels: coverage / accuracy / mIoU of labels", "labels", "pixel"),
+        ("PSA: coverage / accuracy / mIoU of labels", "labels", "psa"),
+        ("PSA + SCC: coverage / accuracy / mIoU of labels", "labels", "scc"),
+        ("source model", "models", "before"),
+        ("UniMatch on pixel labels", "models", "pixel"),
+        ("**SeCo**", "models", "seco"),
+        ("upper bound (target ground truth)", "models", "bound"),
     )
     head = [f"{title} (seeds {', '.join(map(str, run['seeds']))})" for title, run in runs.items()]
-    cells = [[title, *(cell(run, row) for run in runs.values())] for title, cell, row in rows]
-    return markdown_table(["", *head], cells)
+    cells = [[title, *(cell(run, *place) for run in runs.values())] for title, *place in rows]
+    return report.markdown_table(["", *head], cells)
 
 
 def toy_output() -> str:
@@ -194,8 +182,8 @@ def toy_output() -> str:
     def first(table: dict, *rows: str) -> dict:
         return {row: {key: values[:1] for key, values in table[row].items()} for row in rows}
 
-    labels = label_table(first(results["labels"], "pixel", "psa", "scc"))
-    return f"```\n{labels}\n{model_table(first(results['models'], 'before', 'seco'))}```"
+    labels = report.label_table(first(results["labels"], "pixel", "psa", "scc"))
+    return f"```\n{labels}\n{report.model_table(first(results['models'], 'before', 'seco'))}```"
 
 
 def shipped_curves():
@@ -218,7 +206,7 @@ def main(argv=None) -> None:
         text = (run / "results.md").read_text(encoding="utf-8")
         if "adapt_bound" in read_json(run / "results.json")["stages"]:
             text = ablation_tables(run)
-        put(name, text.replace("### ", "#### "))
+        put(OURS / "README.md", name, text.replace("### ", "#### "))
         if name == "ablation_toy":
             save_picture(ROOT / "images/pipeline.jpg", pipeline_picture(run))
     for name, path in PICTURES.items():
@@ -226,8 +214,8 @@ def main(argv=None) -> None:
             image = Image.open(runs / path)
             image.thumbnail((PICTURE_WIDTH, image.height))
             save_picture(ROOT / "images" / name, image)
-    put("ours", ours_table())
-    put("toy_output", toy_output())
+    put(ROOT / "README.md", "ours", ours_table())
+    put(ROOT / "README.md", "toy_output", toy_output())
     save_chart(ROOT / "images/shipped_logs.png", shipped_curves())
 
 

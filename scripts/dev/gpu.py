@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import gc
-import statistics
 import sys
 import traceback
 from dataclasses import dataclass, replace
@@ -94,14 +93,14 @@ def scc_training(case: str, size: dict, device: torch.device) -> dict:
     count, (height, width) = size["patches"], size["patch"]
     patches = torch.randint(0, 256, (count, height, width, 3), dtype=torch.uint8)
     masks = torch.randint(0, 2, (count, 1, height // 2, width // 2), dtype=torch.uint8)
-    batch, seconds = (patches, masks, torch.randint(0, 19, (count,))), []
-    for _ in range(size["steps"] + 2):  # two to warm up
-        start = bench.clock(device)
+    batch = patches, masks, torch.randint(0, 19, (count,))
+
+    def step(_) -> None:
         optimizer.zero_grad()
         gradients(network, batch, device, amp == "bf16", LABEL_SMOOTHING)
         optimizer.step()
-        seconds.append(bench.clock(device) - start)
-    rate = 1 / statistics.median(seconds[2:])
+
+    rate = 1 / bench.median_seconds(step, size["steps"], device)
     return {"iterations/s": rate, **in_gb(run.peak_memory_mb(device))}
 
 
@@ -147,10 +146,9 @@ def table(figures: dict[str, dict], size: dict) -> str:
 
 def settings_of(device: torch.device) -> dict:
     """What figures belong to."""
-    made = run.manifest({})
     cuda = device.type == "cuda"
-    card = torch.cuda.get_device_name(device) if cuda else made["hardware"]["cpu"]
-    return {"card": card, "torch": torch.__version__, "commit": made["commit"]}
+    card = torch.cuda.get_device_name(device) if cuda else run.hardware()["cpu"]
+    return {"card": card, "torch": torch.__version__, "commit": run.commit()}
 
 
 def measured(function, case: str, size: dict, device: torch.device) -> dict:

@@ -39,12 +39,8 @@ from torch.utils.data import default_collate
 from dataset.scc import numbered
 from dataset.toy import draw_scene
 from model.resnet import read_checkpoint
-from model.sam_fast import (
-    TINY_CHECKPOINT,
-    build_sam_tiny,
-    mask_logits,
-    two_way_transformer,
-)
+from model.sam import WEIGHTS
+from model.sam_fast import build_sam_tiny, mask_logits, two_way_transformer
 from util.labels import (
     CITYSCAPES_19,
     IGNORE,
@@ -56,13 +52,10 @@ from util.labels import (
 )
 from util.options import Argument, Folder, parse_options
 from util.outputs import Outputs, atomic_path, read_json, write_json
-from util.run import UserError, manifest, progress, run_main, tune_cpu
+from util.run import manifest, progress, run_main, tune_cpu
 
 ROOT = Path(__file__).resolve().parents[2]
-WEIGHTS = {
-    "drawings": TINY_CHECKPOINT,
-    "photographs": TINY_CHECKPOINT.with_name("sam_tiny_photo.pth"),
-}
+TYPES = {"drawings": "tiny", "photographs": "tiny_photo"}
 CAMVID = ROOT / "splits/camvid"
 CAMVID_CLASSES = read_classes(CAMVID / "classes.txt")
 
@@ -283,8 +276,7 @@ def make_batch(kind: str, rows: tuple, step: int, images: int) -> list:
     for index in rng.choice(POOL_SCENES, images, replace=False):
         scene = training_scene(kind, int(index), rows)
         if rng.random() < 0.5:
-            maps = (scene.image, scene.segment, scene.component, scene.stuff)
-            scene = Scene(*(values[:, ::-1].copy() for values in maps))
+            scene = Scene(*(values[:, ::-1].copy() for values in vars(scene).values()))
         prompts = sample_prompts(rng, scene)
         anchors = rng.choice(scene.segment.size // 64, 48, replace=False)
         known, dense = scene.segment != VOID, dense_targets(scene.segment)
@@ -557,10 +549,9 @@ def train_step(parts: dict, recipe: dict, step: int, rows: tuple) -> None:
             embedding = embedded(sam, images.permute(0, 3, 1, 2).float())
             loss = mask_loss(sam, embedding, prompts, known, balance)
             loss = loss + auxiliary_loss(head, embedding, dense, anchors)
-        if not torch.isfinite(loss):
-            raise UserError(f"loss is {loss.item()} at step {step}; remove --work and start anew")
         (loss * count / phase["images"]).backward()
-    nn.utils.clip_grad_norm_([*sam.parameters(), *head.parameters()], 1.0)
+    parameters = [*sam.parameters(), *head.parameters()]
+    nn.utils.clip_grad_norm_(parameters, 1.0, error_if_nonfinite=True)
     optimizer.step()
     kept = min(0.998 if step < 4790 else 0.99, (step + 1) / (step + 9))  # the last ninth at first
     with torch.no_grad():
@@ -585,14 +576,14 @@ def main(argv=None) -> None:
     over `decay_steps` steps up to step `steps`; bf16. The last phase ends at step `end`.
     """
     options = parse_options(Options, __doc__, argv)
-    weights, of_photographs = WEIGHTS[options.pictures], options.pictures == "photographs"
+    weights, of_photographs = WEIGHTS[TYPES[options.pictures]], options.pictures == "photographs"
     record, work = weights.with_suffix(".json"), options.work / options.pictures
     recipe, checkpoint = read_json(record)["recipe"], work / "checkpoint.pth"
     torch.set_num_threads(recipe["threads"])
     tune_cpu()
     rows = photographs(options.root_path) if of_photographs else ()
     with Outputs(work):
-        parts = begin(WEIGHTS["drawings"] if of_photographs else None)
+        parts = begin(WEIGHTS["tiny"] if of_photographs else None)
         done, end = recipe["phases"][0]["from_step"], recipe["end"]
         if checkpoint.is_file():
             state = read_checkpoint(checkpoint)

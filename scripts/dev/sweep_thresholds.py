@@ -4,9 +4,8 @@ its range.
     python -m scripts.dev.sweep_thresholds runs/ablation_toy --class-num 19
 
 Reads, in every `<run>/seed<n>/` in which the paper's recipe of SCC has run, connectivities.csv,
-PSA's labels and the target's ground truth (a diagnostic: nothing is trained with it). Nothing is
-trained or written again: a threshold changes only which connectivities keep their class. Writes
-`<run>/sweep.json`, `<run>/sweep.md`, `<run>/pictures/sweep.png`.
+PSA's labels and the target's ground truth (a diagnostic). Nothing is trained: a threshold changes
+only which connectivities keep their class. Writes `<run>/{sweep.json,sweep.md,pictures/sweep.png}`.
 """
 
 from __future__ import annotations
@@ -15,6 +14,8 @@ import csv
 import statistics
 import sys
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # for `python scripts/dev/NAME.py`
@@ -58,48 +59,41 @@ def sweep_seed(seed: Path, class_num: int) -> dict[tuple[str, float], dict]:
     corrected = Path(read_list(lists["scc_paper"])[0][1]).parts[0]
     with open(seed / corrected / "connectivities.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    eta, score = (np.array([float(r[name] or "nan") for r in rows]) for name in ("eta", "score"))
-    classes = (np.array([int(r[name]) for r in rows], np.uint8) for name in ("prediction", "class"))
-    predicted, own = classes
-    finals = {
-        (name, value): decide(eta, score, predicted, own, **{**PAPER, name: value})[1]
-        for name, values in SWEEPS.items()
-        for value in values
-    }
-    confusions, start = dict.fromkeys(finals, 0), 0
-    for image in dict.fromkeys(row["image"] for row in rows):
+    confusions = dict.fromkeys(((name, value) for name in SWEEPS for value in SWEEPS[name]), 0)
+    for image, found in groupby(rows, itemgetter("image")):
+        found = list(found)
+        columns = [
+            np.array([float(row[name] or "nan") for row in found])
+            for name in ("eta", "score", "prediction", "class")
+        ]
         gt = read_label(seed / truth[image], class_num)
         numbers = numbered(read_label(seed / labels[image], class_num), class_num)
-        part = slice(start, start + numbers.max() + 1)
-        for key, final in finals.items():
-            label = corrected_label(numbers, final[part])
-            confusions[key] = confusions[key] + confusion_matrix(gt, label, class_num)
-        start = part.stop
+        for name, value in confusions:
+            _, final = decide(*columns, **{**PAPER, name: value})
+            label = corrected_label(numbers, final)
+            confusions[name, value] += confusion_matrix(gt, label, class_num)
     names = tuple(map(str, range(class_num)))
     return {key: metrics_of(confusion, names) for key, confusion in confusions.items()}
 
 
 def main(argv=None) -> None:
     options = parse_options(Options, __doc__, argv)
-    classes = chosen_classes(options)
+    class_num = chosen_classes(options).count
     seeds = [folder for folder in seeds_in(options.run) if "scc_paper" in label_lists(folder)]
     if not seeds:
         raise UserError(
             f"{options.run}: no seed<n> folder with SCC of the paper's recipe; run"
             " scripts/ablation.sh, or RECIPE=paper bash scripts/toy.sh"
         )
-    of_seeds = [sweep_seed(seed, classes.count) for seed in seeds]
-    results, series = {}, {}  # results: {threshold: {value: {figure: [per seed]}}}
-    for name, values in SWEEPS.items():
-        results[name] = {
-            str(value): {
-                f: [of_seed[name, value][f] for of_seed in of_seeds] for f in LABEL_FIGURES
-            }
-            for value in values
-        }
-        for figure in LABEL_FIGURES:
-            means = [statistics.mean(found[figure]) for found in results[name].values()]
-            series[f"{figure}, {name}"] = (list(values), means)
+    of_seeds = [sweep_seed(seed, class_num) for seed in seeds]
+    results, series = {name: {} for name in SWEEPS}, {}
+    for name, value in of_seeds[0]:  # results: {threshold: {value: {figure: [per seed]}}}
+        found = {f: [of_seed[name, value][f] for of_seed in of_seeds] for f in LABEL_FIGURES}
+        results[name][str(value)] = found
+        for figure, of_all in found.items():
+            points = series.setdefault(f"{figure}, {name}", ([], []))
+            points[0].append(value)
+            points[1].append(statistics.mean(of_all))
     chart = line_chart(series, "", "threshold", "labels after SCC (%)", y_range=(0, 100))
     save_chart(options.run / "pictures/sweep.png", chart)
     write_json(options.run / "sweep.json", {"seeds": [seed.name for seed in seeds], **results})
