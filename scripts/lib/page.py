@@ -112,10 +112,7 @@ def task_results(run: Path) -> str:
             f"{run}: holds no results.md, no eval_after/metrics.json and no finished adapt/; finish"
             " the run"
         )
-
-    def shown(value):
-        return "–" if value is None else f"{value:.2f}"
-
+    shown = lambda value: "–" if value is None else f"{value:.2f}"
     text = ""
     if found:
         rows = [["mIoU", *(shown(metrics["miou"]) for metrics in found.values())]]
@@ -172,8 +169,7 @@ def page_of(run: Path) -> Path:
             temporary.write_text(task_results(run), encoding="utf-8")
         draw_task(run)
     folders = folders_of(run)
-    manifests = {name: manifest_of(folder) for name, folder in folders.items()}
-    manifests = {name: manifest for name, manifest in manifests.items() if manifest}
+    manifests = {n: made for n, folder in folders.items() if (made := manifest_of(folder))}
     parts = []
     for name in ("results.md", "sweep.md"):
         if (run / name).is_file():
@@ -187,13 +183,11 @@ def page_of(run: Path) -> Path:
         for file, title in LINKED.items()
         if (folder / file).is_file()
     ]
-    commands = [(name, manifest["command"]) for name, manifest in manifests.items()]
-    manifests = [(name, json.dumps(manifest, indent=1)) for name, manifest in manifests.items()]
     for heading, kind, content in (
         ("Pictures", "figures", pictures(run, folders)),
         ("More", "links", links),
-        ("Commands", "details", commands),
-        ("Manifests", "details", manifests),
+        ("Commands", "details", [(n, made["command"]) for n, made in manifests.items()]),
+        ("Manifests", "details", [(n, json.dumps(m, indent=1)) for n, m in manifests.items()]),
     ):
         if content:
             parts.append({"heading": heading, kind: content})

@@ -99,11 +99,8 @@ def model_table(models: dict, reported: dict[str, float] | None = None, title: s
     header = ["model", "mIoU", "gain over before"] + ([title] if reported else [])
     for row, values in models.items():
         gain = mean_and_deviation([a - b for a, b in zip(values["miou"], before)])
-        cells = [
-            MODEL_ROWS[row],
-            mean_and_deviation(values["miou"]),
-            "" if row == "before" else gain,
-        ]
+        gain = "" if row == "before" else gain
+        cells = [MODEL_ROWS[row], mean_and_deviation(values["miou"]), gain]
         rows.append(cells + ([str(reported.get(row, "–"))] if reported else []))
     return markdown_table(header, rows)
 
@@ -113,13 +110,6 @@ def cost_table(costs: dict[str, dict]) -> str:
     shown = lambda value: "–" if value is None else f"{value:.0f}"
     rows = [[n, shown(c["seconds"]), shown(c["peak_memory_mb"])] for n, c in costs.items()]
     return markdown_table(["stage", "seconds", "peak memory (MB)"], rows)
-
-
-def total_cost(costs: dict[str, dict]) -> dict:
-    """The sum of the seconds, the largest memory."""
-    known = [cost for cost in costs.values() if cost["seconds"] is not None]
-    memory = max((cost["peak_memory_mb"] for cost in known), default=None)
-    return {"seconds": sum(cost["seconds"] for cost in known), "peak_memory_mb": memory}
 
 
 # ----------------------------------------------------------------------------------------- pictures
@@ -146,19 +136,18 @@ def on_their_way(
     """
     from model.network import load_network
 
-    shown = lambda label: colour_label(label, classes.palette)
     device = select_device("auto")
     networks = {n: load_network(path, device, classes.count) for n, path in models.items()}
-    truth = maps.pop("ground truth", None)
     rows = []
     for name in images:
         image = read_image(root / name)
-        row = [image, *(shown(read_label(root / found[name])) for found in maps.values())]
-        for network in networks.values():
-            row.append(shown(label_map(network, image, mode, crop_size)))
-        rows.append(row + ([shown(read_label(root / truth[name]))] if truth else []))
-    titles = ["image", *maps, *networks, *(["ground truth"] if truth else [])]
-    return contact_sheet(rows, titles, legend=classes, cell_width=288)
+        labels = {title: read_label(root / found[name]) for title, found in maps.items()}
+        for title, network in networks.items():
+            labels[title] = label_map(network, image, mode, crop_size)
+        if "ground truth" in labels:  # last
+            labels["ground truth"] = labels.pop("ground truth")
+        rows.append([image, *(colour_label(label, classes.palette) for label in labels.values())])
+    return contact_sheet(rows, ["image", *labels], legend=classes, cell_width=288)
 
 
 def spread(images: list[str], count: int) -> list[str]:
@@ -175,50 +164,30 @@ def side_by_side(seed: Path, classes: ClassSet, count: int) -> None:
     titles = {"pixel": "pixel labels", f"psa{suffix}": "PSA", f"scc{suffix}": "SCC"}
     labels = {title: dict(read_list(lists[row])) for row, title in titles.items() if row in lists}
     labels["ground truth"] = truth = dict(read_list(truth_list(seed, "pixel")))
-    models = {
-        "prediction before": seed / "source/latest.pth",
-        "prediction after": seed / f"adapt_seco{suffix}/latest.pth",
-    }
+    models = {"prediction before": "source", "prediction after": f"adapt_seco{suffix}"}
+    models = {title: seed / name / "latest.pth" for title, name in models.items()}
     models = {title: path for title, path in models.items() if path.is_file()}
     sheet = on_their_way(seed, spread(truth, count), labels, models, classes)
     save_picture(seed.parent / "pictures/side_by_side.png", sheet)
 
 
-def miou_curve(seed_folder: Path) -> None:
+def miou_curve(seed: Path) -> None:
     """Validation mIoU after each epoch, of every adaptation of a seed."""
-    logs = {
-        title: read_training_log(seed_folder / f"adapt_{row}")
-        for row, title in MODEL_ROWS.items()
-        if (seed_folder / f"adapt_{row}" / "train.log").is_file()
-    }
-    series = {title: log.curve for title, log in logs.items() if log.miou}
-    if series:
-        save_chart(
-            seed_folder.parent / "pictures" / "miou_curve.png",
-            line_chart(series, "", "epoch", "target validation mIoU (%)"),
-        )
+    folders = {title: seed / f"adapt_{row}" for row, title in MODEL_ROWS.items()}
+    begun = {title: path for title, path in folders.items() if (path / "train.log").is_file()}
+    logs = {title: read_training_log(path) for title, path in begun.items()}
+    if series := {title: log.curve for title, log in logs.items() if log.miou}:
+        chart = line_chart(series, "", "epoch", "target validation mIoU (%)")
+        save_chart(seed.parent / "pictures/miou_curve.png", chart)
 
 
 def ablation_chart(models: dict):
     """Validation mIoU of every model as bars; with standard deviations where there are seeds."""
-    values = {
-        MODEL_ROWS[row].replace("UniMatch on ", "").split(" (")[0]: found["miou"]
-        for row, found in models.items()
-    }
-    several = len(next(iter(values.values()))) > 1
-    return bar_chart(
-        {title: statistics.mean(found) for title, found in values.items()},
-        "target validation mIoU (%)",
-        {title: statistics.stdev(found) for title, found in values.items()} if several else None,
-    )
-
-
-def copy_scc_pictures(seed: Path) -> None:
-    """Those of SCC's report, as scc_<name>."""
-    lists = label_lists(seed)
-    if scc := lists.get("scc") or lists.get("scc_paper"):
-        for picture in (seed / scc.parent.name / "report").glob("*.png"):
-            shutil.copyfile(picture, seed.parent / f"pictures/scc_{picture.name}")
+    titles = {row: MODEL_ROWS[row].replace("UniMatch on ", "").split(" (")[0] for row in models}
+    values = {title: models[row]["miou"] for row, title in titles.items()}
+    means = {title: statistics.mean(found) for title, found in values.items()}
+    deviations = {t: statistics.stdev(found) for t, found in values.items() if len(found) > 1}
+    return bar_chart(means, "target validation mIoU (%)", deviations)
 
 
 def draw(options: Options, seed: Path, classes: ClassSet, models: dict) -> None:
@@ -235,7 +204,10 @@ def draw(options: Options, seed: Path, classes: ClassSet, models: dict) -> None:
     miou_curve(seed)
     if len(models) > 2:
         save_chart(pictures / "ablation.png", ablation_chart(models))
-    copy_scc_pictures(seed)
+    lists = label_lists(seed)
+    if scc := lists.get("scc") or lists.get("scc_paper"):
+        for picture in (seed / scc.parent.name / "report").glob("*.png"):
+            shutil.copyfile(picture, pictures / f"scc_{picture.name}")
     write_json(pictures / "made_from.json", {"made_from": source})
 
 
@@ -268,6 +240,11 @@ def main(argv: list[str] | None = None) -> None:
     quality = gather(seeds, LABEL_ROWS, "quality_", LABEL_FIGURES, old)
     models = gather(seeds, MODEL_ROWS, "", ("miou",), old)
     costs = {name: cost for name, cost in stage_costs(seeds).items() if name not in old}
+    known = [cost for cost in costs.values() if cost["seconds"] is not None]
+    total = {
+        "seconds": sum(cost["seconds"] for cost in known),
+        "peak_memory_mb": max((cost["peak_memory_mb"] for cost in known), default=None),
+    }
 
     names = ", ".join(map(str, numbers))
     text = f"Seeds: {names}. Figures in %, mean ± standard deviation over the seeds.\n\n"
@@ -278,7 +255,7 @@ def main(argv: list[str] | None = None) -> None:
     text += "### Pseudo-labels of the target's training images\n\n" + label_table(quality)
     if "before" in models:
         text += "\n### Target validation mIoU (last checkpoint)\n\n" + model_table(models)
-    text += "\n### Cost of each stage\n\n" + cost_table({**costs, "total": total_cost(costs)})
+    text += "\n### Cost of each stage\n\n" + cost_table({**costs, "total": total})
     results = {"seeds": numbers, "unfinished": unfinished, "labels": quality, "models": models}
     write_json(run / "results.json", {**results, "stages": costs})
     with atomic_path(run / "results.md") as temporary:
