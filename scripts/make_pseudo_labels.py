@@ -178,9 +178,7 @@ def prediction_and_confidence(probabilities: np.ndarray) -> tuple[np.ndarray, np
 
 
 def radix_select(
-    predictions: Callable[[], Iterable],
-    class_num: int,
-    rank_of: Callable[[np.ndarray], np.ndarray],
+    predictions: Callable[[], Iterable], class_num: int, rank_of: Callable[[np.ndarray], np.ndarray]
 ) -> np.ndarray:
     """Of each class's n confidences in rising order, number rank_of(n), counted from 0: float32, K;
     NaN where that is not one of 0 .. n - 1.
@@ -234,7 +232,7 @@ def load_source(
     the grid whose pixels are ranked: every `pixel_step`-th of the image's in each direction, or all
     of a smaller array; float32 K x height x width.
     """
-    root, class_num, network = options.root_path, options.class_num, None
+    root, class_num = options.root_path, options.class_num
     test_size = options.test_size and tuple(options.test_size)
     sizes = {image: image_size(root / image) for image in images}
     files = {"list": options.id_list_path, **{image: root / image for image in images}}
@@ -250,14 +248,12 @@ def load_source(
 
     @torch.no_grad()
     def probabilities(image: str) -> np.ndarray:
-        if not network:
+        if options.probabilities:
             found = read_probabilities(files[image], class_num)
+        elif options.multi_scale:
+            found = network.multi_scale(read_image(files[image]), test_size)[0].cpu().numpy()
         else:
-            pixels = read_image(files[image])
-            if options.multi_scale:
-                scores = network.multi_scale(pixels, test_size)
-            else:
-                scores = network.logits(pixels, test_size).softmax(dim=1)
+            scores = network.logits(read_image(files[image]), test_size).softmax(dim=1)
             found = scores[0].cpu().numpy()
         grid = [min(-(-n // options.pixel_step), m) for n, m in zip(sizes[image], found.shape[1:])]
         return resized_nearest(found, tuple(grid))

@@ -15,7 +15,7 @@ def health(folders: dict[str, Path]) -> tuple[list[list[str]], list[str]]:
     """
     rows, warnings = [], []
     for stage, file, read in (
-        ("pixel", "summary.json", of_pixel_labels),
+        ("pixel", "summary.json", lambda record: {"pixels with a label": 100 * record["coverage"]}),
         ("psa", "summary.json", of_psa),
         ("scc", "report/report.json", of_scc),
         ("split", "split.json", of_split),
@@ -23,51 +23,47 @@ def health(folders: dict[str, Path]) -> tuple[list[list[str]], list[str]]:
     ):
         if stage in folders and (folders[stage] / file).is_file():
             record = read_json(folders[stage] / file)
-            figures = read(record)
-            rows += [[stage, name, value] for name, value in figures.items() if value is not None]
+            for name, value in read(record).items():
+                if value is not None:
+                    shown = value if isinstance(value, str) else f"{value:.1f} %"
+                    rows.append([stage, name, shown])
             warnings += record.get("warnings", [])
     return rows, warnings
 
 
-def percent(value: float | None) -> str | None:
-    return None if value is None else f"{value:.1f} %"
+# Each gives {what: percentage, text or None} of a stage's record.
 
 
-def of_pixel_labels(record: dict) -> dict[str, str | None]:
-    return {"pixels with a label": percent(100 * record["coverage"])}
-
-
-def of_psa(record: dict) -> dict[str, str | None]:
+def of_psa(record: dict) -> dict[str, float | str | None]:
     shares = record.get("of_labeled_pixels", {})
     return {
-        "pixels with a label": percent(record["coverage_after"]),
-        "of the labeled pixels, keep their class": percent(shares.get("keep_their_class")),
-        "get another class": percent(shares.get("get_another")),
-        "lose their label": percent(shares.get("lose_it")),
+        "pixels with a label": record["coverage_after"],
+        "of the labeled pixels, keep their class": shares.get("keep_their_class"),
+        "get another class": shares.get("get_another"),
+        "lose their label": shares.get("lose_it"),
         "mask proposals an image": f"{record['proposals_per_image']:.1f}",
-        "accuracy before": percent(record.get("accuracy_before")),
-        "accuracy after": percent(record.get("accuracy_after")),
+        "accuracy before": record.get("accuracy_before"),
+        "accuracy after": record.get("accuracy_after"),
     }
 
 
-def of_scc(record: dict) -> dict[str, str | None]:
+def of_scc(record: dict) -> dict[str, float | str | None]:
     truth, loss = record.get("ground_truth", {}), record["last loss"]
+    decided = " / ".join(str(record[name]) for name in ("kept", "corrected", "dropped"))
     return {
-        "labels whose class the classifier gives": percent(record["accuracy on its labels"]),
-        "share of the largest class": percent(record["largest class"]),
+        "labels whose class the classifier gives": record["accuracy on its labels"],
+        "share of the largest class": record["largest class"],
         "loss at the end": None if loss is None else f"{loss:.2f}",
         "loss of chance": f"{record['loss of chance']:.2f}",
-        "connectivities kept / corrected / dropped": (
-            f"{record['kept']} / {record['corrected']} / {record['dropped']}"
-        ),
-        "pixels with a label": percent(record["coverage_after"]),
+        "connectivities kept / corrected / dropped": decided,
+        "pixels with a label": record["coverage_after"],
         "classes that lose all their pixels": ", ".join(record["lost classes"]) or "none",
-        "accuracy before": percent(truth.get("accuracy_before")),
-        "accuracy after": percent(truth.get("accuracy_after")),
+        "accuracy before": truth.get("accuracy_before"),
+        "accuracy after": truth.get("accuracy_after"),
     }
 
 
-def of_split(record: dict) -> dict[str, str | None]:
+def of_split(record: dict) -> dict[str, str]:
     counts = {name: c["labeled_images"] for name, c in record["classes"].items()}
     images = record["images"]
     return {
@@ -78,9 +74,9 @@ def of_split(record: dict) -> dict[str, str | None]:
     }
 
 
-def of_training(record: dict) -> dict[str, str | None]:
+def of_training(record: dict) -> dict[str, float | str | None]:
     miou = record["mIoU"]
     return {
-        "unlabeled pixels above --conf-thresh": percent(record.get("above_conf_thresh")),
+        "unlabeled pixels above --conf-thresh": record.get("above_conf_thresh"),
         "validation mIoU, last": f"{miou['last']:.1f}" if miou else "not measured: no list for it",
     }
