@@ -146,12 +146,10 @@ def pairs_of(data: DataSet, root: Path, split: str) -> tuple[list[Pair], list[st
     labels = layout.files(root, "labels", split)
     folder, ending = layout.made or layout.labels
     pairs = []
-    for key, image in images.items():
-        condition, name = key
-        label = f"{folder.format(split=split, condition=condition)}/{name}{ending}"
-        official = labels.get(key)
-        label = label if layout.made else official or label
-        pairs.append(Pair(image, official, label, condition))
+    for (condition, name), image in images.items():
+        made = f"{folder.format(split=split, condition=condition)}/{name}{ending}"
+        official = labels.get((condition, name))
+        pairs.append(Pair(image, official, made if layout.made else official or made, condition))
     return pairs, [label for key, label in labels.items() if key not in images]
 
 
@@ -251,9 +249,8 @@ def write_once(path: Path, label: np.ndarray, source: str | Path, classes: Class
 def listed_label(root: Path, classes: ClassSet, pair: Pair) -> np.ndarray:
     """Check one image of a list and its label, which has the image's aspect ratio; returns it."""
     image, path = root / pair.image, root / pair.label
-    size, label = read_image(image).shape[:2], read_label(path)
+    size, label = read_image(image).shape[:2], read_label(path, classes.count)
     check_same_shape(path, label.shape, image, size)
-    check_label_values(label, classes.count, path)
     return label
 
 
@@ -341,9 +338,8 @@ def print_histogram(title: str, histogram: np.ndarray, classes: ClassSet) -> Non
         print(f"{title}: no labels here (only evaluation and diagnostics need them)")
         return
     print(f"{title}: share of the pixels per class")
-    for name, pixels in zip(
-        (*classes.names, "no label"), (*histogram[: classes.count], histogram[IGNORE])
-    ):
+    names = (*classes.names, "no label")
+    for name, pixels in zip(names, (*histogram[: classes.count], histogram[IGNORE])):
         note = "" if pixels or name == "no label" else "   no pixel of it"
         print(f"  {name:<14} {100 * pixels / total:7.3f} %{note}")
 
@@ -398,10 +394,10 @@ def prepare(options: DataSetOptions) -> None:
     folder = options.out or Path("splits") / name
     record, settings = folder / f"prepared{data.suffix}.json", {"data": name, "expect": stated}
     lists = {split: folder / f"{split}{data.suffix}.txt" for split in lists_of(found)}
-    if all(path.is_file() for path in (record, *lists.values())):
-        if made_before(record, made_from(settings, files_of(root, found, lists))):
-            print(f"{', '.join(map(str, lists.values()))}: checked before, nothing has changed")
-            return
+    source = lambda: made_from(settings, files_of(root, found, lists))
+    if all(path.is_file() for path in (record, *lists.values())) and made_before(record, source()):
+        print(f"{', '.join(map(str, lists.values()))}: checked before, nothing has changed")
+        return
     for split, checked in found.items():
         prepare_split(root, data, name, split, checked)
     stop_at([line for checked in found.values() for line in checked.problems])
@@ -410,8 +406,7 @@ def prepare(options: DataSetOptions) -> None:
     for split, rows in lists_of(found).items():
         write_list(lists[split], rows)
         print(f"{lists[split]}: {len(rows)} rows")
-    source = made_from(settings, files_of(root, found, lists))
-    write_json(record, {**manifest(vars(options)), "made_from": source})
+    write_json(record, {**manifest(vars(options)), "made_from": source()})
 
 
 def files_of(root: Path, found: dict[str, Checked], lists: dict[str, Path]) -> dict[str, Path]:
