@@ -96,12 +96,18 @@ def mean_trust(path: Path) -> dict[str, float]:
         return {}
     sums: dict[str, list[float]] = {}
     with open(path, newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            if int(row["final"]) != IGNORE:
+        for number, row in enumerate(csv.DictReader(file), start=2):
+            try:
+                area, kept = int(row["area"]), int(row["final"]) != IGNORE
                 trust = 1 - float(row["eta"]) if row["eta"] else float(row["score"])
+            except (KeyError, TypeError, ValueError):
+                raise UserError(
+                    f"{path}, line {number}: not a line of seco_scc.py's; run its correction again"
+                ) from None
+            if kept:
                 total = sums.setdefault(row["image"], [0.0, 0.0])
-                total[0] += int(row["area"]) * trust
-                total[1] += int(row["area"])
+                total[0] += area * trust
+                total[1] += area
     return {image: weighted / area for image, (weighted, area) in sums.items()}
 
 

@@ -166,6 +166,10 @@ def test_wrong_input(root):
     write_list(train, [*read_list(train), ("new.png", "pix_scc/a/new.png")])
     with pytest.raises(UserError, match="no labeled connectivity of new.png"):
         split(root)
+    with open(root / "pix_scc/connectivities.csv", "a") as file:
+        file.write("x.png,0\n")
+    with pytest.raises(UserError, match="connectivities.csv, line 74: not a line of"):
+        split(root)
     (root / "pix_scc/a/03.png").unlink()
     with pytest.raises(UserError, match="03.png: no such file"):
         split(root)
