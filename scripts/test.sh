@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up an environment if need be and runs the tests (about five minutes on 2 cores).
+# Sets up an environment if need be and runs the tests (about four minutes on 2 cores).
 #   bash scripts/test.sh                 all tests but those marked slow
 #   bash scripts/test.sh -m slow         the slow ones: every task rehearsed, runs killed and changed (ten minutes more)
 #   bash scripts/test.sh tests/test_x.py any option of pytest (-n 8: eight processes; --pdb needs -n 0)
