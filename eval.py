@@ -40,6 +40,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -261,28 +262,27 @@ def evaluate_checkpoint(
     return confusion
 
 
-def png_of_images(folder: Path, images: list[str], what: str, without: int) -> dict[str, Path]:
-    """{image path: <folder>/<image path without its first folders>.png}, absolute paths. without:
-    how many folders are left out. Two images with one file are an error; what: their kind, for it.
+def without_twins(files: dict[str, Path], what: str) -> dict[str, Path]:
+    """{image path: file}, as given. Two images with one file are an error; what: the files' kind,
+    for it.
     """
     image_of: dict[Path, str] = {}
-    for image in images:
-        parts = Path(image).parts
-        path = folder.joinpath(*parts[without:] or parts).with_suffix(".png").resolve()
+    for image, path in files.items():
         if image_of.setdefault(path, image) != image:
             raise UserError(
                 f"{path}: would be the {what} of {image_of[path]} and of {image}; give each in a"
                 " list of its own"
             )
-    return {image: path for path, image in image_of.items()}
+    return files
 
 
 def labels_in_folder(folder: Path, images: list[str]) -> dict[str, Path]:
     """{image path: label map} of the images that have one where make_pseudo_labels.py, seco_sam.py
-    and seco_scc.py put them below `<root>/<exp>`.
+    and seco_scc.py put them below `<root>/<exp>`: <image path without its first folder>.png.
     """
-    found = png_of_images(folder, images, "label map", without=1)
-    return {image: path for image, path in found.items() if path.is_file()}
+    below = {image: image.partition("/")[2] or image for image in images}
+    files = {i: (folder / name).with_suffix(".png").resolve() for i, name in below.items()}
+    return without_twins({i: path for i, path in files.items() if path.is_file()}, "label map")
 
 
 def label_of_images(labels: Path, rows, list_path: Path, root: Path) -> dict[str, str | Path]:
@@ -340,7 +340,7 @@ class Evaluation:
 
     rows: (image path, ground-truth path), or of images alone. maps: {image path: its label map}, of
     --labels. predictions: {image path: where its prediction goes}. named: {name: file} of the
-    options. source: what the metrics of --out are made from.
+    options; files: of all that is read.
     """
 
     def __init__(self, args: Options):
@@ -363,7 +363,8 @@ class Evaluation:
         names += images if args.checkpoint else []  # with --labels no image is read
         self.maps, self.predictions = {}, {}
         if args.predictions:
-            self.predictions = png_of_images(args.predictions, images, "prediction", without=0)
+            files = {image: (args.predictions / image).with_suffix(".png") for image in images}
+            self.predictions = without_twins(files, "prediction")
         check_files(root, names, args.id_list_path)
         if args.labels:
             self.maps = label_of_images(args.labels, rows, args.id_list_path, root)
@@ -372,9 +373,13 @@ class Evaluation:
         self.settings = {**settings_of(args), "names": self.classes.names}
         named = {"list": args.id_list_path, "checkpoint": args.checkpoint, "labels": args.labels}
         self.named = {name: path for name, path in named.items() if path and not path.is_dir()}
-        files = self.named | {name: root / name for name in names}
-        files |= {f"of {image}": root / path for image, path in self.maps.items()}
-        self.source = made_from(self.settings, files) if args.out else None
+        self.files = self.named | {name: root / name for name in names}
+        self.files |= {f"of {image}": root / path for image, path in self.maps.items()}
+
+    @cached_property
+    def source(self) -> dict:
+        """What the metrics of --out are made from. All files are read for it."""
+        return made_from(self.settings, self.files)
 
     def header(self) -> str:
         args, count = self.args, len(self.rows)
@@ -462,6 +467,7 @@ def measure(task: Evaluation, first: bool) -> None:
     args, device = task.args, select_device(task.args.device)
     exact_mode()
     network = checked_network(task, device) if args.checkpoint else None
+    source = task.source if args.out and first else None  # of the files as they are before the work
     rows = task.rows
     if not task.labeled:
         rows = [row for row in rows if not task.predictions[row[0]].is_file()]
@@ -484,7 +490,7 @@ def measure(task: Evaluation, first: bool) -> None:
     if args.out:
         mode = args.mode if args.checkpoint else "labels"
         metrics |= {"mode": mode, "images": len(rows), "class_num": task.classes.count}
-        write_results(args.out, confusion, metrics, {**record, "made_from": task.source})
+        write_results(args.out, confusion, metrics, {**record, "made_from": source})
 
 
 def main(argv: list[str] | None = None) -> None:

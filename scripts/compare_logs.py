@@ -165,6 +165,12 @@ def differing_settings(run: TrainingLog, reference: TrainingLog) -> list[str]:
     return notes
 
 
+def with_gaps(values: dict[int, float]) -> tuple[list, list]:
+    """(epochs, values) from the first epoch to the last; NaN for one that is missing."""
+    epochs = list(range(min(values), max(values) + 1)) if values else []
+    return epochs, [values.get(epoch, np.nan) for epoch in epochs]
+
+
 def picture(run: TrainingLog, reference: TrainingLog, tolerance: float):
     """mIoU with the band, above the four losses of each epoch's last row, which is the mean over
     nearly all of it. A matplotlib Figure.
@@ -176,14 +182,7 @@ def picture(run: TrainingLog, reference: TrainingLog, tolerance: float):
             for label, log in logs.items()
         }
         if of_logs["reference"]:
-            span = {
-                label: range(min(v, default=0), max(v, default=-1) + 1)
-                for label, v in of_logs.items()
-            }
-            losses[name] = {  # an epoch without a row is a gap
-                label: (list(span[label]), [v.get(epoch, np.nan) for epoch in span[label]])
-                for label, v in of_logs.items()
-            }
+            losses[name] = {label: with_gaps(values) for label, values in of_logs.items()}
     axes, *others = new_axes([460, *(300 for _ in losses)])
     axes.set_title("mIoU on the validation set", loc="left")
     axes.set(xlabel="epoch", ylabel="mIoU (%)")

@@ -381,6 +381,10 @@ def test_label_maps_of_equal_names_are_told_apart(data, tmp_path, capsys):
     assert run_main(lambda: main(arguments(tmp_path, "--labels", tmp_path / "exp"))) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "label map of images/val/city/0.png and of more/val/city/0.png" in error
+    (tmp_path / "exp/val/city/0.png").unlink()  # then neither has one
+    write_list(tmp_path / "val.txt", [rows[1], rows[0], ("more/val/city/0.png", "gt/val/city/1.png")])
+    main(arguments(tmp_path, "--labels", tmp_path / "exp"))
+    assert "2 of them have no label map" in capsys.readouterr().out
 
 
 def test_bad_input_is_told_in_one_line(data, tmp_path, capsys):
