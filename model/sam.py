@@ -136,10 +136,9 @@ def build_sam(
     path = Path(checkpoint or WEIGHTS[sam_type])
     builder = sam_builder(sam_type)
     check_file(path, sam_type)
+    sam = builder()
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        sam = builder()
-        sam.load_state_dict(state)
+        sam.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # the unpickler meets bytes of another kind with any kind of error
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(

@@ -382,7 +382,8 @@ def test_label_maps_of_equal_names_are_told_apart(data, tmp_path, capsys):
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "label map of images/val/city/0.png and of more/val/city/0.png" in error
     (tmp_path / "exp/val/city/0.png").unlink()  # then neither has one
-    write_list(tmp_path / "val.txt", [rows[1], rows[0], ("more/val/city/0.png", "gt/val/city/1.png")])
+    twins = [rows[0], ("more/val/city/0.png", "gt/val/city/1.png")]
+    write_list(tmp_path / "val.txt", [rows[1], *twins])
     main(arguments(tmp_path, "--labels", tmp_path / "exp"))
     assert "2 of them have no label map" in capsys.readouterr().out
 
