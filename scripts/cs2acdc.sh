@@ -8,8 +8,8 @@
 #
 # Expected   not published: nobody has run SeCo here, and there is no log. To compare with, of DeepLabV2: CMA 50.4 (test) and 48.8
 #            (validation), the source model 38.0 and 34.6. Nobody has run this script on the real data yet.
-# Hours      not measured. PSA with vit_h is a long stage: 1600 images at seconds to a minute each on one GPU. So are the starting
-#            labels: 14 passes an image, and the model runs twice.
+# Hours      not measured. PSA with vit_h: 1600 images, about 1.3 s each on an H100 (scripts/README.md, "Speed and memory"). The starting
+#            labels take long too: 14 passes an image, and the model runs twice.
 # Memory     not measured; crop 769 with GLOBAL_BATCH 8. Too little memory: raise GPUS.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 set -euo pipefail

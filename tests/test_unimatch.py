@@ -459,7 +459,7 @@ def test_dry_run_runs_only_what_has_room(data, tmp_path, monkeypatch, capsys, th
         return 100 + 0.5 * crop**2, 2 + 0.01 * crop**2, 0.5
 
     monkeypatch.setattr(train_unimatch, "small_dry_run", small)
-    monkeypatch.setattr(train_logs, "SMALL_CROPS", (33, 37))
+    monkeypatch.setattr(train_logs, "SMALL_CROPS", {"cpu": (33, 37)})
     monkeypatch.setattr(train_logs, "memory_here", lambda device: there)
     assert run_main(lambda: main(command(data, tmp_path / "run", "--dry-run"))) == 0
     out = capsys.readouterr().out

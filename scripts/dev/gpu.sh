@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What a GPU should show, part by part, in one folder with a table (runs/gpu, or --out FOLDER): nine minutes on a card of 80 GB.
+# What a GPU should show, part by part, in one folder with a table (runs/gpu, or --out FOLDER): about 15 minutes on an H100.
 #
 #   bash scripts/dev/gpu.sh                                 # options as of `python -m scripts.dev.gpu --help`
 #   bash scripts/dev/gpu.sh --device cpu --out runs/cpu     # in miniature, two minutes on 2 cores
