@@ -8,7 +8,8 @@
 # Expected   reported: before 37.9 (SFOCDA), after 44.3. Shipped log: best and last 44.43 @ epoch 55, where it stops (of 240),
 #            mean of the last 20 epochs 42.29, whole image. Nobody has run this script on the real data yet.
 # Hours      adaptation: the log's epochs took 1117 s, so 240 take 74 h on the authors' four GPUs (type not published). Not
-#            measured here. PSA with vit_h: 7000 images, about a second each on an H100 (scripts/README.md, "Speed and memory").
+#            measured here. On an H100 PSA with vit_h takes about a second an image (7000), and `--amp tf32` in ADAPT is six times as
+#            fast as fp32 (scripts/README.md, "Speed and memory").
 # Memory     not published and not measured; crop 769 with 1 + 1 images a GPU. Too little memory: raise GPUS.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 set -euo pipefail

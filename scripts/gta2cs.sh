@@ -8,7 +8,8 @@
 # Expected   reported: before 55.1 (DT-ST), after 64.6. Shipped log: best 64.63 @ epoch 179, mean of the last 20 epochs
 #            63.74, sliding windows. Nobody has run this script on the real data yet.
 # Hours      adaptation: the log's epochs took 398 s, 26.2 h in all, on the authors' four GPUs (type not published). Not
-#            measured here. PSA with vit_h: 2975 images, 1.3 s each on an H100 (scripts/README.md, "Speed and memory").
+#            measured here. On an H100 PSA with vit_h takes 1.3 s an image (2975), and `--amp tf32` in ADAPT is six times as fast as
+#            fp32 (scripts/README.md, "Speed and memory").
 # Memory     not published and not measured; crop 769 with 2 + 2 images a GPU. Too little memory: raise GPUS.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 set -euo pipefail

@@ -11,7 +11,8 @@
 # Expected   reported: before 52.3 (DT-ST), after 59.2. Shipped log: best 59.23 @ epoch 84 (65.42 over 13 classes), mean of
 #            the last 20 epochs 57.95, whole image. Nobody has run this script on the real data yet.
 # Hours      adaptation: the log's epochs took 266 s, 17.7 h in all, on the authors' four GPUs (type not published). Not
-#            measured here. PSA with vit_h: 2975 images, 1.3 s each on an H100 (scripts/README.md, "Speed and memory").
+#            measured here. On an H100 PSA with vit_h takes 1.3 s an image (2975), and `--amp tf32` in ADAPT is six times as fast as
+#            fp32 (scripts/README.md, "Speed and memory").
 # Memory     not published and not measured; crop 769 with 2 + 2 images a GPU. Too little memory: raise GPUS.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 set -euo pipefail
