@@ -33,21 +33,20 @@ def scene_seed(seed: int, split: str, index: int) -> int:
     return seed * 100_000 + ("train", "val").index(split) * 10_000 + index
 
 
-def _write_scene(folder: Path, domain: str, split: str, seed: int, index: int) -> None:
-    """Draw and save one scene, unless both files are there."""
+def _write_scene(folder: Path, seed: int, scene: tuple[str, str, int]) -> None:
+    """Draw and save one scene (domain, split, index), unless both files are there."""
+    domain, split, index = scene
     image_path = folder / domain / split / "images" / f"{index:05d}.png"
     label_path = folder / domain / split / "gt" / f"{index:05d}.png"
     if image_path.is_file() and label_path.is_file():
         return
-    scene = draw_scene(scene_seed(seed, split, index), domain)
+    drawn = draw_scene(scene_seed(seed, split, index), domain)
     with atomic_path(image_path) as temporary:
-        Image.fromarray(scene.image).save(temporary, format="PNG", compress_level=1)
-    write_label(label_path, scene.label, CITYSCAPES_19.palette)
+        Image.fromarray(drawn.image).save(temporary, format="PNG", compress_level=1)
+    write_label(label_path, drawn.label, CITYSCAPES_19.palette)
 
 
-def make_toy(
-    root: Path, seed: int, sizes: dict[tuple[str, str], int] | None = None, processes: int = 2
-) -> Path:
+def make_toy(root: Path, seed: int, sizes: dict[tuple[str, str], int] = SPLITS) -> Path:
     """Make the benchmark of a data seed under `<root>/toy/s<seed>/`, or finish it; returns that
     folder.
 
@@ -56,9 +55,6 @@ def make_toy(
     target_val.txt (image and label; for evaluation and diagnostics). Paths in the lists are
     relative to `root`.
     """
-    sizes = sizes or SPLITS
-    if not 0 <= seed < 100:
-        raise UserError(f"--seed {seed}: data seeds run from 0 to 99")
     folder = root / "toy" / f"s{seed}"
     made = {
         "version": VERSION,
@@ -79,29 +75,25 @@ def make_toy(
     for (domain, split), count in sizes.items():
         base = f"toy/s{seed}/{domain}/{split}"
         rows = [(f"{base}/images/{i:05d}.png", f"{base}/gt/{i:05d}.png") for i in range(count)]
-        lists = {f"{domain}_{split}": rows}
         if (domain, split) == ("target", "train"):
-            lists = {"target_train": [(image,) for image, _ in rows], "target_train_gt": rows}
-        for name, content in lists.items():
-            write_list(folder / "lists" / f"{name}.txt", content)
-    with (
-        ProcessPoolExecutor(processes) as pool,
-        progress(desc="drawing", total=sum(sizes.values())) as bar,
-    ):
-        for (domain, split), count in sizes.items():
-            write = partial(_write_scene, folder, domain, split, seed)
-            for _ in pool.map(write, range(count), chunksize=8):
-                bar.update()
+            write_list(folder / "lists/target_train_gt.txt", rows)
+            rows = [(image,) for image, _ in rows]
+        write_list(folder / f"lists/{domain}_{split}.txt", rows)
+    scenes = [(*where, i) for where, count in sizes.items() for i in range(count)]
+    with ProcessPoolExecutor(2) as pool:
+        written = pool.map(partial(_write_scene, folder, seed), scenes, chunksize=8)
+        for _ in progress(written, "drawing", len(scenes)):
+            pass
     write_json(marker, made)
     return folder
 
 
-def preview(path: Path, rows: int = 4) -> None:
+def preview(path: Path) -> None:
     """A picture of the first scenes of every style, each beside its labels."""
     from util.pictures import colour_label, contact_sheet, save_picture
 
     sheet = []
-    for index in range(rows):
+    for index in range(4):
         sheet.append([])
         for style in STYLES:
             scene = draw_scene(scene_seed(0, "train", index), style)
@@ -117,7 +109,7 @@ SceneCount = Annotated[int, Bounds(least=1, most=10_000), "SOURCE TARGET VAL"]
 class Options:
     """scenes"""
 
-    seed: int = 0
+    seed: Annotated[int, Bounds(least=0, most=99)] = 0
     "data seed, 0 to 99"
     root_path: Folder = Path("data")
     "folder for toy/s<seed>/"

@@ -71,6 +71,18 @@ TARGET_COLOURS = {
     MOTORCYCLE: [(44, 42, 45), (135, 42, 40), (45, 62, 107)],
     BICYCLE: [(48, 48, 51), (151, 56, 61), (62, 117, 131)],
 }
+# How strongly each class's surface is textured, as a share of its brightness; the others: 0.10.
+ROUGH = {
+    WALL: 0.14,
+    POLE: 0.06,
+    LIGHT: 0.04,
+    SIGN: 0.04,
+    VEGETATION: 0.30,
+    TERRAIN: 0.24,
+    SKY: 0.05,
+}
+ROUGH |= {CAR: 0.05, TRUCK: 0.05, BUS: 0.05, TRAIN: 0.05, MOTORCYCLE: 0.08, BICYCLE: 0.08}
+ROUGHNESS = np.array([ROUGH.get(class_id, 0.10) for class_id in range(19)], np.float32)
 COLOUR_JITTER = {"source": 24, "target": 24, "random": 40}
 GLASS, TYRE, HUB = (58, 70, 84), (30, 30, 32), (140, 140, 144)
 
@@ -80,22 +92,15 @@ class Painter:
     earlier ones.
 
     Coordinates are pixels of the supersampled canvas, x to the right, y down; `base` is where an
-    object stands.
+    object stands; `unit` is one canvas pixel of the benchmark's own size.
     """
 
     def __init__(self, height: int, width: int, rng: np.random.Generator, style: str):
         self.height, self.width, self.rng, self.style = height, width, rng, style
-        self.image, self.label, self.segment = (
-            Image.new(mode, (width, height)) for mode in ("RGB", "L", "I")
-        )
-        self.layers = [ImageDraw.Draw(layer) for layer in (self.image, self.label, self.segment)]
+        self.canvas = [Image.new(mode, (width, height)) for mode in ("RGB", "L", "I")]
+        self.layers = [ImageDraw.Draw(layer) for layer in self.canvas]
         self.class_id, self.number = 0, 0
-        # One canvas pixel of the benchmark's own size.
         self.unit = height / (HEIGHT * SUPERSAMPLING)
-
-    def begin(self, class_id: int) -> None:
-        """What follows is a new object of this class."""
-        self.class_id, self.number = class_id, self.number + 1
 
     def pick(self, class_id: int) -> tuple[int, int, int]:
         """A colour for an object of the class, in the scene's style."""
@@ -109,16 +114,18 @@ class Painter:
         return tuple(int(np.clip(c + rng.integers(-jitter, jitter + 1), 0, 255)) for c in colour)
 
     def start(self, class_id: int) -> tuple[int, int, int]:
-        """`begin` and `pick` at once."""
-        self.begin(class_id)
+        """What follows is a new object of this class; its colour."""
+        self.class_id, self.number = class_id, self.number + 1
         return self.pick(class_id)
 
-    def _draw(self, method: str, shape, colour) -> None:
+    def _draw(self, method: str, shape, colour, **how) -> None:
+        """Into all layers, at whole pixels."""
+        shape = [int(round(value)) for value in np.ravel(shape)]
         for layer, fill in zip(self.layers, (colour, self.class_id, self.number)):
-            getattr(layer, method)(shape, fill=fill)
+            getattr(layer, method)(shape, fill=fill, **how)
 
     def polygon(self, points, colour) -> None:
-        self._draw("polygon", [(int(round(x)), int(round(y))) for x, y in points], colour)
+        self._draw("polygon", points, colour)
 
     def trapezium(self, x, y0, half0, y1, half1, colour) -> None:
         """Centred on x, with half a width at each of two heights."""
@@ -131,12 +138,10 @@ class Painter:
 
     def disc(self, x, y, radius_x, radius_y, colour) -> None:
         around = (x - radius_x, y - radius_y, x + radius_x, y + radius_y)
-        self._draw("ellipse", tuple(int(round(v)) for v in around), colour)
+        self._draw("ellipse", around, colour)
 
     def line(self, points, width, colour) -> None:
-        points = [(int(round(x)), int(round(y))) for x, y in points]
-        for layer, fill in zip(self.layers, (colour, self.class_id, self.number)):
-            layer.line(points, fill=fill, width=max(1, int(round(width))))
+        self._draw("line", points, colour, width=max(1, int(round(width))))
 
 
 def shade(colour, factor):
@@ -228,8 +233,8 @@ def person(p: Painter, x, base, height) -> None:
     p.disc(x, base - height * 0.9, height * 0.085, height * 0.1, skin)
 
 
-def two_wheeler(p: Painter, x, base, size, motor: bool, ridden: bool) -> None:
-    rng = p.rng
+def two_wheeler(p: Painter, x, base, size, kind: str) -> None:
+    rng, motor = p.rng, kind.startswith("motor")
     colour = p.start(MOTORCYCLE if motor else BICYCLE)
     radius, reach = size * (0.24 if motor else 0.27), size * 0.36
     front, axle, tube = 1 if rng.random() < 0.5 else -1, base - radius, max(2 * p.unit, size * 0.05)
@@ -248,7 +253,7 @@ def two_wheeler(p: Painter, x, base, size, motor: bool, ridden: bool) -> None:
     low, high = base - radius * 1.9, base - radius * 2.9
     handlebar = [(x + front * reach * 0.6, low), (x + front * reach * 0.75, high)]
     p.line(handlebar, tube, shade(colour, 0.7))
-    if ridden:
+    if kind.endswith("ist"):
         rider(p, x, base, size, radius, front, motor)
 
 
@@ -356,3 +361,25 @@ def wall(p: Painter, x0, x1, base, h) -> None:
     while y < base:
         p.box(x0, y, x1, y + 2 * p.unit, shade(colour, 0.82))
         y += max(5 * p.unit, h * 0.22)
+
+
+def paint_thing(p: Painter, kind: str, x, base, scale) -> None:
+    """What stands or drives on the street; scale: 1 is near."""
+    rng, uniform, width, height = p.rng, p.rng.uniform, p.width, p.height
+    if kind == "car":
+        if rng.random() < 0.5 and rng.random() < 0.55:
+            car_end_on(p, x, base, width * 0.17 * scale)
+        else:
+            car_from_the_side(p, x, base, width * 0.20 * scale)
+    elif kind == "person":
+        person(p, x, base, height * 0.30 * scale * uniform(0.85, 1.1))
+    elif kind in ("bicycle", "motorcycle", "cyclist", "motorcyclist"):
+        two_wheeler(p, x, base, height * 0.24 * scale, kind)
+    elif kind == "truck":
+        truck(p, x, base, width * 0.34 * scale)
+    elif kind == "bus":
+        bus(p, x, base, width * 0.42 * scale)
+    elif kind == "tree":
+        tree(p, x, base, height * 0.55 * scale * uniform(0.9, 1.3))
+    else:
+        pole(p, x, base, height * 0.62 * scale * uniform(0.8, 1.2), kind)

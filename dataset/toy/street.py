@@ -3,59 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import itemgetter
 
 import numpy as np
 from PIL import Image, ImageFilter
 
-from dataset.toy.objects import (
-    BICYCLE,
-    BUS,
-    CAR,
-    HEIGHT,
-    LIGHT,
-    MOTORCYCLE,
-    POLE,
-    ROAD,
-    SIDEWALK,
-    SIGN,
-    SKY,
-    STYLES,
-    SUPERSAMPLING,
-    TERRAIN,
-    TRAIN,
-    TRUCK,
-    VEGETATION,
-    WALL,
-    WIDTH,
-    Painter,
-    building,
-    bus,
-    bush,
-    car_end_on,
-    car_from_the_side,
-    fence,
-    person,
-    pole,
-    shade,
-    train,
-    tree,
-    truck,
-    two_wheeler,
-    wall,
-)
-
-# How strongly each class's surface is textured, as a share of its brightness; the others: 0.10.
-ROUGH = {
-    WALL: 0.14,
-    POLE: 0.06,
-    LIGHT: 0.04,
-    SIGN: 0.04,
-    VEGETATION: 0.30,
-    TERRAIN: 0.24,
-    SKY: 0.05,
-}
-ROUGH |= {CAR: 0.05, TRUCK: 0.05, BUS: 0.05, TRAIN: 0.05, MOTORCYCLE: 0.08, BICYCLE: 0.08}
-ROUGHNESS = np.array([ROUGH.get(class_id, 0.10) for class_id in range(19)], np.float32)
+from dataset.toy import objects
+from dataset.toy.objects import HEIGHT, SKY, STYLES, SUPERSAMPLING, WIDTH, Painter, shade
 
 
 @dataclass(frozen=True)
@@ -128,27 +82,27 @@ def paint_sky(s: Street) -> None:
             picture.ellipse(tuple(int(v) for v in cloud), fill=shade(sky, uniform(1.08, 1.25)))
     if rng.random() < s.between(0.5, 0.8):
         height = s.H * uniform(0.05, 0.12)
-        bush(p, -20 * p.unit, s.W + 20 * p.unit, s.horizon + s.H * 0.03, height)
+        objects.bush(p, -20 * p.unit, s.W + 20 * p.unit, s.horizon + s.H * 0.03, height)
 
 
 def paint_ground(s: Street) -> None:
     """Both sides of the road: sidewalk or terrain, perhaps with a strip of the other."""
     p, rng, horizon, vanishing, W, H = s.p, s.p.rng, s.horizon, s.vanishing, s.W, s.H
     for side in (-1, 1):
-        outer = TERRAIN if rng.random() < s.between(0.25, 0.5) else SIDEWALK
+        outer = objects.TERRAIN if rng.random() < s.between(0.25, 0.5) else objects.SIDEWALK
         edge = (0 if side < 0 else W) + side * W * 0.6
         corners = [(vanishing, horizon), (edge, horizon), (edge, H), (vanishing, H)]
         p.polygon(corners, p.start(outer))
-        if outer == TERRAIN and rng.random() < 0.7:
+        if outer == objects.TERRAIN and rng.random() < 0.7:
             x0, x1 = vanishing + side * s.far, vanishing + side * (s.far + s.half)
             outer0, outer1 = x0 + side * s.far * 1.5, x1 + side * s.pavement * 1.4
             strip = [(x0, horizon), (outer0, horizon), (outer1, H), (x1, H)]
-            p.polygon(strip, p.start(SIDEWALK))
-        elif outer == SIDEWALK and rng.random() < 0.35:
+            p.polygon(strip, p.start(objects.SIDEWALK))
+        elif outer == objects.SIDEWALK and rng.random() < 0.35:
             x0, x1 = vanishing + side * s.far, vanishing + side * (s.far + s.half + s.pavement)
             outer0, outer1 = x0 + side * s.far * 2, x1 + side * W * 0.5
             strip = [(x0, horizon), (outer0, horizon), (outer1, H), (x1, H)]
-            p.polygon(strip, p.start(TERRAIN))
+            p.polygon(strip, p.start(objects.TERRAIN))
 
 
 def line_side(s: Street, side: int) -> None:
@@ -161,19 +115,19 @@ def line_side(s: Street, side: int) -> None:
         left, right = min(x, end), max(x, end)
         tall = H * uniform(0.14, 0.36) * (0.6 + 2.0 * t)
         if kind < s.between(0.62, 0.45):
-            building(p, left, right, max(4 * p.unit, base - tall), base)
+            objects.building(p, left, right, max(4 * p.unit, base - tall), base)
         elif kind < s.between(0.78, 0.72):
             for _ in range(rng.integers(1, 4)):
                 x_tree, base_tree = uniform(left, right), base + H * uniform(0, 0.02)
-                tree(p, x_tree, base_tree, H * uniform(0.16, 0.34))
+                objects.tree(p, x_tree, base_tree, H * uniform(0.16, 0.34))
         elif kind < s.between(0.88, 0.82):
-            bush(p, left, right, base, H * uniform(0.05, 0.1))
+            objects.bush(p, left, right, base, H * uniform(0.05, 0.1))
         x, t = end + side * W * uniform(-0.005, 0.02), t + uniform(0.01, 0.05)
     if rng.random() < 0.45:
         t = uniform(0.1, 0.22)
         start = s.vanishing + side * W * uniform(0.12, 0.25)
         end = start + side * W * uniform(0.18, 0.4)
-        barrier = wall if rng.random() < s.between(0.5, 0.4) else fence
+        barrier = objects.wall if rng.random() < s.between(0.5, 0.4) else objects.fence
         height = H * uniform(0.05, 0.10) * (0.7 + 1.5 * t)
         barrier(p, min(start, end), max(start, end), s.ground(t), height)
 
@@ -184,13 +138,13 @@ def paint_train(s: Street) -> None:
     if s.p.rng.random() < 0.09:
         start = s.vanishing + s.W * uniform(-0.5, 0.1)
         end, base = start + s.W * uniform(0.35, 0.7), s.ground(uniform(0.1, 0.18))
-        train(s.p, start, end, base, s.H * uniform(0.10, 0.15))
+        objects.train(s.p, start, end, base, s.H * uniform(0.10, 0.15))
 
 
 def paint_road(s: Street) -> None:
     """Asphalt and its middle line."""
     p, vanishing, ground = s.p, s.vanishing, s.ground
-    asphalt = p.start(ROAD)
+    asphalt = p.start(objects.ROAD)
     top = [(s.road_left(0), s.horizon + 1), (s.road_right(0), s.horizon + 1)]
     p.polygon([*top, (s.road_right(1), s.H), (s.road_left(1), s.H)], asphalt)
     for index in range(9):
@@ -199,69 +153,36 @@ def paint_road(s: Street) -> None:
         p.trapezium(vanishing, ground(t0), half0, ground(t1), half1, shade(asphalt, 1.7))
 
 
-def choose_objects(s: Street) -> list[tuple]:
-    """What stands or drives there: (t, number, kind, x), unsorted."""
-    rng, uniform, objects = s.p.rng, s.p.rng.uniform, []
+def choose_things(s: Street) -> list[tuple]:
+    """What stands or drives there: (t, kind, x), unsorted."""
+    rng, uniform, things = s.p.rng, s.p.rng.uniform, []
 
-    def place(kind, t, x):
-        objects.append((t, len(objects), kind, x))
+    def scatter(count, kind, far, near, where):
+        for _ in range(count):
+            t = uniform(far, near)
+            things.append((t, kind, where(t)))
 
-    for _ in range(rng.integers(1, 6)):
-        t = uniform(0.1, 0.85)
-        place("car", t, s.on_road(t) if rng.random() < 0.8 else s.beside(t))
-    for _ in range(rng.poisson(s.between(3.0, 4.5))):
-        t = uniform(0.1, 0.8)
-        place("person", t, s.beside(t) if rng.random() < 0.85 else s.on_road(t))
+    def mostly(usual, share, other):
+        return lambda t: usual(t) if rng.random() < share else other(t)
+
+    scatter(rng.integers(1, 6), "car", 0.1, 0.85, mostly(s.on_road, 0.8, s.beside))
+    people = rng.poisson(s.between(3.0, 4.5))
+    scatter(people, "person", 0.1, 0.8, mostly(s.beside, 0.85, s.on_road))
     if rng.random() < 0.3:  # a crowd
         t = uniform(0.12, 0.45)
         x = s.beside(t)
         for _ in range(rng.integers(3, 7)):
-            place("person", t + uniform(-0.02, 0.02), x + s.W * uniform(-0.04, 0.04))
-    for kind, mean, where in (
-        ("bicycle", s.between(1.0, 1.6), s.beside),
-        ("motorcycle", 0.30, s.on_road),
-        ("cyclist", 0.45, s.on_road),
-        ("motorcyclist", 0.16, s.on_road),
-    ):
-        for _ in range(rng.poisson(mean)):
-            t = uniform(0.15, 0.85 if kind == "bicycle" else 0.8)
-            place(kind, t, where(t))
-    for kind, nearest in (("truck", 0.6), ("bus", 0.55)):
-        if rng.random() < 0.2:
-            t = uniform(0.15, nearest)
-            place(kind, t, s.on_road(t))
+            things.append((t + uniform(-0.02, 0.02), "person", x + s.W * uniform(-0.04, 0.04)))
+    scatter(rng.poisson(s.between(1.0, 1.6)), "bicycle", 0.15, 0.85, s.beside)
+    scatter(rng.poisson(0.30), "motorcycle", 0.15, 0.8, s.on_road)
+    scatter(rng.poisson(0.45), "cyclist", 0.15, 0.8, s.on_road)
+    scatter(rng.poisson(0.16), "motorcyclist", 0.15, 0.8, s.on_road)
+    scatter(int(rng.random() < 0.2), "truck", 0.15, 0.6, s.on_road)
+    scatter(int(rng.random() < 0.2), "bus", 0.15, 0.55, s.on_road)
     for kind in ("lamp", "light", "sign"):
-        for _ in range(rng.poisson(1.3)):
-            t = uniform(0.05, 0.6)
-            place(kind, t, s.beside(t))
-    for _ in range(rng.poisson(0.8)):
-        t = uniform(0.1, 0.5)
-        place("tree", t, s.beside(t + 0.15))
-    return objects
-
-
-def paint_objects(s: Street, objects: list[tuple]) -> None:
-    """From far to near."""
-    p, rng, uniform, W, H = s.p, s.p.rng, s.p.rng.uniform, s.W, s.H
-    for t, _, kind, x in sorted(objects):
-        y, scale = s.ground(t), 0.25 + 0.95 * t
-        if kind == "car":
-            if rng.random() < 0.5 and rng.random() < 0.55:
-                car_end_on(p, x, y, W * 0.17 * scale)
-            else:
-                car_from_the_side(p, x, y, W * 0.20 * scale)
-        elif kind == "person":
-            person(p, x, y, H * 0.30 * scale * uniform(0.85, 1.1))
-        elif kind in ("bicycle", "motorcycle", "cyclist", "motorcyclist"):
-            two_wheeler(p, x, y, H * 0.24 * scale, kind.startswith("motor"), kind.endswith("ist"))
-        elif kind == "truck":
-            truck(p, x, y, W * 0.34 * scale)
-        elif kind == "bus":
-            bus(p, x, y, W * 0.42 * scale)
-        elif kind == "tree":
-            tree(p, x, y, H * 0.55 * scale * uniform(0.9, 1.3))
-        else:
-            pole(p, x, y, H * 0.62 * scale * uniform(0.8, 1.2), kind)
+        scatter(rng.poisson(1.3), kind, 0.05, 0.6, s.beside)
+    scatter(rng.poisson(0.8), "tree", 0.1, 0.5, lambda t: s.beside(t + 0.15))
+    return things
 
 
 def draw_scene(seed: int, style: str, height: int = HEIGHT, width: int = WIDTH) -> Scene:
@@ -278,7 +199,8 @@ def draw_scene(seed: int, style: str, height: int = HEIGHT, width: int = WIDTH) 
         line_side(s, side)
     paint_train(s)
     paint_road(s)
-    paint_objects(s, choose_objects(s))
+    for t, kind, x in sorted(choose_things(s), key=itemgetter(0)):  # from far to near
+        objects.paint_thing(p, kind, x, s.ground(t), 0.25 + 0.95 * t)
     return _rendered(p, s.horizon)
 
 
@@ -298,17 +220,18 @@ def _rendered(p: Painter, horizon: float) -> Scene:
     """
     rng, style = p.rng, p.style
     uniform = rng.uniform
-    picture = np.asarray(p.image.reduce(SUPERSAMPLING)).astype(np.float32)
+    image, label, segment = p.canvas
+    picture = np.asarray(image.reduce(SUPERSAMPLING)).astype(np.float32)
     middle = slice(SUPERSAMPLING // 2, None, SUPERSAMPLING)
-    label = np.asarray(p.label)[middle, middle].astype(np.uint8)
-    segment = np.asarray(p.segment)[middle, middle].astype(np.int32)
+    label = np.asarray(label)[middle, middle].astype(np.uint8)
+    segment = np.asarray(segment)[middle, middle].astype(np.int32)
     h, w = label.shape
 
     strength = {"source": 0.7, "target": 1.0, "random": uniform(0.2, 2.2)}[style]
     cell = max(1, h // 96)
     texture = 0.6 * noise(rng, h, w, cell)
     texture = texture + 0.5 * noise(rng, h, w, 3 * cell) + 0.5 * noise(rng, h, w, 10 * cell)
-    picture *= (1 + strength * ROUGHNESS[label] * texture)[..., None]
+    picture *= (1 + strength * objects.ROUGHNESS[label] * texture)[..., None]
     if style == "source":
         gain, cast = uniform(0.8, 1.15), tuple(uniform(0.96, 1.04, 3))
         saturation, haze, grain = uniform(0.8, 1.2), uniform(0, 0.12), uniform(1, 4)
