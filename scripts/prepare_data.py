@@ -28,7 +28,6 @@ Outputs  cityscapes: *_gtFine_labelTrainIds.png (*_labelTrainIds16.png for SYNTH
              the official ones are train IDs already
          lists in --out (default: splits/<data set>): train.txt, val.txt (train_16.txt, val_16.txt
          for 16 classes); acdc: test.txt too, of images alone, and val_<condition>.txt
-         prepared.json (prepared_16.json) beside them: of the same files, nothing is done again
 
 Checked: counts (of a subset on purpose --expect tells them), pairing, sizes, every image and label
 decodes, allowed values, pixels per class. One line per problem, with the mend, on stderr; exit code
@@ -47,10 +46,9 @@ from __future__ import annotations
 import os
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
@@ -84,7 +82,7 @@ from util.labels import (
     write_list,
 )
 from util.options import ClassOptions, Count, Folder, List, ListOptions, parse_options
-from util.outputs import made_before, made_from, write_json
+from util.outputs import write_json
 from util.run import UserError, manifest, progress, run_main
 
 LINES_SHOWN = 20  # problems printed before the rest is counted only
@@ -156,58 +154,56 @@ def pairs_of(data: DataSet, root: Path, split: str) -> tuple[list[Pair], list[st
 # ------------------------------------------------------------------------------------------- checks
 
 
-@dataclass
-class Checked:
-    """The pairs of a split or of a list, and what the checks found in them: lines that stop the
-    work, lines that do not, images to leave out, pixels per label value.
-    """
-
-    pairs: list[Pair]
-    problems: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    left_out: set[str] = field(default_factory=set)
-    histogram: np.ndarray = field(default_factory=lambda: np.zeros(256, dtype=np.int64))
+class LeftOut(UserError):
+    """What is wrong with an image that is left out, since its data set is published with such."""
 
 
-class UnequalSizes(UserError):
-    """Image and label do not belong together; in a data set with gaps the image is left out."""
+def check_pairing(
+    root: Path, data: DataSet, split: str, stated: int | None
+) -> tuple[list[Pair], list[str]]:
+    """Pairs of a split, and a line for each problem with their number and with what is paired.
 
-
-def check_pairing(root: Path, data: DataSet, split: str, stated: int | None) -> Checked:
-    """Counts and pairing. stated: the number of images that the user gave with --expect.
-
-    Training labels may be absent as a whole; in part only in a data set with gaps.
+    stated: the number of images that the user gave with --expect. Training labels may be absent as
+    a whole. In a data set with gaps pairs may lack their label.
     """
     pairs, orphans = pairs_of(data, root, split)
-    found, expected = Checked(pairs), data.counts[split] if stated is None else stated
+    expected, problems = data.counts[split] if stated is None else stated, []
     mend = f"unpack {data.source} here again"
     if len(pairs) != expected:
         count = f"{root}: {len(pairs)} {split} images, the official set has {expected}"
         if data.has_gaps and stated is None and 0 < expected - len(pairs) <= few(expected):
-            found.notes.append(f"{count}; going on with these")
+            print(f"note: {count}; going on with these")
         else:
             subset = "a subset on purpose: say its size with --expect"
-            found.problems.append(f"{count}; {mend} ({subset})")
+            problems.append(f"{count}; {mend} ({subset})")
     if split in data.unlabeled:
-        return found
-    without = [pair for pair in pairs if not (pair.official or (root / pair.label).is_file())]
-    lines = [f"{root / label}: is the label of no image" for label in orphans]
-    if split == "train" and (data.has_gaps or len(without) == len(pairs)):
-        if without:
+        return pairs, problems
+    without = [pair for pair in pairs if not has_label(root, pair)]
+    if data.has_gaps:
+        if without and split == "train":
             count = f"{len(without)} of {len(pairs)} {split} images have no label"
-            found.notes.append(f"{root}: {count}; they are listed, no stage needs it")
-    else:
-        lines += [f"{root / pair.image}: has no label" for pair in without]
-        found.left_out |= {pair.image for pair in without}
-    told, mend = (found.notes, "left out") if data.has_gaps else (found.problems, mend)
-    told += [f"{line}; {mend}" for line in lines]
-    return found
+            print(f"note: {root}: {count}; they are listed, no stage needs it")
+        return pairs, problems
+    if split == "train" and len(without) == len(pairs):
+        without = []
+    lines = [f"{root / label}: is the label of no image" for label in orphans]
+    lines += [f"{root / pair.image}: has no label" for pair in without]
+    return pairs, problems + [f"{line}; {mend}" for line in lines]
 
 
-def prepared_label(root: Path, data: DataSet, pair: Pair) -> np.ndarray | None:
-    """Check one image and its official label, and write the train-ID label. UserError tells what is
-    wrong. Returns the train IDs (uint8 H x W), or None without a label.
+def has_label(root: Path, pair: Pair) -> bool:
+    """Whether an image has its official label or at least the train-ID label made of it."""
+    return bool(pair.official or pair.label and (root / pair.label).is_file())
+
+
+def prepared_label(root: Path, data: DataSet, split: str, pair: Pair) -> np.ndarray | None:
+    """Check one image and its official label, and write the train-ID label. Returns the train IDs
+    (uint8 H x W), or None without a label, which only evaluation needs.
+
+    UserError tells what is wrong; in a data set with gaps it is LeftOut for an image that lacks its
+    label or has one of another size.
     """
+    unusable = LeftOut if data.has_gaps else UserError
     shape = read_image(root / pair.image).shape[:2]
     turned = data.has_gaps and shape == data.size[::-1]
     if data.size and shape != data.size and not turned:
@@ -215,12 +211,14 @@ def prepared_label(root: Path, data: DataSet, pair: Pair) -> np.ndarray | None:
             f"{root / pair.image}: is {shape[1]}x{shape[0]}, the official images are"
             f" {data.size[1]}x{data.size[0]}; use the full-size download"
         )
-    if pair.official is None and not (pair.label and (root / pair.label).is_file()):
+    if not has_label(root, pair):
+        if split == "val":
+            raise unusable(f"{root / pair.image}: has no label")
         return None
     target, source = root / pair.label, root / (pair.official or pair.label)
     label = read_label(source)
     if label.shape != shape:
-        raise UnequalSizes(
+        raise unusable(
             f"{source}: is {label.shape[1]}x{label.shape[0]}, its image {shape[1]}x{shape[0]}; a"
             " label has the size of its image"
         )
@@ -254,49 +252,48 @@ def listed_label(root: Path, classes: ClassSet, pair: Pair) -> np.ndarray:
     return label
 
 
-def check_labels(found: Checked, check: Callable, title: str, has_gaps: bool = False) -> None:
-    """Add to `found` what `check` says of every pair: it returns a label (or None) or raises.
+def check_labels(
+    pairs: list[Pair], check: Callable, title: str
+) -> tuple[list[Pair], np.ndarray, list[str]]:
+    """Check every pair, in threads, for Pillow decodes outside Python's lock.
 
-    In threads, for Pillow decodes outside Python's lock. has_gaps: pairs of unequal sizes are left
-    out.
+    check: of a pair; returns its label, or None if it has none, or raises a UserError. Returns the
+    pairs that are not left out, the pixels of each value in their labels (int64 256), and a line
+    for each problem.
     """
 
-    def attempt(pair: Pair) -> np.ndarray | UserError | None:
+    def attempt(pair: Pair) -> np.ndarray | UserError:
         try:
             label = check(pair)
         except UserError as error:
             return error
-        return None if label is None else pixels_of_values(label)
+        return np.zeros(256, dtype=np.int64) if label is None else pixels_of_values(label)
 
-    pairs = [pair for pair in found.pairs if pair.image not in found.left_out]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        results = progress(pool.map(attempt, pairs), title, len(pairs))
-        for pair, result in zip(pairs, results):
-            if isinstance(result, UnequalSizes) and has_gaps:
-                found.left_out.add(pair.image)
-                found.notes.append(f"{result}; left out")
-            elif isinstance(result, UserError):
-                found.problems.append(str(result))
-            elif result is not None:
-                found.histogram += result
+        results = list(progress(pool.map(attempt, pairs), title, len(pairs)))
+    tell("note", [f"{result}; left out" for result in results if isinstance(result, LeftOut)])
+    kept = [pair for pair, result in zip(pairs, results) if not isinstance(result, LeftOut)]
+    histogram = np.zeros(256, dtype=np.int64)
+    histogram += sum(result for result in results if isinstance(result, np.ndarray))
+    return kept, histogram, [str(result) for result in results if type(result) is UserError]
 
 
 def check_list(path: Path, root: Path, classes: ClassSet) -> None:
     """Check a list of ours: its form, that images and labels are there, decode, pair up and hold
     train IDs.
     """
-    found = Checked([Pair(image, label, label) for image, label in read_list(path)])
+    pairs = [Pair(image, label, label) for image, label in read_list(path)]
+    _, histogram, problems = check_labels(pairs, partial(listed_label, root, classes), path.name)
     text = path.read_bytes()
     if b"\r" in text:
         stumbles = "has Windows line ends; other UniMatch code stumbles over them"
-        found.problems.append(f"{path}: {stumbles}; mend: sed -i 's/\\r$//' {path}")
+        problems.append(f"{path}: {stumbles}; mend: sed -i 's/\\r$//' {path}")
     if b"" in (lines := [line.strip() for line in text.splitlines()]):
         blank = "is blank; other UniMatch code stumbles over it; remove the line"
-        found.problems.append(f"{path}, line {lines.index(b'') + 1}: {blank}")
-    check_labels(found, partial(listed_label, root, classes), path.name)
-    stop_at(found.problems)
-    check_classes(found.histogram, classes.count, path)
-    print_histogram(f"{path}", found.histogram, classes)
+        problems.append(f"{path}, line {lines.index(b'') + 1}: {blank}")
+    stop_at(problems)
+    check_classes(histogram, classes.count, path)
+    print_histogram(f"{path}", histogram, classes)
     print(f"{path}: sound")
 
 
@@ -361,23 +358,9 @@ def stop_at(problems: list[str]) -> None:
 # --------------------------------------------------------------------------------------------- main
 
 
-def prepare_split(root: Path, data: DataSet, name: str, split: str, found: Checked) -> None:
-    """Check a split's files, make its labels, and say what is in them. name: of the data set."""
-    check_labels(found, partial(prepared_label, root, data), f"{name} {split}", data.has_gaps)
-    count = len(found.pairs)
-    print_histogram(f"{name} {split}, {count} images", found.histogram, data.classes)
-    lacking = len(found.left_out)
-    if lacking == count or lacking > few(data.counts[split]):
-        found.problems.append(
-            f"{root}: {lacking} of {count} {split} images have no usable label; unpack"
-            f" {data.source} here again"
-        )
-    tell("note", found.notes)
-
-
 def prepare(options: DataSetOptions) -> None:
     """Check and prepare one data set, split by split; the lists are written when all splits are
-    sound. What was prepared before from the same files is found.
+    sound.
     """
     name, root = options.data, options.root_path
     data = DATA_SETS[f"{name}_16" if getattr(options, "class_num", 19) == 16 else name]
@@ -388,46 +371,33 @@ def prepare(options: DataSetOptions) -> None:
         raise UserError(f"--expect: give {len(splits)} numbers, for {', '.join(splits)}")
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; put {data.source} there")
-    found = {split: check_pairing(root, data, split, n) for split, n in zip(splits, stated)}
-    # before the long work of decoding everything
-    stop_at([line for checked in found.values() for line in checked.problems])
-    folder = options.out or Path("splits") / name
-    record, settings = folder / f"prepared{data.suffix}.json", {"data": name, "expect": stated}
-    lists = {split: folder / f"{split}{data.suffix}.txt" for split in lists_of(found)}
-    source = lambda: made_from(settings, files_of(root, found, lists))
-    if all(path.is_file() for path in (record, *lists.values())) and made_before(record, source()):
-        print(f"{', '.join(map(str, lists.values()))}: checked before, nothing has changed")
-        return
-    for split, checked in found.items():
-        prepare_split(root, data, name, split, checked)
-    stop_at([line for checked in found.values() for line in checked.problems])
+    found, problems = {}, []
+    for split, number in zip(splits, stated):
+        found[split], lines = check_pairing(root, data, split, number)
+        problems += lines
+    stop_at(problems)  # before the long work of decoding everything
+    for split, pairs in found.items():
+        title, check = f"{name} {split}", partial(prepared_label, root, data, split)
+        found[split], histogram, lines = check_labels(pairs, check, title)
+        print_histogram(f"{title}, {len(pairs)} images", histogram, data.classes)
+        problems += lines
+        lacking = len(pairs) - len(found[split])
+        if not found[split] or lacking > few(data.counts[split]):
+            problems.append(
+                f"{root}: {lacking} of {len(pairs)} {split} images have no usable label; unpack"
+                f" {data.source} here again"
+            )
+    stop_at(problems)
+    lists = dict(found)
+    for pair in found.get("val", []):
+        if pair.condition:
+            lists.setdefault(f"val_{pair.condition}", []).append(pair)
     if name == "acdc" and len(lists) == len(found):
         print("note: in this layout the conditions are unknown; there is no list of each")
-    for split, rows in lists_of(found).items():
-        write_list(lists[split], rows)
-        print(f"{lists[split]}: {len(rows)} rows")
-    write_json(record, {**manifest(vars(options)), "made_from": source()})
-
-
-def files_of(root: Path, found: dict[str, Checked], lists: dict[str, Path]) -> dict[str, Path]:
-    """{name: file} of all images, labels and lists of a data set."""
-    pairs = [pair for checked in found.values() for pair in checked.pairs]
-    names = {name for pair in pairs for name in (pair.image, pair.official, pair.label) if name}
-    files = {name: root / name for name in sorted(names) if (root / name).is_file()}
-    return files | {f"list {split}": path for split, path in lists.items()}
-
-
-def lists_of(found: dict[str, Checked]) -> dict[str, list[tuple[str, ...]]]:
-    """{name of a list: rows}: of each split, and of each condition of the validation images."""
-    rows = defaultdict(list)
-    for split, checked in found.items():
-        for pair in checked.pairs:
-            if pair.image not in checked.left_out:
-                row = (pair.image, pair.label) if pair.label else (pair.image,)
-                rows[split].append(row)
-                if split == "val" and pair.condition:
-                    rows[f"val_{pair.condition}"].append(row)
-    return rows
+    for part, pairs in lists.items():
+        path = (options.out or Path("splits") / name) / f"{part}{data.suffix}.txt"
+        write_list(path, [tuple(filter(None, (pair.image, pair.label))) for pair in pairs])
+        print(f"{path}: {len(pairs)} rows")
 
 
 @dataclass(kw_only=True)

@@ -64,8 +64,6 @@ def test_the_layout_as_downloaded(downloaded, capsys):
         len(read_list(lists / "train.txt")) == 4 and len(read_list(lists / "test.txt", (1,))) == 4
     )
     assert "conditions are unknown" not in out
-    again = sound(capsys, downloaded, data="acdc", expect=(4, 4, 4))
-    assert again.endswith("checked before, nothing has changed\n") and again.count("\n") == 1
     assert layouts.missing_data("acdc", downloaded) == []
 
 
@@ -91,15 +89,6 @@ def test_a_download_that_lacks_a_file(downloaded, capsys, spoil, told):
     (downloaded / spoil).unlink()
     code, _, err = prepare(capsys, downloaded, data="acdc", expect=(4, 4, 4))
     assert code == 2 and told in err and not (downloaded / "lists").exists()
-
-
-def test_what_was_prepared_is_checked_again_when_a_file_changes(downloaded, capsys):
-    sound(capsys, downloaded, data="acdc", expect=(4, 4, 4))
-    [path] = downloaded.glob("gt/rain/val/*/*_gt_labelTrainIds.png")
-    blocks(path, [3], *SIZE)
-    assert "fence" in sound(capsys, downloaded, data="acdc", expect=(4, 4, 4))
-    (downloaded / "lists/val_rain.txt").unlink()
-    assert "val_rain.txt: 1 rows" in sound(capsys, downloaded, data="acdc", expect=(4, 4, 4))
 
 
 def test_ready_made_labels(downloaded, tmp_path, capsys):
