@@ -54,6 +54,7 @@ from util.labels import (
     LABEL_IDS_OF_19,
     ClassSet,
     check_files,
+    check_one_each,
     check_pairs,
     check_same_shape,
     chosen_classes,
@@ -262,27 +263,15 @@ def evaluate_checkpoint(
     return confusion
 
 
-def without_twins(files: dict[str, Path], what: str) -> dict[str, Path]:
-    """{image path: file}, as given. Two images with one file are an error; what: the files' kind,
-    for it.
-    """
-    image_of: dict[Path, str] = {}
-    for image, path in files.items():
-        if image_of.setdefault(path, image) != image:
-            raise UserError(
-                f"{path}: would be the {what} of {image_of[path]} and of {image}; give each in a"
-                " list of its own"
-            )
-    return files
-
-
 def labels_in_folder(folder: Path, images: list[str]) -> dict[str, Path]:
     """{image path: label map} of the images that have one where make_pseudo_labels.py, seco_sam.py
     and seco_scc.py put them below `<root>/<exp>`: <image path without its first folder>.png.
     """
     below = {image: image.partition("/")[2] or image for image in images}
     files = {i: (folder / name).with_suffix(".png").resolve() for i, name in below.items()}
-    return without_twins({i: path for i, path in files.items() if path.is_file()}, "label map")
+    files = {image: path for image, path in files.items() if path.is_file()}
+    check_one_each(files, "label map")
+    return files
 
 
 def label_of_images(labels: Path, rows, list_path: Path, root: Path) -> dict[str, str | Path]:
@@ -363,8 +352,9 @@ class Evaluation:
         names += images if args.checkpoint else []  # with --labels no image is read
         self.maps, self.predictions = {}, {}
         if args.predictions:
-            files = {image: (args.predictions / image).with_suffix(".png") for image in images}
-            self.predictions = without_twins(files, "prediction")
+            places = ((args.predictions / image).with_suffix(".png") for image in images)
+            self.predictions = dict(zip(images, places))
+            check_one_each(self.predictions, "prediction")
         check_files(root, names, args.id_list_path)
         if args.labels:
             self.maps = label_of_images(args.labels, rows, args.id_list_path, root)
@@ -381,24 +371,13 @@ class Evaluation:
         """What the metrics of --out are made from. All files are read for it."""
         return made_from(self.settings, self.files)
 
-    def header(self) -> str:
-        args, count = self.args, len(self.rows)
-        text = f"{args.checkpoint or args.labels}, {count} images of {args.id_list_path}"
-        if args.checkpoint:
-            text += f", mode {args.mode}"
-            text += f" {args.crop_size}" if args.mode in ("sliding_window", "center_crop") else ""
-        elif lacking := count - len(self.maps):
-            text += f", {lacking} of them have no label map and count as unlabeled"
-        return text + (", IoU in percent" if self.labeled else "")
-
     def finished(self) -> bool:
         """Whether an earlier call has left all that is asked for."""
         out = self.args.out
         results = [out / name for name in RESULTS] if out else []
-        there = all(path.is_file() for path in (*results, *self.predictions.values()))
-        if not there or not self.labeled:
-            return there
-        return out is not None and made_before(out / "run.json", self.source)
+        if not all(path.is_file() for path in (*results, *self.predictions.values())):
+            return False
+        return not self.labeled or bool(out) and made_before(out / "run.json", self.source)
 
     def accept(self, folder: Outputs) -> None:
         """In process 0: refuse the folder of --predictions if it holds those of something else."""
@@ -424,9 +403,16 @@ class Evaluation:
 
     def show(self, metrics: dict | None) -> None:
         """On screen, the figures and where the predictions are."""
-        print(table(metrics, self.header()) if metrics else self.header())
+        args, count = self.args, len(self.rows)
+        header = f"{args.checkpoint or args.labels}, {count} images of {args.id_list_path}"
+        if args.checkpoint:
+            header += f", mode {args.mode}"
+            header += f" {args.crop_size}" if args.mode in ("sliding_window", "center_crop") else ""
+        elif lacking := count - len(self.maps):
+            header += f", {lacking} of them have no label map and count as unlabeled"
+        print(table(metrics, f"{header}, IoU in percent") if metrics else header)
         if self.predictions:
-            print(f"{len(self.predictions)} label maps in {self.args.predictions}")
+            print(f"{len(self.predictions)} label maps in {args.predictions}")
 
 
 def checked_network(task: Evaluation, device) -> Network:

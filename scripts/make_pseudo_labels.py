@@ -45,6 +45,7 @@ from model.network import load_network
 from util.labels import (
     IGNORE,
     ClassSet,
+    check_one_each,
     check_same_shape,
     chosen_classes,
     holds_pictures,
@@ -293,9 +294,8 @@ def label_rows(options: Options) -> list[tuple[str, str]]:
     """(image, label) of the list: `leftImg8bit/train/a/x.jpg` → `<exp>/train/a/x.png`. No two
     images share a label, and nothing takes the place of an input.
     """
-    images = [row[0] for row in read_list(options.id_list_path, columns=(1, 2))]
-    owners: dict[str, str] = {}
-    for image in images:
+    labels = {}
+    for image, *_ in read_list(options.id_list_path, columns=(1, 2)):
         folder, below, _ = image.partition("/")
         if not below:
             raise UserError(
@@ -307,15 +307,12 @@ def label_rows(options: Options) -> list[tuple[str, str]]:
                 f"image path {image}: --exp {options.exp} takes the place of its first folder in"
                 " the label's path; give another name"
             )
-        label = str(PurePosixPath(in_experiment(image, options.exp)).with_suffix(".png"))
-        if owners.setdefault(label, image) != image:
-            raise UserError(
-                f"{options.id_list_path}: {owners[label]} and {image} would share the label"
-                f" {label}; images must differ in more than first folder and suffix"
-            )
+        label = PurePosixPath(in_experiment(image, options.exp)).with_suffix(".png")
+        labels[image] = str(label)
+    check_one_each(labels, "label")
     if options.out_list.resolve() == options.id_list_path.resolve():
         raise UserError(f"--out-list {options.out_list}: is the list that is read; name another")
-    return [(image, label) for label, image in owners.items()]
+    return list(labels.items())
 
 
 def stored_path(folder: Path, label: str, stage: str) -> Path:

@@ -68,6 +68,7 @@ from util.labels import (
     check_classes,
     check_files,
     check_label_values,
+    check_one_each,
     check_same_shape,
     chosen_classes,
     image_size,
@@ -311,8 +312,7 @@ def take_labels(options: LabelOptions) -> None:
     if missing := [path for path in sources.values() if not path.is_file()]:
         count = f"{len(missing)} of {len(images)} images lack theirs"
         raise UserError(f"{missing[0]}: no such label map ({count}); it is named as its image")
-    if len(set(sources.values())) < len(images):
-        raise UserError(f"{options.id_list_path}: images of one name would share a label map")
+    check_one_each(sources, "label map")
     rows = []
     for image, source in progress(sources.items(), "labels"):
         label = read_label(source, classes.count)

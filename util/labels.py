@@ -431,6 +431,17 @@ def check_files(root: str | Path, relative_paths: list[str], list_path: str | Pa
         )
 
 
+def check_one_each(files: dict[str, str | Path], what: str) -> None:
+    """Fail if two images have one file. files: {image path: file}; what: their kind."""
+    image_of: dict[str | Path, str] = {}
+    for image, path in files.items():
+        if image_of.setdefault(path, image) != image:
+            raise UserError(
+                f"{path}: would be the {what} of {image_of[path]} and of {image}; give each in a"
+                " list of its own"
+            )
+
+
 def check_same_shape(
     path_a: str | Path, size_a: tuple[int, int], path_b: str | Path, size_b: tuple[int, int]
 ) -> None:

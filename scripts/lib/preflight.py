@@ -31,32 +31,28 @@ def missing_inputs(given: Mapping[str, str]) -> Missing:
     """Of the models that a task starts from. A model of the Hub has no file here: seco_sam.py says
     what it lacks.
     """
-    missing, sam, sam_type = [], given["SAM_CHECKPOINT"], given["SAM_TYPE"]
-    for name, files in (
-        ("LABELS", "one PNG per training image, named as the image"),
-        ("PROBABILITIES", "one K x H x W array per training image, <image path>.npy"),
-    ):
-        if folder := given.get(name):
-            if not Path(folder).is_dir():
-                missing.append((f"{folder}: no such folder ({name})", f"put {files} there"))
-            break
+    labels, arrays = given.get("LABELS"), given.get("PROBABILITIES")
+    others = "or CHECKPOINT=…, or another model's probabilities: PROBABILITIES=<folder>"
+    if labels:
+        get = "put one PNG per training image there, named as the image"
+        needed = [(labels, "no such folder (LABELS)", get)]
+    elif arrays:
+        get = "put one K x H x W array per training image there, <image path>.npy"
+        needed = [(arrays, "no such folder (PROBABILITIES)", get)]
     else:
-        if not Path(given["CHECKPOINT"]).is_file():
-            what = f"{given['CHECKPOINT']}: the model that the starting labels come from"
-            others = "or CHECKPOINT=…, or another model's probabilities: PROBABILITIES=<folder>"
-            missing.append((what, f"{given['CHECKPOINT_FROM']}; {others}"))
-    if sam and not Path(sam).exists():
-        get = f"bash scripts/download.sh sam {sam_type} (vit_t: model/README.md)"
-        missing.append((f"{sam}: SAM's weights ({sam_type})", get))
-    scc = given["SCC_WEIGHTS"] if given["USE_SCC"] == "1" else "imagenet"
-    other = "SCC_WEIGHTS=imagenet (torchvision fetches them), or a .pth"
-    for weights, what, get in (
-        (given["BACKBONE_WEIGHTS"], "UniMatch's ImageNet ResNet-101 (deep stem)", UNIMATCH_WEIGHTS),
-        (scc, "ImageNet weights of SCC's ResNet-101", other),
-    ):
-        if weights != "imagenet" and not Path(weights).is_file():
-            missing.append((f"{weights}: {what}", get))
-    return missing
+        get = f"{given['CHECKPOINT_FROM']}; {others}"
+        what = "the model that the starting labels come from"
+        needed = [(given["CHECKPOINT"], what, get)]
+    if given["SAM_CHECKPOINT"]:
+        get = f"bash scripts/download.sh sam {given['SAM_TYPE']} (vit_t: model/README.md)"
+        needed.append((given["SAM_CHECKPOINT"], f"SAM's weights ({given['SAM_TYPE']})", get))
+    what = "UniMatch's ImageNet ResNet-101 (deep stem)"
+    needed.append((given["BACKBONE_WEIGHTS"], what, UNIMATCH_WEIGHTS))
+    if given["USE_SCC"] == "1":
+        get = "SCC_WEIGHTS=imagenet (torchvision fetches them), or a .pth"
+        needed.append((given["SCC_WEIGHTS"], "ImageNet weights of SCC's ResNet-101", get))
+    lacking = [part for part in needed if part[0] != "imagenet" and not Path(part[0]).exists()]
+    return [(f"{path}: {what}", get) for path, what, get in lacking]
 
 
 def gpus_found() -> int:

@@ -15,8 +15,8 @@ Outputs  <out>/data     cityscapes: leftImg8bit/{train,val}/<city>/*_leftImg8bit
     python -m scripts.lib.rehearsal_data --layout cityscapes --class-num 19 \\
         --out runs/rehearse/gta2cs/inputs
 
-What is there is kept, so a stopped rehearsal goes on. Copied away, this file needs dataset/toy/,
-model/, util/, scripts/prepare_data.py and scripts/lib/layouts.py.
+A checkpoint that is there is kept. Copied away, this file needs dataset/toy/, model/, util/ and
+scripts/lib/layouts.py.
 """
 
 from __future__ import annotations
@@ -36,13 +36,17 @@ from dataset.toy import draw_scene
 from model.network import CMA, DeepLabV2
 from model.resnet import to_tensor
 from scripts.lib.layouts import OFFICIAL
-from scripts.prepare_data import LABEL_IDS_OF_19
-from util.labels import IDS_16_IN_19, IGNORE
+from util.labels import IDS_16_IN_19, IGNORE, LABEL_IDS_OF_19
 from util.options import Count, Folder, parse_options
 from util.outputs import atomic_path
 from util.run import run_main, seed_everything
 
-CITIES = {"train": ("aachen", "bochum"), "val": ("frankfurt",)}
+NAMES = {
+    "cityscapes": "{city}/{city}_{i:06d}_000019",
+    "bdd": "{seed:08x}-{i:08x}",
+    "acdc": "GOPR0122/GOPR0122_frame_{i:06d}",
+}
+CITIES = {"train": ("aachen", "bochum"), "val": ("frankfurt",), "test": ("berlin",)}
 FIRST_SEEDS = {"train": 0, "val": 1000, "fit": 2000, "test": 3000}
 FIT_SCENES, FIT_SIZE = 6, (128, 256)  # scenes, height and width that the classifier is fitted on
 RIDGE = 1e-3  # relative to the mean square of a feature
@@ -69,23 +73,16 @@ def write_data(root: Path, layout: str, counts: dict[str, int]) -> None:
     for split, count in counts.items():
         for i in range(count):
             seed = FIRST_SEEDS[split] + i
-            name = f"GOPR0122/GOPR0122_frame_{i:06d}"
-            if layout == "cityscapes":
-                city = CITIES[split][i % len(CITIES[split])]
-                name = f"{city}/{city}_{i:06d}_000019"
-            elif layout == "bdd":
-                name = f"{seed:08x}-{i:08x}"
+            city = CITIES[split][i % len(CITIES[split])]
+            name = NAMES[layout].format(city=city, i=i, seed=seed)
             names = {"split": split, "condition": files.conditions[i % len(files.conditions)]}
             image, label = (
                 root / folder.format(**names) / f"{name}{ending}"
                 for folder, ending in (files.images, files.labels)
             )
-            unlabeled = split in OFFICIAL[layout].unlabeled
-            if image.exists() and (unlabeled or label.exists()):
-                continue
             scene = draw_scene(seed, "target", *OFFICIAL[layout].size)
             save(image, scene.image)
-            if not unlabeled:
+            if split not in OFFICIAL[layout].unlabeled:
                 save(label, label_ids(scene.label) if layout == "cityscapes" else scene.label)
 
 
