@@ -58,7 +58,6 @@ from util.labels import (
     check_pairs,
     check_same_shape,
     chosen_classes,
-    holds_pictures,
     image_size,
     label_folder,
     read_image,
@@ -85,8 +84,8 @@ from util.outputs import (
     made_before,
     made_from,
     read_json,
-    remove_leftovers,
     write_json,
+    write_text,
 )
 from util.run import (
     UserError,
@@ -385,9 +384,7 @@ class Evaluation:
         inputs = {"checkpoint": self.args.checkpoint}
         inputs |= {image: self.args.root_path / image for image in self.predictions}
         settings = {**self.settings, "prediction_values": values, "colours": colours}
-        folder.accept(settings, inputs, holds_pictures(folder.folder))
-        for parent in {path.parent for path in self.predictions.values()}:
-            remove_leftovers(parent)
+        folder.accept(settings, inputs)
 
     def label_map(self, image: str) -> np.ndarray:
         """The label map of --labels; one pixel without a label where there is none."""
@@ -439,10 +436,9 @@ def write_results(folder: Path, confusion: np.ndarray, metrics: dict, record: di
     """The files of --out; run.json, which says that they are whole, goes first and comes last."""
     (folder / "run.json").unlink(missing_ok=True)
     names = tuple(metrics["iou"])
-    with atomic_path(folder / "confusion.csv") as temporary:
-        rows = [",".join(["ground truth \\ prediction", *names, "none"])]
-        rows += [",".join([name, *map(str, row)]) for name, row in zip(names, confusion.tolist())]
-        temporary.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    rows = [["ground truth \\ prediction", *names, "none"]]
+    rows += [[name, *map(str, row)] for name, row in zip(names, confusion.tolist())]
+    write_text(folder / "confusion.csv", "".join(",".join(row) + "\n" for row in rows))
     save_chart(folder / "confusion.png", confusion_chart(confusion, names))
     write_json(folder / "metrics.json", metrics)
     write_json(folder / "run.json", record)

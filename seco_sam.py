@@ -51,7 +51,6 @@ from util.labels import (
     Connectivity,
     check_pairs,
     connectivities,
-    holds_pictures,
     read_label,
     read_picture,
     write_classes,
@@ -522,8 +521,7 @@ def main(argv: list[str] | None = None) -> None:
     kinds = {"stuff": list(job.classes.stuff), "things": list(job.classes.things)}
     with Outputs(job.out) as out:
         # Every process: the first one notes the settings before it writes a label.
-        begun = holds_pictures(job.out) or any(job.label(row).is_file() for row in job.rows)
-        out.accept(how | segmenter | kinds | {"amp": options.amp}, begun=begun)
+        out.accept(how | segmenter | kinds | {"amp": options.amp})
         write_classes(job.out, job.classes)
         todo, (rank, world) = job.rows_to_do(), process_rank()
         aggregate_list(job, todo, sam, how, proposals)

@@ -79,7 +79,6 @@ from util.labels import (
     check_pairs,
     chosen_classes,
     ground_truth_of,
-    holds_pictures,
     in_experiment,
     label_folder,
     list_of_experiment,
@@ -110,7 +109,6 @@ from util.outputs import (
     check_writable,
     made_from,
     read_json,
-    remove_leftovers,
     write_json,
 )
 from util.run import (
@@ -515,16 +513,14 @@ def settings_of_scores(options: Options) -> dict:
 def prepare(options: Options, out: Outputs, rows: list, truth: dict[str, str] | None) -> None:
     """All checks that open files; leaves settings, inputs and index.npz."""
     root, folder = options.root_path, out.folder
-    for place in (folder, *filter(Path.is_dir, folder.rglob("*"))):
-        remove_leftovers(place)
     names = [name for row in rows for name in row]
     check_files(root, names, options.id_list_path)
     work = any(any(folder.glob(name)) for name in ("*.pth", "scores/*.npz"))
     inputs = {name: root / name for name in names}
-    same = out.accept(settings_of_scores(options), inputs, work or holds_pictures(folder))
-    index = read_index(folder, options.class_num) if same else None
-    if index is None:
-        index = make_index(folder, root, rows, options.class_num, options.id_list_path)
+    out.accept(settings_of_scores(options), inputs, work)
+    if not work or not (folder / "index.npz").is_file():
+        make_index(folder, root, rows, options.class_num, options.id_list_path)
+    index = read_index(folder)
     if not (index["area"] >= options.min_area).any():
         raise UserError(
             f"{options.id_list_path}: its label maps have no connectivity of --min-area"
@@ -553,7 +549,7 @@ def main(argv: list[str] | None = None) -> None:
             prepare(options, out, rows, truth)
             write_classes(folder, classes)
         wait_for_all()
-        data = Data(root, rows, read_index(folder, classes.count), classes.count, options)
+        data = Data(root, rows, read_index(folder), classes.count, options)
         correct(Correction(data, classes, folder, list_path, truth, device))
 
 

@@ -82,7 +82,7 @@ from util.options import (
     parse_options,
     settings_of,
 )
-from util.outputs import Outputs, atomic_path, remove_leftovers
+from util.outputs import Outputs, atomic_path
 from util.run import (
     UserError,
     process_group,
@@ -485,7 +485,6 @@ def main(argv: list[str] | None = None) -> None:
             begun = any((args.save_path / name).is_file() for name in RESULTS)
             inputs = train_logs.named_files(args) | lists.files(args.root_path)
             out.accept(settings_of(args), inputs, begun)
-            remove_leftovers(args.save_path)
             write_classes(args.save_path, classes)
         with process_group(device):
             adapt(args, classes, lists, model, device)

@@ -40,26 +40,22 @@ def numbered(label: np.ndarray, class_num: int) -> np.ndarray:
     return numbers
 
 
-def make_index(folder: Path, root: Path, rows: list, class_num: int, list_path: Path) -> np.ndarray:
+def make_index(folder: Path, root: Path, rows: list, class_num: int, list_path: Path) -> None:
     """The INDEX rows of all connectivities of a list, left in index.npz in `folder`. UserError if
     an input is unreadable or unfit.
     """
-    (folder / "index.npz").unlink(missing_ok=True)
     check_pairs(root, rows, list_path, class_num)
     with ThreadPoolExecutor() as pool:
         jobs = pool.map(lambda i: index_image(root / rows[i][1], i, class_num), range(len(rows)))
         index = np.concatenate(list(progress(jobs, "SCC index", len(rows))))
     with atomic_path(folder / "index.npz") as temporary, open(temporary, "wb") as file:
-        np.savez_compressed(file, index=index, classes=class_num)
-    return index
+        np.savez_compressed(file, index=index)
 
 
-def read_index(folder: Path, class_num: int) -> np.ndarray | None:
-    """What `make_index` left, if it is of so many classes."""
-    if not (folder / "index.npz").is_file():
-        return None
+def read_index(folder: Path) -> np.ndarray:
+    """What `make_index` left."""
     with np.load(folder / "index.npz") as stored:
-        return stored["index"] if stored["classes"] == class_num else None
+        return stored["index"]
 
 
 def score_path(folder: Path, image: int) -> Path:

@@ -48,7 +48,6 @@ from util.labels import (
     check_one_each,
     check_same_shape,
     chosen_classes,
-    holds_pictures,
     image_size,
     in_experiment,
     read_image,
@@ -77,7 +76,6 @@ from util.outputs import (
     atomic_path,
     check_writable,
     read_json,
-    remove_leftovers,
     write_json,
 )
 from util.pictures import colour_label, contact_sheet, save_picture
@@ -489,11 +487,8 @@ def main(argv: list[str] | None = None) -> None:
 
     with Outputs(folder) as out, process_group(device) as (rank, _):
         if rank == 0:
-            begun = holds_pictures(folder) or (folder / ".confidence").exists()
-            out.accept(options.settings, inputs, begun)
+            out.accept(options.settings, inputs, (folder / ".confidence").exists())
             write_classes(folder, classes)
-            for parent in {(root / label).parent for _, label in rows}:
-                remove_leftovers(parent)
         wait_for_all()  # nothing is made before process 0 has accepted the settings
         finished = summary_path.exists() and all((root / label).exists() for _, label in rows)
         if not finished:

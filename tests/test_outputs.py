@@ -36,8 +36,10 @@ def hold(folder, ready):
         time.sleep(30)
 
 
-def test_a_second_run_in_a_folder_stops_and_a_killed_one_leaves_no_lock(tmp_path):
-    """Nor do the processes that it has forked, as those that load data."""
+def test_a_second_run_in_a_folder_stops_and_a_killed_one_leaves_nothing(tmp_path):
+    """Neither its lock, also in the processes that it has forked, as those that load data, nor
+    half-written files.
+    """
     context = multiprocessing.get_context("fork")
     ready = context.Event()
     first = context.Process(target=hold, args=(tmp_path, ready))
@@ -47,8 +49,10 @@ def test_a_second_run_in_a_folder_stops_and_a_killed_one_leaves_no_lock(tmp_path
         pass
     first.kill()
     first.join()
+    half = [write(tmp_path / "a" / f".x.{i}.2.tmp.png", "half") for i in range(2)]
+    os.utime(half[0], (1, 1))
     with Outputs(tmp_path):
-        pass
+        assert os.listdir(tmp_path / "a") == [half[1].name]  # of another process of this run
 
 
 def test_of_several_processes_only_the_first_takes_the_lock(tmp_path, monkeypatch):
@@ -62,13 +66,14 @@ def test_settings_of_a_run_that_made_nothing_do_not_bind(tmp_path):
     with Outputs(tmp_path) as out:
         with pytest.raises(UserError, match="has no settings.json that says what made its content"):
             out.accept({"seed": 1}, begun=True)
-        out.accept({"seed": 1}, begun=False)
-        out.accept({"seed": 2, "scales": (1, 2)}, begun=False)
+        out.accept({"seed": 1})
+        out.accept({"seed": 2, "scales": (1, 2)})
         out.accept({"seed": 2, "scales": (1, 2)}, begun=True)
         with pytest.raises(UserError, match="holds results of seed = 2, now it is 3; remove"):
             out.accept({"seed": 3, "scales": (1, 2)}, begun=True)
+        write(tmp_path / "a/x.PNG", "")  # a result by itself
         with pytest.raises(UserError, match="scales"):  # one that is no longer given
-            out.accept({"seed": 2}, begun=True)
+            out.accept({"seed": 2})
     assert read_json(tmp_path / "settings.json") == {"seed": 2, "scales": [1, 2]}
 
 
@@ -81,14 +86,15 @@ def test_inputs_may_change_until_there_are_results(tmp_path):
             with pytest.raises(UserError, match=f"{words}.*; remove that"):
                 out.accept({}, inputs, begun=True)
 
-        assert not out.accept({}, two, begun=False) and out.accept({}, two, begun=False)
-        assert out.accept({}, two, begun=True)
+        out.accept({}, two)
+        out.accept({}, two, begun=True)
         refused(files, f"lack 1 of the inputs, first {files['c']}")
         refused({"a": files["a"]}, "1 inputs of its results are none now, first b")
         refused(dict(reversed(two.items())), "in another order")
         write(files["b"], "other")
         refused(two, f"{files['b']}: has changed since the results in {tmp_path}/out")
-        assert not out.accept({}, two, begun=False) and out.accept({}, two, begun=True)
+        out.accept({}, two)
+        out.accept({}, two, begun=True)
 
 
 def test_a_command_knows_what_it_made_before(tmp_path):

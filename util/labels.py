@@ -22,7 +22,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 from scipy import ndimage
 
-from util.outputs import atomic_path, read_text
+from util.outputs import atomic_path, read_text, write_text
 from util.run import UserError, process_rank, progress
 
 IGNORE = 255
@@ -168,10 +168,7 @@ def write_classes(folder: Path, classes: ClassSet) -> None:
     for i, (name, colour) in enumerate(zip(classes.names, classes.palette)):
         kind = "stuff" if i in classes.stuff else "thing" if i in classes.things else "neither"
         lines.append(f"{name} {kind} {','.join(map(str, colour))}\n")
-    path, text = folder / "classes.txt", "".join(lines)
-    if not path.is_file() or path.read_text(encoding="utf-8") != text:
-        with atomic_path(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+    write_text(folder / "classes.txt", "".join(lines))
 
 
 def label_folder(root: Path, rows: list[tuple[str, str]]) -> Path:
@@ -407,17 +404,8 @@ def ground_truth_of(path: Path, rows: list[tuple[str, str]]) -> dict[str, str]:
     return truth
 
 
-def write_list(path: str | Path, rows: list[tuple[str, ...]]) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text("".join(" ".join(row) + "\n" for row in rows), encoding="utf-8")
-
-
-def holds_pictures(folder: Path) -> bool:
-    """Whether an image or a label map lies below a folder; hidden files do not count."""
-    return any(
-        path.suffix.lower() in (".png", ".jpg", ".jpeg") and not path.name.startswith(".")
-        for path in folder.rglob("*")
-    )
+def write_list(path: Path, rows: list[tuple[str, ...]]) -> None:
+    write_text(path, "".join(" ".join(row) + "\n" for row in rows))
 
 
 def check_files(root: str | Path, relative_paths: list[str], list_path: str | Path) -> None:

@@ -2,8 +2,8 @@
 inputs.
 
     with Outputs(folder) as out:
-        out.accept(settings, inputs, begun)    # refuses what would mix, replaces what failed early
-        …                                      # atomic_path, write_json: a file is whole or absent
+        out.accept(settings, inputs)    # refuses what would mix, replaces what failed early
+        …                               # atomic_path, write_json: a file is whole or absent
 
 Beside the results are settings.json, what they depend on, and inputs.json, the SHA-256 of every
 file that they were made from. So a command that is given again goes on, with anything else it ends
@@ -23,7 +23,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from util.run import UserError, process_rank, sha256
+from util.run import STARTED, UserError, process_rank, sha256
 
 REMEDY = "remove that folder, or choose another"
 
@@ -32,7 +32,8 @@ class Outputs:
     """A folder of results (which is created), held by one run: `with` locks it.
 
     The lock is the kernel's, on <folder>/.lock: a killed run does not leave it behind, nor do its
-    forked processes, which end later. Of several processes of one run only the first takes it.
+    forked processes, which end later; half-written files that it did leave are removed. Of several
+    processes of one run only the first does this.
     """
 
     def __init__(self, folder: str | Path):
@@ -55,6 +56,10 @@ class Outputs:
         except OSError:  # a file system without locks
             pass
         os.register_at_fork(after_in_child=self.lock.close)
+        for path in self.folder.rglob(".*.tmp*"):  # of `atomic_path`
+            with contextlib.suppress(FileNotFoundError):
+                if path.stat().st_mtime < STARTED:  # not of another process of this run
+                    path.unlink()
         return self
 
     def __exit__(self, *_) -> None:
@@ -62,41 +67,47 @@ class Outputs:
             self.lock.close()
 
     def accept(
-        self, settings: dict, inputs: Mapping[str, Path] | None = None, begun: bool = True
-    ) -> bool:
-        """Note settings and inputs of a new folder; in one that has some they must be equal.
+        self, settings: dict, inputs: Mapping[str, Path] | None = None, begun: bool = False
+    ) -> None:
+        """Note settings and inputs of a new folder; in one that holds results they must be equal.
+        What a run without results has noted is replaced. Call this after every other check.
 
         settings: {name: value, as JSON has it}. inputs: {name: file}, in an order that counts.
-        begun: whether the folder holds any result, known or not; if not, what a failed run noted is
-        replaced. Call this after every other check. Returns whether the inputs are as they were
-        noted before.
+        begun: whether the folder holds a result other than pictures and label maps.
         """
+        begun = begun or holds_pictures(self.folder)
         path, settings = self.folder / "settings.json", json.loads(json.dumps(settings))
-        if begun:
-            if not path.exists():
-                raise UserError(
-                    f"{self.folder}: is not empty, but has no settings.json that says what made its"
-                    " content; move it away, or choose another name"
-                )
-            before = read_json(path)
-            for name in {**before, **settings}:
-                if before.get(name) != settings.get(name):
-                    raise UserError(
-                        f"{self.folder}: holds results of {name} = {before.get(name)}, now it is"
-                        f" {settings.get(name)}; {REMEDY}"
-                    )
-        else:
+        if not begun:
             write_json(path, settings)
+        elif not path.exists():
+            raise UserError(
+                f"{self.folder}: is not empty, but has no settings.json that says what made its"
+                " content; move it away, or choose another name"
+            )
+        before = read_json(path)
+        for name in {**before, **settings}:
+            if before.get(name) != settings.get(name):
+                raise UserError(
+                    f"{self.folder}: holds results of {name} = {before.get(name)}, now it is"
+                    f" {settings.get(name)}; {REMEDY}"
+                )
         if inputs is None:
-            return True
+            return
         path, now = self.folder / "inputs.json", digests(inputs)
+        if not begun:
+            write_json(path, now)
         before = read_json(path) if path.exists() else {}
-        if list(before.items()) == list(now.items()):
-            return True
-        if begun:
+        if list(before.items()) != list(now.items()):
             raise UserError(f"{difference(self.folder, before, now, inputs)}; {REMEDY}")
-        write_json(path, now)
-        return False
+
+
+def holds_pictures(folder: Path) -> bool:
+    """Whether an image or a label map lies below a folder; hidden files do not count."""
+    return any(
+        path.suffix.lower() in (".png", ".jpg", ".jpeg", ".tif", ".tiff")
+        and not path.name.startswith(".")
+        for path in folder.rglob("*")
+    )
 
 
 def difference(folder: Path, before: dict, now: dict, inputs: Mapping[str, Path]) -> str:
@@ -153,14 +164,6 @@ def atomic_path(path: str | Path):
             temporary.unlink()
 
 
-def remove_leftovers(folder: str | Path) -> None:
-    """Delete what `atomic_path` left in `folder` when its process was killed. No other process may
-    be writing there.
-    """
-    for path in Path(folder).glob(".*.tmp*"):
-        path.unlink(missing_ok=True)
-
-
 def check_writable(folder: str | Path) -> None:
     """Fail early if files cannot be made in `folder` (which is created)."""
     folder = Path(folder)
@@ -173,9 +176,15 @@ def check_writable(folder: str | Path) -> None:
         ) from None
 
 
-def write_json(path: str | Path, value) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, sort_keys=False) + "\n", encoding="utf-8")
+def write_text(path: Path, text: str) -> None:
+    """A file that is equal is left alone."""
+    if not path.is_file() or path.read_bytes() != text.encode():
+        with atomic_path(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value) -> None:
+    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def read_text(path: str | Path, what: str = "file", errors: str = "strict") -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from util.outputs import atomic_path
+from util.outputs import write_text
 
 TEMPLATE = """\
 <!doctype html>
@@ -70,5 +70,4 @@ def write_page(path: Path, title: str, parts: list[dict]) -> None:
     from jinja2 import Environment
 
     template = Environment(autoescape=True, trim_blocks=True).from_string(TEMPLATE)
-    with atomic_path(path) as temporary:
-        temporary.write_text(template.render(title=title, parts=parts), encoding="utf-8")
+    write_text(path, template.render(title=title, parts=parts))

@@ -34,7 +34,7 @@ from seco_sam import aggregate
 from util import run
 from util.labels import CITYSCAPES_19
 from util.options import Argument, DeviceOptions, Folder, parse_options
-from util.outputs import Outputs, atomic_path, read_json, write_json
+from util.outputs import Outputs, read_json, write_json, write_text
 
 SIZES = {  # on a card of 80 GB, in miniature
     "sam": ("vit_h", "tiny"),
@@ -194,8 +194,7 @@ def main(argv=None) -> int:
             print(f"{options.part}, {case}: {found[case]}", flush=True)
             write_json(record, {**settings, "parts": figures})
             head = ", ".join(f"{name}: {value}" for name, value in settings.items())
-            with atomic_path(out / "gpu.md") as temporary:
-                temporary.write_text(f"{head}\n\n{table(figures, size)}", encoding="utf-8")
+            write_text(out / "gpu.md", f"{head}\n\n{table(figures, size)}")
     return int(any("error" in found[case] for case in cases))
 
 

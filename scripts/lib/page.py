@@ -26,7 +26,7 @@ from scripts.lib.report import cost_table, markdown_table, on_their_way, spread
 from scripts.lib.run_folder import MANIFESTS, manifest_of, seeds_in, stage_costs, stage_folders
 from util.labels import read_classes, read_list
 from util.options import Argument, Folder, parse_options
-from util.outputs import atomic_path, made_before, made_from, read_json, write_json
+from util.outputs import made_before, made_from, read_json, write_json, write_text
 from util.page import write_page
 from util.pictures import save_picture
 from util.run import UserError, run_main
@@ -165,8 +165,7 @@ def page_of(run: Path) -> Path:
     """Write <run>/index.html; returns its path."""
     of_task = (run / "eval_after").is_dir() or (run / "adapt/summary.json").is_file()
     if of_task or not (run / "results.md").is_file():
-        with atomic_path(run / "results.md") as temporary:
-            temporary.write_text(task_results(run), encoding="utf-8")
+        write_text(run / "results.md", task_results(run))
         draw_task(run)
     folders = folders_of(run)
     manifests = {n: made for n, folder in folders.items() if (made := manifest_of(folder))}

@@ -35,7 +35,7 @@ from scripts.lib.run_folder import (
 from util.charts import bar_chart, line_chart, save_chart
 from util.labels import ClassSet, chosen_classes, read_image, read_label, read_list
 from util.options import Argument, ClassOptions, CountFrom0, Folder, parse_options
-from util.outputs import atomic_path, made_before, made_from, read_json, write_json
+from util.outputs import made_before, made_from, read_json, write_json, write_text
 from util.pictures import colour_label, contact_sheet, save_picture
 from util.run import UserError, run_main, select_device
 from util.training_log import read_training_log
@@ -258,8 +258,7 @@ def main(argv: list[str] | None = None) -> None:
     text += "\n### Cost of each stage\n\n" + cost_table({**costs, "total": total})
     results = {"seeds": numbers, "unfinished": unfinished, "labels": quality, "models": models}
     write_json(run / "results.json", {**results, "stages": costs})
-    with atomic_path(run / "results.md") as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text(run / "results.md", text)
     draw(options, seeds[0], classes, models)
     print(f"tables: {run / 'results.md'}, {run / 'results.json'}; pictures: {run / 'pictures'}")
 
