@@ -78,11 +78,10 @@ from util.labels import (
     check_files,
     check_pairs,
     chosen_classes,
+    experiment_from,
     ground_truth_of,
     in_experiment,
     label_folder,
-    list_of_experiment,
-    new_experiment,
     read_list,
     write_classes,
     write_label,
@@ -538,8 +537,8 @@ def main(argv: list[str] | None = None) -> None:
     classes = chosen_classes(options, label_folder(root, rows))
     truth = ground_truth_of(options.gt, rows) if options.gt else None
     suffix = RECIPES[options.recipe].suffix
-    folder = root / new_experiment(rows, options.id_list_path, suffix, options.exp)
-    list_path = list_of_experiment(options.id_list_path, rows[0][1], folder.name)
+    name, list_path = experiment_from(rows, options.id_list_path, suffix, options.exp)
+    folder = root / name
     device = select_device(options.device)
     if options.amp == "none":
         exact_mode()

@@ -24,11 +24,10 @@ from util.labels import (
     ClassSet,
     chosen_classes,
     connectivities,
+    experiment_from,
     ground_truth_of,
     in_experiment,
     label_folder,
-    list_of_experiment,
-    new_experiment,
     read_label,
     read_list,
     write_list,
@@ -53,26 +52,20 @@ class Job:
     """
 
     def __init__(self, options):
-        """options: of seco_sam.py. UserError where images lie among the results."""
+        """options: of seco_sam.py."""
         list_path, self.root = options.id_list_path, options.root_path
         self.rows = read_list(list_path)[: options.limit]
         self.classes = chosen_classes(options, label_folder(self.root, self.rows))
         self.truth = options.gt and ground_truth_of(options.gt, self.rows)
-        experiment = new_experiment(self.rows, list_path, options.suffix, options.exp)
-        self.out = self.root / experiment
-        for image, label in self.rows:
-            if image.partition("/")[0] == experiment:
-                raise UserError(
-                    f"{list_path}: {image} lies in {self.out}, where results go; rename one"
-                )
+        names = experiment_from(self.rows, list_path, options.suffix, options.exp)
+        for _, label in self.rows:
             if label.split("/")[1] in ("stats", "vis"):
                 raise UserError(
                     f"{list_path}: {label} lies in a folder named as one of the results' own;"
                     " rename it"
                 )
         first = f"_first{options.limit}" if options.limit else ""
-        results = list_of_experiment(list_path, self.rows[0][1], experiment)
-        self.list_path = results.with_stem(results.stem + first)
+        self.out, self.list_path = self.root / names[0], names[1].with_stem(names[1].stem + first)
         self.summary = self.out / f"summary{first}.json"
         self.shown = {label for _, label in self.rows[: options.vis]}
 

@@ -70,6 +70,7 @@ def read_lists(args) -> Lists:
     if validation:
         check_pairs(args.root_path, validation, args.val_id_path, args.class_num, same_size=True)
     pixels = check_pairs(args.root_path, labeled, labeled_list, args.class_num)
+    pixels = pixels[:, : args.class_num]
     if not pixels.any():
         raise UserError(f"{labeled_list}: no label map has a labeled pixel; nothing can be learned")
     return Lists(labeled, unlabeled, validation, pixels)

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import csv
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,12 +34,10 @@ import numpy as np
 from util.labels import (
     IGNORE,
     ClassSet,
-    check_classes,
     check_files,
+    check_pairs,
     chosen_classes,
     label_folder,
-    pixels_of_values,
-    read_label,
     read_list,
     write_list,
 )
@@ -53,8 +50,8 @@ from util.options import (
     parse_options,
     settings_of,
 )
-from util.outputs import check_writable, made_before, made_from, read_json, write_json
-from util.run import UserError, manifest, progress, run_main
+from util.outputs import made_before, made_from, read_json, write_json
+from util.run import UserError, manifest, run_main
 
 LISTS = ("labeled.txt", "unlabeled.txt")
 TRUST = "connectivities.csv"  # SCC's table, in the labels' experiment folder
@@ -117,10 +114,7 @@ def reliabilities(
     """Reliability of each image (float N), its labeled pixels of each class (int N x K), and
     whether SCC's trust is in it.
     """
-    with ThreadPoolExecutor() as pool:
-        jobs = pool.map(lambda row: pixels_of_values(read_label(root / row[1], class_num)), rows)
-        values = np.array(list(progress(jobs, "reading labels", len(rows))))
-    check_classes(values.sum(axis=0), class_num, list_path)
+    values = check_pairs(root, rows, list_path, class_num)
     pixels = values[:, :class_num]
     coverage = pixels.sum(axis=1) / values.sum(axis=1)
     if not coverage.any():
@@ -186,7 +180,6 @@ def main(argv: list[str] | None = None) -> None:
     if labeled_size(fraction, len(rows)) == len(rows):
         raise UserError(f"--labeled-fraction {fraction}: leaves no unlabeled image of {len(rows)}")
     check_files(root, [label for _, label in rows], source)
-    check_writable(out)
     if source.resolve() in [(out / name).resolve() for name in LISTS]:
         raise UserError(f"{source}: would be overwritten; choose another folder with --out")
     record, table = out / "split.json", folder / TRUST

@@ -28,8 +28,8 @@ import numpy as np
 from util.labels import (
     class_set,
     connectivities,
+    experiment_from,
     in_experiment,
-    new_experiment,
     read_label,
     read_list,
     write_label,
@@ -78,7 +78,7 @@ def main(argv=None) -> None:
     options = parse_options(Options, __doc__, argv)
     classes = class_set(options.class_num, options.stuff, options.things)
     root, rows = options.root_path, read_list(options.id_list_path)
-    exp = new_experiment(rows, options.id_list_path, "planted", options.exp)
+    exp, _ = experiment_from(rows, options.id_list_path, "planted", options.exp)
     noisy_rows = [(image, in_experiment(label, exp)) for image, label in rows]
     random, large, wrong = np.random.default_rng(options.seed), 0, 0
     for (_, label), (_, target) in zip(progress(rows, "planting"), noisy_rows):

@@ -485,7 +485,7 @@ def rows_are(*rows: tuple[str, str]):
         (rows_are(("images/0.png", "pix/0.png"), ("images/1.png", "./pix/0.png")), "in line 1"),
         (lambda root: (root / "gt").rename(root / "pix_tiny"), "has no settings.json"),
         (lambda root: (root / "pix_tiny").symlink_to(root / "gt"), "has no settings.json"),
-        (rows_are(("pix_tiny/0.png", "pix/0.png")), "where results go"),
+        (rows_are(("pix_tiny/0.png", "pix/0.png")), "a plain folder name that no input has"),
         (rows_are(("images/0.png", "pix/vis/0.png")), "the results' own"),
     ],
 )

@@ -27,7 +27,8 @@ def root(tmp_path):
         if i in RARE:
             label[3:6, 4:9] = 16
         rows.append((f"images/a/{i:02d}.png", f"pix_scc/a/{i:02d}.png"))
-        write_label(tmp_path / rows[-1][1], label, CITYSCAPES_19.palette)
+        for path in rows[-1]:
+            write_label(tmp_path / path, label, CITYSCAPES_19.palette)
     write_list(tmp_path / "splits/pix_scc/train.txt", rows)
     return tmp_path
 
@@ -161,7 +162,8 @@ def test_wrong_input(root):
         with pytest.raises(UserError, match=f"--labeled-fraction {fraction}.*{words}"):
             split(root, "--labeled-fraction", fraction)
     write_csv(root, "paper")
-    shutil.copy(root / "pix_scc/a/00.png", root / "pix_scc/a/new.png")
+    for new in ("new.png", "pix_scc/a/new.png"):
+        shutil.copy(root / "pix_scc/a/00.png", root / new)
     train = root / "splits/pix_scc/train.txt"
     write_list(train, [*read_list(train), ("new.png", "pix_scc/a/new.png")])
     with pytest.raises(UserError, match="no labeled connectivity of new.png"):

@@ -14,6 +14,7 @@ from processes import beside_a_second, warm_python
 
 from util import run as shown
 from util.labels import (
+    IGNORE,
     check_pairs,
     check_same_shape,
     image_size,
@@ -72,16 +73,11 @@ def saved(path, array, **options):
     return path
 
 
-def test_floating_point_images_are_refused(tmp_path):
-    path = saved(tmp_path / "f.tif", np.zeros((4, 4), np.float32))
-    with pytest.raises(UserError, match=r"f\.tif: an image of floating-point values"):
+@pytest.mark.parametrize("kind", [np.float32, np.int32, np.uint16])
+def test_floating_point_and_16_bit_images_are_refused(tmp_path, kind):
+    path = saved(tmp_path / "f.tif", np.zeros((4, 4), kind))
+    with pytest.raises(UserError, match=r"f\.tif: an image of 16-bit or floating-point values"):
         read_image(path)
-
-
-def test_16_bit_grey_is_scaled(tmp_path):
-    values = np.array([[0, 257, 32896, 65535]], dtype=np.uint16)
-    image = read_image(saved(tmp_path / "g.png", values))
-    assert image[..., 0].tolist() == [[0, 1, 128, 255]] and image.shape == (1, 4, 3)
 
 
 def test_exif_turned_pictures_are_turned(tmp_path):
@@ -139,9 +135,9 @@ def test_maps_of_one_scene_have_one_aspect_ratio(other, same):
             check_same_shape("a", pair[0], "b", pair[1])
 
 
-@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("bits", [1, 8])
 @pytest.mark.parametrize("suffix", ["png", "tif"])
-def test_greyscale_labels_of_every_depth_hold_train_ids(bits, suffix):
+def test_greyscale_labels_hold_train_ids(bits, suffix):
     label = np.arange(12 * 16).reshape(12, 16) % min(2**bits, 19)
     found = read_label(ROOT / f"tests/data/grey/{bits}.{suffix}", 19)
     assert (found == label).all() and found.flags.writeable
@@ -151,7 +147,7 @@ def test_classes_that_no_label_has_are_named(tmp_path, capsys):
     saved(tmp_path / "i.png", np.zeros((4, 8, 3), np.uint8))
     saved(tmp_path / "l.png", np.repeat([[0, 2, 2, 2, 2, 2, 255, 255]], 4, 0).astype(np.uint8))
     pixels = check_pairs(tmp_path, [("i.png", "l.png")], "my/list.txt", 4)
-    assert pixels.tolist() == [[4, 0, 20, 0]]
+    assert pixels[0, :4].tolist() == [4, 0, 20, 0] and pixels[0, IGNORE] == 8
     said = capsys.readouterr().err
     assert "my/list.txt: no label has a pixel of class 1, 3 (255 means no label)" in said
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import posixpath
-import re
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -215,17 +214,12 @@ def read_image(path: str | Path) -> np.ndarray:
 
 
 def read_picture(path: str | Path) -> Image.Image:
-    """RGB image, decoded and turned, as Pillow's: for what Pillow goes on with.
-
-    16-bit grey is scaled to 8 bits by value / 257, so that 65535 is white.
-    """
+    """RGB image, decoded and turned, as Pillow's: for what Pillow goes on with."""
     with _reading(path, "image"), Image.open(path) as image:
-        image.load()
-        if image.mode.startswith("I;16") or image.mode == "I":
-            values = np.asarray(image).clip(0, 65535)
-            image = Image.fromarray((values / 257 + 0.5).astype(np.uint8))
-        if image.mode == "F":
-            raise UserError(f"{path}: an image of floating-point values; write 8 bits a channel")
+        if image.mode[0] in "IF":  # which Pillow would turn into white
+            raise UserError(
+                f"{path}: an image of 16-bit or floating-point values; write 8 bits a channel"
+            )
         turned = ImageOps.exif_transpose(image)
         return turned if turned.mode == "RGB" else turned.convert("RGB")
 
@@ -233,9 +227,8 @@ def read_picture(path: str | Path) -> Image.Image:
 def read_label(path: str | Path, class_num: int | None = None) -> np.ndarray:
     """Label map as a writable uint8 H x W array of train IDs and IGNORE.
 
-    Greyscale of 1, 2 or 4 bits a pixel holds the train IDs themselves. With `class_num`, values
-    other than 0 .. class_num - 1 and 255 are an error that names the file and the value. A lossy
-    format and colours are refused.
+    With `class_num`, values other than 0 .. class_num - 1 and 255 are an error that names the file
+    and the value. A lossy format and colours are refused.
     """
     with _reading(path, "label map"), Image.open(path) as image:
         if image.format in ("JPEG", "JPEG2000", "MPO"):
@@ -248,20 +241,10 @@ def read_label(path: str | Path, class_num: int | None = None) -> np.ndarray:
                 f"{path}: a label map has one 8-bit channel, this one is {image.mode} (a colour"
                 " picture?); give the PNG of train IDs"
             )
-        step = _grey_step(image)
-        label = np.array(image, dtype=np.uint8) // step
+        label = np.array(image, dtype=np.uint8)
     if class_num is not None:
         check_label_values(label, class_num, path)
     return label
-
-
-def _grey_step(image: Image.Image) -> int:
-    """What Pillow multiplies the stored values of an opened file by, to spread them over 0 .. 255:
-    85 and 17 for greyscale of 2 and 4 bits a pixel, else 1.
-    """
-    stored = image.tile[0][3] if image.tile else ""  # as `L;4`; of TIFF the first of several values
-    bits = re.match("L;([24])", stored if isinstance(stored, str) else str(stored[0]))
-    return 255 // (2 ** int(bits[1]) - 1) if bits else 1
 
 
 def check_label_values(label: np.ndarray, class_num: int, path: str | Path) -> None:
@@ -456,8 +439,8 @@ def check_pairs(
     """Fail before any work if an image or label map of a list is missing, unreadable or unfit.
 
     Label maps are decoded and hold values of the class set only; each has its image's aspect ratio,
-    or with `same_size` its size. Returns the pixels of each class in each label map, int64
-    len(rows) x class_num, on which see `check_classes`.
+    or with `same_size` its size. Returns the pixels of each value in each label map, int64
+    len(rows) x 256.
     """
     root = Path(root)
     check_files(root, [path for row in rows for path in row], list_path)
@@ -479,7 +462,7 @@ def check_pairs(
         bar = progress(jobs, "checking images and labels", len(rows), quiet=quiet)
         pixels = np.array(list(bar))
     check_classes(pixels.sum(axis=0), class_num, list_path)
-    return pixels[:, :class_num]
+    return pixels
 
 
 def pixels_of_values(label: np.ndarray) -> np.ndarray:
@@ -504,46 +487,30 @@ def check_classes(pixels: np.ndarray, class_num: int, list_path: str | Path) -> 
         print(f"note: {list_path}: {lacking} (255 means no label)", file=sys.stderr)
 
 
-def new_experiment(
+def experiment_from(
     rows: list[tuple[str, str]], list_path: Path, suffix: str, exp: str | None
-) -> str:
-    """The name of the experiment that is made of a list's labels: `exp` (--exp), or that of the
-    labels, which is their first folder, with `_<suffix>`.
+) -> tuple[str, Path]:
+    """The name of the experiment that is made of a list's labels, and its list.
 
-    UserError for labels of several experiments, and for a name that inputs have.
+    Name: `exp` (--exp), or that of the labels, which is their first folder, with `_<suffix>`. List:
+    `<name>/<list file name>` beside the list's folder if that is named as the labels' experiment,
+    else in it. UserError for labels of several experiments, and for a name that inputs have.
     """
-    experiments = {label.partition("/")[0] for _, label in rows}
-    if len(experiments) > 1:
+    experiments = {label.rpartition("/")[0].partition("/")[0] for _, label in rows}
+    if len(experiments) > 1 or "" in experiments:
         raise UserError(
-            f"{list_path}: label paths of several experiments ({', '.join(sorted(experiments))});"
-            " give one list for each"
+            f"{list_path}: the first folder of a label's path is its experiment; all need one, and"
+            f" one list has one, not several experiments ({', '.join(sorted(experiments))})"
         )
-    if bare := [label for _, label in rows if "/" not in label]:
-        raise UserError(
-            f"label path {bare[0]}: its first folder is the experiment name, so it needs at least"
-            " one folder, and is relative to --root-path"
-        )
-    if exp is None:
-        return f"{experiments.pop()}_{suffix}"
+    [old] = experiments
+    name = f"{old}_{suffix}" if exp is None else exp
     taken = experiments | {image.partition("/")[0] for image, _ in rows}
-    if not exp or "/" in exp or exp.startswith(".") or exp in taken:
-        raise UserError(f"--exp {exp}: give a plain folder name that no input has")
-    return exp
+    if not name or "/" in name or name.startswith(".") or name in taken:
+        raise UserError(f"--exp {name}: give a plain folder name that no input has")
+    beside = list_path.parent.parent if list_path.parent.name == old else list_path.parent
+    return name, beside / name / list_path.name
 
 
 def in_experiment(label_path: str, experiment: str) -> str:
     """The label path with another first folder: `HRDA/a/x.png` → `HRDA_vit_h/a/x.png`."""
     return f"{experiment}/{label_path.partition('/')[2]}"
-
-
-def list_of_experiment(list_path: str | Path, label_path: str, experiment: str) -> Path:
-    """Where the list of results goes: `splits/<dataset>/<experiment>/<list file name>`, beside the
-    list read.
-
-    <dataset>'s folder is the parent of the list's folder if that is named as the experiment of
-    `label_path` (its first folder), else the list's folder.
-    """
-    list_path, folder = Path(list_path), Path(list_path).parent
-    if folder.name == label_path.partition("/")[0]:
-        folder = folder.parent
-    return folder / experiment / list_path.name
