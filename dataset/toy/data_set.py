@@ -14,7 +14,7 @@ from dataset.toy.objects import HEIGHT, STYLES, WIDTH
 from dataset.toy.street import draw_scene
 from util.labels import CITYSCAPES_19, write_label, write_list
 from util.options import Bounds, Folder, parse_options
-from util.outputs import atomic_path, check_writable, read_json, write_json
+from util.outputs import atomic_path, read_json, write_json
 from util.run import UserError, progress
 
 VERSION = 4  # of what is drawn; a cache made by another version is not used
@@ -70,7 +70,6 @@ def make_toy(root: Path, seed: int, sizes: dict[tuple[str, str], int] = SPLITS) 
             f"{folder}: holds scenes of another version or number; delete the folder and start"
             " again"
         )
-    check_writable(folder)
     # The lists come first: they say what an unfinished folder is to become.
     for (domain, split), count in sizes.items():
         base = f"toy/s{seed}/{domain}/{split}"

@@ -335,9 +335,8 @@ def trainer_for(variant: str, options: Options, device: torch.device):
 
 
 def one_step(variant: str, trainer: train_unimatch.Trainer, batch: dict, number: int) -> None:
-    args, model, batch = trainer.args, trainer.model, dict(batch)
-    c1, _, _, c4 = model.backbone.channels
-    factors = perturbation_factors(0, number, trainer.group, (c1, c4))
+    args, model = trainer.args, trainer.model
+    factors = perturbation_factors(0, number, trainer.group, model.backbone.channels[::3])
     factors = tuple(f.flatten(0, 1) for f in factors)
     trainer.optimizer.zero_grad()
     if variant.startswith("plain"):

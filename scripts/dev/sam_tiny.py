@@ -37,7 +37,7 @@ from torch.nn import functional as F
 from torch.utils.data import default_collate
 
 from dataset.scc import numbered
-from dataset.toy import draw_scene
+from dataset.toy import FIRST_FREE_SEED, draw_scene
 from model.resnet import read_checkpoint
 from model.sam import WEIGHTS
 from model.sam_fast import build_sam_tiny, mask_logits, two_way_transformer
@@ -62,7 +62,6 @@ CAMVID_CLASSES = read_classes(CAMVID / "classes.txt")
 SEED = 0
 SIZE, PHOTO_SIZE = (192, 384), (288, 384)  # (height, width) of drawings and windows, pixels
 POOL_SCENES = 2000  # that are trained on, of each kind
-FIRST_SCENE_SEED = 10_000_000  # here alone
 VOID = -1  # in segment maps: pixels without a label, or in a component of under MIN_AREA pixels
 MIN_AREA = 10  # pixels: PSA skips connectivities under 10 pixels (released code), so do we
 # Prompts of an image and step: boxes with one point, boxes with two, one point alone.
@@ -91,13 +90,12 @@ class Options:
 @dataclass(frozen=True)
 class Scene:
     """A picture to train on: image [H, W, 3] uint8; segment [H, W] int32, ids or VOID; component
-    [H, W] int32, the whole stuff components, ids from 0, VOID elsewhere; stuff [H, W] bool.
+    [H, W] int32, the connected components of stuff, ids, VOID elsewhere.
     """
 
     image: np.ndarray
     segment: np.ndarray
     component: np.ndarray
-    stuff: np.ndarray
 
     def large(self) -> np.ndarray:
         """The ids of the segments of at least MIN_AREA pixels."""
@@ -107,16 +105,15 @@ class Scene:
 
 def drawing(seed: int, style: str) -> Scene:
     drawn = draw_scene(seed, style, *SIZE)
-    stuff = np.isin(drawn.label, CITYSCAPES_19.stuff)
-    component = numbered(np.where(stuff, drawn.label, IGNORE), CITYSCAPES_19.count)
-    return Scene(drawn.image, drawn.segment, component, stuff)
+    stuff = np.where(np.isin(drawn.label, CITYSCAPES_19.stuff), drawn.label, IGNORE)
+    return Scene(drawn.image, drawn.segment, numbered(stuff, CITYSCAPES_19.count))
 
 
 def photo_window(index: int, rows: tuple[tuple[Path, Path], ...]) -> Scene:
     """A random part of a random photograph (image, label), in PHOTO_SIZE, in a random light, from
-    day to dusk: contrast, gamma, brightness, colour cast, blur and noise. No whole components.
+    day to dusk: contrast, gamma, brightness, colour cast, blur and noise.
     """
-    rng = np.random.default_rng((FIRST_SCENE_SEED, index))
+    rng = np.random.default_rng((FIRST_FREE_SEED, index))
     row, zoom = rows[rng.integers(len(rows))], np.exp(rng.uniform(0, np.log(1.6)))
     image, label = read_picture(row[0]), Image.fromarray(read_label(row[1], CAMVID_CLASSES.count))
     height, width = PHOTO_SIZE
@@ -139,7 +136,7 @@ def photo_window(index: int, rows: tuple[tuple[Path, Path], ...]) -> Scene:
     x = x + rng.normal(0, rng.uniform(0, 0.03), x.shape)
     image = (x.clip(0, 1) * 255).round().astype(np.uint8)
     stuff = np.isin(label, CAMVID_CLASSES.stuff)
-    return Scene(image, segment, np.full_like(segment, VOID), stuff)
+    return Scene(image, segment, np.where(stuff, segment, VOID))
 
 
 @lru_cache(maxsize=1000)
@@ -149,7 +146,7 @@ def training_scene(kind: str, index: int, rows: tuple[tuple[Path, Path], ...]) -
     """
     if kind == "photographs":
         return photo_window(index, rows)
-    every, seed = (8, FIRST_SCENE_SEED) if kind == "random" else (2, FIRST_SCENE_SEED + 100_000)
+    every, seed = (8, FIRST_FREE_SEED) if kind == "random" else (2, FIRST_FREE_SEED + 100_000)
     return drawing(seed + index, "source" if index % every == every - 1 else "random")
 
 
@@ -211,7 +208,7 @@ def sample_prompts(rng: np.random.Generator, scene: Scene) -> list[dict[str, np.
     again where there is none).
     """
     segment, component, ids = scene.segment, scene.component, scene.large()
-    of_stuff = np.isin(ids, segment[scene.stuff])
+    of_stuff = np.isin(ids, segment[component != VOID])
     things, stuff, groups = ids[~of_stuff], ids[of_stuff], []
     for n, count in enumerate(BOX_PROMPTS, start=1):
         drawn = []
@@ -269,8 +266,8 @@ def low_resolution(masks: np.ndarray | Tensor) -> Tensor:
 
 def make_batch(kind: str, rows: tuple, step: int, images: int) -> list:
     """The batch of one step, a function of its arguments alone: images [B, H, W, 3] uint8, the
-    groups of `sample_prompts`, where there is a label [B, H, W] bool, the parts of `dense_targets`
-    and the tokens [B, A] whose groups the auxiliary head is asked for.
+    groups of `sample_prompts`, where there is a label, in `low_resolution`, the parts of
+    `dense_targets` and the tokens [B, A] whose groups the auxiliary head is asked for.
     """
     rng, examples = np.random.default_rng((SEED, step)), []
     for index in rng.choice(POOL_SCENES, images, replace=False):
@@ -279,7 +276,7 @@ def make_batch(kind: str, rows: tuple, step: int, images: int) -> list:
             scene = Scene(*(values[:, ::-1].copy() for values in vars(scene).values()))
         prompts = sample_prompts(rng, scene)
         anchors = rng.choice(scene.segment.size // 64, 48, replace=False)
-        known, dense = scene.segment != VOID, dense_targets(scene.segment)
+        known, dense = low_resolution(scene.segment != VOID), dense_targets(scene.segment)
         examples.append((scene.image, prompts, known, dense, anchors))
     return default_collate(examples)
 
@@ -464,11 +461,11 @@ def fit_iou_head(head: nn.Module, read: Tensor, target: Tensor) -> None:
             optimizer.step()
 
 
-def refit(sam, scenes: int, kinds: tuple[str, ...], rows: tuple) -> None:
-    """Fit the IoU head to the masks of random points in so many scenes of each kind."""
+def refit(sam, scenes: int, rows: tuple) -> None:
+    """Fit the IoU head to the masks of random points in so many drawings and photographs."""
     rng, judged = np.random.default_rng(SEED), []
     for index in progress(range(scenes), "IoU head", unit="scene"):
-        for kind in kinds:
+        for kind in ("mixed", "photographs") if rows else ("mixed",):
             scene = training_scene(kind, index, rows)
             points = rng.choice(np.argwhere(scene.segment != VOID)[:, ::-1], 224)
             judged.append(judged_masks(sam, scene, points))
@@ -486,23 +483,21 @@ def gain(name: str) -> float:
     return LOGIT_GAIN if ".layers.2." in name and "output_hypernetworks_mlps" in name else 1.0
 
 
-def export(model: nn.Module, path: Path) -> None:
-    """Write the weights for inference: fp16 except the positional frequencies, with `gain`."""
-    state = {
-        name: value.clone() if "gaussian_matrix" in name else (value * gain(name)).half()
-        for name, value in model.state_dict().items()
+def exported(state: dict) -> dict:
+    """Weights for inference: fp16 except the positional frequencies, with `gain`."""
+    return {
+        name: value if "gaussian_matrix" in name else (value * gain(name)).half()
+        for name, value in state.items()
     }
-    save(path, state)
+
+
+def load_exported(model: nn.Module, state: dict) -> None:
+    model.load_state_dict({name: value.float() / gain(name) for name, value in state.items()})
 
 
 def save(path: Path, content: dict) -> None:
     with atomic_path(path) as temporary:
         torch.save(content, temporary)
-
-
-def load_exported(model: nn.Module, path: Path) -> None:
-    state = read_checkpoint(path)
-    model.load_state_dict({name: value.float() / gain(name) for name, value in state.items()})
 
 
 def begin(start: Path | None) -> dict:
@@ -513,7 +508,7 @@ def begin(start: Path | None) -> dict:
     sam = build_sam_tiny()
     initialise(sam)
     if start:
-        load_exported(sam, start)
+        load_exported(sam, read_checkpoint(start))
     width = sam.mask_decoder.transformer_dim
     head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 36))
     parameters = [*sam.train().parameters(), *head.parameters()]
@@ -543,7 +538,6 @@ def train_step(parts: dict, recipe: dict, step: int, rows: tuple) -> None:
     optimizer.zero_grad(set_to_none=True)
     for kind, count in counts.items():
         images, prompts, known, dense, anchors = make_batch(kind, rows, step, count)
-        known = low_resolution(known)
         balance = max(0.0, 1 - step / 2500)  # from balanced cross-entropy to plain
         with torch.autocast("cpu", torch.bfloat16, enabled=phase["bf16"]):
             embedding = embedded(sam, images.permute(0, 3, 1, 2).float())
@@ -576,14 +570,14 @@ def main(argv=None) -> None:
     over `decay_steps` steps up to step `steps`; bf16. The last phase ends at step `end`.
     """
     options = parse_options(Options, __doc__, argv)
-    weights, of_photographs = WEIGHTS[TYPES[options.pictures]], options.pictures == "photographs"
-    record, work = weights.with_suffix(".json"), options.work / options.pictures
-    recipe, checkpoint = read_json(record)["recipe"], work / "checkpoint.pth"
+    weights, work = WEIGHTS[TYPES[options.pictures]], options.work / options.pictures
+    record, checkpoint = weights.with_suffix(".json"), work / "checkpoint.pth"
+    recipe = read_json(record)["recipe"]
     torch.set_num_threads(recipe["threads"])
     tune_cpu()
-    rows = photographs(options.root_path) if of_photographs else ()
+    rows = photographs(options.root_path) if options.pictures == "photographs" else ()
     with Outputs(work):
-        parts = begin(WEIGHTS["tiny"] if of_photographs else None)
+        parts = begin(WEIGHTS["tiny"] if rows else None)
         done, end = recipe["phases"][0]["from_step"], recipe["end"]
         if checkpoint.is_file():
             state = read_checkpoint(checkpoint)
@@ -596,10 +590,9 @@ def main(argv=None) -> None:
                 state = {name: part.state_dict() for name, part in parts.items()}
                 save(checkpoint, state | {"step": step + 1})
         sam = parts["ema"]
-        export(sam, work / "trained.pth")
-        load_exported(sam, work / "trained.pth")  # as rounded
-        refit(sam, recipe["iou_scenes"], ("mixed", "photographs")[: 1 + of_photographs], rows)
-        export(sam, weights)
+        load_exported(sam, exported(sam.state_dict()))  # as rounded
+        refit(sam, recipe["iou_scenes"], rows)
+        save(weights, exported(sam.state_dict()))
     training = manifest(vars(options) | {"seed": SEED}) | {"step": end}
     write_json(record, {"recipe": recipe, "training": training})
     print(f"{weights}: step {end}")
