@@ -31,11 +31,9 @@ Copied away, this file needs eval.py, model/, dataset/ and util/.
 from __future__ import annotations
 
 import contextlib
-import io
 import math
 import multiprocessing
 import sys
-import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -53,11 +51,10 @@ from dataset.samples import (
     AUTHORS_PROCESSES,
     Lists,
     MicroBatches,
-    batch_per_process,
+    TrainingSamples,
     batches,
     loading_processes,
     read_lists,
-    training_samples,
 )
 from eval import CropSize, Mode, evaluate_checkpoint, metrics_of
 from model import losses, train_logs, training
@@ -100,24 +97,35 @@ RESULTS = ("latest.pth", "best.pth", "summary.json")  # a folder with one of the
 
 
 class Trainer:
-    """The network with its optimizer, and UniMatch's iteration.
+    """UniMatch's iteration, and all that a run works with: its samples and their order, the network
+    with its optimizer, and where it stands. Sets torch's precision.
 
-    network: what forward and backward go through (DistributedDataParallel, a compiled module or the
-    model itself); plain: the same without gradients' averaging; model: the DeepLabV3Plus inside.
-    group: samples per loss group. total: iterations of the run. weights: of classes, or None.
+    network: what forward goes through, the model or the compiled one. group: samples that share the
+    losses' pixel counts (OHEM's, the means'), as within one of the authors' four processes; fewer
+    where a process has fewer at a time. weights: of classes, or None. logs: on process 0 alone.
     """
 
-    def __init__(self, model, args: Options, device, group: int, total: int, weights=None):
-        self.model, self.args, self.device = model, args, device
-        self.group, self.total = group, total
-        self.weights = None if weights is None else weights.to(device)
+    logs: train_logs.Logs | None = None
+
+    def __init__(self, args: Options, classes: ClassSet, lists: Lists, device):
+        self.args, self.classes, self.lists, self.device = args, classes, lists, device
+        training.set_precision(args)
+        layout = torch.channels_last if args.channels_last else torch.preserve_format
+        model = training.build_model(args, classes.count).to(device, memory_format=layout)
+        if process_rank()[1] > 1 and device.type == "cuda":  # statistics of all GPUs' samples
+            model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        self.model = model.train()
         self.optimizer = training.optimizer_of(model, args)
-        self.plain = model
-        if args.compile:
-            self.plain = torch.compile(model)
-            torch._dynamo.config.optimize_ddp = False  # its splitter fails on `fp_from`, a number
-        self.network = training.distributed(self.plain, device)
-        model.train()
+        self.network = torch.compile(model) if args.compile else model
+        self.group = math.gcd(args.global_batch // args.loss_groups, args.batch_per_process)
+        self.weights = None
+        if args.class_balance:
+            pixels = lists.pixels.sum(axis=0)
+            self.weights = losses.class_weights(pixels, args.class_balance).to(device)
+        self.state = training.State()
+        self.samples = TrainingSamples(args, lists)
+        share = (args.global_batch, args.batch_per_process, *process_rank(), args.seed)
+        self.sampler = MicroBatches(len(self.samples), args.epochs, *share)
 
     def unimatch_losses(self, batch: dict, factors) -> tuple[torch.Tensor, dict, dict]:
         """UniMatch's losses of one batch, as its released code has them.
@@ -179,7 +187,7 @@ class Trainer:
         if needed.any():
             self.model.eval()
             with torch.no_grad(), self.amp():
-                found = losses.with_confidence(self.plain(self.images(w_mix[needed.cpu()])))
+                found = losses.with_confidence(self.network(self.images(w_mix[needed.cpu()])))
             self.model.train()
             for name, values in found.items():
                 mix[name][needed] = values
@@ -205,66 +213,46 @@ class Trainer:
         images = normalised(views.to(self.device, non_blocking=True))
         return images if self.args.channels_last else images.contiguous()
 
-    def iteration(self, iteration: int, micro_batches, sampler: MicroBatches) -> tuple[dict, dict]:
+    def iteration(self, iteration: int, loader: Iterator[dict]) -> tuple[dict, dict]:
         """An optimizer step from `sampler.steps` batches: logged values, what the pictures show."""
-        for group, factor in zip(self.optimizer.param_groups, (1.0, self.args.lr_multi)):
-            group["lr"] = learning_rate(iteration, self.total, self.args.lr) * factor
+        args, sampler = self.args, self.sampler
+        for group, factor in zip(self.optimizer.param_groups, (1.0, args.lr_multi)):
+            group["lr"] = learning_rate(iteration, sampler.total, args.lr) * factor
         self.optimizer.zero_grad()
-        factors = None
-        if not self.args.supervised:
-            which = (self.args.seed, iteration, sampler.global_batch)
-            factors = perturbation_factors(*which, self.model.backbone.channels[::3])
+        which = (args.seed, iteration, args.global_batch, self.model.backbone.channels[::3])
         values: dict[str, torch.Tensor] = {}
         for number in range(sampler.steps):
-            batch = next(micro_batches)
-            whole = number == sampler.steps - 1 or self.network is self.plain
-            with contextlib.nullcontext() if whole else self.network.no_sync():
-                if self.args.supervised:
-                    loss, found, shown = self.supervised_losses(batch)
-                else:
-                    slot = sampler.slot(number)
-                    mine = tuple(f[:, slot : slot + sampler.batch].flatten(0, 1) for f in factors)
-                    loss, found, shown = self.unimatch_losses(batch, mine)
-                (loss / sampler.steps).backward()
+            batch = next(loader)
+            if args.supervised:
+                loss, found, shown = self.supervised_losses(batch)
+            else:
+                slot = sampler.slot(number)
+                mine = np.s_[:, slot : slot + sampler.batch]
+                factors = [f[mine].flatten(0, 1) for f in perturbation_factors(*which)]
+                loss, found, shown = self.unimatch_losses(batch, factors)
+            (loss / sampler.steps).backward()
             for name, value in found.items():
                 values[name] = values.get(name, 0) + value.detach() / sampler.steps
         stacked = torch.stack(list(values.values())).float()
-        logged = dict(zip(values, training.means_over_processes([stacked])[0].tolist()))
+        training.average_over_processes([stacked])
+        logged = dict(zip(values, stacked.tolist()))
         if not all(math.isfinite(value) for value in logged.values()):
             raise UserError(
                 f"iteration {iteration}: a loss is not finite ({logged}); lower --lr, or check the"
                 " labels; latest.pth holds the last saved state"
             )
+        training.average_over_processes([p.grad for p in self.model.parameters()])
         self.optimizer.step()
         if self.device.type != "cuda":  # GPUs synchronise batch norm by themselves
-            running = [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]
-            for buffer, mean in zip(running, training.means_over_processes(running)):
-                buffer.copy_(mean)
+            buffers = self.model.buffers()
+            training.average_over_processes([b for b in buffers if b.is_floating_point()])
         return logged, {**shown, "batch": batch}
-
-
-# ---------------------------------------------------------------------------------------- main loop
-
-
-@dataclass
-class Adaptation:
-    """What the main loop works with. logs: None but on process 0."""
-
-    args: Options
-    classes: ClassSet
-    lists: Lists
-    trainer: Trainer
-    sampler: MicroBatches
-    batches: Iterator[dict]
-    state: training.State
-    logs: train_logs.Logs | None = None
 
     def save(self, name: str, epoch: int) -> None:
         """best.pth, the model alone; or latest.pth, with all that resuming needs."""
-        model = self.trainer.model
-        content = {"model": model.state_dict(), "config": model.config, "epoch": epoch}
+        content = {"model": self.model.state_dict(), "config": self.model.config, "epoch": epoch}
         if name == "latest.pth":
-            content["optimizer"] = self.trainer.optimizer.state_dict()
+            content["optimizer"] = self.optimizer.state_dict()
             content |= {"progress": self.state.saved(), "logs": self.logs.sizes()}
         with atomic_path(self.args.save_path / name) as temporary:
             torch.save(content, temporary)
@@ -273,19 +261,23 @@ class Adaptation:
         """The confusion matrix over `rows` in fp32, so that eval.py gives the same figures."""
         from model.network import Network  # here: the other networks load torchvision
 
-        args, trainer = self.args, self.trainer
-        network = Network(trainer.model.eval(), "DeepLabV3+", self.classes.count)
+        args = self.args
+        network = Network(self.model.eval(), "DeepLabV3+", self.classes.count)
         how = (args.root_path, args.eval_mode, args.crop_size, "evaluation")
         confusion = evaluate_checkpoint(network, rows, *how)
-        trainer.model.train()
+        self.model.train()
         return confusion
 
 
-def train(run: Adaptation) -> list[float]:
-    """From state.iteration to the end; returns the seconds of each iteration."""
-    args, trainer, sampler, state, logs = run.args, run.trainer, run.sampler, run.state, run.logs
-    length, seconds = sampler.per_epoch, []
+# ---------------------------------------------------------------------------------------- main loop
+
+
+def train(run: Trainer) -> None:
+    """From state.iteration to the end."""
+    args, sampler, state, logs = run.args, run.sampler, run.state, run.logs
+    length, workers = sampler.per_epoch, loading_processes(args.workers)
     every = max(length // 8, 1)  # UniMatch's rows: eight or nine an epoch
+    loader = iter(batches(run.samples, sampler, workers, run.device))
     where = {"total": sampler.total, "initial": state.iteration, "quiet": logs is None}
     with progress(desc="training", unit="it", **where) as bar:
         while state.iteration < sampler.total:
@@ -295,13 +287,11 @@ def train(run: Adaptation) -> list[float]:
                 if logs:
                     lr = learning_rate(state.iteration, sampler.total, args.lr)
                     logs.epoch(epoch, lr, state.best)
-            start = time.perf_counter()
-            values, shown = trainer.iteration(state.iteration, run.batches, sampler)
-            seconds.append(time.perf_counter() - start)
+            values, shown = run.iteration(state.iteration, loader)
             for name, value in values.items():
                 state.sums[name] = state.sums.get(name, 0.0) + value
             if logs:
-                lr = trainer.optimizer.param_groups[0]["lr"]
+                lr = run.optimizer.param_groups[0]["lr"]
                 logs.train(state.iteration, {**values, "lr": lr})
                 if within % every == 0:
                     logs.row(within, state.sums)
@@ -313,10 +303,9 @@ def train(run: Adaptation) -> list[float]:
                 finish_epoch(run, epoch, shown)
             elif logs and args.checkpoint_every and state.iteration % args.checkpoint_every == 0:
                 run.save("latest.pth", epoch)
-    return seconds
 
 
-def finish_epoch(run: Adaptation, epoch: int, shown: dict) -> None:
+def finish_epoch(run: Trainer, epoch: int, shown: dict) -> None:
     """Evaluation, picture and checkpoints at the end of an epoch."""
     args, state, logs = run.args, run.state, run.logs
     last = epoch == args.epochs - 1
@@ -469,88 +458,88 @@ def parse_args(argv: list[str] | None = None) -> Options:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    beside = label_folder(args.root_path, read_list(args.labeled_id_path))
-    classes = chosen_classes(args, beside)
-    args.batch_per_process = batch_per_process(args)
+    args, (rank, world) = parse_args(argv), process_rank()
+    share, rest = divmod(args.global_batch, world)
+    if rest:
+        raise UserError(
+            f"--global-batch {args.global_batch}: must be a multiple of {world} processes"
+        )
+    args.batch_per_process = args.batch_per_process or share
+    if share % args.batch_per_process:
+        raise UserError(
+            f"--batch-per-process {args.batch_per_process}: a process has {share}; give a divisor"
+            " of it"
+        )
     if args.supervised and args.batch_per_process == 1:
         raise UserError("--supervised: batch norm needs a --batch-per-process of two or more")
-    lists = read_lists(args)
+    beside = label_folder(args.root_path, read_list(args.labeled_id_path))
+    classes, lists = chosen_classes(args, beside), read_lists(args)
     device = select_device(args.device)
-    training.set_precision(args)
     tune_cpu()
-    model = training.build_model(args, classes.count)
+    run = Trainer(args, classes, lists, device)
     with contextlib.nullcontext() if args.dry_run else Outputs(args.save_path) as out:
-        if out and process_rank()[0] == 0:
+        if out and rank == 0:
             begun = any((args.save_path / name).is_file() for name in RESULTS)
             inputs = train_logs.named_files(args) | lists.files(args.root_path)
             out.accept(settings_of(args), inputs, begun)
             write_classes(args.save_path, classes)
         with process_group(device):
-            adapt(args, classes, lists, model, device)
+            if args.dry_run:
+                dry_run(run)
+            else:
+                adapt(run)
 
 
-def small_dry_run(args: Options, classes: ClassSet, lists: Lists, device, crop: int) -> tuple:
-    """A dry run with another --crop-size, in a process of its own: the peak of a process's memory
-    never falls. MemoryError if the kernel ends it.
+def dry_run(run: Trainer) -> None:
+    """Measures one process's small crops first, and then the run's own if it has room."""
+    rank, world = process_rank()
+    if world > 1 or train_logs.room_for(run, partial(measured_alone, run)):
+        if rank == 0:
+            train_logs.announce(run)
+        figures = train_logs.measure(run)
+        if rank == 0:
+            train_logs.report(run, figures)
+
+
+def measured_alone(run: Trainer, crop: int) -> dict:
+    """Of another --crop-size, in a process of its own: the peak of a process's memory never falls.
+    MemoryError if the kernel ends it.
     """
-    args, lists = replace(args, crop_size=crop), replace(lists, validation=[])
+    args, lists = replace(run.args, crop_size=crop), replace(run.lists, validation=[])
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         try:
-            return process.submit(quiet_dry_run, args, classes, lists, device).result()
+            return process.submit(measured, args, run.classes, lists, run.device).result()
         except BrokenProcessPool:
             raise MemoryError(f"already at --crop-size {crop}") from None
 
 
-def quiet_dry_run(args: Options, classes: ClassSet, lists: Lists, device) -> tuple:
-    training.set_precision(args)
+def measured(*run) -> dict:
     tune_cpu()
-    with contextlib.redirect_stdout(io.StringIO()):
-        return adapt(args, classes, lists, training.build_model(args, classes.count), device)
+    return train_logs.measure(Trainer(*run))
 
 
-def adapt(args: Options, classes: ClassSet, lists: Lists, model, device) -> tuple | None:
-    """Resume and train, or --dry-run, whose figures are returned."""
-    rank, world = process_rank()
-    latest, state, content = args.save_path / "latest.pth", training.State(), {}
-    if latest.is_file() and not args.dry_run:
+def adapt(run: Trainer) -> None:
+    """Resume and train."""
+    save_path, state, content = run.args.save_path, run.state, {}
+    if (latest := save_path / "latest.pth").is_file():
         content = read_checkpoint(latest)
-        load_exactly(model, content["model"], latest, "this run's network")
+        load_exactly(run.model, content["model"], latest, "this run's network")
+        run.optimizer.load_state_dict(content["optimizer"])
         vars(state).update(content["progress"])
-    samples, batch = training_samples(args, lists), args.batch_per_process
-    share = (args.global_batch, batch, rank, world, args.seed)
-    sampler = MicroBatches(len(samples), args.epochs, *share, state.iteration)
-    if state.iteration == sampler.total and (args.save_path / "summary.json").is_file():
+        run.sampler.start = state.iteration
+    rank = process_rank()[0]
+    if state.iteration == run.sampler.total and (save_path / "summary.json").is_file():
         if rank == 0:
-            print(f"{args.save_path}: this run is complete ({args.epochs} epochs)")
-        return None
-    if args.dry_run and world == 1:
-        measured = partial(small_dry_run, args, classes, lists, device)
-        if not train_logs.room_for(args, sampler.total, device, measured):
-            return None
-    model = training.to_device(model, device, args.channels_last)
-    group = losses.loss_group(args.global_batch, args.loss_groups, batch)
-    pixels, power = lists.pixels.sum(axis=0), args.class_balance
-    weights = losses.class_weights(pixels, power) if power else None
-    trainer = Trainer(model, args, device, group, sampler.total, weights)
-    if content:
-        trainer.optimizer.load_state_dict(content["optimizer"])
-    workers = 0 if args.dry_run else loading_processes(args.workers)
-    loader = iter(batches(samples, sampler, workers, device))
-    run = Adaptation(args, classes, lists, trainer, sampler, loader, state)
-    if rank == 0:
-        train_logs.announce(args, sampler, args.global_batch // group, device)
-    if args.dry_run:
-        return train_logs.dry_run(run)
-    if rank > 0:
+            print(f"{save_path}: this run is complete ({run.args.epochs} epochs)")
+    elif rank > 0:
         train(run)
     else:
+        train_logs.announce(run)
         with contextlib.closing(train_logs.Logs(run, content.get("logs"))) as run.logs:
             train_logs.write_manifest(run)
-            seconds = train(run)
+            train(run)
         train_logs.write_manifest(run)
-        train_logs.summarise(run, seconds)
-    return None
+        train_logs.summarise(run)
 
 
 if __name__ == "__main__":

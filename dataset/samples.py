@@ -33,7 +33,7 @@ from util.labels import (
     read_picture,
 )
 from util.outputs import atomic_path
-from util.run import UserError, process_rank
+from util.run import UserError
 
 AUTHORS_PROCESSES = 4  # whose sampler pads the order of images to a multiple of four
 LABELED, UNLABELED, UNLABELED_MIX, PASTE, PHOTOMETRIC = range(5)  # streams of random numbers
@@ -111,60 +111,55 @@ def read_cached(path: Path, folder: Path) -> Image.Image:
     return Image.fromarray(np.load(entry))
 
 
-@dataclass
 class TrainingSamples(Dataset):
-    """Item `Key` → dict of uint8 / bool arrays of side `crop_size` (S).
+    """Item `Key` → dict of uint8 / bool arrays of side --crop-size (S).
 
     x (S x S x 3), mask_x (S x S, train IDs and 255); with an unlabeled list also w, w_mix (weak
     views), s1, s2 (strong views, already pasted from w_mix's strong views inside box1, box2), box1,
     box2 (bool S x S), ignore, ignore_mix (bool S x S, true on padding).
     """
 
-    labeled: list[tuple[str, str]]
-    unlabeled: list[str]
-    root: Path
-    crop_size: int
-    seed: int
-    rare: RareClassPool | None = None  # for copy-paste
-    image_cache: Path | None = None
-    scales: tuple[float, float] = augment.SCALES
-    photometric: bool = False  # x is a strong view of its crop
+    def __init__(self, args, lists: Lists):
+        self.args, self.lists, self.rare = args, lists, None
+        if args.copy_paste:
+            where = (lists.labeled, lists.pixels, args.root_path)
+            self.rare = RareClassPool(*where, args.copy_paste_classes)
 
     def __len__(self) -> int:
         """The unlabeled list sets the length of an epoch; the labeled one is repeated or cut."""
-        return len(self.unlabeled) or len(self.labeled)
+        return len(self.lists.unlabeled) or len(self.lists.labeled)
 
     def read(self, path: str) -> Image.Image:
-        file = self.root / path
-        return read_cached(file, self.image_cache) if self.image_cache else read_picture(file)
+        file, cache = self.args.root_path / path, self.args.image_cache
+        return read_cached(file, cache) if cache else read_picture(file)
 
     def generator(self, stream: int, key: Key) -> np.random.Generator:
-        return np.random.default_rng((self.seed, stream, key.epoch, key.position))
+        return np.random.default_rng((self.args.seed, stream, key.epoch, key.position))
 
     def __getitem__(self, key: Key) -> dict[str, np.ndarray]:
         x, mask_x = self.labeled_crop(key)
         sample = {"x": x, "mask_x": mask_x}
-        if self.unlabeled:
+        if self.lists.unlabeled:
             sample.update(self.unlabeled_views(key))
         return sample
 
     def labeled_crop(self, key: Key) -> tuple[np.ndarray, np.ndarray]:
-        image_path, label_path = self.labeled[key.index % len(self.labeled)]
-        image, label = self.read(image_path), read_label(self.root / label_path)
-        how = (image.height, image.width, self.crop_size, self.scales)
+        image_path, label_path = self.lists.labeled[key.index % len(self.lists.labeled)]
+        image, label = self.read(image_path), read_label(self.args.root_path / label_path)
+        how = (image.height, image.width, self.args.crop_size, self.args.scales)
         crop = augment.draw_crop(self.generator(LABELED, key), *how)
         x, mask_x = augment.cropped_image(image, crop), augment.cropped_label(label, crop, IGNORE)
         if self.rare is not None:
             x, mask_x = self.rare.paste(self.generator(PASTE, key), x, mask_x)
-        if self.photometric:
+        if self.args.photometric:
             x = augment.strong_view(self.generator(PHOTOMETRIC, key), x)
         return x, mask_x
 
     def unlabeled_views(self, key: Key) -> dict[str, np.ndarray]:
         """The image pasted from is the same one in another crop, as in UniMatch's loaders."""
-        image = self.read(self.unlabeled[key.index])
+        image = self.read(self.lists.unlabeled[key.index])
         random, random_mix = self.generator(UNLABELED, key), self.generator(UNLABELED_MIX, key)
-        how = (image.height, image.width, self.crop_size, self.scales)
+        how = (image.height, image.width, self.args.crop_size, self.args.scales)
         crop, crop_mix = augment.draw_crop(random, *how), augment.draw_crop(random_mix, *how)
         w, w_mix = augment.cropped_image(image, crop), augment.cropped_image(image, crop_mix)
         sample = {
@@ -173,28 +168,13 @@ class TrainingSamples(Dataset):
             "ignore": augment.padding_mask(crop),
             "ignore_mix": augment.padding_mask(crop_mix),
         }
-        boxes = [augment.cutmix_box(random, self.crop_size) for _ in range(2)]
+        boxes = [augment.cutmix_box(random, self.args.crop_size) for _ in range(2)]
         for number, box in enumerate(boxes, start=1):
             view = augment.strong_view(random, w)
             if box.any():
                 view = np.where(box[..., None], augment.strong_view(random_mix, w_mix), view)
             sample[f"s{number}"], sample[f"box{number}"] = view, box
         return sample
-
-
-def batch_per_process(args) -> int:
-    """Samples per process and accumulation step; by default all that fall to each process."""
-    world, wanted = process_rank()[1], args.batch_per_process
-    share, rest = divmod(args.global_batch, world)
-    if rest:
-        raise UserError(
-            f"--global-batch {args.global_batch}: must be a multiple of {world} processes"
-        )
-    if wanted and share % wanted:
-        raise UserError(
-            f"--batch-per-process {wanted}: a process has {share}; give a divisor of it"
-        )
-    return wanted or share
 
 
 @dataclass
@@ -218,9 +198,6 @@ class MicroBatches:
         self.per_epoch = iterations_per_epoch(self.samples, self.global_batch)
         self.total = self.per_epoch * self.epochs
         self.steps = self.global_batch // (self.batch * self.world)
-
-    def __len__(self) -> int:
-        return (self.total - self.start) * self.steps
 
     def __iter__(self) -> Iterator[list[Key]]:
         for iteration in range(self.start, self.total):
@@ -252,14 +229,4 @@ def batches(samples: TrainingSamples, sampler: MicroBatches, workers: int, devic
         batch_sampler=sampler,
         num_workers=workers,
         pin_memory=device.type == "cuda",
-        prefetch_factor=2 if workers else None,
     )
-
-
-def training_samples(args, lists: Lists) -> TrainingSamples:
-    """The samples of the lists, cropped and changed as train_unimatch.py's options say."""
-    rare, where = None, (lists.labeled, lists.pixels, args.root_path)
-    if args.copy_paste:
-        rare = RareClassPool(*where, args.copy_paste_classes)
-    what = (lists.labeled, lists.unlabeled, args.root_path, args.crop_size, args.seed)
-    return TrainingSamples(*what, rare, args.image_cache, args.scales, args.photometric)

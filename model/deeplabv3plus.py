@@ -29,17 +29,6 @@ def conv_bn_relu(inputs: int, outputs: int, kernel: int, dilation: int = 1) -> l
     ]
 
 
-class ImagePooling(nn.Module):
-    """ASPP's mean over the image, spread over it: B x inputs x h x w → B x outputs x h x w."""
-
-    def __init__(self, inputs: int, outputs: int):
-        super().__init__()
-        self.gap = nn.Sequential(nn.AdaptiveAvgPool2d(1), *conv_bn_relu(inputs, outputs, 1))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.gap(x).expand(-1, -1, *x.shape[-2:])
-
-
 class ASPP(nn.Module):
     """Atrous spatial pyramid pooling: B x inputs x h x w → B x outputs x h x w."""
 
@@ -49,12 +38,14 @@ class ASPP(nn.Module):
         self.b1, self.b2, self.b3 = (
             nn.Sequential(*conv_bn_relu(inputs, outputs, 3, rate)) for rate in DILATIONS
         )
-        self.b4 = ImagePooling(inputs, outputs)
+        pooling = nn.Sequential(nn.AdaptiveAvgPool2d(1), *conv_bn_relu(inputs, outputs, 1))
+        self.b4 = nn.ModuleDict({"gap": pooling})
         self.project = nn.Sequential(*conv_bn_relu(5 * outputs, outputs, 1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        branches = (self.b0, self.b1, self.b2, self.b3, self.b4)
-        return self.project(torch.cat([branch(x) for branch in branches], dim=1))
+        branches = [branch(x) for branch in (self.b0, self.b1, self.b2, self.b3)]
+        pooled = self.b4["gap"](x).expand(-1, -1, *x.shape[-2:])
+        return self.project(torch.cat([*branches, pooled], dim=1))
 
 
 class DeepLabV3Plus(nn.Module):
@@ -105,7 +96,3 @@ class DeepLabV3Plus(nn.Module):
         wanted = torch.cat([features[:count], features[count + fp_from :]])
         logits = upsampled(self.classifier(wanted), size)
         return logits[:count], logits[count:]
-
-
-def parameter_count(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch.nn.functional import cross_entropy
 
@@ -85,14 +83,6 @@ def total_loss(loss_x, loss_s1, loss_s2, loss_fp):
     shipped logs are.
     """
     return (loss_x + 0.25 * loss_s1 + 0.25 * loss_s2 + 0.5 * loss_fp) / 2
-
-
-def loss_group(global_batch: int, groups: int, batch: int) -> int:
-    """Samples that share the losses' pixel counts (OHEM's, the means'), as within one of the
-    authors' four processes. A process that has fewer at a time (`batch`) makes the groups smaller.
-    """
-    group = global_batch // groups
-    return group if batch % group == 0 else math.gcd(group, batch)
 
 
 def mean_over_groups(loss, group: int, *tensors: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,5 @@
 """What a training run says and leaves: train.log in the shipped logs' format, TensorBoard events,
-pictures, summary.json. run: a train_unimatch.Adaptation; args: its options."""
+pictures, summary.json. run: a train_unimatch.Trainer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import math
 import os
 import pprint
 import re
-import statistics
 import time
 from collections.abc import Callable
 from itertools import islice
@@ -17,13 +16,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dataset.samples import MicroBatches, loading_processes
-from model.deeplabv3plus import DILATIONS, parameter_count
+from dataset.samples import batches, loading_processes
+from model.deeplabv3plus import DILATIONS
 from util.charts import line_chart, save_chart
 from util.labels import IGNORE
 from util.outputs import write_json
 from util.pictures import colour_label, contact_sheet, save_picture
-from util.run import manifest, peak_memory_mb, process_rank
+from util.run import manifest, peak_memory_mb
 
 # Losses as UniMatch's text log names them, by their TensorBoard tags below train/.
 TEXT_LOSSES = {
@@ -95,7 +94,8 @@ class Logs:
             "unlabeled_id_path": args.unlabeled_id_path and str(args.unlabeled_id_path),
         }
         self.text.info(f"{pprint.pformat(configuration)}\n")
-        self.text.info(f"Total params: {parameter_count(run.trainer.model) / 1e6:.1f}M\n")
+        parameters = sum(values.numel() for values in run.model.parameters())
+        self.text.info(f"Total params: {parameters / 1e6:.1f}M\n")
 
     def epoch(self, epoch: int, lr: float, best: float) -> None:
         self.text.info(f"===========> Epoch: {epoch}, LR: {lr:.5f}, Previous best: {best:.2f}")
@@ -124,10 +124,11 @@ class Logs:
         self.events.close()
 
 
-def announce(args, sampler: MicroBatches, groups: int, device) -> None:
-    """What a run is, and what differs from the authors'. groups: of samples, for the losses."""
-    batch, world, steps = sampler.batch, sampler.world, sampler.steps
-    together = batch * (world if device.type == "cuda" else 1)
+def announce(run) -> None:
+    """What a run is, and what differs from the authors'."""
+    args, batch, world, steps = run.args, run.sampler.batch, run.sampler.world, run.sampler.steps
+    groups = args.global_batch // run.group
+    together = batch * (world if run.device.type == "cuda" else 1)
     print(
         f"global batch {args.global_batch} = {world} process{'es' if world > 1 else ''} x {batch}"
         f" samples x {steps} accumulation step{'s' if steps > 1 else ''}; losses are normalised in"
@@ -199,17 +200,14 @@ def named_files(args) -> dict[str, Path]:
 
 def write_manifest(run) -> None:
     """manifest.json of a run, with what it has cost so far."""
-    args, device, earlier = run.args, run.trainer.device, run.state.seconds
-    record = {
-        **manifest(vars(args), named_files(args), device, earlier),
-        "iterations_per_epoch": run.sampler.per_epoch,
-        "parameters": parameter_count(run.trainer.model),
-    }
+    args = run.args
+    record = manifest(vars(args), named_files(args), run.device, run.state.seconds)
+    record["iterations_per_epoch"] = run.sampler.per_epoch
     write_json(args.save_path / "manifest.json", record)
 
 
-def summarise(run, seconds: list[float]) -> None:
-    """summary.json and curves.png; the headline is the last epoch. seconds: of iterations."""
+def summarise(run) -> None:
+    """summary.json and curves.png; the headline is the last epoch."""
     args, state, iterations = run.args, run.state, run.sampler.total
     miou = {epoch: metrics["miou"] for epoch, metrics in state.evaluations.items()}
     curves_picture(args.save_path / "curves.png", miou, state.losses)
@@ -224,8 +222,6 @@ def summarise(run, seconds: list[float]) -> None:
         "epochs": args.epochs,
         "iterations": iterations,
         "mIoU": m,
-        "seconds_per_iteration": statistics.median(seconds) if seconds else None,
-        "peak_memory": peak_memory_mb(run.trainer.device),
         "above_conf_thresh": None if shares is None else 100 * shares / run.sampler.per_epoch,
     }
     write_json(args.save_path / "summary.json", record)
@@ -246,54 +242,61 @@ def summarise(run, seconds: list[float]) -> None:
 
 
 def memory_here(device) -> float:
-    """MB (10^6 bytes) that a run may take: of the GPU all; of the host what is available, or what
-    its control group (a container's or a job's limit) allows if that is less.
-    """
+    """MB (10^6 bytes) that a run may take: all of the GPU's, what is available of the host's."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory / 1e6
     try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8")
-        limits = [1024 * int(re.search(r"^MemAvailable: *(\d+) kB", lines, re.M)[1])]
-        groups = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+        text = Path("/proc/meminfo").read_text(encoding="utf-8")
     except OSError:  # not Linux
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e6
-    root = Path("/sys/fs/cgroup")
-    for _, kind, path in (line.split(":", 2) for line in groups):
-        if kind not in ("", "memory"):  # of version 2, and version 1's for memory
-            continue
-        top, name = (root / kind, "memory.limit_in_bytes") if kind else (root, "memory.max")
-        folder = top / path.lstrip("/")  # a limit holds for all groups below it
-        for file in (parent / name for parent in (folder, *folder.parents)):
-            if file.is_file() and (limit := file.read_text(encoding="utf-8").strip()).isdigit():
-                limits.append(int(limit))
-    return min(limits) / 1e6
+    return 1024 * int(re.search(r"^MemAvailable: *(\d+) kB", text, re.M)[1]) / 1e6
 
 
-def room_for(args, iterations: int, device, measured: Callable) -> bool:
+def measure(run) -> dict:
+    """Two iterations (the second is timed) and an evaluation image: the losses, the peak memory,
+    seconds of loading and computing an iteration and of the image.
+    """
+    times = [time.perf_counter()]
+    loader = batches(run.samples, run.sampler, 0, run.device)
+    micro_batches = list(islice(loader, run.sampler.steps))
+    times.append(time.perf_counter())
+    for iteration in range(2):
+        losses, _ = run.iteration(iteration, iter(micro_batches))
+        times.append(time.perf_counter())
+    if run.lists.validation:
+        run.evaluate(run.lists.validation[:1])
+    times.append(time.perf_counter())
+    loading, _, computing, image = np.diff(times)
+    seconds = {"loading": loading, "computing": computing, "image": image}
+    return {"losses": losses, "memory": peak_memory_mb(run.device), **seconds}
+
+
+def room_for(run, measured: Callable[[int], dict]) -> bool:
     """Whether a dry run at --crop-size has room, as two small crops suggest; prints the estimate.
     Memory and seconds are taken to grow in proportion to a crop's pixels, above a fixed part. A
     crop no larger than these is not estimated.
 
-    measured(crop): what `dry_run` returns of such a crop.
+    measured(crop): what `measure` finds at such a crop.
     """
-    small_crops = SMALL_CROPS[device.type]
+    args, small_crops, found = run.args, SMALL_CROPS[run.device.type], []
     if args.crop_size <= small_crops[-1]:
         return True
-    found = []
     for crop in small_crops:
-        found.append(measured(crop))
-        what = f"{found[-1][0] / 1e3:.1f} GB, {found[-1][1]:.2f} s computing an iteration"
+        one = measured(crop)
+        memory = one["memory"].get("device_mb", one["memory"]["host_mb"])
+        what = f"{memory / 1e3:.1f} GB, {one['computing']:.2f} s computing an iteration"
         print(f"measured at --crop-size {crop}: {what}", flush=True)
+        found.append((memory, one["computing"], one["loading"]))
     small, large = (crop**2 for crop in small_crops)
     further = (args.crop_size**2 - large) / (large - small)
     memory, computing, loading = (b + max(b - a, 0) * further for a, b in zip(*found))
-    there = memory_here(device)
-    owner = "this GPU" if device.type == "cuda" else "this machine"
-    hours = iterations * seconds_of(computing, loading, args) / 3600
+    there = memory_here(run.device)
+    owner = "this GPU" if run.device.type == "cuda" else "this machine"
+    hours = run.sampler.total * seconds_of(computing, loading, args) / 3600
     print(
         f"estimate for --crop-size {args.crop_size}: {memory / 1e3:.1f} GB, {owner} has"
         f" {there / 1e3:.1f} GB; {computing:.2f} s computing an iteration, {hours:.1f} h for"
-        f" {iterations} iterations",
+        f" {run.sampler.total} iterations",
         flush=True,
     )
     if memory * MEMORY_MARGIN <= there:
@@ -308,38 +311,21 @@ def seconds_of(computing: float, loading: float, args) -> float:
     return max(computing, loading / workers) if workers else computing + loading
 
 
-def dry_run(run) -> tuple[float, float, float]:
-    """Two iterations (the second is timed) and an evaluation image; process 0 prints memory and
-    time. Returns its peak memory in MB (of the GPU, else of the process), seconds of computing and
-    of loading of an iteration.
-    """
-    args, sampler, validation = run.args, run.sampler, run.lists.validation
-    rank, world = process_rank()
-    times = [time.perf_counter()]
-    micro_batches = list(islice(run.batches, sampler.steps))
-    times.append(time.perf_counter())
-    for iteration in range(2):
-        losses, _ = run.trainer.iteration(iteration, iter(micro_batches), sampler)
-        times.append(time.perf_counter())
-    if validation:
-        run.evaluate(validation[:1])
-    times.append(time.perf_counter())
-    loading, _, computing, an_image = np.diff(times)
-    memory = peak_memory_mb(run.trainer.device)
-    figures = memory.get("device_mb", memory["host_mb"]), computing, loading
-    if rank > 0:
-        return figures
-    each = seconds_of(computing, loading, args)
-    images = math.ceil(len(validation) / world) * math.ceil(args.epochs / args.eval_every)
-    hours = (sampler.total * each + images * an_image) / 3600
-    values = ", ".join(f"{name} {value:.3f}" for name, value in losses.items())
-    peaks = ", ".join(f"{n.removesuffix('_mb')} {value:.0f} MB" for n, value in memory.items())
+def report(run, found: dict) -> None:
+    """What `measure` has found, on the terminal."""
+    args, sampler, computing, loading = run.args, run.sampler, found["computing"], found["loading"]
+    evaluations = math.ceil(args.epochs / args.eval_every)
+    images = math.ceil(len(run.lists.validation) / sampler.world) * evaluations
+    of_iterations = sampler.total * seconds_of(computing, loading, args)
+    hours = (of_iterations + images * found["image"]) / 3600
+    values = ", ".join(f"{name} {value:.3f}" for name, value in found["losses"].items())
+    memory = found["memory"].items()
+    peaks = ", ".join(f"{n.removesuffix('_mb')} {value:.0f} MB" for n, value in memory)
     print(
         f"losses after two iterations: {values}\n"
         f"an iteration: {computing:.2f} s computing; loading its samples takes {loading:.2f} s in"
         f" one process (--workers {loading_processes(args.workers)})\n"
         f"projected time of {sampler.total} iterations and {images} images to evaluate"
-        f" ({args.eval_mode}, {an_image:.2f} s each): {hours:.1f} h\n"
+        f" ({args.eval_mode}, {found['image']:.2f} s each): {hours:.1f} h\n"
         f"peak memory of process 0: {peaks}"
     )
-    return figures

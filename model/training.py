@@ -3,13 +3,11 @@ perturbation; where a run stands; several processes. args: options of train_unim
 
 from __future__ import annotations
 
-import inspect
 import time
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from model.deeplabv3plus import DeepLabV3Plus
 from model.resnet import load_backbone, load_exactly, read_checkpoint, state_dict_in
@@ -86,38 +84,13 @@ def perturbation_factors(seed: int, iteration: int, global_batch: int, channels:
     return tuple((values >= FEATURE_DROPOUT) / (1 - FEATURE_DROPOUT) for values in drawn)
 
 
-def to_device(model: nn.Module, device, channels_last: bool) -> nn.Module:
-    """The model on its device; on several GPUs batch norm sees the samples of all of them."""
-    layout = torch.channels_last if channels_last else torch.preserve_format
-    model = model.to(device, memory_format=layout)
-    if process_rank()[1] > 1 and device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    return model
-
-
-def distributed(model: nn.Module, device) -> nn.Module:
-    """The model, whose gradients are averaged over processes if there are several. Buffers are not
-    broadcast: their means over processes and synchronised batch norm keep them equal.
-    """
-    if process_rank()[1] == 1:
-        return model
-    ddp = nn.parallel.DistributedDataParallel
-    # newer versions of torch name that option otherwise
-    new = "forward_sync_buffers" in inspect.signature(ddp).parameters
-    return ddp(
-        model,
-        device_ids=[device.index] if device.type == "cuda" else None,
-        **{"forward_sync_buffers" if new else "broadcast_buffers": False},
-    )
-
-
-def means_over_processes(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The mean of each tensor over all processes."""
+def average_over_processes(tensors: list[torch.Tensor]) -> None:
+    """Each tensor becomes its mean over all processes."""
     world = process_rank()[1]
     if world == 1:
-        return tensors
+        return
     together = torch.cat([tensor.flatten() for tensor in tensors])
     dist.all_reduce(together)
     together /= world
-    parts = together.split([tensor.numel() for tensor in tensors])
-    return [part.view_as(tensor) for part, tensor in zip(parts, tensors)]
+    for tensor, mean in zip(tensors, together.split([tensor.numel() for tensor in tensors])):
+        tensor.copy_(mean.view_as(tensor))

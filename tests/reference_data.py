@@ -70,15 +70,16 @@ def plain_sample(samples: TrainingSamples, key: Key) -> int:
     made = 0
     for stream in (LABELED, UNLABELED, UNLABELED_MIX):
         random = samples.generator(stream, key)
-        image_path, label_path = samples.labeled[key.index % len(samples.labeled)]
-        image = Image.open(samples.root / image_path).convert("RGB")
-        label = np.asarray(Image.open(samples.root / label_path))
-        crop = draw_crop(random, image.height, image.width, samples.crop_size)
+        labeled, args = samples.lists.labeled, samples.args
+        image_path, label_path = labeled[key.index % len(labeled)]
+        image = Image.open(args.root_path / image_path).convert("RGB")
+        label = np.asarray(Image.open(args.root_path / label_path))
+        crop = draw_crop(random, image.height, image.width, args.crop_size)
         views = [resized_then_cropped(image, crop)]
         made += label_resized_then_cropped(label, crop, IGNORE).nbytes
         if stream != LABELED:
             views += [pillow_strong_view(random, views[0]) for _ in range(2)]
-            made += sum(cutmix_box(random, samples.crop_size).nbytes for _ in range(2))
+            made += sum(cutmix_box(random, args.crop_size).nbytes for _ in range(2))
         for view in views:
             values = F.to_tensor(np.array(view))
             made += F.normalize(values, IMAGENET_MEAN, IMAGENET_STD).nbytes

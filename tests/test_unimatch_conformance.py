@@ -5,7 +5,6 @@ OHEM by sorting, a learning rate set after each step, torch's own sampler for fo
 """
 
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,27 +13,17 @@ from conformance import DATA, formula_state, hashed, read_keys
 from torch.utils.data import DistributedSampler
 
 import train_unimatch
-from dataset.samples import MicroBatches
-from model.deeplabv3plus import DeepLabV3Plus
+from dataset.samples import Lists, MicroBatches
 from model.losses import ohem_cross_entropy
 from model.resnet import IMAGENET_MEAN, IMAGENET_STD
 from model.training import learning_rate
 from tests.reference_train import ohem_by_sorting
+from util.labels import CITYSCAPES_19
 
 SIZE, BATCH, ITERATIONS = 65, 2, 3
-OPTIONS = SimpleNamespace(
-    conf_thresh=0.12,
-    ohem_threshold=0.05,
-    min_kept=1000,
-    lr=0.001,
-    lr_multi=10,
-    optimizer="sgd",
-    amp="none",
-    channels_last=False,
-    compile=False,
-    supervised=False,
-    seed=0,
-)
+OPTIONS = "--labeled-id-path - --unlabeled-id-path - --save-path - --backbone resnet50"
+OPTIONS += " --conf-thresh 0.12 --ohem-threshold 0.05 --min-kept 1000 --lr 0.001 --lr-multi 10"
+OPTIONS += f" --global-batch {BATCH} --batch-per-process {BATCH} --loss-groups 1"
 # The fixture's names, ours, and the relative differences that float32 in the losses leaves.
 NAMES = {
     "total_loss": "loss_all",
@@ -97,21 +86,20 @@ def normalised(images: torch.Tensor) -> torch.Tensor:
 def iterations():
     """(the fixture, [(logged values, learning rates)] of our iterations, the network after)."""
     fixture = json.loads((DATA / "unimatch/iterations.json").read_text(encoding="utf-8"))
-    model = DeepLabV3Plus(50, 19)
-    model.load_state_dict(formula_state(read_keys("unimatch_r50")))
-    sampler = SimpleNamespace(steps=1, batch=BATCH, global_batch=BATCH, slot=lambda _: 0)
-    trainer = train_unimatch.Trainer(
-        model.double(), OPTIONS, torch.device("cpu"), BATCH, ITERATIONS
-    )
+    args = train_unimatch.parse_args(OPTIONS.split())
+    lists = Lists([], ["-"], [], np.zeros((0, 19)))
+    trainer = train_unimatch.Trainer(args, CITYSCAPES_19, lists, torch.device("cpu"))
+    trainer.model.double().load_state_dict(formula_state(read_keys("unimatch_r50")))
+    trainer.sampler.total = ITERATIONS
     found = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_unimatch, "perturbation_factors", factors_of)
         patch.setattr(train_unimatch, "normalised", normalised)
         for number, corners in enumerate(fixture["boxes_y0_y1_x0_x1"]):
             batches = iter([batch_of(number, corners)])
-            logged, _ = trainer.iteration(number, batches, sampler)
+            logged, _ = trainer.iteration(number, batches)
             found.append((logged, [group["lr"] for group in trainer.optimizer.param_groups]))
-    return fixture, found, model.state_dict()
+    return fixture, found, trainer.model.state_dict()
 
 
 @pytest.mark.parametrize("number", range(ITERATIONS))

@@ -30,13 +30,13 @@ from scipy.ndimage import gaussian_filter
 from segment_anything.utils.amg import calculate_stability_score
 
 import train_unimatch
-from dataset.samples import Key, TrainingSamples
+from dataset.samples import Key, Lists, TrainingSamples
 from dataset.scc import BUFFER, Data, index_image, patch_batches
 from dataset.toy import draw_scene
 from model.sam import WEIGHTS, load_segmenter, sam_builder
 from model.sam_fast import FastSam
 from model.segmenter import MASK_THRESHOLD, Segmenter
-from model.training import build_model, perturbation_factors, set_precision, to_device
+from model.training import perturbation_factors
 from scripts.lib.report import markdown_table
 from seco_sam import aggregate
 from seco_scc import parse_args as scc_options
@@ -45,7 +45,6 @@ from util import run
 from util.labels import CITYSCAPES_19, IGNORE, write_list
 from util.options import Argument, Bounds, Count, DeviceOptions, Pixels, parse_options
 
-CROP = 769  # of `data`
 # Of `scc`: different images on disk, how often each is listed, connectivities that the reference
 # cuts, batches of patches
 FILES, TIMES, CUTS, BATCHES = 8, 375, 24, 60
@@ -139,9 +138,10 @@ def data(options: Options, device: torch.device) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         rows = reference_data.made_files(root, 4)
+        lists = Lists(rows, [image for image, _ in rows], [], np.zeros((4, 19)))
         fast, cached = (
-            TrainingSamples(rows, [image for image, _ in rows], root, CROP, 0, image_cache=cache)
-            for cache in (None, root / "cache")
+            TrainingSamples(training_options(["--root-path", folder, *more]), lists)
+            for more in ([], ["--image-cache", str(root / "cache")])
         )
         ways = {
             "plain": lambda key: reference_data.plain_sample(fast, key),
@@ -323,15 +323,20 @@ def measure_train(variants: list[str], options: Options, device: torch.device) -
     return results
 
 
-def trainer_for(variant: str, options: Options, device: torch.device):
-    """A train_unimatch.Trainer set up for a variant, whose precision, which is global, is set."""
-    how = "--labeled-id-path - --unlabeled-id-path - --save-path - --loss-groups 1"
-    how += f" --backbone {options.backbone} --crop-size {options.crop_size}"
-    how += f" --global-batch {options.batch} --min-kept {options.min_kept}"
-    args = train_unimatch.parse_args([*how.split(), *VARIANTS[variant]])
-    set_precision(args)
-    model = to_device(build_model(args, 19), device, args.channels_last)
-    return train_unimatch.Trainer(model, args, device, group=options.batch, total=1000)
+def training_options(more: list[str]) -> train_unimatch.Options:
+    """Options of train_unimatch.py, of lists that are not read."""
+    needed = "--labeled-id-path - --unlabeled-id-path - --save-path -"
+    return train_unimatch.parse_args([*needed.split(), *more])
+
+
+def trainer_for(variant: str, options: Options, device: torch.device) -> train_unimatch.Trainer:
+    """Set up for a variant, whose precision, which is global, is set."""
+    how = f"--loss-groups 1 --backbone {options.backbone} --crop-size {options.crop_size}"
+    how += f" --global-batch {options.batch} --batch-per-process {options.batch}"
+    how += f" --min-kept {options.min_kept}"
+    args = training_options([*how.split(), *VARIANTS[variant]])
+    lists = Lists([], ["-"], [], np.zeros((0, 19)))
+    return train_unimatch.Trainer(args, CITYSCAPES_19, lists, device)
 
 
 def one_step(variant: str, trainer: train_unimatch.Trainer, batch: dict, number: int) -> None:
