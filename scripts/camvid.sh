@@ -69,10 +69,5 @@ SPLIT=(--labeled-fraction 0.5)
 ADAPT=("${NETWORK[@]}" --epochs 30 --global-batch 4 --optimizer adamw --lr 0.001 --eval-every 5)
 EVAL=(--mode original)
 
-for SEED in $SEEDS; do
-    seed_folder
-    source_model
-    pixel_labels
-    rows
-done
+for SEED in $SEEDS; do seed; done
 report

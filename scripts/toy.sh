@@ -56,9 +56,6 @@ for SEED in $SEEDS; do
     SOURCE_LIST="$LISTS/source_train.txt" VAL_LIST="$LISTS/target_val.txt"
     TARGET_LIST="$LISTS/target_train.txt" TARGET_GT="$LISTS/target_train_gt.txt"
     run "$PYTHON" -m dataset.toy --seed "$SEED" --root-path "${DATA%/toy}" ${SCENES[@]+"${SCENES[@]}"}
-    seed_folder
-    source_model
-    pixel_labels
-    rows
+    seed
 done
 report

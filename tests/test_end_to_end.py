@@ -17,7 +17,7 @@ from PIL import Image
 from processes import warm_python
 from test_page import check_page
 
-from scripts.lib.run_folder import manifest_of, stage_folders
+from scripts.lib.run_folder import manifest_of, seed_folders
 
 # Of every stage, what is there a moment after it has begun.
 BEGUN = {
@@ -93,14 +93,23 @@ def test_tables_and_pictures(finished):
         assert row in text
     pictures = {p.name for p in (finished / "pictures").iterdir()}
     assert {"side_by_side.png", "miou_curve.png"} <= pictures
-    assert any(name.startswith("scc_") for name in pictures)
-    check_page(finished / "index.html", "PSA + SCC", "SCC's page: seed0/scc", "manifest", "psa")
+    words = (
+        "PSA + SCC",
+        "SCC's page: seed0/scc",
+        "manifest",
+        "psa",
+        "pix_tiny_scc: loss_histogram",
+    )
+    check_page(finished / "index.html", *words)
     costs = json.loads((finished / "results.json").read_text(encoding="utf-8"))["stages"]
     assert BEGUN.keys() <= costs.keys()
     assert all(0 < cost["peak_memory_mb"] < 6000 for cost in costs.values())
 
 
-def test_a_second_call_makes_nothing_again(finished):
+def test_a_second_call_makes_nothing_again_and_shows_nothing_else(finished):
+    fill = finished / "seed0/eval/fill/metrics.json"  # of a row that is not asked for
+    fill.parent.mkdir()
+    fill.write_text('{"miou": 50.0}')
     before, when = results(finished), times(finished)
     run = toy(finished)
     assert run.returncode == 0 and results(finished) == before
@@ -108,7 +117,7 @@ def test_a_second_call_makes_nothing_again(finished):
 
 
 def test_no_stage_but_evaluation_names_ground_truth_of_the_target(finished):
-    folders = stage_folders(finished / "seed0")
+    folders = seed_folders(finished / "seed0")
     for stage in set(BEGUN) - {"source"}:
         options = manifest_of(folders[stage])["options"]
         paths = [str(value) for name, value in options.items() if name != "val_id_path"]

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from scripts.lib import page
+from scripts.lib.run_folder import task_folders
 from util.run import UserError
 
 
@@ -66,17 +67,22 @@ def test_page_of_a_run(tmp_path):
     for file in (data / "exp_tiny_scc/report/index.html", run / "adapt/train.log"):
         file.parent.mkdir(parents=True)
         file.touch()
-    (run / "results.md").write_text("Seeds: 0.\n\n### A & B\n\n| a | b |\n|---|---|\n| x < 1 | |\n")
     lists = {"id_list_path": "splits/exp/train.txt"}
     manifest(data / "exp/run.json", "make_pseudo_labels.py", id_list_path="splits/train.txt")
     manifest(data / "exp_tiny/run.json", "seco_sam.py <x>", **lists)
     manifest(data / "exp_tiny_scc/run.json", "seco_scc.py", id_list_path="l/exp_tiny/train.txt")
     training = {"labeled_id_path": "splits/exp_tiny_scc/labeled.txt", "root_path": str(data)}
     manifest(run / "adapt/manifest.json", "train", **training, versions="<2>")
-    page.main([str(run)])
+    tables = [
+        {"text": "Seeds: 0."},
+        {"heading": "A & B", "head": ["a", "b"], "rows": [["x < 1", ""]]},
+    ]
+    page.write_results(run, tables, [{"heading": "more"}], task_folders(run))
+    text = "Seeds: 0.\n\n### A & B\n\n| a | b |\n|---|---|\n| x < 1 |  |\n"
+    assert (run / "results.md").read_text() == text
     words = ("a <run> & 100 %", "x < 1", "A & B", "seco_sam.py <x>", '"versions": "<2>"', "pixel")
     read = check_page(run / "index.html", *words)
-    assert "PSA: exp_tiny, 0" in "".join(read.text)
+    assert "exp_tiny: 0" in "".join(read.text)
     pictures = [unquote(t) for t in read.targets if t.endswith(".png")]
     assert pictures[::2] == [
         "pictures/side_by_side.png",
@@ -84,7 +90,7 @@ def test_page_of_a_run(tmp_path):
         "../data/exp_tiny/vis/aachen/0.png",
     ]
     assert "../data/exp_tiny_scc/report/index.html" in read.targets
-    assert read.text.count("x < 1") == 1 and "sweep.md" not in "".join(read.text)
+    assert read.text.count("x < 1") == 1
 
 
 def test_a_task_gets_its_tables(tmp_path):
@@ -98,7 +104,7 @@ def test_a_task_gets_its_tables(tmp_path):
     page.main([str(tmp_path)])
     text = (tmp_path / "results.md").read_text(encoding="utf-8")
     assert "| road | 10.00 | – |" in text and "| after | 2 | 50 |" in text
-    assert "| adapt | – | – |" in text  # its manifest has no cost
+    assert "| adapt |" not in text  # it has no manifest
     check_page(tmp_path / "index.html", "33.33", "overall: pass <1>", "training log: adapt")
 
 

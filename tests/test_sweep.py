@@ -37,7 +37,7 @@ def test_sweep_equals_writing_and_measuring_the_labels(tmp_path):
             rows.append({**row, "prediction": prediction, "eta": rng.random()})
     for kind, entries in lists.items():
         write_list(folder / f"splits/{kind}/all.txt", entries)
-    with pytest.raises(UserError, match="no seed<n> folder with SCC of the paper's recipe"):
+    with pytest.raises(UserError, match="seed0: no SCC of the paper's recipe"):
         sweep_thresholds.main([str(tmp_path)])
     for kind in ("psa", "scc"):
         read = {"labels": kind, "id_list_path": "gt"}

@@ -37,7 +37,7 @@ from model.sam import WEIGHTS, load_segmenter, sam_builder
 from model.sam_fast import FastSam
 from model.segmenter import MASK_THRESHOLD, Segmenter
 from model.training import perturbation_factors
-from scripts.lib.report import markdown_table
+from scripts.lib.page import markdown_table
 from seco_sam import aggregate
 from seco_scc import parse_args as scc_options
 from tests import oracle_psa, reference_data, reference_scc, reference_train

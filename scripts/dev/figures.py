@@ -24,7 +24,8 @@ from PIL import Image
 
 from dataset.scc import numbered
 from scripts.lib import report
-from scripts.lib.run_folder import manifest_of, seeds_in, stage_folders
+from scripts.lib.page import cost_table, markdown, markdown_table
+from scripts.lib.run_folder import manifest_of, seed_folders
 from util.charts import line_chart, save_chart
 from util.labels import CITYSCAPES_19, IGNORE, read_image, read_label, read_list
 from util.outputs import read_json, write_json
@@ -50,7 +51,7 @@ RUNS = {  # below runs/: title of its column
 }
 PICTURES = {  # of images/: what it is of
     "side_by_side.jpg": "ablation_toy/pictures/side_by_side.png",
-    "scc_loss_histogram.png": "ablation_toy/pictures/scc_loss_histogram.png",
+    "scc_loss_histogram.png": "ablation_toy/seed0/pix_tiny_scc/report/loss_histogram.png",
     "ablation.png": "ablation_toy/pictures/ablation.png",
     "sweep.png": "ablation_toy/pictures/sweep.png",
     "camvid.jpg": "camvid_release/pictures/side_by_side.png",
@@ -76,14 +77,15 @@ def keep_records(run: Path) -> None:
     """Results, the first seed's manifests and the figures of all evaluations of a run to
     training_logs/ours/<name>/.
     """
-    folder, seeds = OURS / run.name, seeds_in(run)
+    folder = OURS / run.name
+    seeds = [run / f"seed{number}" for number in read_json(run / "results.json")["seeds"]]
     folder.mkdir(parents=True, exist_ok=True)
     for path in [*run.glob("results.*"), *run.glob("sweep.*")]:
         shutil.copyfile(path, folder / path.name)
-    manifests = {stage: manifest_of(path) for stage, path in stage_folders(seeds[0]).items()}
+    manifests = {stage: manifest_of(path) for stage, path in seed_folders(seeds[0]).items()}
     write_json(folder / f"{seeds[0].name}_manifests.json", manifests)
     for seed in seeds:
-        stages, evaluations = stage_folders(seed), {}
+        stages, evaluations = seed_folders(seed), {}
         for stage in [s for s in stages if s.startswith("adapt_")]:
             log = read_training_log(stages[stage])
             tags = [MIOU_TAG, *(f"eval/{name}_IoU" for name in log.class_names)]
@@ -99,16 +101,16 @@ def ablation_tables(run: Path) -> str:
     """Labels, adapted models beside the paper's figures, the threshold sweep and the costs of an
     ablation, as tables.
     """
-    results, sweep = read_json(run / "results.json"), run / "sweep.md"
+    results = read_json(run / "results.json")
     seeds = ", ".join(map(str, results["seeds"]))
     tables = [
-        f"Seeds: {seeds}. Figures in %, mean ± standard deviation over the seeds.\n",
+        {"text": f"Seeds: {seeds}. Figures in %, mean ± standard deviation over the seeds."},
         report.label_table(results["labels"]),
         report.model_table(results["models"], PAPER_ABLATION, "paper (DTST, GTA → Cityscapes)"),
-        sweep.read_text(encoding="utf-8").rstrip() + "\n" if sweep.is_file() else "",
-        report.cost_table({stage: results["stages"][stage] for stage in MAIN_LINE}),
+        *report.sweep_tables(run),
+        cost_table({stage: results["stages"][stage] for stage in MAIN_LINE}),
     ]
-    return "\n".join(table for table in tables if table)
+    return markdown(tables)
 
 
 def pipeline_picture(run: Path) -> Image.Image:
@@ -172,7 +174,7 @@ def ours_table() -> str:
     )
     head = [f"{title} (seeds {', '.join(map(str, run['seeds']))})" for title, run in runs.items()]
     cells = [[title, *(cell(run, *place) for run in runs.values())] for title, *place in rows]
-    return report.markdown_table(["", *head], cells)
+    return markdown_table(["", *head], cells)
 
 
 def toy_output() -> str:
@@ -183,7 +185,8 @@ def toy_output() -> str:
         return {row: {key: values[:1] for key, values in table[row].items()} for row in rows}
 
     labels = report.label_table(first(results["labels"], "pixel", "psa", "scc"))
-    return f"```\n{labels}\n{report.model_table(first(results['models'], 'before', 'seco'))}```"
+    models = report.model_table(first(results["models"], "before", "seco"))
+    return f"```\n{markdown([labels, models])}```"
 
 
 def shipped_curves():

@@ -29,7 +29,7 @@ from dataset.toy import draw_scene
 from model.sam import load_segmenter
 from model.scc import LABEL_SMOOTHING, gradients, make_classifier, make_optimizer
 from scripts.dev import bench
-from scripts.lib.report import markdown_table
+from scripts.lib.page import markdown_table
 from seco_sam import aggregate
 from util import run
 from util.labels import CITYSCAPES_19

@@ -17,18 +17,21 @@ from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
+from typing import Annotated
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # for `python scripts/dev/NAME.py`
 
 import numpy as np
 
 from dataset.scc import numbered
+from eval import labels_in_folder
 from model.scc import decide
-from scripts.lib.report import LABEL_FIGURES, label_table
-from scripts.lib.run_folder import label_lists, seeds_in, truth_list
+from scripts.lib.page import markdown
+from scripts.lib.report import LABEL_FIGURES, sweep_tables
+from scripts.lib.run_folder import seed_folders, truth_of
 from seco_scc import corrected_label
 from util.charts import line_chart, save_chart
-from util.labels import chosen_classes, read_label, read_list
+from util.labels import chosen_classes, read_label
 from util.metrics import confusion_matrix, metrics_of
 from util.options import Argument, ClassOptions, Folder, parse_options
 from util.outputs import write_json
@@ -47,17 +50,24 @@ class Options(ClassOptions):
 
     run: Argument[Folder]
     "folder of the run, with seed<n> in it"
+    seeds: Annotated[list[int], "N"] | None = None
+    "its seeds (default: all that are there)"
 
 
 def sweep_seed(seed: Path, class_num: int) -> dict[tuple[str, float], dict]:
     """{(threshold, value): `metrics_of` of SCC's labels}; the other threshold has the
     paper's value.
     """
-    lists = label_lists(seed)
-    labels = dict(read_list(lists["psa_paper"]))
-    truth = dict(read_list(truth_list(seed, "scc_paper")))
-    corrected = Path(read_list(lists["scc_paper"])[0][1]).parts[0]
-    with open(seed / corrected / "connectivities.csv", newline="", encoding="utf-8") as file:
+    folders = seed_folders(seed)
+    if "scc_paper" not in folders:
+        raise UserError(
+            f"{seed}: no SCC of the paper's recipe; run scripts/ablation.sh, or RECIPE=paper bash"
+            " scripts/toy.sh"
+        )
+    truth = truth_of(folders["quality_scc_paper"])
+    labels = labels_in_folder(folders["psa_paper"], [*truth])
+    table = folders["scc_paper"] / "connectivities.csv"
+    with open(table, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     confusions = dict.fromkeys(((name, value) for name in SWEEPS for value in SWEEPS[name]), 0)
     for image, found in groupby(rows, itemgetter("image")):
@@ -67,7 +77,7 @@ def sweep_seed(seed: Path, class_num: int) -> dict[tuple[str, float], dict]:
             for name in ("eta", "score", "prediction", "class")
         ]
         gt = read_label(seed / truth[image], class_num)
-        numbers = numbered(read_label(seed / labels[image], class_num), class_num)
+        numbers = numbered(read_label(labels[image], class_num), class_num)
         for name, value in confusions:
             _, final = decide(*columns, **{**PAPER, name: value})
             label = corrected_label(numbers, final)
@@ -79,25 +89,21 @@ def sweep_seed(seed: Path, class_num: int) -> dict[tuple[str, float], dict]:
 def main(argv=None) -> None:
     options = parse_options(Options, __doc__, argv)
     class_num = chosen_classes(options).count
-    seeds = [folder for folder in seeds_in(options.run) if "scc_paper" in label_lists(folder)]
-    if not seeds:
-        raise UserError(
-            f"{options.run}: no seed<n> folder with SCC of the paper's recipe; run"
-            " scripts/ablation.sh, or RECIPE=paper bash scripts/toy.sh"
-        )
+    seeds = [options.run / f"seed{number}" for number in options.seeds or ()]
+    seeds = seeds or sorted(options.run.glob("seed*[0-9]"))
     of_seeds = [sweep_seed(seed, class_num) for seed in seeds]
-    results, series = {name: {} for name in SWEEPS}, {}
+    results, series = {"seeds": [seed.name for seed in seeds]}, {}
     for name, value in of_seeds[0]:  # results: {threshold: {value: {figure: [per seed]}}}
         found = {f: [of_seed[name, value][f] for of_seed in of_seeds] for f in LABEL_FIGURES}
-        results[name][str(value)] = found
+        results.setdefault(name, {})[str(value)] = found
         for figure, of_all in found.items():
             points = series.setdefault(f"{figure}, {name}", ([], []))
             points[0].append(value)
             points[1].append(statistics.mean(of_all))
     chart = line_chart(series, "", "threshold", "labels after SCC (%)", y_range=(0, 100))
     save_chart(options.run / "pictures/sweep.png", chart)
-    write_json(options.run / "sweep.json", {"seeds": [seed.name for seed in seeds], **results})
-    text = "".join(label_table(rows, name) + "\n" for name, rows in results.items())
+    write_json(options.run / "sweep.json", results)
+    text = markdown(sweep_tables(options.run))
     (options.run / "sweep.md").write_text(text, encoding="utf-8")
     print(text)
 

@@ -10,7 +10,7 @@ from util.outputs import read_json
 def health(folders: dict[str, Path]) -> tuple[list[list[str]], list[str]]:
     """(rows of stage, figure and value; warnings) of the stages of a run.
 
-    folders: {stage: its folder}, as scripts.lib.run_folder.stage_folders gives them. The stages
+    folders: {stage: its folder}, as scripts.lib.run_folder.task_folders gives them. The stages
     pixel, psa, scc, split and adapt are read; one that is not there has no row.
     """
     rows, warnings = [], []

@@ -1,18 +1,18 @@
-"""The page of a run: index.html in its folder, to be read in a browser without network.
+"""results.md of a task and its page: index.html in its folder, to be read in a browser without
+network.
 
-    python -m scripts.lib.page runs/toy_release
+    python -m scripts.lib.page runs/gta2cs
 
-Reads what the commands left: results.md and sweep.md (scripts/lib/report.py, sweep_thresholds.py),
-compare.txt (scripts/compare_logs.py), pictures/ and the manifests of all stages. A task's run has
-no results.md yet: it is written here. Files elsewhere, as a data set's label folders, are linked
-from where they are.
+Reads what the commands left: metrics and manifests of all stages, compare.txt
+(scripts/compare_logs.py) and pictures/; draws images with their labels and predictions. Files
+elsewhere, as a data set's label folders, are linked from where they are. scripts/lib/report.py is
+the same for a run of several seeds.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,16 +20,15 @@ from urllib.parse import quote
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # for `python scripts/lib/NAME.py`
 
-from eval import labels_in_folder
+from eval import Mode, label_map, labels_in_folder
 from scripts.lib.health import health
-from scripts.lib.report import cost_table, markdown_table, on_their_way, spread
-from scripts.lib.run_folder import MANIFESTS, manifest_of, seeds_in, stage_costs, stage_folders
-from util.labels import read_classes, read_list
+from scripts.lib.run_folder import manifest_of, stage_costs, task_folders
+from util.labels import ClassSet, read_classes, read_image, read_label, read_list
 from util.options import Argument, Folder, parse_options
 from util.outputs import made_before, made_from, read_json, write_json, write_text
 from util.page import write_page
-from util.pictures import save_picture
-from util.run import UserError, run_main
+from util.pictures import colour_label, contact_sheet, save_picture
+from util.run import UserError, run_main, select_device
 
 CAPTIONS = {  # of the pictures, in the order in which they are shown
     "side_by_side": "Target images on their way: starting labels, PSA, SCC, predictions",
@@ -38,47 +37,98 @@ CAPTIONS = {  # of the pictures, in the order in which they are shown
     "compare": "This run beside the authors' log",
     "ablation": "Target validation mIoU of every row",
     "sweep": "Labels after SCC at other thresholds",
-    "scc_loss_histogram": "SCC: losses of the connectivities",
-    "scc_panels": "SCC: labels before and after",
 }
 LINKED = {"report/index.html": "SCC's page", "train.log": "training log"}
-PSA_PANELS = 4  # shown of each folder that PSA made
+PANELS = 4  # shown of each folder that PSA made
 
 
-@dataclass(kw_only=True)
-class Options:
-    run: Argument[Folder]
-    "folder of the run"
+# ------------------------------------------------------------------------------- tables, any run's
 
 
-def parts_of(markdown: str) -> list[dict]:
-    """Headings, tables and paragraphs of a results.md as parts of a page."""
-    parts = []
-    for block in re.split(r"\n\s*\n", markdown.strip()):
-        lines, part = block.splitlines(), {}
-        if lines[0].startswith("#"):
-            part["heading"] = lines.pop(0).lstrip("# ")
-        rows = [
-            [cell.strip() for cell in line.strip()[1:-1].split("|")]
-            for line in lines
-            if line.startswith("|")
-        ]
-        if len(rows) > 1:  # the second one is the ruler
-            part |= {"head": rows[0], "rows": rows[2:]}
-        else:
-            part["text"] = " ".join(lines)
-        parts.append(part)
-    return parts
+def markdown_table(head: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows]) + "\n"
 
 
-def folders_of(run: Path) -> dict[str, Path]:
-    """{"psa" or "seed0/psa": folder} of all stages, of a task or of all seeds."""
-    seeds = seeds_in(run)
-    if not seeds:
-        return stage_folders(run)
-    return {
-        f"{s.name}/{stage}": folder for s in seeds for stage, folder in stage_folders(s).items()
-    }
+def markdown(parts: list[dict]) -> str:
+    """Headings, texts and tables of a page's parts (util/page.py) as Markdown."""
+    blocks = []
+    for part in parts:
+        if "heading" in part:
+            blocks.append(f"### {part['heading']}\n")
+        if "text" in part:
+            blocks.append(f"{part['text']}\n")
+        if "head" in part:
+            blocks.append(markdown_table(part["head"], part["rows"]))
+    return "\n".join(blocks)
+
+
+def cost_table(costs: dict[str, dict]) -> dict:
+    """Part of a page: costs as stage_costs gives them."""
+    rows = [[n, f"{c['seconds']:.0f}", f"{c['peak_memory_mb']:.0f}"] for n, c in costs.items()]
+    return {"head": ["stage", "seconds", "peak memory (MB)"], "rows": rows}
+
+
+# ----------------------------------------------------------------------------- pictures, any run's
+
+
+def draw_images(
+    picture: Path,
+    root: Path,
+    images: list[str],
+    labels: dict[str, Path | None],
+    models: dict[str, Path],
+    truth: dict[str, str],
+    classes: ClassSet,
+    mode: Mode,
+    crop_size: int,
+) -> None:
+    """Draw images, a row each: the image, its label maps, predictions, ground truth. Not again if
+    nothing has changed since.
+
+    Args:
+        picture: the file, PNG; a record of what it was made from is beside it.
+        root: folder that paths of images and of the ground truth start from.
+        images: their paths.
+        labels: {title: folder of label maps}; None, or one that lacks an image, is left out.
+        models: {title: checkpoint}.
+        truth: {image: path of its ground truth}; {} where there is none.
+        classes: of all of them.
+        mode, crop_size: how images go through the models, as eval.py has them.
+    """
+    from model.network import load_network
+
+    maps = {t: labels_in_folder(folder, images) for t, folder in labels.items() if folder}
+    maps = {title: found for title, found in maps.items() if len(found) == len(images)}
+    if truth:
+        maps["ground truth"] = {image: root / truth[image] for image in images}
+    files = [root / image for image in images] + [*models.values()]
+    files += [path for found in maps.values() for path in found.values()]
+    settings = {"titles": [*maps, *models], "names": classes.names, "mode": [mode, crop_size]}
+    source, record = made_from(settings, {str(p): p for p in files}), picture.with_suffix(".json")
+    if picture.is_file() and made_before(record, source):
+        return
+    device = select_device("auto")
+    networks = {n: load_network(path, device, classes.count) for n, path in models.items()}
+    rows = []
+    for name in images:
+        image = read_image(root / name)
+        shown = {title: read_label(found[name]) for title, found in maps.items()}
+        for title, network in networks.items():
+            shown[title] = label_map(network, image, mode, crop_size)
+        if truth:
+            shown["ground truth"] = shown.pop("ground truth")  # last
+        rows.append([image, *(colour_label(label, classes.palette) for label in shown.values())])
+    save_picture(picture, contact_sheet(rows, ["image", *shown], legend=classes, cell_width=288))
+    write_json(record, {"made_from": source})
+
+
+def spread(images: list[str], count: int) -> list[str]:
+    """`count` of the images, spread over them in the order of their names."""
+    return sorted(images)[:: max(1, len(images) // count)][:count]
+
+
+# --------------------------------------------------------------------------------- page, any run's
 
 
 def address(path: Path, run: Path) -> str:
@@ -87,101 +137,37 @@ def address(path: Path, run: Path) -> str:
 
 
 def pictures(run: Path, folders: dict[str, Path]) -> list[tuple[str, str]]:
-    """The run's pictures, and a few of PSA's panels of the first seed: (address, caption) each."""
-    found = {path.stem: path for path in sorted((run / "pictures").glob("*.png"))}
-    order = [name for name in CAPTIONS if name in found] + sorted(found.keys() - CAPTIONS)
-    shown = [(address(found[name], run), CAPTIONS.get(name, name)) for name in order]
-    first = f"{seeds[0].name}/" if (seeds := seeds_in(run)) else ""
-    for name in (f"{first}psa", f"{first}psa_paper"):
-        if name in folders:
-            panels = sorted((folders[name] / "vis").rglob("*.png"))[:PSA_PANELS]
-            caption = f"PSA: {folders[name].name}, "
-            shown += [(address(path, run), caption + path.stem) for path in panels]
-    return shown
+    """(address, caption) of the run's pictures, and a few of PSA's and SCC's of the first seed."""
+    files = {run / f"pictures/{name}.png": caption for name, caption in CAPTIONS.items()}
+    first = Path(next(iter(folders))).parent  # `seed0`, or `.` of a task
+    for name in ("psa", "psa_paper", "scc", "scc_paper"):
+        if folder := folders.get(str(first / name)):
+            found = sorted((folder / "vis").rglob("*.png"))[:PANELS]
+            found += sorted((folder / "report").glob("*.png"))
+            files |= {path: f"{folder.name}: {path.stem}" for path in found}
+    return [(address(path, run), caption) for path, caption in files.items() if path.is_file()]
 
 
-def task_results(run: Path) -> str:
-    """A task's tables: IoU of each class before and after, and the cost of each stage."""
-    found = {
-        name: read_json(run / f"eval_{name}" / "metrics.json")
-        for name in ("before", "after")
-        if (run / f"eval_{name}" / "metrics.json").is_file()
-    }
-    if not found and not (run / "adapt/summary.json").is_file():
-        raise UserError(
-            f"{run}: holds no results.md, no eval_after/metrics.json and no finished adapt/; finish"
-            " the run"
-        )
-    shown = lambda value: "–" if value is None else f"{value:.2f}"
-    text = ""
-    if found:
-        rows = [["mIoU", *(shown(metrics["miou"]) for metrics in found.values())]]
-        for name in next(iter(found.values()))["iou"]:
-            rows.append([name, *(shown(metrics["iou"][name]) for metrics in found.values())])
-        text = "### Validation IoU (%)\n\n" + markdown_table(["class", *found], rows) + "\n"
-    rows, warnings = health(stage_folders(run))
-    if rows:
-        text += "### The labels, as they tell of themselves\n\n"
-        text += "".join(f"Warning: {warning}.\n\n" for warning in warnings)
-        text += markdown_table(["stage", "what", "figure"], rows) + "\n"
-    return text + "### Cost of each stage\n\n" + cost_table(stage_costs([run]))
+def write_results(
+    run: Path, tables: list[dict], more: list[dict], folders: dict[str, Path]
+) -> None:
+    """Write results.md and the page.
 
-
-def draw_task(run: Path, count: int = 4) -> None:
-    """Pictures of a task, not drawn again if nothing has changed since: side_by_side.png, a few
-    images with their labels at each stage; validation.png, a few of the validation images with
-    predictions before and after and the ground truth.
+    Args:
+        run: folder that they go to.
+        tables: parts of a page (util/page.py) with what both have.
+        more: parts that only the page has, after the tables.
+        folders: {"psa" or "seed0/psa": folder} of all stages.
     """
-    folders, record = stage_folders(run), run / "pictures/made_from.json"
-    options, models = manifest_of(run / "adapt").get("options"), {"after": run / "adapt/latest.pth"}
-    if not options or not models["after"].is_file():
-        return
-    made = [folder / name for folder in folders.values() for name in MANIFESTS]
-    inputs = {str(path): path for path in [*models.values(), *made] if path.is_file()}
-    source = made_from({"images": count}, inputs)
-    if made_before(record, source):
-        return
-    root, classes = Path(options["root_path"]), read_classes(run / "adapt/classes.txt")
-    how = classes, options["eval_mode"], options["crop_size"]
-
-    def draw(name: str, images: list[str], titles: dict[str, str], truth: dict, models: dict):
-        images = spread(images, count)
-        maps = {t: labels_in_folder(folders[s], images) for s, t in titles.items() if s in folders}
-        maps = {title: found for title, found in maps.items() if len(found) == len(images)}
-        sheet = on_their_way(root, images, maps | truth, models, *how)
-        save_picture(run / f"pictures/{name}.png", sheet)
-
-    lists = [options[f"{name}_id_path"] for name in ("labeled", "unlabeled")]
-    images = [row[0] for path in lists if path for row in read_list(path, (1, 2))]
-    titles = {"pixel": "starting labels", "psa": "PSA", "scc": "SCC"}
-    draw("side_by_side", images, titles, {}, {"prediction": models["after"]})
-    if options["val_id_path"]:
-        truth = dict(read_list(options["val_id_path"]))
-        draw("validation", [*truth], {"before_labels": "before"}, {"ground truth": truth}, models)
-    write_json(record, {"made_from": source})
-
-
-def page_of(run: Path) -> Path:
-    """Write <run>/index.html; returns its path."""
-    of_task = (run / "eval_after").is_dir() or (run / "adapt/summary.json").is_file()
-    if of_task or not (run / "results.md").is_file():
-        write_text(run / "results.md", task_results(run))
-        draw_task(run)
-    folders = folders_of(run)
+    write_text(run / "results.md", markdown(tables))
     manifests = {n: made for n, folder in folders.items() if (made := manifest_of(folder))}
-    parts = []
-    for name in ("results.md", "sweep.md"):
-        if (run / name).is_file():
-            parts += parts_of((run / name).read_text(encoding="utf-8"))
-    if (run / "compare.txt").is_file():
-        text = (run / "compare.txt").read_text(encoding="utf-8").strip()
-        parts.append({"heading": "Beside the authors' log", "verbatim": text})
     links = [
         (address(folder / file, run), f"{title}: {name}")
         for name, folder in folders.items()
         for file, title in LINKED.items()
         if (folder / file).is_file()
     ]
+    parts = tables + more
     for heading, kind, content in (
         ("Pictures", "figures", pictures(run, folders)),
         ("More", "links", links),
@@ -192,11 +178,74 @@ def page_of(run: Path) -> Path:
             parts.append({"heading": heading, kind: content})
     page = run / "index.html"
     write_page(page, f"SeCo: {run.resolve().name}", parts)
-    return page
+    print(f"tables: {run / 'results.md'}; page: {page}")
+
+
+# ------------------------------------------------------------------------------------------ a task
+
+
+@dataclass(kw_only=True)
+class Options:
+    run: Argument[Folder]
+    "folder of the run"
+
+
+def task_tables(run: Path, folders: dict[str, Path]) -> list[dict]:
+    """IoU of each class before and after, what the labels tell of themselves, and the cost of each
+    stage, as parts of a page.
+    """
+    files = {name: run / f"eval_{name}/metrics.json" for name in ("before", "after")}
+    found = {name: read_json(file) for name, file in files.items() if file.is_file()}
+    if not found and not (run / "adapt/summary.json").is_file():
+        raise UserError(
+            f"{run}: holds no eval_after/metrics.json and no finished adapt/; finish the run"
+        )
+    parts = []
+    if found:
+        shown = lambda value: "–" if value is None else f"{value:.2f}"
+        rows = [["mIoU", *(shown(metrics["miou"]) for metrics in found.values())]]
+        for name in next(iter(found.values()))["iou"]:
+            rows.append([name, *(shown(metrics["iou"][name]) for metrics in found.values())])
+        parts += [{"heading": "Validation IoU (%)", "head": ["class", *found], "rows": rows}]
+    rows, warnings = health(folders)
+    if rows:
+        parts.append({"heading": "The labels, as they tell of themselves"})
+        parts += [{"text": f"Warning: {warning}."} for warning in warnings]
+        parts.append({"head": ["stage", "what", "figure"], "rows": rows})
+    return [*parts, {"heading": "Cost of each stage", **cost_table(stage_costs([folders]))}]
+
+
+def draw_task(run: Path, folders: dict[str, Path]) -> None:
+    """side_by_side.png, a few images with their labels at each stage; validation.png, a few of the
+    validation images with predictions before and after and the ground truth.
+    """
+    adapted = run / "adapt/latest.pth"
+    if not adapted.is_file():
+        return
+    options = manifest_of(run / "adapt")["options"]
+    root, how = Path(options["root_path"]), (options["eval_mode"], options["crop_size"])
+    how = read_classes(run / "adapt/classes.txt"), *how
+    lists = [options[f"{name}_id_path"] for name in ("labeled", "unlabeled")]
+    images = spread([row[0] for path in lists if path for row in read_list(path, (1, 2))], 4)
+    titles = {"starting labels": "pixel", "PSA": "psa", "SCC": "scc"}
+    labels = {title: folders.get(stage) for title, stage in titles.items()}
+    picture = run / "pictures/side_by_side.png"
+    draw_images(picture, root, images, labels, {"prediction": adapted}, {}, *how)
+    if options["val_id_path"]:
+        truth, labels = dict(read_list(options["val_id_path"])), folders.get("before_labels")
+        picture, images = run / "pictures/validation.png", spread([*truth], 4)
+        draw_images(picture, root, images, {"before": labels}, {"after": adapted}, truth, *how)
 
 
 def main(argv: list[str] | None = None) -> None:
-    print(f"page: {page_of(parse_options(Options, __doc__, argv).run)}")
+    run = parse_options(Options, __doc__, argv).run
+    folders, compared = task_folders(run), run / "compare.txt"
+    tables, more = task_tables(run, folders), []
+    draw_task(run, folders)
+    if compared.is_file():
+        text = compared.read_text(encoding="utf-8").strip()
+        more = [{"heading": "Beside the authors' log", "verbatim": text}]
+    write_results(run, tables, more, folders)
 
 
 if __name__ == "__main__":

@@ -6,31 +6,15 @@
 #   DATA        folder that the lists' image paths start from, linked into the seed's folder
 #   SOURCE_LIST TARGET_LIST TARGET_GT VAL_LIST   the seed's lists
 
-seed_folder() { # its folder $W, with the data in it
-    W="$OUT/seed$SEED"
-    mkdir -p "$W"
-    ln -sfn "$(cd "$DATA" && pwd)" "$W/$(basename "$DATA")"
-}
-
-source_model() {
-    run "$PYTHON" train_unimatch.py --supervised --labeled-id-path "$SOURCE_LIST" --root-path "$W" "${CLASSES[@]}" \
-        "${SOURCE[@]}" --seed "$SEED" --save-path "$W/source"
-    validate before "$W/source/latest.pth"
-}
-
 validate() { # validate NAME CHECKPOINT
+    MODELS="$MODELS $1"
     run "$PYTHON" eval.py --checkpoint "$2" --id-list-path "$VAL_LIST" --root-path "$W" "${CLASSES[@]}" "${EVAL[@]}" \
         --out "$W/eval/$1"
 }
 
 quality() { # quality NAME LIST: of labels, against ground truth: a diagnostic, nothing that is trained sees it
+    LABELS="$LABELS $1"
     run "$PYTHON" eval.py --labels "$2" --id-list-path "$TARGET_GT" --root-path "$W" "${CLASSES[@]}" --out "$W/eval/quality_$1"
-}
-
-pixel_labels() {
-    run "$PYTHON" -m scripts.make_pseudo_labels --id-list-path "$TARGET_LIST" --root-path "$W" \
-        --checkpoint "$W/source/latest.pth" --exp pix --out-list "$W/splits/pix/all.txt" "${CLASSES[@]}" "${PIXEL[@]}"
-    quality pixel "$W/splits/pix/all.txt"
 }
 
 psa() { # psa NAME LABELS OPTION…: PSA of the pixel labels, in the folder LABELS
@@ -82,7 +66,16 @@ controls() {
     validate bound "$W/adapt_bound/latest.pth"
 }
 
-rows() { # the recipes that are asked for, the controls with the first of them
+seed() { # everything of a seed: source model, pixel-level labels, the recipes that are asked for, the controls with the first
+    W="$OUT/seed$SEED" MODELS="" LABELS=""
+    mkdir -p "$W"
+    ln -sfn "$(cd "$DATA" && pwd)" "$W/$(basename "$DATA")"
+    run "$PYTHON" train_unimatch.py --supervised --labeled-id-path "$SOURCE_LIST" --root-path "$W" "${CLASSES[@]}" \
+        "${SOURCE[@]}" --seed "$SEED" --save-path "$W/source"
+    validate before "$W/source/latest.pth"
+    run "$PYTHON" -m scripts.make_pseudo_labels --id-list-path "$TARGET_LIST" --root-path "$W" \
+        --checkpoint "$W/source/latest.pth" --exp pix --out-list "$W/splits/pix/all.txt" "${CLASSES[@]}" "${PIXEL[@]}"
+    quality pixel "$W/splits/pix/all.txt"
     for BY in ${RECIPE/both/release paper}; do
         END="_$BY" END="${END/_release/}"
         seco
@@ -90,10 +83,11 @@ rows() { # the recipes that are asked for, the controls with the first of them
     done
 }
 
-report() { # tables, pictures and the page over all seeds
-    if [ "$RECIPE" != release ]; then run "$PYTHON" -m scripts.dev.sweep_thresholds "$OUT" "${CLASSES[@]}"; fi
-    run "$PYTHON" -m scripts.lib.report "$OUT" "${CLASSES[@]}"
-    run "$PYTHON" -m scripts.lib.page "$OUT"
+report() { # tables, pictures and the page over all seeds, of the rows that have just run
+    if [ "$RECIPE" != release ]; then
+        run "$PYTHON" -m scripts.dev.sweep_thresholds "$OUT" "${CLASSES[@]}" --seeds $SEEDS
+    fi
+    run "$PYTHON" -m scripts.lib.report "$OUT" "${CLASSES[@]}" --seeds $SEEDS --labels $LABELS --models $MODELS
     cat "$OUT/results.md"
     printf '\nThe same with pictures, in a browser: %s\n' "$OUT/index.html"
 }
