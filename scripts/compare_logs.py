@@ -126,9 +126,9 @@ def class_rows(run: TrainingLog, reference: TrainingLog, tolerance: float) -> li
     common = [epoch for epoch in common_epochs(run, reference) if epoch in both][-LAST:]
     rows = []
     for name in reference.class_names if common else ():
-        columns = [(log, log.class_names.index(name)) for log in (reference, run)]
         # A class in no picture of the validation set has no IoU; the shipped logs count it 0.
-        a, b = (np.nan_to_num([log.class_iou[e][i] for e in common]) for log, i in columns)
+        values = ([log.class_iou[e].get(name, 0) for e in common] for log in (reference, run))
+        a, b = map(np.nan_to_num, values)
         width = tolerance + 2 * float(np.std(a))
         rows.append(Row(name, float(np.mean(a)), float(np.mean(b)), width))
     return rows

@@ -14,7 +14,6 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from util.labels import CITYSCAPES_19
 from util.outputs import read_json, read_text
 from util.run import UserError
 
@@ -49,7 +48,7 @@ def loss_name(wording: str) -> str | None:
 class TrainingLog:
     """The record of one run.
 
-    miou: epoch → mIoU; class_iou: epoch → IoU per class, in the order of class_names; losses: rows
+    miou: epoch → mIoU; class_iou: epoch → {class: IoU}, in the order of the log; losses: rows
     (epoch, iteration, {loss name: value}). eval_mode: several modes are joined by `, then `. A log
     may have no IoU per class, for all epochs or for some. IoU and mIoU may be NaN, as they were
     printed.
@@ -57,10 +56,14 @@ class TrainingLog:
 
     config: dict = field(default_factory=dict)
     eval_mode: str | None = None
-    class_names: tuple[str, ...] = ()
     miou: dict[int, float] = field(default_factory=dict)
-    class_iou: dict[int, tuple[float, ...]] = field(default_factory=dict)
+    class_iou: dict[int, dict[str, float]] = field(default_factory=dict)
     losses: list[tuple[int, int, dict[str, float]]] = field(default_factory=list)
+
+    @property
+    def class_names(self) -> list[str]:
+        """Of the last evaluation that has them."""
+        return list(self.class_iou[max(self.class_iou)]) if self.class_iou else []
 
     @property
     def epochs(self) -> list[int]:
@@ -80,7 +83,7 @@ _CONFIG = re.compile(r"(?m)^\[?\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d[^{\n]*(\{.*(?:\
 _EPOCH = re.compile(r"=+> Epoch:? *(\d+)")
 _ROW = re.compile(r"\bIters?: *(\d+)(?:/\d+)?, *(.*)$", re.IGNORECASE)
 _LOSS = re.compile(rf"([A-Za-z][\w ]*?) *: *({_NUMBER}|nan|inf)(?=,|\s|$)")
-_CLASS = re.compile(rf"\*+ Evaluation .*Class \[(\d+) (.+)\] IoU: ({_NUMBER}|nan)", re.IGNORECASE)
+_CLASS = re.compile(rf"\*+ Evaluation .*Class \[\d+ (.+)\] IoU: ({_NUMBER}|nan)", re.IGNORECASE)
 _MEAN = re.compile(
     rf"\*+ Evaluation(?: (\w+))? \*+ >+ m(?:ean)? ?IoU: ({_NUMBER}|nan)", re.IGNORECASE
 )
@@ -89,58 +92,46 @@ _MEAN = re.compile(
 def read_text_log(path: str | Path) -> TrainingLog:
     """A text log of UniMatch, of any version, or of code built on it.
 
-    Other lines are passed over, as is a last line cut short by a run still going. If the run was
-    resumed or started anew, an epoch that starts again voids what was logged of it and of all later
-    ones.
+    Other lines are passed over, as is a last line without its end: the run is still writing it. If
+    the run was resumed or started anew, an epoch that starts again voids what was logged of it and
+    of all later ones.
     """
-    path, text = Path(path), read_text(path, "log", errors="replace")
-    if not text.endswith("\n"):
-        # Its end is whole if an earlier line is like it in all but digits, with as many decimals.
-        kinds = re.sub(r"(?<![.\d])\d+|\d", "0", text).split("\n")
-        text = text if kinds[-1] in kinds[:-1] else text.rpartition("\n")[0]
-    header, *chunks = re.split(r"(?m)^(?=.*=> Epoch:? *\d)", text)
-    config, epochs = _text_config(header), {}
-    for before, chunk in zip([header, *chunks], chunks):
-        epoch = int(_EPOCH.search(chunk)[1])
-        if epoch <= max(epochs, default=-1):
-            config = _text_config(before) or config
-            epochs = {e: text for e, text in epochs.items() if e < epoch}
-        epochs[epoch] = chunk
+    text, epochs = read_text(path, "log", errors="replace").rpartition("\n")[0], {}
+    for chunk in re.split(r"(?m)^(?=.*=> Epoch:? *\d)", text)[1:]:
+        number = int(_EPOCH.search(chunk)[1])
+        epochs = {epoch: text for epoch, text in epochs.items() if epoch < number}
+        epochs[number] = chunk
     if not epochs:
         raise UserError(
             f"{path}: no line `===========> Epoch: …`; this is not a UniMatch-style text log"
         )
-    log, modes = TrainingLog(config), []
+    log, modes = TrainingLog(_last_config(text)), []
     for epoch, chunk in epochs.items():
         rows, ious = {}, {}
         for line in chunk.splitlines():
             if match := _ROW.search(line):
-                if losses := _text_losses(match[2]):
+                named = ((loss_name(name), value) for name, value in _LOSS.findall(match[2]))
+                if losses := {name: float(value) for name, value in named if name}:
                     rows[int(match[1])] = losses
             elif match := _CLASS.search(line):
-                ious[int(match[1])] = (official_name(match[2]), float(match[3]))
+                ious[official_name(match[1])] = float(match[2])
             elif match := _MEAN.search(line):
                 log.miou[epoch] = float(match[2])
                 modes += [match[1]] if match[1] else []
                 if ious:
-                    log.class_names, log.class_iou[epoch] = zip(*(ious[i] for i in sorted(ious)))
-                ious = {}
+                    log.class_iou[epoch], ious = ious, {}
         log.losses += [(epoch, iteration, losses) for iteration, losses in rows.items()]
     log.eval_mode = ", then ".join(dict.fromkeys(modes)) or None
     return log
 
 
-def _text_losses(text: str) -> dict[str, float]:
-    """`Total loss: 0.893, Loss x: …` → {loss name: value}, of the losses with a name we know."""
-    found = ((loss_name(name), value) for name, value in _LOSS.findall(text))
-    return {name: float(value) for name, value in found if name}
-
-
-def _text_config(text: str) -> dict:
-    """The pretty-printed dict that UniMatch logs first, up to an empty line; {} without one."""
-    found = _CONFIG.search(text)
+def _last_config(text: str) -> dict:
+    """The pretty-printed dict, up to an empty line, that UniMatch logs at each start; of the last
+    start, {} without one.
+    """
+    found = _CONFIG.findall(text)
     try:
-        return ast.literal_eval(found[1]) if found else {}
+        return ast.literal_eval(found[-1]) if found else {}
     except (ValueError, SyntaxError):
         return {}
 
@@ -151,18 +142,16 @@ def _text_config(text: str) -> dict:
 def read_training_logs_folder(folder: Path) -> TrainingLog:
     """A folder of training_logs/: epochs.csv, losses.csv, config.json."""
     config = read_json(folder / "config.json")
-    names = tuple(config["class_names"])
-    log = TrainingLog(config["options"], config["eval_mode"], names)
+    log = TrainingLog(config["options"], config["eval_mode"])
     with open(folder / "epochs.csv", newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
-            epoch, ious = int(row["epoch"]), [row[name] for name in names]
-            if row["mIoU"]:
+            if row["mIoU"]:  # else not evaluated
+                epoch = int(row["epoch"])
                 log.miou[epoch] = float(row["mIoU"])
-            if ious and all(ious):
-                log.class_iou[epoch] = tuple(map(float, ious))
+                log.class_iou[epoch] = {n: float(row[n]) for n in config["class_names"]}
     with open(folder / "losses.csv", newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
-            losses = {name: float(row[name]) for name in LOSS_NAMES if row[name]}
+            losses = {name: float(row[name]) for name in LOSS_NAMES}
             log.losses.append((int(row["epoch"]), int(row["iteration"]), losses))
     return log
 
@@ -174,36 +163,30 @@ def read_events(path: Path) -> TrainingLog:
     Where a step goes back, the run was resumed or started anew: it voids what was written before of
     this and of later steps, and the evaluations that came after these.
     """
-    placed, step, length = [], -1, None  # placed: by the last step before
-    for _, evaluation, number, name, value in _events_by_clock(path):
-        if evaluation:
-            length = math.ceil((step + 1) / (number + 1))
-        else:
-            step = number
-        placed.append(((step, evaluation, number), name, value))
     steps: dict[int, dict[str, float]] = {}  # of losses
     evaluations: dict[int, dict[str, float]] = {}  # epoch: IoU by class, and MIOU_TAG
-    least = (math.inf,)
-    for place, name, value in reversed(placed):
-        _, evaluation, number = place
-        if place <= least:
-            least, found = place, evaluations if evaluation else steps
-            found.setdefault(number, {}).setdefault(name, value)
+    ends, step, length = {}, -1, None  # ends: the step before an evaluation
+    for _, evaluation, number, name, value in _events_by_clock(path):
+        if evaluation:
+            evaluations.setdefault(number, {})[name] = value
+            ends[number], length = step, math.ceil((step + 1) / (number + 1))
+            continue
+        if number < step:
+            steps = {earlier: losses for earlier, losses in steps.items() if earlier < number}
+            evaluations = {e: ious for e, ious in evaluations.items() if ends[e] < number}
+        step = number
+        steps.setdefault(step, {})[name] = value
     folder = path if path.is_dir() else path.parent
     for record in (folder / "config.json", folder / "manifest.json"):
         if record.is_file():
             length = read_json(record).get("iterations_per_epoch") or length
-    length = length or step + 1
-    names = {name for ious in evaluations.values() for name in ious} - {MIOU_TAG}
-    order = {name: index for index, name in enumerate(CITYSCAPES_19.names)}
-    log = TrainingLog(class_names=tuple(sorted(names, key=lambda n: (order.get(n, len(order)), n))))
+    length, log = length or step + 1, TrainingLog()
     for epoch, ious in sorted(evaluations.items()):
         if MIOU_TAG in ious:
-            log.miou[epoch] = ious[MIOU_TAG]
-            if names:
-                log.class_iou[epoch] = tuple(ious.get(n, math.nan) for n in log.class_names)
-    for number, values in sorted(steps.items()):
-        log.losses.append((number // length, number % length, values))
+            log.miou[epoch] = ious.pop(MIOU_TAG)
+            if ious:
+                log.class_iou[epoch] = ious
+    log.losses = [(n // length, n % length, losses) for n, losses in sorted(steps.items())]
     return log
 
 
@@ -229,7 +212,7 @@ def _events_by_clock(path: Path) -> list[tuple[float, bool, int, str, float]]:
         if name:
             events = accumulator.Scalars(tag)
             found += [(e.wall_time, kind == "eval", e.step, name, e.value) for e in events]
-    return sorted(found)
+    return sorted(found, key=lambda event: event[:3])
 
 
 # --------------------------------------------------------------------------------- whatever it is

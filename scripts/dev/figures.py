@@ -88,10 +88,9 @@ def keep_records(run: Path) -> None:
         stages, evaluations = seed_folders(seed), {}
         for stage in [s for s in stages if s.startswith("adapt_")]:
             log = read_training_log(stages[stage])
-            tags = [MIOU_TAG, *(f"eval/{name}_IoU" for name in log.class_names)]
             evaluations[stage] = [
-                {"epoch": epoch, "eval_mode": log.eval_mode}
-                | dict(zip(tags, (miou, *log.class_iou.get(epoch, ()))))
+                {"epoch": epoch, "eval_mode": log.eval_mode, MIOU_TAG: miou}
+                | {f"eval/{n}_IoU": iou for n, iou in log.class_iou.get(epoch, {}).items()}
                 for epoch, miou in log.miou.items()
             ]
         write_json(folder / f"{seed.name}_evaluations.json", evaluations)
