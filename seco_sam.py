@@ -29,7 +29,7 @@ from __future__ import annotations
 import hashlib
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,7 +73,6 @@ from util.run import (
     ahead,
     exact_mode,
     manifest,
-    peak_memory_mb,
     process_rank,
     progress,
     run_main,
@@ -81,7 +80,7 @@ from util.run import (
     tune_cpu,
 )
 
-READ_AHEAD = 2  # images that are read, and saved, while the device works
+READ_AHEAD = 2  # images that are read while the device works
 # Of the released code:
 MIN_SHARE = 0.20  # stuff share that a proposal must exceed
 MIN_CLASS_PIXELS = 10  # classes with at most so many labeled pixels prompt nothing
@@ -385,34 +384,13 @@ def read_pair(root: Path, row: tuple[str, str], class_num: int) -> tuple[np.ndar
 def aggregate_list(
     job: Job, rows: list[Row], sam: Segmenter, how: dict, proposals: Path | None
 ) -> None:
-    """PSA of this process's rows; the next images are read and the last ones saved while the device
-    works. how: recipe, only and fill. proposals: folder of this SAM's mask proposals.
+    """PSA of this process's rows; the next images are read while the device works. how: recipe,
+    only and fill. proposals: folder of this SAM's mask proposals.
     """
-    classes, agreement = job.classes, {}
+    classes, quiet = job.classes, process_rank()[0] > 0
 
     def read(row: Row):
         return *read_pair(job.root, row, classes.count), job.digests(row)
-
-    def made() -> Iterator[tuple]:
-        inputs, quiet = ahead(reader, read, rows, READ_AHEAD), process_rank()[0] > 0
-        for row in progress(rows, "PSA", quiet=quiet):
-            sam.watch.seconds.clear()
-            start, shown = time.perf_counter(), row[1] in job.shown
-            with sam.watch("wait for image"):
-                image, label, digests = next(inputs)
-            result = aggregate(image, label, sam, classes, **how, cache=proposals, keep_masks=shown)
-            picture = panel(image, label, result, classes) if shown else None
-            record = digests | image_record(row, label, result, classes) | agreement.get(row, {})
-            record["seconds"] = {stage: round(s, 4) for stage, s in sam.watch.seconds.items()}
-            record["total_seconds"] = round(time.perf_counter() - start, 4)
-            yield row, result.label, record, picture
-
-    def save(item: tuple) -> None:
-        row, label, record, picture = item
-        if picture is not None:
-            save_picture(job.picture(row), picture)
-        write_json(job.record(row), record)  # before the label: one without it is made again
-        write_label(job.label(row), label, classes.palette)
 
     if rows and sam.amp:
         image, label, _ = read(rows[0])
@@ -422,10 +400,18 @@ def aggregate_list(
             labels.append(aggregate(image, label, sam, classes, **how).label)
         share = 100 * float((labels[0] == labels[1]).mean())
         print(f"bf16 gives {share:.2f} % of {rows[0][0]} the labels of fp32")
-        agreement[rows[0]] = {"bf16_agreement": share}
-    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
-        for _ in ahead(writer, save, made(), READ_AHEAD):
-            pass
+    with ThreadPoolExecutor(1) as reader:
+        inputs = ahead(reader, read, rows, READ_AHEAD)
+        for row in progress(rows, "PSA", quiet=quiet):
+            start, shown = time.perf_counter(), row[1] in job.shown
+            image, label, digests = next(inputs)
+            result = aggregate(image, label, sam, classes, **how, cache=proposals, keep_masks=shown)
+            if shown:
+                save_picture(job.picture(row), panel(image, label, result, classes))
+            record = digests | image_record(label, result)
+            record["total_seconds"] = round(time.perf_counter() - start, 4)
+            write_json(job.record(row), record)  # before the label: one without it is made again
+            write_label(job.label(row), result.label, classes.palette)
 
 
 # --------------------------------------------------------------------------------------------- main
@@ -529,13 +515,10 @@ def main(argv: list[str] | None = None) -> None:
             done = set(job.rows[::world]).difference(todo)
             earlier = sum(read_json(job.record(row))["total_seconds"] for row in done)
             inputs = {"list": options.id_list_path, "sam": sam.files[0]}
-            record = {
-                "peak_memory": peak_memory_mb(device),
-                "manifest": manifest(vars(options), inputs, device, earlier),
-            }
+            made = manifest(vars(options), inputs, device, earlier)
             if not todo and job.summary.is_file():  # nothing was made
-                record = {name: read_json(job.summary)[name] for name in record}
-            write_summary(job, record)
+                made = read_json(job.summary)["manifest"]
+            write_summary(job, made)
 
 
 if __name__ == "__main__":

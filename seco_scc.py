@@ -35,6 +35,7 @@ import math
 import sys
 import time
 from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,17 +46,15 @@ import torch
 from torch.nn import functional as F
 
 from dataset.scc import (
-    Data,
+    Job,
     batches_per_epoch,
     cut_patch,
     image_batches,
     make_index,
     mask_shares,
     patch_batches,
-    read_index,
-    score_path,
 )
-from dataset.scc_report import in_short, write_connectivities, write_report
+from dataset.scc_report import write_connectivities, write_report
 from model.resnet import BLOCKS, STEMS, load_backbone
 from model.scc import (
     EPOCHS,
@@ -74,15 +73,8 @@ from model.scc import (
 )
 from util.labels import (
     IGNORE,
-    ClassSet,
     check_files,
     check_pairs,
-    chosen_classes,
-    experiment_from,
-    ground_truth_of,
-    in_experiment,
-    label_folder,
-    read_list,
     write_classes,
     write_label,
     write_list,
@@ -111,7 +103,6 @@ from util.outputs import (
     write_json,
 )
 from util.run import (
-    Stopwatch,
     UserError,
     ahead,
     exact_mode,
@@ -131,22 +122,6 @@ RECENT = 20  # iterations whose mean loss is told at the end
 
 
 @dataclass
-class Correction:
-    """What is corrected, and where the results go."""
-
-    data: Data
-    classes: ClassSet
-    out: Path  # folder of the results, named as the experiment
-    list_path: Path  # list of the corrected labels
-    truth: dict[str, str] | None  # {image path: ground-truth path} of --gt
-    device: torch.device
-
-    def __post_init__(self):
-        # (image path, path of its corrected label) of the list
-        self.rows = [(image, in_experiment(old, self.out.name)) for image, old in self.data.rows]
-
-
-@dataclass
 class Verdicts:
     """One entry per connectivity, in the index's order."""
 
@@ -163,57 +138,55 @@ class Verdicts:
 # ---------------------------------------------------------------------------------------------- SCC
 
 
-def correct(job: Correction) -> None:
+def correct(job: Job, device: torch.device) -> None:
     """Train the classifier, score every connectivity, judge and correct them; or the one of the
     three that --stage names. What is there already is not made again.
     """
-    data, out, options = job.data, job.out, job.data.options
-    rank, checkpoint, record, watch = process_rank()[0], out / "checkpoint.pth", {}, Stopwatch()
-    if options.stage in ("all", "train") and rank == 0 and not checkpoint.is_file():
+    out, stage, rank = job.out, job.options.stage, process_rank()[0]
+    checkpoint, record = out / "checkpoint.pth", out / "run.json"
+    if stage in ("all", "train") and rank == 0 and not checkpoint.is_file():
         for path in (out / "scores").glob("*.npz"):  # of a classifier that is gone
             path.unlink()
-        with watch("train"):
-            train(data, out, job.device)
+        train(job, device)
     wait_for_all()
-    if options.stage in ("all", "score"):
+    if stage in ("all", "score"):
         if not checkpoint.is_file():
             raise UserError(f"{checkpoint}: no such file; run --stage train first")
-        with watch("score"):
-            score(data, out, job.device)
+        score(job, device)
     wait_for_all()
     if rank > 0:
         return
-    before = read_json(out / "run.json") if (out / "run.json").is_file() else {}
-    if options.stage in ("all", "correct"):
-        if not all(score_path(out, image).is_file() for image in range(len(data.rows))):
+    before, decided = read_json(record) if record.is_file() else {}, {}
+    if stage in ("all", "correct"):
+        if not all(job.score_path(image).is_file() for image in range(len(job.rows))):
             raise UserError(f"{out / 'scores'}: not all images are scored; run --stage score first")
-        old, now = before.get("made_from"), decided_by(job)
-        record["made_from"] = now
-        results = [job.list_path, out / "connectivities.csv", out / "report/index.html"]
-        results += [data.root / label for _, label in job.rows]
-        if old and all(path.is_file() for path in results):
-            if old == now:
-                print(f"{out}: corrected before; list: {job.list_path}")
-                return
-            changed = [n for n, value in old["settings"].items() if value != now["settings"].get(n)]
-            if changed:
-                other = ", ".join(f"--{name} {old['settings'][name]}" for name in changed)
-                print(f"the labels of {other} are replaced; --exp NAME would keep both")
-        with watch("correct"):
-            verdicts = RECIPES[options.recipe].judge(data, *data.scores(out))
-            write_labels(job, verdicts)
-        with watch("report"):
-            loss = torch.load(checkpoint, map_location="cpu", weights_only=True).get("loss")
-            figures = write_report(job, verdicts, loss)
-        print("\n".join(in_short(figures, job.classes.count)))
-        for warning in figures["warnings"]:
-            print(f"warning: {warning}", file=sys.stderr)
+        decided = {"made_from": decided_by(job)}
+        if corrected_before(job, before.get("made_from"), decided["made_from"]):
+            print(f"{out}: corrected before; list: {job.list_path}")
+            return
+        verdicts = RECIPES[job.options.recipe].judge(job, *job.scores())
+        pixels = write_labels(job, verdicts)
+        loss = torch.load(checkpoint, map_location="cpu", weights_only=True).get("loss")
+        write_report(job, verdicts, pixels, loss)
         print(f"labels: {out}\nlist: {job.list_path}\nreport: {out / 'report/index.html'}")
     seconds = before.get("cost", {}).get("seconds", 0)
-    made = manifest(vars(options), {"list": options.id_list_path}, job.device, seconds)
-    watched = {name: round(spent, 2) for name, spent in watch.seconds.items()}
-    made["seconds"] = {**before.get("seconds", {}), **watched}
-    write_json(out / "run.json", {**made, **record})
+    inputs = {"list": job.options.id_list_path}
+    write_json(record, manifest(vars(job.options), inputs, device, seconds) | decided)
+
+
+def corrected_before(job: Job, old: dict | None, now: dict) -> bool:
+    """Whether all results are there, made as now. Says so where those of other thresholds are to
+    be replaced. old, now: what `decided_by` gives.
+    """
+    results = [job.list_path, job.out / "connectivities.csv", job.out / "report/index.html"]
+    results += [job.root / label for _, label in job.results]
+    if not old or not all(path.is_file() for path in results):
+        return False
+    changed = [n for n, value in old["settings"].items() if value != now["settings"].get(n)]
+    if changed:
+        other = ", ".join(f"--{name} {old['settings'][name]}" for name in changed)
+        print(f"the labels of {other} are replaced; --exp NAME would keep both")
+    return old == now
 
 
 def corrected_label(numbers: np.ndarray, final: np.ndarray) -> np.ndarray:
@@ -233,33 +206,32 @@ class Release:
     suffix, batch_size, smoothing = "scc", 64, LABEL_SMOOTHING
     not_used = ("scale",)  # of the settings
 
-    batches, read = staticmethod(patch_batches), Data.read
+    batches, read = staticmethod(patch_batches), Job.read
 
     @staticmethod
-    def logits(classify, data: Data, image: int, read, pool: ThreadPoolExecutor) -> list:
-        """Logits of image i's judged connectivities, in parts. classify: (images, masks or shares)
-        → logits; read: what `read` gave; `pool` cuts the patches. Batches never span images, so the
+    def inputs(job: Job, image: int, read: tuple, pool: ThreadPoolExecutor) -> Iterator[tuple]:
+        """Of image i, in parts: (places of connectivities among its own, what `logits_of` takes of
+        them). read: what `read` gave; `pool` cuts the patches. Batches never span images, so the
         numbers do not depend on which process scores which image.
         """
-        options, (picture, numbers) = data.options, read
-        seen, parts = data.of_image(image)[data.judged[data.part(image)]], []
-        for start in range(0, len(seen), options.batch_size):
+        (picture, numbers), rows, size = read, job.of_image(image), job.options.batch_size
+        judged = np.flatnonzero(job.judged[job.part(image)])
+        for start in range(0, len(judged), size):
+            places = judged[start : start + size]
             cut = pool.map(
-                lambda row: cut_patch(picture, numbers, row, options.patch_size),
-                seen[start : start + options.batch_size],
+                lambda row: cut_patch(picture, numbers, row, job.options.patch_size), rows[places]
             )
             patches, masks = (torch.from_numpy(np.stack(x)) for x in zip(*cut))
-            parts.append(classify(patches, masks[:, None]))
-        return parts
+            yield places, patches, masks[:, None]
 
     @staticmethod
-    def judge(data: Data, loss, score, predicted) -> Verdicts:
+    def judge(job: Job, loss, score, predicted) -> Verdicts:
         """The decision on every connectivity (loss, score float64 N, predicted uint8 N).
 
         Those under --min-area have the loss NaN: they are dropped and have no part in the
         thresholds.
         """
-        options, classes = data.options, data.index["class_id"]
+        options, classes = job.options, job.index["class_id"]
         kept, thresholds = filter_connectivities(
             loss, score, predicted, options.filter, options.quantile
         )
@@ -278,24 +250,22 @@ class Paper:
     suffix, batch_size, smoothing = "scc_paper", 4, 0.0
     not_used = ("patch_size",)
 
-    batches, read = staticmethod(image_batches), Data.scaled
+    batches, read = staticmethod(image_batches), Job.scaled
 
     @staticmethod
-    def logits(classify, data: Data, image: int, read, pool: ThreadPoolExecutor) -> list:
-        """As `Release.logits`; one pass over the image serves all its connectivities."""
-        picture, numbers = read
-        judged = data.judged[data.part(image)]
-        if not judged.any():
-            return []
-        shares = [mask_shares(numbers, len(judged), picture.shape[:2])]
-        return [classify(torch.from_numpy(picture)[None], shares)[torch.from_numpy(judged)]]
+    def inputs(job: Job, image: int, read: tuple, pool: ThreadPoolExecutor) -> Iterator[tuple]:
+        """As `Release.inputs`; one pass over the image serves all its connectivities."""
+        (picture, numbers), judged = read, job.judged[job.part(image)]
+        if judged.any():
+            shares = [mask_shares(numbers, len(judged), picture.shape[:2])]
+            yield slice(None), torch.from_numpy(picture)[None], shares
 
     @staticmethod
-    def judge(data: Data, loss, score, predicted) -> Verdicts:
-        options, classes = data.options, data.index["class_id"]
-        noise = noise_posterior(loss[data.judged], options.seed)
+    def judge(job: Job, loss, score, predicted) -> Verdicts:
+        options, classes = job.options, job.index["class_id"]
+        noise = noise_posterior(loss[job.judged], options.seed)
         eta = np.ones(len(loss))
-        eta[data.judged] = noise.eta
+        eta[job.judged] = noise.eta
         decision, final = decide(eta, score, predicted, classes, options.tau_ns, options.tau_cr)
         thresholds = {"tau_ns": options.tau_ns, "tau_cr": options.tau_cr}
         return Verdicts(loss, score, predicted, eta, decision, final, noise, thresholds)
@@ -306,11 +276,11 @@ RECIPES = {"release": Release, "paper": Paper}
 # --------------------------------------------------------------------------- training and scoring
 
 
-def train(data: Data, out: Path, device: torch.device) -> None:
+def train(job: Job, device: torch.device) -> None:
     """Train the classifier and leave `checkpoint.pth`; goes on from `training.pth`."""
-    options, stopped = data.options, out / "training.pth"
+    options, stopped = job.options, job.out / "training.pth"
     seed_everything(options.seed)
-    model = make_classifier(options, data.class_num, device)
+    model = make_classifier(options, job.classes.count, device)
     load_backbone(model.backbone, options.backbone_weights)
     optimizer = make_optimizer(model, options.lr)
     base, done = [group["lr"] for group in optimizer.param_groups], 0
@@ -324,8 +294,8 @@ def train(data: Data, out: Path, device: torch.device) -> None:
         print(f"training goes on at iteration {done}")
     model.train()
     recipe, amp = RECIPES[options.recipe], options.amp == "bf16"
-    batches = recipe.batches(data, done, options.iterations)
-    total, saved = EPOCHS * batches_per_epoch(data), time.monotonic()
+    batches = recipe.batches(job, done, options.iterations)
+    total, saved = EPOCHS * batches_per_epoch(job), time.monotonic()
     bar = progress(batches, "SCC training", options.iterations, "it", initial=done)
     for t, batch in enumerate(bar, start=done + 1):
         for group, lr in zip(optimizer.param_groups, base):
@@ -347,83 +317,83 @@ def train(data: Data, out: Path, device: torch.device) -> None:
                 torch.save({**state, "iteration": t, "losses": list(recent)}, temporary)
             saved = time.monotonic()
     state = {"model": model.state_dict(), "iteration": options.iterations}
-    with atomic_path(out / "checkpoint.pth") as temporary:
+    with atomic_path(job.out / "checkpoint.pth") as temporary:
         torch.save({**state, "loss": sum(recent) / max(len(recent), 1)}, temporary)
     stopped.unlink(missing_ok=True)
 
 
 @torch.inference_mode()
 def score_image(
-    model, data: Data, image: int, read, device: torch.device, pool: ThreadPoolExecutor
+    model, job: Job, image: int, read: tuple, device: torch.device, pool: ThreadPoolExecutor
 ) -> dict[str, np.ndarray]:
     """{"loss", "score", "predicted"} of image i's connectivities: cross-entropy against the label
     (float64), largest probability (float64), its class (uint8).
 
     Those not judged have NaN, 0 and their label. read: what the recipe's `read` gives.
     """
-    options, rows = data.options, data.of_image(image)
-    judged = data.judged[data.part(image)]
-
-    def classify(images, masks):
-        return logits_of(model, images, masks, device, options.amp == "bf16").cpu()
-
-    parts = RECIPES[options.recipe].logits(classify, data, image, read, pool)
-    logits = torch.cat([torch.zeros(0, data.class_num), *parts]).double()
-    count = len(rows)
-    loss, score, predicted = np.full(count, np.nan), np.zeros(count), rows["class_id"].copy()
-    classes = torch.from_numpy(rows["class_id"][judged].astype(np.int64))
+    options, labels = job.options, job.of_image(image)["class_id"]
+    judged, logits = job.judged[job.part(image)], torch.zeros(len(labels), job.classes.count)
+    for places, images, masks in RECIPES[options.recipe].inputs(job, image, read, pool):
+        logits[places] = logits_of(model, images, masks, device, options.amp == "bf16").cpu()
+    logits = logits[judged].double()
+    loss, score, predicted = np.full(len(labels), np.nan), np.zeros(len(labels)), labels.copy()
+    classes = torch.from_numpy(labels[judged].astype(np.int64))
     loss[judged] = F.cross_entropy(logits, classes, reduction="none").numpy()
     score[judged], predicted[judged] = (x.numpy() for x in logits.softmax(dim=1).max(dim=1))
     return {"loss": loss, "score": score, "predicted": predicted}
 
 
-def score(data: Data, out: Path, device: torch.device) -> None:
+def score(job: Job, device: torch.device) -> None:
     """Scores of this process's images to scores/; those that exist are left."""
     rank, world = process_rank()
-    todo = [i for i in range(rank, len(data.rows), world) if not score_path(out, i).is_file()]
+    todo = [i for i in range(rank, len(job.rows), world) if not job.score_path(i).is_file()]
     if not todo:
         return
-    model = make_classifier(data.options, data.class_num, device)
-    state = torch.load(out / "checkpoint.pth", map_location="cpu", weights_only=True)
+    model = make_classifier(job.options, job.classes.count, device)
+    state = torch.load(job.out / "checkpoint.pth", map_location="cpu", weights_only=True)
     model.load_state_dict(state["model"])
     model.eval()
-    recipe, count = RECIPES[data.options.recipe], data.options.workers
+    recipe, count = RECIPES[job.options.recipe], job.options.workers
     with ThreadPoolExecutor(count) as readers, ThreadPoolExecutor(count) as cutters:
-        coming = ahead(readers, lambda image: recipe.read(data, image), todo, count)
+        coming = ahead(readers, lambda image: recipe.read(job, image), todo, count)
         images = progress(zip(todo, coming), "SCC scoring", len(todo), quiet=rank > 0)
         for image, content in images:
-            scores = score_image(model, data, image, content, device, cutters)
-            with atomic_path(score_path(out, image)) as temporary, open(temporary, "wb") as file:
+            scores = score_image(model, job, image, content, device, cutters)
+            with atomic_path(job.score_path(image)) as temporary, open(temporary, "wb") as file:
                 np.savez(file, **scores)
 
 
 # ------------------------------------------------------------------------------------------ results
 
 
-def write_labels(job: Correction, verdicts: Verdicts) -> None:
-    """Write the corrected labels, connectivities.csv and the list of the labels."""
-    data, table = job.data, job.out / "connectivities.csv"
+def write_labels(job: Job, verdicts: Verdicts) -> int:
+    """Write the corrected labels, connectivities.csv and the list of the labels; the number of
+    their pixels.
+    """
+    table = job.out / "connectivities.csv"
     # Labels of other thresholds may be there; while they are replaced nothing may list them.
     for path in (job.list_path, table, job.out / "run.json"):
         path.unlink(missing_ok=True)
 
-    def write(image: int) -> None:
-        label = corrected_label(data.numbers(image), verdicts.final[data.part(image)])
-        write_label(data.root / job.rows[image][1], label, job.classes.palette)
+    def write(image: int) -> int:
+        label = corrected_label(job.numbers(image), verdicts.final[job.part(image)])
+        write_label(job.root / job.results[image][1], label, job.classes.palette)
+        return label.size
 
+    count = len(job.rows)
     with ThreadPoolExecutor() as pool:
-        for _ in progress(pool.map(write, range(len(data.rows))), "SCC correction", len(data.rows)):
-            pass
-    write_connectivities(table, data, verdicts)
-    write_list(job.list_path, job.rows)
+        pixels = sum(progress(pool.map(write, range(count)), "SCC correction", count))
+    write_connectivities(table, job, verdicts)
+    write_list(job.list_path, job.results)
+    return pixels
 
 
-def decided_by(job: Correction) -> dict:
+def decided_by(job: Job) -> dict:
     """What decisions and report depend on, beside the scores."""
-    options = job.data.options
+    options = job.options
     names = ("filter", "quantile", "tau_ns", "tau_cr", "stuff", "things", "vis")
     files = {"ground truth list": options.gt} if options.gt else {}
-    files |= {truth: job.data.root / truth for truth in (job.truth or {}).values()}
+    files |= {truth: job.root / truth for truth in (job.truth or {}).values()}
     return made_from({name: getattr(options, name) for name in names}, files)
 
 
@@ -509,47 +479,41 @@ def settings_of_scores(options: Options) -> dict:
     return settings
 
 
-def prepare(options: Options, out: Outputs, rows: list, truth: dict[str, str] | None) -> None:
+def prepare(job: Job, out: Outputs) -> None:
     """All checks that open files; leaves settings, inputs and index.npz."""
-    root, folder = options.root_path, out.folder
-    names = [name for row in rows for name in row]
+    root, folder, options = job.root, job.out, job.options
+    names = [name for row in job.rows for name in row]
     check_files(root, names, options.id_list_path)
-    work = any(any(folder.glob(name)) for name in ("*.pth", "scores/*.npz"))
-    inputs = {name: root / name for name in names}
-    out.accept(settings_of_scores(options), inputs, work)
-    if not work or not (folder / "index.npz").is_file():
-        make_index(folder, root, rows, options.class_num, options.id_list_path)
-    index = read_index(folder)
-    if not (index["area"] >= options.min_area).any():
+    begun = any(any(folder.glob(name)) for name in ("*.pth", "scores/*.npz"))
+    out.accept(settings_of_scores(options), {name: root / name for name in names}, begun)
+    if not begun or not (folder / "index.npz").is_file():
+        make_index(job)
+    job.read_index()
+    if not job.judged.any():
         raise UserError(
             f"{options.id_list_path}: its label maps have no connectivity of --min-area"
             f" {options.min_area} pixels; give fewer, or check --root-path and the list"
         )
-    if truth is not None:
-        pairs = [(label, truth[image]) for image, label in rows]
-        check_pairs(root, pairs, options.gt, options.class_num, same_size=True)
+    if job.truth:
+        pairs = [(label, job.truth[image]) for image, label in job.rows]
+        check_pairs(root, pairs, options.gt, job.classes.count, same_size=True)
 
 
 def main(argv: list[str] | None = None) -> None:
     options = parse_args(argv)
-    root, rows = options.root_path, read_list(options.id_list_path)
-    options.iterations = options.iterations or default_iterations(len(rows))
-    classes = chosen_classes(options, label_folder(root, rows))
-    truth = ground_truth_of(options.gt, rows) if options.gt else None
-    suffix = RECIPES[options.recipe].suffix
-    name, list_path = experiment_from(rows, options.id_list_path, suffix, options.exp)
-    folder = root / name
+    job = Job(options, RECIPES[options.recipe].suffix)
+    options.iterations = options.iterations or default_iterations(len(job.rows))
     device = select_device(options.device)
     if options.amp == "none":
         exact_mode()
-    check_writable(list_path.parent)
-    with Outputs(folder) as out, process_group(torch.device("cpu")) as (rank, _):
+    check_writable(job.list_path.parent)
+    with Outputs(job.out) as out, process_group(torch.device("cpu")) as (rank, _):
         if rank == 0:
-            prepare(options, out, rows, truth)
-            write_classes(folder, classes)
+            prepare(job, out)
+            write_classes(job.out, job.classes)
         wait_for_all()
-        data = Data(root, rows, read_index(folder), classes.count, options)
-        correct(Correction(data, classes, folder, list_path, truth, device))
+        job.read_index()
+        correct(job, device)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import sys
 import time
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,14 +21,9 @@ from util.labels import (
     COLOURS,
     IGNORE,
     ClassSet,
-    chosen_classes,
-    connectivities,
-    experiment_from,
-    ground_truth_of,
+    Experiment,
     in_experiment,
-    label_folder,
     read_label,
-    read_list,
     write_list,
 )
 from util.outputs import read_json, write_json
@@ -44,33 +38,27 @@ MIN_PROPOSALS = 3  # an image
 Row = tuple[str, str]  # of a list: image path, path of the pixel label
 
 
-class Job:
-    """What is aggregated, and where the results go.
-
-    truth: {image path: ground-truth path} of --gt, or None. out: the folder of the labels, named as
-    their experiment. shown: label paths of the rows that get a picture.
+class Job(Experiment):
+    """What is aggregated, and where the results go. shown: label paths of the rows that get a
+    picture.
     """
 
     def __init__(self, options):
         """options: of seco_sam.py."""
-        list_path, self.root = options.id_list_path, options.root_path
-        self.rows = read_list(list_path)[: options.limit]
-        self.classes = chosen_classes(options, label_folder(self.root, self.rows))
-        self.truth = options.gt and ground_truth_of(options.gt, self.rows)
-        names = experiment_from(self.rows, list_path, options.suffix, options.exp)
+        super().__init__(options, options.suffix, options.limit)
         for _, label in self.rows:
             if label.split("/")[1] in ("stats", "vis"):
                 raise UserError(
-                    f"{list_path}: {label} lies in a folder named as one of the results' own;"
-                    " rename it"
+                    f"{options.id_list_path}: {label} lies in a folder named as one of the results'"
+                    " own; rename it"
                 )
         first = f"_first{options.limit}" if options.limit else ""
-        self.out, self.list_path = self.root / names[0], names[1].with_stem(names[1].stem + first)
+        self.list_path = self.list_path.with_stem(self.list_path.stem + first)
         self.summary = self.out / f"summary{first}.json"
         self.shown = {label for _, label in self.rows[: options.vis]}
 
     def label(self, row: Row) -> Path:
-        return self.root / in_experiment(row[1], self.out.name)
+        return self.root / in_experiment(row[1], self.name)
 
     def record(self, row: Row) -> Path:
         return self.out / "stats" / (row[1].partition("/")[2] + ".json")
@@ -113,44 +101,27 @@ class Job:
 # ------------------------------------------------------------------------------- records, summary
 
 
-def image_record(row: Row, label: np.ndarray, result, classes: ClassSet) -> dict:
-    """The record of an image, for `summarise`. label: the pixel label, uint8 H x W."""
-    made = connectivities(result.label, range(classes.count))
+def image_record(label: np.ndarray, result) -> dict:
+    """The counts of an image, for `summarise`. label: the pixel label, uint8 H x W."""
     before, after = label != IGNORE, result.label != IGNORE
     return {
-        "image": row[0],
-        "label": row[1],
         "pixels": int(label.size),
         "labeled_before": int(np.count_nonzero(before)),
         "labeled_after": int(np.count_nonzero(after)),
         "kept": int(np.count_nonzero(before & (result.label == label))),
         "lost": int(np.count_nonzero(before & ~after)),
         "proposals": len(result.aligned),
-        "aligned": sum(c != IGNORE for c in result.aligned),
-        "prompts": dict(sorted(Counter(p.class_id for p in result.prompts).items())),
-        "connectivities": dict(sorted(Counter(c.class_id for c in made).items())),
     }
 
 
-def summarise(records: list[dict], classes: ClassSet) -> dict:
+def summarise(records: list[dict]) -> dict:
     """The summary of a list from its images' records: shares in percent, times in seconds."""
     total = lambda key: sum(record[key] for record in records)
-    per_class = lambda key: {
-        name: sum(record[key].get(str(i), 0) for record in records)
-        for i, name in enumerate(classes.names)
-    }
-    seconds: dict[str, float] = Counter()
-    for record in records:
-        seconds.update(record["seconds"])
     summary = {
         "images": len(records),
         "coverage_before": 100 * total("labeled_before") / total("pixels"),
         "coverage_after": 100 * total("labeled_after") / total("pixels"),
         "proposals_per_image": total("proposals") / len(records),
-        "proposals_with_a_class_per_image": total("aligned") / len(records),
-        "prompts_per_class": per_class("prompts"),
-        "connectivities_per_class": per_class("connectivities"),
-        "seconds_per_stage": {stage: round(value, 2) for stage, value in seconds.items()},
         "seconds_per_image": round(total("total_seconds") / len(records), 3),
     }
     if total("labeled_before"):
@@ -161,23 +132,22 @@ def summarise(records: list[dict], classes: ClassSet) -> dict:
             "get_another": share(total("labeled_before") - kept - lost),
             "lose_it": share(lost),
         }
-    agreement = {r["image"]: r["bf16_agreement"] for r in records if "bf16_agreement" in r}
-    return summary | ({"bf16_agreement": agreement} if agreement else {})
+    return summary
 
 
-def write_summary(job: Job, record: dict) -> None:
-    """The list of results and the summary with `record`, when all processes are done."""
-    made = [path for row in job.rows for path in (job.record(row), job.label(row))]
+def write_summary(job: Job, made: dict) -> None:
+    """The list of results and the summary, when all processes are done. made: the manifest."""
+    results = [path for row in job.rows for path in (job.record(row), job.label(row))]
     if process_rank()[1] > 1:
         print("waiting for the other processes")
-    while not all(path.is_file() for path in made):
+    while not all(path.is_file() for path in results):
         time.sleep(0.5)
-    write_list(job.list_path, [(r[0], in_experiment(r[1], job.out.name)) for r in job.rows])
-    summary = summarise([read_json(job.record(row)) for row in job.rows], job.classes)
+    write_list(job.list_path, job.results)
+    summary = summarise([read_json(job.record(row)) for row in job.rows])
     if job.truth:
         summary |= accuracies(job)
     summary["warnings"] = doubts(summary)
-    write_json(job.summary, summary | record)
+    write_json(job.summary, summary | {"manifest": made})
     print(
         f"{len(job.rows)} images: {summary['coverage_before']:.1f} % of the pixels labeled before,"
         f" {summary['coverage_after']:.1f} % after; {summary['proposals_per_image']:.0f}"

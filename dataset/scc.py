@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
 
-from util.labels import IGNORE, check_pairs, connectivities, read_image, read_label
+from util.labels import IGNORE, Experiment, check_pairs, connectivities, read_image, read_label
 from util.outputs import atomic_path
 from util.run import ahead, progress
 
@@ -40,42 +41,22 @@ def numbered(label: np.ndarray, class_num: int) -> np.ndarray:
     return numbers
 
 
-def make_index(folder: Path, root: Path, rows: list, class_num: int, list_path: Path) -> None:
-    """The INDEX rows of all connectivities of a list, left in index.npz in `folder`. UserError if
-    an input is unreadable or unfit.
-    """
-    check_pairs(root, rows, list_path, class_num)
-    with ThreadPoolExecutor() as pool:
-        jobs = pool.map(lambda i: index_image(root / rows[i][1], i, class_num), range(len(rows)))
-        index = np.concatenate(list(progress(jobs, "SCC index", len(rows))))
-    with atomic_path(folder / "index.npz") as temporary, open(temporary, "wb") as file:
-        np.savez_compressed(file, index=index)
+class Job(Experiment):
+    """What is corrected, where the results go and, once `take` has them, the connectivities.
 
-
-def read_index(folder: Path) -> np.ndarray:
-    """What `make_index` left."""
-    with np.load(folder / "index.npz") as stored:
-        return stored["index"]
-
-
-def score_path(folder: Path, image: int) -> Path:
-    """Loss, score and prediction of the connectivities of image i of the list."""
-    return folder / "scores" / f"{image:06d}.npz"
-
-
-class Data:
-    """The images of a list with their connectivities.
-
-    rows: (image path, label path) of the list, below `root`; index: INDEX rows of all images, in
-    the list's order; starts: where each image's begin in it; judged: bool, those of --min-area
-    pixels or more, which are learned from and scored; options: those of seco_scc.py.
+    index: INDEX rows of all images, in the list's order; starts: where each image's begin in it;
+    judged: bool, those of --min-area pixels or more, which are learned from and scored.
     """
 
-    def __init__(self, root: Path, rows: list, index: np.ndarray, class_num: int, options):
-        self.root, self.rows, self.index = root, rows, index
-        self.class_num, self.options = class_num, options
-        self.starts = np.searchsorted(index["image"], np.arange(len(rows) + 1))
-        self.judged = index["area"] >= options.min_area
+    def take(self, index: np.ndarray) -> None:
+        self.index = index
+        self.starts = np.searchsorted(index["image"], np.arange(len(self.rows) + 1))
+        self.judged = index["area"] >= self.options.min_area
+
+    def read_index(self) -> None:
+        """Take what `make_index` left."""
+        with np.load(self.out / "index.npz") as stored:
+            self.take(stored["index"])
 
     def part(self, image: int) -> slice:
         """Where image i's connectivities are in the index, and in all that goes along with it."""
@@ -91,7 +72,8 @@ class Data:
 
     def numbers(self, image: int) -> np.ndarray:
         """int32 H x W: the number of each pixel's connectivity in image i, or -1."""
-        return numbered(read_label(self.root / self.rows[image][1], self.class_num), self.class_num)
+        label = read_label(self.root / self.rows[image][1], self.classes.count)
+        return numbered(label, self.classes.count)
 
     def read(self, image: int) -> tuple[np.ndarray, np.ndarray]:
         """(picture uint8 H x W x 3, numbers int32 H x W) of image i.
@@ -111,26 +93,43 @@ class Data:
         height, width = (max(16, round(side * self.options.scale)) for side in numbers.shape)
         return cv2.resize(picture, (width, height), interpolation=cv2.INTER_AREA), numbers
 
-    def scores(self, out: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def score_path(self, image: int) -> Path:
+        """Loss, score and prediction of the connectivities of image i."""
+        return self.out / "scores" / f"{image:06d}.npz"
+
+    def scores(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(loss float64, score float64, predicted uint8) of all connectivities, in the index's
-        order, from the files of each image below `out`.
+        order.
         """
         count = len(self.index)
         loss, score, predicted = np.empty(count), np.empty(count), np.empty(count, np.uint8)
         for image in range(len(self.rows)):
             part = self.part(image)
-            with np.load(score_path(out, image)) as scores:
+            with np.load(self.score_path(image)) as scores:
                 loss[part], score[part] = scores["loss"], scores["score"]
                 predicted[part] = scores["predicted"]
         return loss, score, predicted
 
 
-def batches_per_epoch(data: Data) -> int:
+def batches_per_epoch(job: Job) -> int:
     """Release: full batches of connectivities; paper: of whole images. At least one."""
-    if data.options.recipe == "release":
-        return max(1, int(data.judged.sum()) // data.options.batch_size)
-    images = len(data.judged_images())
-    return images // min(data.options.batch_size, images)
+    if job.options.recipe == "release":
+        return max(1, int(job.judged.sum()) // job.options.batch_size)
+    images = len(job.judged_images())
+    return images // min(job.options.batch_size, images)
+
+
+def make_index(job: Job) -> None:
+    """Leave the INDEX rows of all connectivities of the list in index.npz. UserError if an input is
+    unreadable or unfit.
+    """
+    class_num, labels = job.classes.count, [job.root / label for _, label in job.rows]
+    check_pairs(job.root, job.rows, job.options.id_list_path, class_num)
+    with ThreadPoolExecutor() as pool:
+        found = pool.map(index_image, labels, range(len(labels)), repeat(class_num))
+        index = np.concatenate(list(progress(found, "SCC index", len(labels))))
+    with atomic_path(job.out / "index.npz") as temporary, open(temporary, "wb") as file:
+        np.savez_compressed(file, index=index)
 
 
 # ------------------------------------------------------------------------------ release: of patches
@@ -163,7 +162,7 @@ def cut_patch(
     image: np.ndarray, numbers: np.ndarray, row: np.ndarray, patch: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
     """(patch uint8 h x w x 3, mask uint8 h/2 x w/2 of 0 and 1) of an INDEX row. image, numbers: of
-    `Data.read`.
+    `Job.read`.
 
     The patch is resized bilinearly, the mask to the nearest pixel, first to h x w and then to the
     stem's h/2 x w/2 (released code; it does not round the resized patch to whole numbers).
@@ -176,7 +175,7 @@ def cut_patch(
     return picture, np.ascontiguousarray(mask[::2, ::2])
 
 
-def shuffle(data: Data, epoch: int) -> tuple[np.ndarray, list[np.ndarray]]:
+def shuffle(job: Job, epoch: int) -> tuple[np.ndarray, list[np.ndarray]]:
     """The plan of an epoch's shuffle buffer: (order in which the judged connectivities leave it,
     visits: what each image visited in turn adds to it), places in the index.
 
@@ -185,10 +184,10 @@ def shuffle(data: Data, epoch: int) -> tuple[np.ndarray, list[np.ndarray]]:
     left at the end is shuffled. So the order is random, each connectivity comes once, an image is
     decoded once, and at most BUFFER and one visit are in memory.
     """
-    random = np.random.default_rng([data.options.seed, epoch])
+    random = np.random.default_rng([job.options.seed, epoch])
     buffer, order, visits = [], [], []
-    for image in random.permutation(len(data.rows)):
-        members = data.starts[image] + np.flatnonzero(data.judged[data.part(image)])
+    for image in random.permutation(len(job.rows)):
+        members = job.starts[image] + np.flatnonzero(job.judged[job.part(image)])
         for visit in np.split(members, range(BUFFER, len(members), BUFFER)):
             visits.append(visit)
             buffer.extend(visit.tolist())
@@ -200,25 +199,25 @@ def shuffle(data: Data, epoch: int) -> tuple[np.ndarray, list[np.ndarray]]:
     return order, [visit for visit in visits if len(visit)]
 
 
-def patch_batches(data: Data, start: int, stop: int) -> Iterator[tuple]:
+def patch_batches(job: Job, start: int, stop: int) -> Iterator[tuple]:
     """Training batches start .. stop - 1, drawn from a shuffle buffer: (patches uint8 B x h x w x
     3, masks uint8 B x 1 x h/2 x w/2 of 0 and 1, classes int64 B).
 
     A batch follows from the seed and its number alone, so a stopped training goes on exactly. An
     incomplete last batch of an epoch is left out. --workers visits are read and cut ahead.
     """
-    options, size, per_epoch = data.options, data.options.batch_size, batches_per_epoch(data)
+    options, size, per_epoch = job.options, job.options.batch_size, batches_per_epoch(job)
 
     def cut(members: np.ndarray) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-        picture, numbers = data.read(int(data.index["image"][members[0]]))
+        picture, numbers = job.read(int(job.index["image"][members[0]]))
         patch = options.patch_size
-        return {int(m): cut_patch(picture, numbers, data.index[m], patch) for m in members}
+        return {int(m): cut_patch(picture, numbers, job.index[m], patch) for m in members}
 
     for epoch in range(start // per_epoch, -(-stop // per_epoch)):
-        order, visits = shuffle(data, epoch)
+        order, visits = shuffle(job, epoch)
         mirrored = np.random.default_rng([options.seed, epoch, 1]).random(len(order)) < 0.5
         first, last = max(start - epoch * per_epoch, 0), min(stop - epoch * per_epoch, per_epoch)
-        wanted = np.zeros(len(data.index), bool)
+        wanted = np.zeros(len(job.index), bool)
         wanted[order[first * size : last * size]] = True
         visits = [visit[wanted[visit]] for visit in visits if wanted[visit].any()]
         with ThreadPoolExecutor(options.workers) as readers:
@@ -231,38 +230,38 @@ def patch_batches(data: Data, start: int, stop: int) -> Iterator[tuple]:
                     buffer.update(next(coming))
                 patches, masks = (np.stack(x) for x in zip(*map(buffer.pop, members.tolist())))
                 patches[flip], masks[flip] = patches[flip][:, :, ::-1], masks[flip][:, :, ::-1]
-                classes = torch.from_numpy(data.index["class_id"][members].astype(np.int64))
+                classes = torch.from_numpy(job.index["class_id"][members].astype(np.int64))
                 yield torch.from_numpy(patches), torch.from_numpy(masks)[:, None], classes
 
 
 # --------------------------------------------------------------------------- paper: of whole images
 
 
-def image_batches(data: Data, start: int, stop: int) -> Iterator[tuple]:
+def image_batches(job: Job, start: int, stop: int) -> Iterator[tuple]:
     """Training batches start .. stop - 1, of which --workers are read ahead: (pictures uint8 B x H
     x W x 3, of each its masks as `mask_shares` gives them, classes int64 N of all connectivities).
 
     The pictures have the first one's size. The class of a connectivity that is not judged is
     IGNORE. An incomplete last batch of an epoch is left out.
     """
-    images, per_epoch, workers = data.judged_images(), batches_per_epoch(data), data.options.workers
-    size = min(data.options.batch_size, len(images))
+    images, per_epoch, workers = job.judged_images(), batches_per_epoch(job), job.options.workers
+    size = min(job.options.batch_size, len(images))
 
     def batch(iteration: int) -> tuple:
-        random = np.random.default_rng([data.options.seed, iteration // per_epoch])
+        random = np.random.default_rng([job.options.seed, iteration // per_epoch])
         first = iteration % per_epoch * size
         chosen = random.permutation(images)[first : first + size]
         mirrored = random.random(len(images))[first : first + size] < 0.5
         pictures, shares, classes = [], [], []
         for image, mirror in zip(chosen, mirrored):
-            picture, numbers = data.scaled(image)
+            picture, numbers = job.scaled(image)
             if pictures and picture.shape != pictures[0].shape:
                 one_size = pictures[0].shape[1::-1]
                 picture = cv2.resize(picture, one_size, interpolation=cv2.INTER_AREA)
-            rows = data.of_image(image)
+            rows = job.of_image(image)
             shares.append(mask_shares(numbers, len(rows), picture.shape[:2], mirror))
             pictures.append(picture[:, ::-1] if mirror else picture)
-            classes.append(np.where(data.judged[data.part(image)], rows["class_id"], IGNORE))
+            classes.append(np.where(job.judged[job.part(image)], rows["class_id"], IGNORE))
         classes = torch.from_numpy(np.concatenate(classes).astype(np.int64))
         return torch.from_numpy(np.stack(pictures)), shares, classes
 

@@ -1,12 +1,13 @@
 """The results of SCC that people look at: connectivities.csv; a page with figures, decisions per
 class, a histogram of losses and panels.
 
-`job`, `data` and `verdicts` are those of seco_scc.py.
+job: dataset.scc.Job; verdicts: seco_scc.Verdicts.
 """
 
 from __future__ import annotations
 
 import csv
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from scipy.stats import norm
 from sklearn.metrics import roc_auc_score
 
 from util.charts import CYCLE, new_chart, save_chart
-from util.labels import IGNORE, ClassSet, read_label
+from util.labels import IGNORE, read_label
 from util.outputs import atomic_path, write_json
 from util.page import write_page
 from util.pictures import colour_label, contact_sheet, hatch, heat, overlay, save_picture
@@ -29,20 +30,21 @@ BINS = 60  # of the histogram
 LEARNED = 2.5
 
 
-def write_report(job, verdicts, loss: float | None) -> dict:
-    """Write report/: index.html with its pictures, and report.json; return its figures. loss: of
-    the classifier's last iterations, if it is known.
+def write_report(job, verdicts, pixels: int, loss: float | None) -> None:
+    """Write report/: index.html with its pictures, and report.json; tell its figures in short.
+
+    pixels: of all label maps; loss: of the classifier's last iterations, if it is known.
     """
-    data, classes, folder = job.data, job.classes, job.out / "report"
-    report = figures_of(data, verdicts, classes, loss)
-    if job.truth is not None:  # the only ground truth that is ever opened
-        report["ground_truth"] = compare_with_ground_truth(data, verdicts, job.truth)
+    classes, folder = job.classes, job.out / "report"
+    report = figures_of(job, verdicts, pixels, loss)
+    if job.truth:  # the only ground truth that is ever opened
+        report["ground_truth"] = compare_with_ground_truth(job, verdicts)
     write_json(folder / "report.json", report)
     pictures = [("loss_histogram.png", "Losses")]
-    save_chart(folder / "loss_histogram.png", loss_histogram(data, verdicts))
-    if data.options.vis:
+    save_chart(folder / "loss_histogram.png", loss_histogram(job, verdicts))
+    if job.options.vis:
         pictures.append(("panels.png", "Before and after"))
-        save_picture(folder / "panels.png", panels(data, verdicts, classes))
+        save_picture(folder / "panels.png", panels(job, verdicts))
     rows = [
         (name.replace("_", " "), f"{value:.2f}" if isinstance(value, float) else value)
         for name, value in {**report, **report.get("ground_truth", {})}.items()
@@ -52,28 +54,32 @@ def write_report(job, verdicts, loss: float | None) -> dict:
     rows += [("warning", text) for text in report["warnings"]]
     decisions = [(name, *counts.values()) for name, counts in report["per_class"].items()]
     parts = [{"rows": rows}, {"head": ["class", *DECISIONS], "rows": decisions}]
-    title = f"SCC: {data.options.recipe} recipe"
+    title = f"SCC: {job.options.recipe} recipe"
     write_page(folder / "index.html", title, [*parts, {"figures": pictures}])
-    return report
+    tell(report, classes.count)
 
 
-def in_short(report: dict, class_num: int) -> list[str]:
+def tell(report: dict, class_num: int) -> None:
     """What the figures of a report say, in lines for the terminal."""
-    lines = [
+    if report["note"]:
+        print(f"note: {report['note']}")
+    print(
         f"the classifier gives {report['accuracy on its labels']:.1f} % of the labels their class;"
         f" the largest class is {report['largest class']:.1f} % of them, chance"
-        f" {100 / class_num:.1f} %",
+        f" {100 / class_num:.1f} %"
+    )
+    if report["lost classes"]:
+        print(f"note: all pixels of these classes are dropped: {', '.join(report['lost classes'])}")
+    print(
         f"{report['kept']} connectivities kept, {report['corrected']} corrected,"
         f" {report['dropped']} dropped; {report['coverage_before']:.1f} % of the pixels labeled"
-        f" before, {report['coverage_after']:.1f} % after",
-    ]
-    if report["lost classes"]:
-        lost = ", ".join(report["lost classes"])
-        lines.insert(1, f"note: all pixels of these classes are dropped: {lost}")
-    return [f"note: {report['note']}", *lines] if report["note"] else lines
+        f" before, {report['coverage_after']:.1f} % after"
+    )
+    for warning in report["warnings"]:
+        print(f"warning: {warning}", file=sys.stderr)
 
 
-def write_connectivities(path: Path, data, verdicts) -> None:
+def write_connectivities(path: Path, job, verdicts) -> None:
     """connectivities.csv: one line each, numbers at full precision."""
     columns = ("image", "id", "class", "area", "x", "y", "width", "height", "loss", "score")
     numbers = (verdicts.loss, verdicts.score, verdicts.predicted, verdicts.eta)
@@ -81,30 +87,26 @@ def write_connectivities(path: Path, data, verdicts) -> None:
     with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow([*columns, "prediction", "eta", "decision", "final"])
-        for (image, *place), (loss, score, predicted, eta, *end) in zip(
-            data.index.tolist(), judged
-        ):
+        for (image, *place), (loss, score, predicted, eta, *end) in zip(job.index.tolist(), judged):
             eta = "" if np.isnan(eta) else eta
-            writer.writerow([data.rows[image][0], *place, loss, score, predicted, eta, *end])
+            writer.writerow([job.rows[image][0], *place, loss, score, predicted, eta, *end])
 
 
 # ------------------------------------------------------------------------------------------ figures
 
 
-def figures_of(data, verdicts, classes: ClassSet, loss: float | None) -> dict:
+def figures_of(job, verdicts, pixels: int, loss: float | None) -> dict:
     """What the labels alone tell, shares in percent.
 
     Counts of the decisions, and the pixels with a label. Whether the classifier has learned: the
     share of the judged connectivities whose label it predicts, beside that of their largest class;
     the loss of its last iterations, beside that of chance, ln K.
     """
-    areas, labels = data.index["area"].astype(np.int64), data.index["class_id"]
-    final, noise, pixels, judged = verdicts.final, verdicts.noise, 0, labels[data.judged]
-    for _, path in data.rows:
-        with Image.open(data.root / path) as label:
-            pixels += label.width * label.height
+    areas, labels = job.index["area"].astype(np.int64), job.index["class_id"]
+    final, noise, names = verdicts.final, verdicts.noise, job.classes.names
+    judged = labels[job.judged]
     decided = {d: verdicts.decision == d for d in DECISIONS}
-    right = 100 * float(np.mean(verdicts.predicted[data.judged] == judged))
+    right = 100 * float(np.mean(verdicts.predicted[job.judged] == judged))
     largest = 100 * float(np.bincount(judged).max() / len(judged))
     warnings = []
     if right < min(LEARNED * largest, (100 + largest) / 2):
@@ -114,7 +116,7 @@ def figures_of(data, verdicts, classes: ClassSet, loss: float | None) -> dict:
             " (--backbone-weights imagenet) or a larger --min-area help"
         )
     return {
-        "images": len(data.rows),
+        "images": len(job.rows),
         "connectivities": len(labels),
         "judged": len(judged),
         **{d: int(which.sum()) for d, which in decided.items()},
@@ -126,39 +128,39 @@ def figures_of(data, verdicts, classes: ClassSet, loss: float | None) -> dict:
         "mixture": noise and {n: value for n, value in vars(noise).items() if n != "eta"},
         "per_class": {
             name: {d: int((which & (labels == c)).sum()) for d, which in decided.items()}
-            for c, name in enumerate(classes.names)
+            for c, name in enumerate(names)
         },
         "accuracy on its labels": right,
         "largest class": largest,
         "last loss": loss,
-        "loss of chance": float(np.log(classes.count)),
-        "lost classes": [n for c, n in enumerate(classes.names) if c in labels and c not in final],
+        "loss of chance": float(np.log(len(names))),
+        "lost classes": [n for c, n in enumerate(names) if c in labels and c not in final],
         "warnings": warnings,
     }
 
 
-def compare_with_ground_truth(data, verdicts, truth: dict[str, str]) -> dict:
+def compare_with_ground_truth(job, verdicts) -> dict:
     """Purity and accuracies in percent, and the AUROC of eta (or the loss) for connectivities of a
     wrong class. The ground truth has the label maps' sizes.
 
     A connectivity's true class is the most frequent ground-truth class in it, its purity that
     class's share; those on ground-truth 255 alone are left out. accuracy_*: of labeled pixels.
     """
-    labels, final = data.index["class_id"], verdicts.final
-    votes = np.zeros((len(labels), data.class_num), np.int64)  # pixels of each true class
-    for image, (path, _) in enumerate(data.rows):
-        true, numbers = read_label(data.root / truth[path], data.class_num), data.numbers(image)
+    labels, final, class_num = job.index["class_id"], verdicts.final, job.classes.count
+    votes = np.zeros((len(labels), class_num), np.int64)  # pixels of each true class
+    for image, (path, _) in enumerate(job.rows):
+        true, numbers = read_label(job.root / job.truth[path], class_num), job.numbers(image)
         counted = (true != IGNORE) & (numbers >= 0)
-        np.add.at(votes[data.part(image)], (numbers[counted], true[counted]), 1)
+        np.add.at(votes[job.part(image)], (numbers[counted], true[counted]), 1)
     each, known, labeled = np.arange(len(votes)), votes.sum(axis=1), final != IGNORE
     seen, wrong = known > 0, votes.argmax(axis=1) != labels
     signal = np.where(np.isnan(verdicts.eta), verdicts.loss, verdicts.eta)
-    usable = seen & data.judged & np.isfinite(signal)
+    usable = seen & job.judged & np.isfinite(signal)
     two_kinds = 0 < wrong[usable].sum() < usable.sum()
     purity = votes.max(axis=1)[seen] / known[seen]
     right_after, known_after = votes[each[labeled], final[labeled]].sum(), known[labeled].sum()
     return {
-        "purity": 100 * float(np.average(purity, weights=data.index["area"][seen])),
+        "purity": 100 * float(np.average(purity, weights=job.index["area"][seen])),
         "auroc": float(roc_auc_score(wrong[usable], signal[usable])) if two_kinds else None,
         "accuracy_before": 100 * float(votes[each, labels].sum() / known.sum()),
         "accuracy_after": 100 * float(right_after / known_after) if known_after else None,
@@ -168,7 +170,7 @@ def compare_with_ground_truth(data, verdicts, truth: dict[str, str]) -> dict:
 # ----------------------------------------------------------------------------------------- pictures
 
 
-def loss_histogram(data, verdicts):
+def loss_histogram(job, verdicts):
     """The losses by decision; paper: normalised, with both Gaussians and the loss at tau_ns (the
     paper's Figure 4). A matplotlib Figure.
     """
@@ -177,13 +179,13 @@ def loss_histogram(data, verdicts):
     threshold, name = thresholds.get("global"), "mean of the classes' thresholds"
     if noise:
         losses = (losses - noise.low) / max(noise.high - noise.low, 1e-12)
-        below = losses[data.judged][noise.eta < thresholds["tau_ns"]]
+        below = losses[job.judged][noise.eta < thresholds["tau_ns"]]
         threshold, name = None if noise.fallback else below.max(initial=0), "tau_ns"
-    elif data.options.filter == "score":
+    elif job.options.filter == "score":
         threshold = None
     x_label = ("normalised " if noise else "") + "cross-entropy against the label"
     axes = new_chart("SCC: losses of the connectivities", x_label, "connectivities")
-    groups = [losses[data.judged & (decision == name)] for name in DECISIONS]
+    groups = [losses[job.judged & (decision == name)] for name in DECISIONS]
     axes.hist(groups, BINS, stacked=True, color=[*DECISIONS.values()], label=[*DECISIONS])
     if noise and not noise.fallback:
         grid = np.linspace(0, 1, 300)
@@ -196,17 +198,17 @@ def loss_histogram(data, verdicts):
     return axes.figure
 
 
-def panels(data, verdicts, classes: ClassSet) -> Image.Image:
+def panels(job, verdicts) -> Image.Image:
     """Image | labels before | eta, or doubt: 1 - probability of the label (1 where the loss is not
     finite) | labels after, dropped regions hatched.
     """
     loss = np.where(np.isfinite(verdicts.loss), verdicts.loss, np.inf)
     doubts = np.where(np.isnan(verdicts.eta), 1 - np.exp(-loss), verdicts.eta)
-    labels, rows = data.index["class_id"], []
-    for image in range(min(data.options.vis, len(data.rows))):
-        picture, numbers = data.read(image)
+    labels, classes, rows = job.index["class_id"], job.classes, []
+    for image in range(min(job.options.vis, len(job.rows))):
+        picture, numbers = job.read(image)
         before, after, doubt = (
-            np.append(values[data.part(image)], empty)[numbers]
+            np.append(values[job.part(image)], empty)[numbers]
             for values, empty in ((labels, IGNORE), (verdicts.final, IGNORE), (doubts, np.nan))
         )
         corrected = overlay(picture, after, classes.palette, 0.9)

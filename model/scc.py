@@ -28,16 +28,25 @@ MIN_CONNECTIVITIES = 50  # fewer losses than this are no basis for a mixture
 MIN_SEPARATION = 1.0  # least distance of the mixture's means, in root mean square deviations
 
 
-class PatchClassifier(nn.Module):
-    """release: a ResNet (stride 32) that sees one connectivity in a patch, and a K-way linear
-    layer. The mask multiplies the activations after the first convolution, batch norm and ReLU; the
-    pooling at the end is over the whole patch.
+class Classifier(nn.Module):
+    """A ResNet and a K-way linear layer, which starts from Xavier's normal weights and torch's
+    default bias (released code).
     """
+
+    dilate_last = False
 
     def __init__(self, depth: int, stem: str, class_num: int):
         super().__init__()
-        self.backbone = ResNet(depth, stem, dilate_last=False)
-        self.classifier = linear(self.backbone.channels[-1], class_num)
+        self.backbone = ResNet(depth, stem, dilate_last=self.dilate_last)
+        self.classifier = nn.Linear(self.backbone.channels[-1], class_num)
+        nn.init.xavier_normal_(self.classifier.weight)
+
+
+class PatchClassifier(Classifier):
+    """release: sees one connectivity in a patch (stride 32). The mask multiplies the activations
+    after the first convolution, batch norm and ReLU; the pooling at the end is over the whole
+    patch.
+    """
 
     def forward(self, patches: Tensor, masks: Tensor) -> Tensor:
         """Normalised patches B x 3 x h x w, masks B x 1 x h/2 x w/2 of 0 and 1 → logits B x K."""
@@ -46,15 +55,12 @@ class PatchClassifier(nn.Module):
         return self.classifier(features.mean(dim=(2, 3)).to(self.classifier.weight.dtype))
 
 
-class PooledClassifier(nn.Module):
-    """paper: the features F(x) of whole images (stride 16), averaged over each connectivity's mask,
-    and a linear layer.
+class PooledClassifier(Classifier):
+    """paper: the features F(x) of whole images (stride 16), averaged over each connectivity's
+    mask.
     """
 
-    def __init__(self, depth: int, stem: str, class_num: int):
-        super().__init__()
-        self.backbone = ResNet(depth, stem, dilate_last=True)
-        self.classifier = linear(self.backbone.channels[-1], class_num)
+    dilate_last = True
 
     def forward(self, images: Tensor, shares: list[Tensor]) -> Tensor:
         """Normalised images B x 3 x H x W → logits N x K of all their connectivities, image by
@@ -67,13 +73,6 @@ class PooledClassifier(nn.Module):
         features = features.flatten(2).transpose(1, 2)
         pooled = [share.to(f.device) @ f for f, share in zip(features, shares)]
         return self.classifier(torch.cat(pooled))
-
-
-def linear(inputs: int, class_num: int) -> nn.Linear:
-    """Starts from Xavier's normal weights and torch's default bias (released code)."""
-    layer = nn.Linear(inputs, class_num)
-    nn.init.xavier_normal_(layer.weight)
-    return layer
 
 
 # ------------------------------------------------------------------------- how they are trained

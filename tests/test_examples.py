@@ -12,7 +12,6 @@ FILES = [
     *ROOT.glob("*.py"),
     *ROOT.glob("scripts/**/*.py"),
     *ROOT.glob("dataset/**/*.py"),
-    ROOT / "tests/plant_noise.py",
     *(path for path in ROOT.glob("[!.]*/**/README.md") if "runs" not in path.parts),
 ]
 

@@ -367,7 +367,7 @@ def test_outputs(finished):
     record = json.loads((finished / "pix_tiny/stats/0.png.json").read_text())
     assert record["labeled_before"] == (label != IGNORE).sum() < record["pixels"] == label.size
     assert summary["manifest"]["inputs"]["sam"]["sha256"]
-    assert summary["prompts_per_class"]["car"] > 0 < summary["seconds_per_image"]
+    assert summary["proposals_per_image"] > 0 < summary["seconds_per_image"]
     assert (finished / "pix_tiny/vis/0.png").is_file()
 
 

@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import plant_noise
 import pytest
 import torch
 from conftest import ROOT
@@ -129,14 +128,15 @@ def refuse(*_):
     raise AssertionError("not to be called")
 
 
-def data_of(root, recipe="release", **changes):
-    """seco_scc's Data for the made images."""
+def job_of(root, recipe="release", **changes):
+    """seco_scc's Job for the made images."""
     options = scc.parse_args(command(root, recipe))
     for name, value in changes.items():
         setattr(options, name, value)
-    rows = read_list(root / "splits/pix/all.txt")
-    parts = [scc_data.index_image(root / row[1], i, 19) for i, row in enumerate(rows)]
-    return scc_data.Data(root, rows, np.concatenate(parts), 19, options)
+    job = scc_data.Job(options, suffix(recipe))
+    parts = [scc_data.index_image(root / row[1], i, 19) for i, row in enumerate(job.rows)]
+    job.take(np.concatenate(parts))
+    return job
 
 
 # ----------------------------------------------------------------------------------------- networks
@@ -260,13 +260,13 @@ def test_losses_that_are_not_finite_are_noisy_and_have_no_part_in_the_fit():
 
 def test_an_epoch_has_every_connectivity_once_and_the_buffer_is_bounded(made, monkeypatch):
     monkeypatch.setattr(scc_data, "BUFFER", 20)
-    data = data_of(made)
-    order, visits = scc_data.shuffle(data, 0)
-    assert sorted(order) == list(range(len(data.index))) and max(map(len, visits)) <= 20
-    assert len(visits) == sum(-(-len(data.of_image(i)) // 20) for i in range(5))
-    other = scc_data.shuffle(data, 1)[0]
+    job = job_of(made)
+    order, visits = scc_data.shuffle(job, 0)
+    assert sorted(order) == list(range(len(job.index))) and max(map(len, visits)) <= 20
+    assert len(visits) == sum(-(-len(job.of_image(i)) // 20) for i in range(5))
+    other = scc_data.shuffle(job, 1)[0]
     assert order.tolist() not in (sorted(order), other.tolist())
-    assert order.tolist() == scc_data.shuffle(data, 0)[0].tolist()
+    assert order.tolist() == scc_data.shuffle(job, 0)[0].tolist()
     # Visits taken only when they are needed: at most the buffer and one visit are in memory.
     buffer, coming = set(), iter(visits)
     for member in order:
@@ -280,23 +280,23 @@ def test_release_batches_against_opening_the_image_for_each_connectivity(
     made, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(scc_data, "BUFFER", 40)
-    data, reads = data_of(made, workers=3), []
-    read = data.read
-    monkeypatch.setattr(data, "read", lambda image: reads.append(image) or read(image))
-    per_epoch = scc_data.batches_per_epoch(data)
-    batches = list(scc_data.patch_batches(data, 0, per_epoch + 1))
-    assert len(batches) == per_epoch + 1 == len(data.index) // 8 + 1
-    (first, visits), (second, _) = (scc_data.shuffle(data, epoch) for epoch in (0, 1))
-    assert len(reads) <= 2 * len(visits) and reads.count(0) <= 2 * -(-len(data.of_image(0)) // 40)
+    job, reads = job_of(made, workers=3), []
+    read = job.read
+    monkeypatch.setattr(job, "read", lambda image: reads.append(image) or read(image))
+    per_epoch = scc_data.batches_per_epoch(job)
+    batches = list(scc_data.patch_batches(job, 0, per_epoch + 1))
+    assert len(batches) == per_epoch + 1 == len(job.index) // 8 + 1
+    (first, visits), (second, _) = (scc_data.shuffle(job, epoch) for epoch in (0, 1))
+    assert len(reads) <= 2 * len(visits) and reads.count(0) <= 2 * -(-len(job.of_image(0)) // 40)
     mirrored, seen = 0, [*first[: per_epoch * 8].tolist(), *second[:8].tolist()]
-    store_masks(tmp_path, data, seen)
+    store_masks(tmp_path, job, seen)
     for place, member in enumerate(seen):
         patches, masks, classes = (x[place % 8].numpy() for x in batches[place // 8])
-        patch, mask = opened_patch(tmp_path, data, member, (32, 64))
+        patch, mask = opened_patch(tmp_path, job, member, (32, 64))
         if flip := not (patches == patch).all():
             patch, mask = patch[:, ::-1], mask[:, ::-1]
         assert (patches == patch).all() and (masks[0] == mask).all()
-        assert classes == data.index["class_id"][member]
+        assert classes == job.index["class_id"][member]
         mirrored += flip
     assert 0.3 < mirrored / len(seen) < 0.7
 
@@ -307,9 +307,9 @@ def test_release_batches_against_opening_the_image_for_each_connectivity(
 )
 def test_batches_follow_from_their_number_alone(made, recipe, batches_of):
     """Starting in the middle of an epoch, or with other workers, gives the same batches."""
-    whole = list(batches_of(data_of(made, recipe), 0, 9))
+    whole = list(batches_of(job_of(made, recipe), 0, 9))
     for start, workers in ((3, 1), (7, 5)):
-        part = list(batches_of(data_of(made, recipe, workers=workers), start, 9))
+        part = list(batches_of(job_of(made, recipe, workers=workers), start, 9))
         assert len(part) == 9 - start
         for a, b in zip(whole[start:], part):
             parts = zip([a[0], *a[1], a[2]], [b[0], *b[1], b[2]], strict=True)
@@ -318,12 +318,12 @@ def test_batches_follow_from_their_number_alone(made, recipe, batches_of):
 
 def test_scores_against_one_connectivity_at_a_time(made):
     torch.manual_seed(0)
-    data = data_of(made, batch_size=7)
-    model = scc.make_classifier(data.options, 19, torch.device("cpu")).eval()
+    job = job_of(made, batch_size=7)
+    model = scc.make_classifier(job.options, 19, torch.device("cpu")).eval()
     with ThreadPoolExecutor(2) as pool:
-        found = scc.score_image(model, data, 1, data.read(1), torch.device("cpu"), pool)
-    picture, numbers = data.read(1)
-    for place, row in list(enumerate(data.of_image(1)))[::9]:
+        found = scc.score_image(model, job, 1, job.read(1), torch.device("cpu"), pool)
+    picture, numbers = job.read(1)
+    for place, row in list(enumerate(job.of_image(1)))[::9]:
         patch, mask = scc.cut_patch(picture, numbers, row, (32, 64))
         patches, masks = torch.from_numpy(patch)[None], torch.from_numpy(mask)[None, None]
         with torch.no_grad():
@@ -465,7 +465,7 @@ def test_the_learning_rate_follows_the_iteration(root, monkeypatch):
 
     monkeypatch.setattr(torch.optim.SGD, "step", note)
     scc.main(command(root, "release", "--stage", "train", "--lr", "0.02"))
-    total = 20 * (len(data_of(root).index) // 8)
+    total = 20 * (len(job_of(root).index) // 8)
     expected = [0.02 * (1 + 10 * t / total) ** -0.75 for t in range(1, 5)]
     assert np.allclose(rates, [[lr / 10, lr] for lr in expected], rtol=1e-12)
 
@@ -638,19 +638,6 @@ def test_labels_smaller_than_their_images(root, recipe):
     scc.main(command(root, recipe))
     for _, path in read_list(root / f"splits/pix_{suffix(recipe)}/all.txt"):
         assert read_label(root / path, 19).shape == (32, 64)
-
-
-def test_planted_noise_changes_the_class_of_whole_connectivities(root):
-    lists = ["--id-list-path", str(root / "splits/gt.txt"), "--root-path", str(root)]
-    out, large, wrong = root / "splits/planted/all.txt", 0, 0
-    plant_noise.main([*lists, "--out-list", str(out), "--share", "0.3", "--min-area", "5"])
-    for i, (_, path) in enumerate(read_list(out)):
-        true, noisy = read_label(root / f"gt/train/{i}.png"), read_label(root / path, 19)
-        for c in connectivities(true, range(19)):
-            given = set(noisy[c.window][c.mask].tolist())
-            assert len(given) == 1 and (c.area >= 5 or given == {c.class_id})
-            large, wrong = large + (c.area >= 5), wrong + (given != {c.class_id})
-    assert large > 100 and abs(wrong / large - 0.3) < 0.1
 
 
 def test_a_classifier_that_has_not_learned_is_told(root_done, capsys):

@@ -20,7 +20,7 @@ import seco_scc as scc
 from dataset.scc import index_image, numbered, patch_window
 from model import scc as scc_model
 from model.resnet import IMAGENET_MEAN, IMAGENET_STD
-from model.scc import PatchClassifier, PooledClassifier, linear
+from model.scc import PatchClassifier, PooledClassifier
 from util.labels import IGNORE, read_label
 
 PATCH = (256, 512)
@@ -97,11 +97,11 @@ def test_a_larger_quantile_keeps_more(rule, quantile):
 @pytest.mark.parametrize("network", [PatchClassifier, PooledClassifier])
 def test_the_classifier_starts_from_xavier_normal_weights_and_torchs_bias(network):
     torch.manual_seed(0)
-    layer = network(18, "torchvision", 19).classifier
+    layer = network(18, "torchvision", 380).classifier  # many weights
     reach = 1 / np.sqrt(512)  # of torch's default bias
     assert 0.5 * reach < float(layer.bias.detach().abs().max()) <= reach
-    weight = torch.cat([linear(512, 19).weight.detach().flatten() for _ in range(20)])
-    deviation = np.sqrt(2 / (512 + 19))
+    weight = layer.weight.detach().flatten()
+    deviation = np.sqrt(2 / (512 + 380))
     assert float(weight.std()) == pytest.approx(deviation, rel=0.01)
     # A normal variable has 4.6 % beyond two deviations, a uniform one none.
     assert float((weight.abs() > 2 * deviation).float().mean()) == pytest.approx(0.0455, abs=0.003)

@@ -487,30 +487,42 @@ def check_classes(pixels: np.ndarray, class_num: int, list_path: str | Path) -> 
         print(f"note: {list_path}: {lacking} (255 means no label)", file=sys.stderr)
 
 
-def experiment_from(
-    rows: list[tuple[str, str]], list_path: Path, suffix: str, exp: str | None
-) -> tuple[str, Path]:
-    """The name of the experiment that is made of a list's labels, and its list.
-
-    Name: `exp` (--exp), or that of the labels, which is their first folder, with `_<suffix>`. List:
-    `<name>/<list file name>` beside the list's folder if that is named as the labels' experiment,
-    else in it. UserError for labels of several experiments, and for a name that inputs have.
-    """
-    experiments = {label.rpartition("/")[0].partition("/")[0] for _, label in rows}
-    if len(experiments) > 1 or "" in experiments:
-        raise UserError(
-            f"{list_path}: the first folder of a label's path is its experiment; all need one, and"
-            f" one list has one, not several experiments ({', '.join(sorted(experiments))})"
-        )
-    [old] = experiments
-    name = f"{old}_{suffix}" if exp is None else exp
-    taken = experiments | {image.partition("/")[0] for image, _ in rows}
-    if not name or "/" in name or name.startswith(".") or name in taken:
-        raise UserError(f"--exp {name}: give a plain folder name that no input has")
-    beside = list_path.parent.parent if list_path.parent.name == old else list_path.parent
-    return name, beside / name / list_path.name
-
-
 def in_experiment(label_path: str, experiment: str) -> str:
     """The label path with another first folder: `HRDA/a/x.png` → `HRDA_vit_h/a/x.png`."""
     return f"{experiment}/{label_path.partition('/')[2]}"
+
+
+class Experiment:
+    """What is made of the labels of a list, and where it goes.
+
+    rows: (image path, label path) of the list, below `root`; results: the same with the paths of
+    the new labels; truth: {image path: ground-truth path} of --gt, or None; name: --exp, or that of
+    the labels, which is their first folder, with `_<suffix>`; out: the folder of that name, for the
+    results; list_path: of their list, `<name>/<list file name>` beside the list's folder if that is
+    named as the labels' experiment, else in it.
+    """
+
+    def __init__(self, options, suffix: str, limit: int | None = None):
+        """UserError for labels of several experiments, and for a name that inputs have.
+
+        options: ListOptions and ClassOptions with exp and gt; limit: of the rows.
+        """
+        path, self.root, self.options = options.id_list_path, options.root_path, options
+        self.rows = read_list(path)[:limit]
+        experiments = {label.rpartition("/")[0].partition("/")[0] for _, label in self.rows}
+        if len(experiments) > 1 or "" in experiments:
+            raise UserError(
+                f"{path}: the first folder of a label's path is its experiment; all need one, and"
+                f" one list has one, not several experiments ({', '.join(sorted(experiments))})"
+            )
+        [old] = experiments
+        self.name = name = f"{old}_{suffix}" if options.exp is None else options.exp
+        taken = experiments | {image.partition("/")[0] for image, _ in self.rows}
+        if not name or "/" in name or name.startswith(".") or name in taken:
+            raise UserError(f"--exp {name}: give a plain folder name that no input has")
+        self.out = self.root / name
+        self.classes = chosen_classes(options, self.root / old)
+        self.truth = options.gt and ground_truth_of(options.gt, self.rows)
+        self.results = [(image, in_experiment(label, name)) for image, label in self.rows]
+        beside = path.parent.parent if path.parent.name == old else path.parent
+        self.list_path = beside / name / path.name

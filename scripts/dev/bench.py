@@ -31,7 +31,7 @@ from segment_anything.utils.amg import calculate_stability_score
 
 import train_unimatch
 from dataset.samples import Key, Lists, TrainingSamples
-from dataset.scc import BUFFER, Data, index_image, patch_batches
+from dataset.scc import BUFFER, Job, index_image, patch_batches
 from dataset.toy import draw_scene
 from model.sam import WEIGHTS, load_segmenter, sam_builder
 from model.sam_fast import FastSam
@@ -259,34 +259,37 @@ def scc(options: Options, device: torch.device) -> None:
     """
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        data = repeated(root, reference_data.made_files(root, FILES), TIMES)
-        chosen = np.random.default_rng(1).permutation(data.starts[FILES])[:CUTS].tolist()
-        reference_scc.store_masks(root, data, chosen)
+        job = repeated(root, reference_data.made_files(root, FILES), TIMES)
+        chosen = np.random.default_rng(1).permutation(job.starts[FILES])[:CUTS].tolist()
+        reference_scc.store_masks(root, job, chosen)
         slow = cpu_seconds(
-            lambda m: reference_scc.opened_patch(root, data, m, data.options.patch_size), chosen
+            lambda m: reference_scc.opened_patch(root, job, m, job.options.patch_size), chosen
         )
         peaks, start = [], time.process_time()
-        for _ in patch_batches(data, 0, BATCHES):
+        for _ in patch_batches(job, 0, BATCHES):
             peaks.append(run.peak_memory_mb()["host_mb"])
         # The buffer is filled before the first batch: its patches are work done as well.
-        drawn = BATCHES * data.options.batch_size + BUFFER
+        drawn = BATCHES * job.options.batch_size + BUFFER
         fast = (time.process_time() - start) / drawn
     print(
-        f"{len(data.index)} connectivities in {len(data.rows)} images; index:"
-        f" {data.index.nbytes / 1e6:.1f} MB\ncutting patches: {1 / fast:.0f} connectivities/s,"
+        f"{len(job.index)} connectivities in {len(job.rows)} images; index:"
+        f" {job.index.nbytes / 1e6:.1f} MB\ncutting patches: {1 / fast:.0f} connectivities/s,"
         f" opening the image for each: {1 / slow:.1f}/s, {slow / fast:.1f}x\n"
         f"peak memory while streaming, MB: {peaks[:: max(1, len(peaks) // 10)]}"
     )
 
 
-def repeated(root: Path, rows: list[tuple[str, str]], times: int) -> Data:
+def repeated(root: Path, rows: list[tuple[str, str]], times: int) -> Job:
     """The index of a list that names all files again and again; each is indexed once."""
     write_list(root / "all.txt", rows)
     how = ["--id-list-path", str(root / "all.txt"), "--root-path", str(root), "--workers", "1"]
     once = np.concatenate([index_image(root / row[1], i, 19) for i, row in enumerate(rows)])
     index = np.tile(once, times)
     index["image"] += np.repeat(np.arange(times, dtype="i4") * len(rows), len(once))
-    return Data(root, rows * times, index, 19, scc_options(how))
+    job = Job(scc_options(how), "scc")
+    job.rows *= times
+    job.take(index)
+    return job
 
 
 # -------------------------------------------------------------------------------------------- train
