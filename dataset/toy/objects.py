@@ -72,15 +72,8 @@ TARGET_COLOURS = {
     BICYCLE: [(48, 48, 51), (151, 56, 61), (62, 117, 131)],
 }
 # How strongly each class's surface is textured, as a share of its brightness; the others: 0.10.
-ROUGH = {
-    WALL: 0.14,
-    POLE: 0.06,
-    LIGHT: 0.04,
-    SIGN: 0.04,
-    VEGETATION: 0.30,
-    TERRAIN: 0.24,
-    SKY: 0.05,
-}
+ROUGH = {VEGETATION: 0.30, TERRAIN: 0.24, WALL: 0.14}
+ROUGH |= {POLE: 0.06, LIGHT: 0.04, SIGN: 0.04, SKY: 0.05}
 ROUGH |= {CAR: 0.05, TRUCK: 0.05, BUS: 0.05, TRAIN: 0.05, MOTORCYCLE: 0.08, BICYCLE: 0.08}
 ROUGHNESS = np.array([ROUGH.get(class_id, 0.10) for class_id in range(19)], np.float32)
 COLOUR_JITTER = {"source": 24, "target": 24, "random": 40}

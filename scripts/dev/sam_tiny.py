@@ -40,7 +40,7 @@ from dataset.scc import numbered
 from dataset.toy import FIRST_FREE_SEED, draw_scene
 from model.resnet import read_checkpoint
 from model.sam import WEIGHTS
-from model.sam_fast import build_sam_tiny, mask_logits, two_way_transformer
+from model.sam_fast import build_sam_tiny, mask_logits, pixel_order, two_way_transformer
 from util.labels import (
     CITYSCAPES_19,
     IGNORE,
@@ -66,7 +66,7 @@ VOID = -1  # in segment maps: pixels without a label, or in a component of under
 MIN_AREA = 10  # pixels: PSA skips connectivities under 10 pixels (released code), so do we
 # Prompts of an image and step: boxes with one point, boxes with two, one point alone.
 BOX_PROMPTS, POINT_PROMPTS = (4, 4), 7
-LOGIT_GAIN = 4.0  # see `export`
+LOGIT_GAIN = 4.0  # see `gain`
 # Of positional encodings, cycles per half image: 12 is a wavelength of 16 pixels, two tokens.
 PE_FREQUENCIES = (0.5, 12.0)
 SAVE_EVERY = 100  # steps
@@ -341,9 +341,8 @@ def decoded(
 
 def pixels_to_tokens(x: Tensor) -> Tensor:
     """[..., 4h, 4w] to [..., h*w*16]: the inverse of `model.sam_fast.tokens_to_pixels`."""
-    lead, (height, width) = x.shape[:-2], x.shape[-2:]
-    x = x.reshape(-1, height // 4, 2, 2, width // 4, 2, 2).permute(0, 1, 4, 2, 5, 3, 6)
-    return x.reshape(*lead, height * width)
+    order = pixel_order(x.shape[-2] // 4, x.shape[-1] // 4, x.device).argsort()
+    return x.flatten(-2).index_select(-1, order)
 
 
 def overlap(masks: Tensor, targets: Tensor, area: Tensor) -> Tensor:
