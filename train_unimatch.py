@@ -472,9 +472,9 @@ def main(argv: list[str] | None = None) -> None:
         )
     if args.supervised and args.batch_per_process == 1:
         raise UserError("--supervised: batch norm needs a --batch-per-process of two or more")
+    device = select_device(args.device)
     beside = label_folder(args.root_path, read_list(args.labeled_id_path))
     classes, lists = chosen_classes(args, beside), read_lists(args)
-    device = select_device(args.device)
     tune_cpu()
     run = Trainer(args, classes, lists, device)
     with contextlib.nullcontext() if args.dry_run else Outputs(args.save_path) as out:

@@ -9,6 +9,10 @@ of the low-resolution masks, P counts prompts, k points of a prompt, M masks.
 
 from __future__ import annotations
 
+import contextlib
+import threading
+import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,7 +32,7 @@ from torch.nn import functional as F
 from torchvision.ops.boxes import batched_nms
 
 from util.outputs import atomic_path
-from util.run import Stopwatch, UserError
+from util.run import UserError
 
 MASK_THRESHOLD = 0.0  # logits above it are the mask
 STABILITY_OFFSET = 1.0  # in logits, segment_anything's
@@ -46,6 +50,24 @@ class ProposalSettings:
     predicted_iou: float = 0.88  # proposals at or below it are rejected
     stability: float = 0.95  # proposals below it are rejected
     box_nms: float = 0.7  # IoU of boxes
+
+
+class Stopwatch:
+    """Seconds spent per named stage: `with watch("encode"): …`; `watch.seconds` is the table."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._lock = threading.Lock()
+
+    @contextlib.contextmanager
+    def __call__(self, stage: str, threads: int = 1):
+        """threads: how many do this stage side by side; each of them counts that part of its
+        time.
+        """
+        start = time.perf_counter()
+        yield
+        with self._lock:
+            self.seconds[stage] += (time.perf_counter() - start) / threads
 
 
 class Segmenter:

@@ -14,9 +14,10 @@ from PIL import Image
 import seco_sam
 from model.sam import load_segmenter
 from model.sam_fast import TINY_CHECKPOINT
+from model.segmenter import Stopwatch
 from util.labels import CITYSCAPES_19, SYNTHIA_16, connectivities, write_label
 from util.pictures import save_picture
-from util.run import Stopwatch, sha256
+from util.run import sha256
 
 PROMPTS, IMAGES = read_arrays("psa/prompts"), read_arrays("psa/images")
 MAPS = {"toy19": CITYSCAPES_19, "toy16": SYNTHIA_16, "shapes": CITYSCAPES_19, "far": CITYSCAPES_19}

@@ -29,6 +29,7 @@ from util.run import (
     UserError,
     manifest,
     run_main,
+    select_device,
 )
 
 # --- lists and paths
@@ -180,6 +181,12 @@ def test_check_pairs(tmp_path):
 
 
 # --- runs
+
+
+@pytest.mark.parametrize("name", ["banana", "0", "cuda:x", "cuda:99"])
+def test_a_device_that_is_not_here_is_refused(name):
+    with pytest.raises(UserError, match=f"--device {name}: give auto, cpu, cuda or cuda:N"):
+        select_device(name)
 
 
 @pytest.mark.parametrize(

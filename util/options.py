@@ -26,7 +26,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from util.run import UserError, select_device
+from util.run import UserError
 
 T = TypeVar("T")
 SETTING, ARGUMENT = "setting", "argument"
@@ -109,8 +109,8 @@ class RunOptions(DeviceOptions):
 
 
 def parse_options(kind: type[T], description: str, argv: list[str] | None = None) -> T:
-    """An instance of a class of options from the command line, its device checked. Its attribute
-    `given` has the names of those that were given.
+    """An instance of a class of options from the command line. Its attribute `given` has the names
+    of those that were given.
     """
     parser = ArgumentParser(description=description, formatter_class=RawDescriptionHelpFormatter)
     hints = get_type_hints(kind, include_extras=True)
@@ -123,8 +123,6 @@ def parse_options(kind: type[T], description: str, argv: list[str] | None = None
     given = vars(parser.parse_args(argv))
     options = kind(**given)
     options.given = frozenset(given)
-    if getattr(options, "device", "auto") != "auto":
-        select_device(options.device)
     return options
 
 

@@ -15,9 +15,8 @@ import re
 import resource
 import subprocess
 import sys
-import threading
 import time
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
@@ -105,26 +104,23 @@ def seed_everything(seed: int) -> None:
 def select_device(name: str):
     """torch.device for --device: auto takes CUDA where there is one, else the CPU.
 
-    With several processes, `cuda` is GPU LOCAL_RANK. A name that torch does not know, or whose
-    device it does not have here, is a UserError.
+    With several processes, `cuda` is GPU LOCAL_RANK. A device that is not here is a UserError.
     """
     import torch
 
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cpu":
-        return torch.device(name)
     count = torch.cuda.device_count()
-    numbers = {f"cuda:{i}": i for i in range(count)}
+    devices = {f"cuda:{i}": torch.device("cuda", i) for i in range(count)}
     if count:
-        numbers["cuda"] = int(os.environ.get("LOCAL_RANK", 0)) % count
-    if name not in numbers:
+        devices["cuda"] = devices[f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % count}"]
+    devices["cpu"] = torch.device("cpu")
+    devices["auto"] = devices.get("cuda", devices["cpu"])
+    if name not in devices:
         raise UserError(
             f"--device {name}: give auto, cpu, cuda or cuda:N; torch sees {count} CUDA devices here"
         )
-    device = torch.device("cuda", numbers[name])
-    torch.cuda.set_device(device)
-    return device
+    if devices[name].type == "cuda":
+        torch.cuda.set_device(devices[name])
+    return devices[name]
 
 
 def exact_mode() -> None:
@@ -292,24 +288,6 @@ def manifest(
             for name, path in (inputs or {}).items()
         },
     }
-
-
-class Stopwatch:
-    """Seconds spent per named stage: `with watch("encode"): …`; `watch.seconds` is the table."""
-
-    def __init__(self):
-        self.seconds: dict[str, float] = defaultdict(float)
-        self._lock = threading.Lock()
-
-    @contextlib.contextmanager
-    def __call__(self, stage: str, threads: int = 1):
-        """threads: how many do this stage side by side; each of them counts that part of its
-        time.
-        """
-        start = time.perf_counter()
-        yield
-        with self._lock:
-            self.seconds[stage] += (time.perf_counter() - start) / threads
 
 
 def tune_cpu() -> None:
