@@ -196,7 +196,7 @@ def doubts(summary: dict) -> list[str]:
 
 
 def panel(image: np.ndarray, label: np.ndarray, result, classes: ClassSet) -> Image.Image:
-    """Image | pixel labels with the prompts | the result's masks | PSA, two by two.
+    """Image, pixel labels with the prompts, the result's masks, PSA, two by two.
 
     image: uint8 H x W x 3, RGB; label: uint8 H x W, the pixel-level pseudo-label.
     """
@@ -205,7 +205,7 @@ def panel(image: np.ndarray, label: np.ndarray, result, classes: ClassSet) -> Im
             [image, prompt_picture(image, label, result, classes)],
             [proposal_picture(image, result), colour_label(result.label, classes.palette)],
         ],
-        row_titles=["image | pixel labels, prompts", "proposals | PSA"],
+        ["image", "pixel labels, prompts", "proposals", "PSA"],
         legend=classes,
     )
 

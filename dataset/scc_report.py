@@ -16,10 +16,10 @@ from scipy.stats import norm
 from sklearn.metrics import roc_auc_score
 
 from util.charts import CYCLE, new_chart, save_chart
-from util.labels import IGNORE, read_label
+from util.labels import COLOURS, IGNORE, read_label
 from util.outputs import atomic_path, write_json
 from util.page import write_page
-from util.pictures import colour_label, contact_sheet, hatch, heat, overlay, save_picture
+from util.pictures import colour_label, contact_sheet, overlay, save_picture
 
 BLUE, ORANGE, GREEN, PURPLE, *_, GREY = CYCLE
 DECISIONS = {"kept": BLUE, "corrected": ORANGE, "dropped": GREY}
@@ -217,3 +217,19 @@ def panels(job, verdicts) -> Image.Image:
     doubt = "eta" if verdicts.noise else "doubt"
     columns = ["image", "before", f"{doubt}, blue 0, orange 1", "after, dropped hatched"]
     return contact_sheet(rows, columns, legend=classes, cell_width=400)
+
+
+def hatch(picture: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """A copy of an RGB picture with white diagonal lines where `mask` (bool H x W) is true."""
+    rows, columns = np.indices(mask.shape)
+    lines = ((rows + columns) % 8 < 2) & mask
+    return np.where(lines[..., None], np.uint8(255), picture)
+
+
+def heat(values: np.ndarray) -> np.ndarray:
+    """Values in [0, 1] (H x W, NaN allowed) → RGB from blue (0) over white to orange (1); NaN is
+    black.
+    """
+    colours = np.array([COLOURS[0], (245, 245, 245), COLOURS[4]])
+    rgb = [np.interp(values, (0, 0.5, 1), colours[:, channel]) for channel in range(3)]
+    return np.nan_to_num(np.stack(rgb, axis=-1)).round().astype(np.uint8)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import ROOT
+from PIL import Image
 
 import seco_scc
 from dataset.scc import mask_shares
@@ -25,7 +26,6 @@ from seco_sam import aggregate
 from tests.reference_train import random_batch
 from util.labels import CITYSCAPES_19, write_label
 from util.outputs import read_json
-from util.pictures import save_picture
 from util.run import UserError, exact_mode, seed_everything
 
 DEVICES = ("cpu", "cuda")
@@ -89,7 +89,7 @@ def test_evaluation_has_the_cpu_s_confusion(mode, tmp_path):
     """But for a pixel here and there whose two best classes are as likely."""
     exact_mode()
     scene = draw_scene(0, "target")
-    save_picture(tmp_path / "image.png", scene.image)
+    Image.fromarray(scene.image).save(tmp_path / "image.png")
     write_label(tmp_path / "truth.png", scene.label, CITYSCAPES_19.palette)
     seed_everything(0)
     network = Network(DeepLabV3Plus(10, 19).eval(), "DeepLabV3+", 19)

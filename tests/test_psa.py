@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from processes import warm_python
 from scipy import ndimage
 from torch.nn import functional as F
@@ -37,7 +38,6 @@ from util.labels import (
     write_list,
 )
 from util.options import help_texts
-from util.pictures import save_picture
 from util.run import UserError, run_main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -258,9 +258,10 @@ def test_no_prompt_is_skipped_when_memory_runs_out_among_them():
 def make_root(root: Path, count: int = 4, size: tuple[int, int] = (48, 96)) -> Path:
     """A root with `count` images and labels of experiment `pix`; returns it."""
     rows = []
+    (root / "images").mkdir(parents=True)
     for i in range(count):
         image, label = scene(i, *size)
-        save_picture(root / f"images/{i}.png", image)
+        Image.fromarray(image).save(root / f"images/{i}.png")
         write_label(root / f"pix/{i}.png", label, CITYSCAPES_19.palette)
         rows.append((f"images/{i}.png", f"pix/{i}.png"))
     write_list(root / "splits/pix/all.txt", rows)
@@ -509,7 +510,7 @@ def label_of_33(root: Path) -> None:
 
 
 def upright_image(root: Path) -> None:
-    save_picture(root / "images/2.png", np.zeros((96, 48, 3), np.uint8))
+    Image.new("RGB", (48, 96)).save(root / "images/2.png")
 
 
 @pytest.mark.parametrize(

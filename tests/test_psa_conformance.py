@@ -16,7 +16,6 @@ from model.sam import load_segmenter
 from model.sam_fast import TINY_CHECKPOINT
 from model.segmenter import Stopwatch
 from util.labels import CITYSCAPES_19, SYNTHIA_16, connectivities, write_label
-from util.pictures import save_picture
 from util.run import sha256
 
 PROMPTS, IMAGES = read_arrays("psa/prompts"), read_arrays("psa/images")
@@ -112,7 +111,7 @@ def test_labels_of_the_tiny_sam_equal_the_releases(name):
 
 def test_an_image_of_another_size_is_resized_as_in_the_release(tmp_path):
     image, label = IMAGES["i0_image"], IMAGES["i0_label"][::2, ::2]
-    save_picture(tmp_path / "image.png", image)
+    Image.fromarray(image).save(tmp_path / "image.png")
     write_label(tmp_path / "label.png", label, CITYSCAPES_19.palette)
     made, read = seco_sam.read_pair(tmp_path, ("image.png", "label.png"), 19)
     assert (read == label).all()

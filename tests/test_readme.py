@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from dataset.toy import draw_scene
 from model.deeplabv3plus import DeepLabV3Plus
 from util.labels import class_set, read_label, write_label
-from util.pictures import save_picture
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -68,7 +68,7 @@ def test_the_python_calls_run(tmp_path, monkeypatch):
     assert block.count('"vit_h", device="cuda"') == 1
     scene = draw_scene(3, "target", 96, 192)
     monkeypatch.chdir(tmp_path)
-    save_picture(tmp_path / "street.png", scene.image)
+    Image.fromarray(scene.image).save(tmp_path / "street.png")
     write_label(tmp_path / "street_pixel_label.png", scene.label, class_set(19).palette)
     few_points = '"tiny", device="cpu")\nsam.settings = type(sam.settings)(8)'
     exec(block.replace('"vit_h", device="cuda")', few_points), {})

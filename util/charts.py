@@ -60,13 +60,10 @@ def draw_lines(axes, series: dict[str, tuple[list, list]]) -> None:
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
 
 
-def line_chart(
-    series: dict[str, tuple[list, list]], title: str, x_label: str, y_label: str, y_range=None
-):
+def line_chart(series: dict[str, tuple[list, list]], title: str, x_label: str, y_label: str):
     """See draw_lines."""
     axes = new_chart(title, x_label, y_label)
     draw_lines(axes, series)
-    axes.set_ylim(y_range)
     return axes.figure
 
 

@@ -21,19 +21,6 @@ def confusion_matrix(truth: np.ndarray, prediction: np.ndarray, class_num: int) 
     return np.bincount(cells, minlength=class_num * (class_num + 1)).reshape(shape)
 
 
-def class_iou(confusion: np.ndarray) -> np.ndarray:
-    """IoU per class in [0, 1], float64; NaN for a class that is neither in the ground truth nor
-    predicted.
-
-    Pixels without a prediction count as missed (they are in the union through the ground truth).
-    """
-    square = confusion[:, :-1].astype(np.float64)
-    hit = np.diag(square)
-    union = confusion.sum(axis=1) + square.sum(axis=0) - hit
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(union > 0, hit / union, np.nan)
-
-
 def metrics_of(confusion: np.ndarray, names: tuple[str, ...]) -> dict:
     """What is read off a confusion matrix (K x (K + 1)), in percent. names: of the K classes.
 
@@ -44,10 +31,11 @@ def metrics_of(confusion: np.ndarray, names: tuple[str, ...]) -> dict:
     iou: per class, None where neither in the ground truth nor predicted; absent: the classes that
     the ground truth lacks.
     """
-    iou, present = class_iou(confusion), confusion.sum(axis=1) > 0
-    counted = np.where(present, np.nan_to_num(iou), 0.0)
-    total, predicted = int(confusion.sum()), int(confusion[:, :-1].sum())
-    hit = int(np.trace(confusion[:, :-1]))
+    square, truth = confusion[:, :-1].astype(np.float64), confusion.sum(axis=1)
+    union = truth + square.sum(axis=0) - np.diag(square)  # pixels without a prediction are missed
+    iou = np.where(union > 0, np.diag(square) / np.maximum(union, 1), np.nan)
+    present, counted = truth > 0, np.nan_to_num(iou)
+    total, predicted, hit = int(truth.sum()), int(square.sum()), int(np.trace(square))
     metrics = {
         "miou": 100 * float(counted.mean()),
         "miou_present": 100 * float(iou[present].mean()) if present.any() else 0.0,

@@ -29,7 +29,7 @@ from scripts.lib.run_folder import manifest_of, seed_folders
 from util.charts import line_chart, save_chart
 from util.labels import CITYSCAPES_19, IGNORE, read_image, read_label, read_list
 from util.outputs import read_json, write_json
-from util.pictures import colour_label, contact_sheet, hatch, heat, overlay, save_picture
+from util.pictures import colour_label, contact_sheet, overlay, save_picture
 from util.run import UserError, run_main
 from util.training_log import MIOU_TAG, read_training_log
 
@@ -117,6 +117,7 @@ def pipeline_picture(run: Path) -> Image.Image:
     corrected, ground truth.
     """
     from dataset.psa import prompt_picture, proposal_picture
+    from dataset.scc_report import hatch, heat
     from model.sam import load_segmenter
     from seco_sam import aggregate
 
@@ -144,9 +145,7 @@ def pipeline_picture(run: Path) -> Image.Image:
         "ground truth (not used)": colour_label(truth, classes.palette),
     }
     names, pictures = list(tiles), list(tiles.values())
-    above = contact_sheet([pictures[:4]], names[:4])
-    below = contact_sheet([pictures[4:]], names[4:], legend=classes)
-    return Image.fromarray(np.vstack([np.asarray(above), np.asarray(below)]))
+    return contact_sheet([pictures[:4], pictures[4:]], names, classes)
 
 
 def ours_table() -> str:
