@@ -34,12 +34,14 @@ import contextlib
 import math
 import multiprocessing
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Literal
 
 import numpy as np
@@ -81,6 +83,7 @@ from util.options import (
 )
 from util.outputs import Outputs, atomic_path
 from util.run import (
+    STARTED,
     UserError,
     process_group,
     process_rank,
@@ -98,11 +101,13 @@ RESULTS = ("latest.pth", "best.pth", "summary.json")  # a folder with one of the
 
 class Trainer:
     """UniMatch's iteration, and all that a run works with: its samples and their order, the network
-    with its optimizer, and where it stands. Sets torch's precision.
+    with its optimizer, where it stands. Sets torch's precision.
 
     network: what forward goes through, the model or the compiled one. group: samples that share the
     losses' pixel counts (OHEM's, the means'), as within one of the authors' four processes; fewer
-    where a process has fewer at a time. weights: of classes, or None. logs: on process 0 alone.
+    where a process has fewer at a time. weights: of classes, or None. state: the next iteration,
+    the best mIoU, sums of the running epoch's losses; the metrics of every evaluation and the mean
+    loss, by epoch; seconds of the starts before this one. logs: on process 0 alone.
     """
 
     logs: train_logs.Logs | None = None
@@ -122,7 +127,9 @@ class Trainer:
         if args.class_balance:
             pixels = lists.pixels.sum(axis=0)
             self.weights = losses.class_weights(pixels, args.class_balance).to(device)
-        self.state = training.State()
+        self.state = SimpleNamespace(
+            iteration=0, best=0.0, best_epoch=-1, sums={}, evaluations={}, losses={}, seconds=0.0
+        )
         self.samples = TrainingSamples(args, lists)
         share = (args.global_batch, args.batch_per_process, *process_rank(), args.seed)
         self.sampler = MicroBatches(len(self.samples), args.epochs, *share)
@@ -253,7 +260,9 @@ class Trainer:
         content = {"model": self.model.state_dict(), "config": self.model.config, "epoch": epoch}
         if name == "latest.pth":
             content["optimizer"] = self.optimizer.state_dict()
-            content |= {"progress": self.state.saved(), "logs": self.logs.sizes()}
+            seconds = self.state.seconds + time.time() - STARTED
+            content["progress"] = {**vars(self.state), "seconds": seconds}
+            content["logs"] = self.logs.sizes()
         with atomic_path(self.args.save_path / name) as temporary:
             torch.save(content, temporary)
 

@@ -131,7 +131,8 @@ def strong_view(random: np.random.Generator, image: np.ndarray) -> np.ndarray:
     if random.random() < GREY_CHANCE:
         image = adjusted_saturation(image, 0.0)
     if random.random() < BLUR_CHANCE:
-        image = blurred(image, float(random.uniform(*BLUR_RADIUS)))
+        radius = random.uniform(*BLUR_RADIUS)
+        image = cv2.GaussianBlur(image, (0, 0), radius, borderType=cv2.BORDER_REPLICATE)
     return image
 
 
@@ -174,11 +175,6 @@ JITTER = {
     adjusted_saturation: (0.5, 1.5),
     adjusted_hue: (-0.25, 0.25),
 }
-
-
-def blurred(image: np.ndarray, radius: float) -> np.ndarray:
-    """Gaussian blur of standard deviation `radius` pixels; the border is repeated outwards."""
-    return cv2.GaussianBlur(image, (0, 0), radius, borderType=cv2.BORDER_REPLICATE)
 
 
 def cutmix_box(random: np.random.Generator, size: int) -> np.ndarray:

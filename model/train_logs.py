@@ -211,12 +211,7 @@ def summarise(run) -> None:
     args, state, iterations = run.args, run.state, run.sampler.total
     miou = {epoch: metrics["miou"] for epoch, metrics in state.evaluations.items()}
     curves_picture(args.save_path / "curves.png", miou, state.losses)
-    m = None
-    if miou:
-        m = best_and_last(miou)
-        if args.class_num == 16:
-            m["best_13"] = state.evaluations[m["best_epoch"]]["miou_13"]
-        m["eval_mode"] = args.eval_mode
+    m = {**best_and_last(miou), "eval_mode": args.eval_mode} if miou else None
     shares = state.sums.get("mask_ratio")  # of an epoch's iterations
     record = {
         "epochs": args.epochs,
@@ -236,7 +231,7 @@ def summarise(run) -> None:
             f" {min(20, m['evaluations'])} evaluations {m['last_mean']:.2f}, best {m['best']:.2f}"
             f" (epoch {m['best_epoch']})"
         )
-    elif not args.val_id_path:
+    else:
         print("no --val-id-path: no mIoU was measured, and no best.pth is kept")
     print(f"{args.save_path / 'latest.pth'}: trained for {iterations} iterations")
 
@@ -286,17 +281,15 @@ def room_for(run, measured: Callable[[int], dict]) -> bool:
         memory = one["memory"].get("device_mb", one["memory"]["host_mb"])
         what = f"{memory / 1e3:.1f} GB, {one['computing']:.2f} s computing an iteration"
         print(f"measured at --crop-size {crop}: {what}", flush=True)
-        found.append((memory, one["computing"], one["loading"]))
+        found.append((memory, one["computing"]))
     small, large = (crop**2 for crop in small_crops)
     further = (args.crop_size**2 - large) / (large - small)
-    memory, computing, loading = (b + max(b - a, 0) * further for a, b in zip(*found))
+    memory, computing = (b + max(b - a, 0) * further for a, b in zip(*found))
     there = memory_here(run.device)
     owner = "this GPU" if run.device.type == "cuda" else "this machine"
-    hours = run.sampler.total * seconds_of(computing, loading, args) / 3600
     print(
         f"estimate for --crop-size {args.crop_size}: {memory / 1e3:.1f} GB, {owner} has"
-        f" {there / 1e3:.1f} GB; {computing:.2f} s computing an iteration, {hours:.1f} h for"
-        f" {run.sampler.total} iterations",
+        f" {there / 1e3:.1f} GB; {computing:.2f} s computing an iteration",
         flush=True,
     )
     if memory * MEMORY_MARGIN <= there:
@@ -305,27 +298,22 @@ def room_for(run, measured: Callable[[int], dict]) -> bool:
     return False
 
 
-def seconds_of(computing: float, loading: float, args) -> float:
-    """Seconds of an iteration, whose samples other processes load meanwhile, if there are any."""
-    workers = loading_processes(args.workers)
-    return max(computing, loading / workers) if workers else computing + loading
-
-
 def report(run, found: dict) -> None:
-    """What `measure` has found, on the terminal."""
-    args, sampler, computing, loading = run.args, run.sampler, found["computing"], found["loading"]
+    """What `measure` has found, on the terminal, and the hours of the whole run."""
+    args, sampler, workers = run.args, run.sampler, loading_processes(run.args.workers)
+    computing, loading, image = (found[name] for name in ("computing", "loading", "image"))
+    each = max(computing, loading / workers) if workers else computing + loading
     evaluations = math.ceil(args.epochs / args.eval_every)
     images = math.ceil(len(run.lists.validation) / sampler.world) * evaluations
-    of_iterations = sampler.total * seconds_of(computing, loading, args)
-    hours = (of_iterations + images * found["image"]) / 3600
+    hours = (sampler.total * each + images * image) / 3600
     values = ", ".join(f"{name} {value:.3f}" for name, value in found["losses"].items())
     memory = found["memory"].items()
     peaks = ", ".join(f"{n.removesuffix('_mb')} {value:.0f} MB" for n, value in memory)
     print(
         f"losses after two iterations: {values}\n"
         f"an iteration: {computing:.2f} s computing; loading its samples takes {loading:.2f} s in"
-        f" one process (--workers {loading_processes(args.workers)})\n"
+        f" one process (--workers {workers})\n"
         f"projected time of {sampler.total} iterations and {images} images to evaluate"
-        f" ({args.eval_mode}, {found['image']:.2f} s each): {hours:.1f} h\n"
+        f" ({args.eval_mode}, {image:.2f} s each): {hours:.1f} h\n"
         f"peak memory of process 0: {peaks}"
     )

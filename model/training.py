@@ -1,9 +1,7 @@
 """What DeepLabV3+ is trained with: starting weights, optimizer and its schedule, feature
-perturbation; where a run stands; several processes. args: options of train_unimatch.py."""
+perturbation; several processes. args: options of train_unimatch.py."""
 
 from __future__ import annotations
-
-import time
 
 import numpy as np
 import torch
@@ -11,25 +9,12 @@ import torch.distributed as dist
 
 from model.deeplabv3plus import DeepLabV3Plus
 from model.resnet import load_backbone, load_exactly, read_checkpoint, state_dict_in
-from util.run import STARTED, exact_mode, process_rank, seed_everything
+from util.run import exact_mode, process_rank, seed_everything
 
 MOMENTUM, WEIGHT_DECAY = 0.9, 1e-4  # SGD without Nesterov; batch norm and biases decay too
 POLY_POWER = 0.9
 FEATURE_DROPOUT = 0.5  # share of channels that are dropped (UniMatch, section 3.2)
 FACTORS = 4  # stream of random numbers, after those of dataset/samples.py
-
-
-class State:
-    """Where a run stands: the next iteration, best mIoU, sums of the running epoch's losses; the
-    metrics of every evaluation and the mean loss, by epoch; seconds of the starts before this one.
-    """
-
-    def __init__(self):
-        self.iteration, self.best, self.best_epoch, self.sums = 0, 0.0, -1, {}
-        self.evaluations, self.losses, self.seconds = {}, {}, 0.0
-
-    def saved(self) -> dict:
-        return vars(self) | {"seconds": self.seconds + time.time() - STARTED}
 
 
 def set_precision(args) -> None:
@@ -56,12 +41,11 @@ def build_model(args, class_num: int) -> DeepLabV3Plus:
 
 
 def optimizer_of(model: DeepLabV3Plus, args) -> torch.optim.Optimizer:
-    """UniMatch's SGD, or AdamW: group 0 the backbone, group 1 the rest at --lr-multi times --lr."""
+    """UniMatch's SGD, or AdamW: group 0 the backbone, group 1 the rest. Trainer.iteration sets
+    their learning rates.
+    """
     rest = [p for name, p in model.named_parameters() if not name.startswith("backbone.")]
-    groups = [
-        {"params": list(model.backbone.parameters()), "lr": args.lr},
-        {"params": rest, "lr": args.lr * args.lr_multi},
-    ]
+    groups = [{"params": list(model.backbone.parameters())}, {"params": rest}]
     if args.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=args.lr)
     return torch.optim.SGD(groups, lr=args.lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
