@@ -7,7 +7,7 @@
 #
 # Adapted models: pixel-level labels (no SAM), prompting only, semantic alignment only, SCC without PSA, PSA, PSA that keeps
 # pixel labels where no mask reaches, PSA + SCC in both recipes, the upper bound. tau_ns and tau_cr are swept on the quality of
-# the labels (scripts/dev/sweep_thresholds.py).
+# the labels (scripts/lib/sweep.py).
 # Stopped at any moment, the same command goes on. Results: $OUT/results.md, sweep.md, pictures/ablation.png, sweep.png.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 set -euo pipefail

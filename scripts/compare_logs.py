@@ -88,17 +88,13 @@ def common_epochs(run: TrainingLog, reference: TrainingLog) -> list[int]:
 
 
 def compared_epochs(run: TrainingLog, reference: TrainingLog) -> list[int]:
-    """For each of EPOCHS the nearest epoch that both have evaluated, or, where the run has not got
-    there, the nearest one of the reference that is yet to come. Each once.
+    """For each of EPOCHS the nearest epoch that both have evaluated or, of the reference, that the
+    run has not got to. Each once.
     """
     common, reached = common_epochs(run, reference), max(run.miou, default=-1)
-    to_come = [epoch for epoch in reference.epochs if epoch > reached]
-    nearest = set()
-    for wanted in EPOCHS:
-        pool = common if wanted <= reached else to_come
-        if pool and wanted <= reference.epochs[-1]:
-            nearest.add(min(pool, key=lambda epoch: (abs(epoch - wanted), epoch)))
-    return sorted(nearest)
+    pool = np.array(common + [epoch for epoch in reference.epochs if epoch > reached])
+    wanted = [epoch for epoch in EPOCHS if epoch <= reference.epochs[-1]]
+    return sorted({int(pool[np.abs(pool - epoch).argmin()]) for epoch in wanted})
 
 
 def miou_rows(run: TrainingLog, reference: TrainingLog, tolerance: float) -> list[Row]:
@@ -165,8 +161,11 @@ def differing_settings(run: TrainingLog, reference: TrainingLog) -> list[str]:
     return notes
 
 
-def with_gaps(values: dict[int, float]) -> tuple[list, list]:
-    """(epochs, values) from the first epoch to the last; NaN for one that is missing."""
+def loss_curve(log: TrainingLog, name: str) -> tuple[list, list]:
+    """(epochs, values of each one's last row) from the first epoch to the last; NaN for one that is
+    missing.
+    """
+    values = {epoch: losses[name] for epoch, _, losses in log.losses if name in losses}
     epochs = list(range(min(values), max(values) + 1)) if values else []
     return epochs, [values.get(epoch, np.nan) for epoch in epochs]
 
@@ -175,14 +174,8 @@ def picture(run: TrainingLog, reference: TrainingLog, tolerance: float):
     """mIoU with the band, above the four losses of each epoch's last row, which is the mean over
     nearly all of it. A matplotlib Figure.
     """
-    logs, epochs, losses = {"reference": reference, "run": run}, reference.epochs, {}
-    for name in LOSS_NAMES[:-1]:
-        of_logs = {
-            label: {epoch: values[name] for epoch, _, values in log.losses if name in values}
-            for label, log in logs.items()
-        }
-        if of_logs["reference"]:
-            losses[name] = {label: with_gaps(values) for label, values in of_logs.items()}
+    logs, epochs = {"reference": reference, "run": run}, reference.epochs
+    losses = [n for n in LOSS_NAMES[:-1] if any(n in values for _, _, values in reference.losses)]
     axes, *others = new_axes([460, *(300 for _ in losses)])
     axes.set_title("mIoU on the validation set", loc="left")
     axes.set(xlabel="epoch", ylabel="mIoU (%)")
@@ -190,8 +183,8 @@ def picture(run: TrainingLog, reference: TrainingLog, tolerance: float):
     widths = np.array([band(reference, epoch, tolerance) for epoch in epochs])
     axes.fill_between(epochs, middle - widths, middle + widths, color=BAND_COLOUR, label="band")
     draw_lines(axes, {label: log.curve for label, log in logs.items()})
-    for below, (name, series) in zip(others, losses.items()):
-        draw_lines(below, series)
+    for below, name in zip(others, losses):
+        draw_lines(below, {label: loss_curve(log, name) for label, log in logs.items()})
         below.set(xlabel="epoch", ylabel=name)
     return axes.figure
 

@@ -1,18 +1,18 @@
-"""scripts/dev/sweep_thresholds.py against SCC's own labels."""
+"""scripts/lib/sweep.py against SCC's own labels."""
 
 import csv
 
 import numpy as np
-import pytest
 
 from dataset.scc import numbered
 from eval import confusion_matrix, metrics_of
 from model.scc import decide
-from scripts.dev import sweep_thresholds
+from scripts.lib import sweep
+from scripts.lib.report import sweep_tables
+from scripts.lib.run_folder import seed_folders
 from seco_scc import corrected_label
 from util.labels import CITYSCAPES_19, IGNORE, read_label, write_label, write_list
 from util.outputs import read_json, write_json
-from util.run import UserError
 
 
 def test_sweep_equals_writing_and_measuring_the_labels(tmp_path):
@@ -37,8 +37,6 @@ def test_sweep_equals_writing_and_measuring_the_labels(tmp_path):
             rows.append({**row, "prediction": prediction, "eta": rng.random()})
     for kind, entries in lists.items():
         write_list(folder / f"splits/{kind}/all.txt", entries)
-    with pytest.raises(UserError, match="seed0: no SCC of the paper's recipe"):
-        sweep_thresholds.main([str(tmp_path)])
     for kind in ("psa", "scc"):
         read = {"labels": kind, "id_list_path": "gt"}
         options = {name: str(folder / f"splits/{value}/all.txt") for name, value in read.items()}
@@ -48,8 +46,9 @@ def test_sweep_equals_writing_and_measuring_the_labels(tmp_path):
         writer.writeheader()
         writer.writerows(rows)
 
-    sweep_thresholds.main([str(tmp_path), "--class-num", "19"])
-    found = read_json(tmp_path / "sweep.json")
+    (folder / "source").mkdir()
+    found = sweep.sweep(tmp_path, [seed_folders(folder)], 19)
+    assert found == read_json(tmp_path / "sweep.json")
     for name, value, tau_ns, tau_cr in (
         ("tau_ns", "0.6", 0.6, 0.95),
         ("tau_ns", "0.3", 0.3, 0.95),
@@ -70,5 +69,6 @@ def test_sweep_equals_writing_and_measuring_the_labels(tmp_path):
             key: expected[key] for key in ("coverage", "accuracy", "miou")
         }
     assert found["seeds"] == ["seed0"] and found["tau_ns"]["0.3"] != found["tau_ns"]["0.6"]
-    text = (tmp_path / "sweep.md").read_text(encoding="utf-8")
-    assert text.count("| 0.") == 11 and (tmp_path / "pictures/sweep.png").is_file()
+    tables = sweep_tables(found)
+    assert [len(table["rows"]) for table in tables] == [7, 4]
+    assert (tmp_path / "pictures/sweep.png").is_file()

@@ -25,7 +25,7 @@ from PIL import Image
 from dataset.scc import numbered
 from scripts.lib import report
 from scripts.lib.page import cost_table, markdown, markdown_table
-from scripts.lib.run_folder import manifest_of, seed_folders
+from scripts.lib.run_folder import LABEL_FIGURES, manifest_of, seed_folders
 from util.charts import line_chart, save_chart
 from util.labels import CITYSCAPES_19, IGNORE, read_image, read_label, read_list
 from util.outputs import read_json, write_json
@@ -100,13 +100,13 @@ def ablation_tables(run: Path) -> str:
     """Labels, adapted models beside the paper's figures, the threshold sweep and the costs of an
     ablation, as tables.
     """
-    results = read_json(run / "results.json")
+    results, sweep = read_json(run / "results.json"), run / "sweep.json"
     seeds = ", ".join(map(str, results["seeds"]))
     tables = [
         {"text": f"Seeds: {seeds}. Figures in %, mean ± standard deviation over the seeds."},
         report.label_table(results["labels"]),
         report.model_table(results["models"], PAPER_ABLATION, "paper (DTST, GTA → Cityscapes)"),
-        *report.sweep_tables(run),
+        *report.sweep_tables(read_json(sweep) if sweep.is_file() else {}),
         cost_table({stage: results["stages"][stage] for stage in MAIN_LINE}),
     ]
     return markdown(tables)
@@ -157,7 +157,7 @@ def ours_table() -> str:
             return "not run"
         values, before = run[table][row], run["models"]["before"]["miou"]
         if table == "labels":
-            return " / ".join(f"{np.mean(values[key]):.1f}" for key in report.LABEL_FIGURES)
+            return " / ".join(f"{np.mean(values[key]):.1f}" for key in LABEL_FIGURES)
         gain = f" ({np.mean(values['miou']) - np.mean(before):+.1f})"
         return report.mean_and_deviation(values["miou"]) + ("" if row == "before" else gain)
 

@@ -4,8 +4,9 @@
         before seco
 
 Reads what the commands left in `<run>/seed<n>/`. Seeds and rows are named by the script that has
-just run them all, so that nothing is shown whose inputs have changed since. Writes
-`<run>/results.json`, `<run>/results.md`, `<run>/index.html` and `<run>/pictures/`.
+just run them all, so that nothing is shown whose inputs have changed since. Writes results.json,
+results.md, index.html and pictures/ in the run's folder and, where SCC ran by the paper's recipe,
+sweep.json and sweep.md.
 """
 
 from __future__ import annotations
@@ -18,16 +19,22 @@ from typing import Annotated
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # for `python scripts/lib/NAME.py`
 
-from scripts.lib.page import cost_table, draw_images, spread, write_results
-from scripts.lib.run_folder import LABEL_ROWS, MODEL_ROWS, seed_folders, stage_costs, truth_of
+from scripts.lib.page import cost_table, draw_images, markdown, spread, write_results
+from scripts.lib.run_folder import (
+    LABEL_FIGURES,
+    LABEL_ROWS,
+    MODEL_ROWS,
+    seed_folders,
+    stage_costs,
+    truth_of,
+)
+from scripts.lib.sweep import sweep
 from util.charts import bar_chart, line_chart, save_chart
 from util.labels import ClassSet, chosen_classes
 from util.options import Argument, ClassOptions, Folder, parse_options
-from util.outputs import read_json, write_json
+from util.outputs import read_json, write_json, write_text
 from util.run import run_main
 from util.training_log import read_training_log
-
-LABEL_FIGURES = ("coverage", "accuracy", "miou")
 
 
 @dataclass(kw_only=True)
@@ -88,11 +95,9 @@ def model_table(models: dict, reported: dict[str, float] | None = None, title: s
     return {"head": head, "rows": rows}
 
 
-def sweep_tables(run: Path) -> list[dict]:
-    """Of sweep.json (scripts/dev/sweep_thresholds.py), if the run has one."""
-    file = run / "sweep.json"
-    sweep = read_json(file) if file.is_file() else {}
-    return [label_table(rows, name) for name, rows in sweep.items() if name != "seeds"]
+def sweep_tables(results: dict) -> list[dict]:
+    """Of scripts/lib/sweep.py's results."""
+    return [label_table(rows, name) for name, rows in results.items() if name != "seeds"]
 
 
 # ----------------------------------------------------------------------------------------- pictures
@@ -171,7 +176,11 @@ def main(argv: list[str] | None = None) -> None:
         for seed, found in zip(seeds, stages)
         for stage, folder in found.items()
     }
-    write_results(run, tables, sweep_tables(run) if "scc_paper" in labels else [], folders)
+    more = []
+    if "scc_paper" in labels:
+        more = sweep_tables(sweep(run, stages, classes.count))
+        write_text(run / "sweep.md", markdown(more))
+    write_results(run, tables, more, folders)
 
 
 if __name__ == "__main__":

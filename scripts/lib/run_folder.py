@@ -38,6 +38,7 @@ MODEL_ROWS = {
     "seco_paper": "SeCo, paper's recipe",
     "bound": "upper bound (target ground truth)",
 }
+LABEL_FIGURES = ("coverage", "accuracy", "miou")  # that the tables show of labels
 MANIFESTS = ("run.json", "manifest.json", "split.json", "summary.json")
 
 
