@@ -24,7 +24,7 @@ from PIL import Image
 
 from dataset.scc import numbered
 from scripts.lib import report
-from scripts.lib.page import cost_table, markdown, markdown_table
+from scripts.lib.page import markdown, markdown_table
 from scripts.lib.run_folder import LABEL_FIGURES, manifest_of, seed_folders
 from util.charts import line_chart, save_chart
 from util.labels import CITYSCAPES_19, IGNORE, read_image, read_label, read_list
@@ -96,20 +96,15 @@ def keep_records(run: Path) -> None:
         write_json(folder / f"{seed.name}_evaluations.json", evaluations)
 
 
-def ablation_tables(run: Path) -> str:
-    """Labels, adapted models beside the paper's figures, the threshold sweep and the costs of an
-    ablation, as tables.
+def tables_of(run: Path) -> str:
+    """The tables of a recorded run with the paper's figures, costs of the main line only, and the
+    sweep of thresholds.
     """
     results, sweep = read_json(run / "results.json"), run / "sweep.json"
-    seeds = ", ".join(map(str, results["seeds"]))
-    tables = [
-        {"text": f"Seeds: {seeds}. Figures in %, mean ± standard deviation over the seeds."},
-        report.label_table(results["labels"]),
-        report.model_table(results["models"], PAPER_ABLATION, "paper (DTST, GTA → Cityscapes)"),
-        *report.sweep_tables(read_json(sweep) if sweep.is_file() else {}),
-        cost_table({stage: results["stages"][stage] for stage in MAIN_LINE}),
-    ]
-    return markdown(tables)
+    results["stages"] = {stage: results["stages"][stage] for stage in MAIN_LINE}
+    tables = report.tables_of(results, PAPER_ABLATION)
+    tables += report.sweep_tables(read_json(sweep) if sweep.is_file() else {})
+    return markdown(tables).replace("### ", "#### ")
 
 
 def pipeline_picture(run: Path) -> Image.Image:
@@ -200,16 +195,13 @@ def main(argv=None) -> None:
     runs = ROOT / "runs"
     for name in RUNS:
         run = runs / name
-        if not (run / "results.md").is_file():
-            print(f"{run}: no results yet, left out")
-            continue
-        keep_records(run)
-        text = (run / "results.md").read_text(encoding="utf-8")
-        if "adapt_bound" in read_json(run / "results.json")["stages"]:
-            text = ablation_tables(run)
-        put(OURS / "README.md", name, text.replace("### ", "#### "))
-        if name == "ablation_toy":
-            save_picture(ROOT / "images/pipeline.jpg", pipeline_picture(run))
+        if (run / "results.md").is_file():
+            keep_records(run)
+        else:
+            print(f"{run}: no results, as recorded")
+        put(OURS / "README.md", name, tables_of(OURS / name))
+    if (toy := runs / "ablation_toy").is_dir():
+        save_picture(ROOT / "images/pipeline.jpg", pipeline_picture(toy))
     for name, path in PICTURES.items():
         if (runs / path).is_file():
             image = Image.open(runs / path)

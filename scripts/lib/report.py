@@ -81,23 +81,43 @@ def label_table(quality: dict, title: str = "labels") -> dict:
     return {"head": head, "rows": rows}
 
 
-def model_table(models: dict, reported: dict[str, float] | None = None, title: str = "") -> dict:
-    """mIoU of every model and its gain over "before"; with a last column `title` of `reported`
-    figures where given.
-    """
+def model_table(models: dict, reported: dict[str, float] | None = None) -> dict:
+    """mIoU of every model and its gain over "before"; reported: as of tables_of."""
     before, rows = models["before"]["miou"], []
     for row, values in models.items():
         gain = mean_and_deviation([a - b for a, b in zip(values["miou"], before)])
         gain = "" if row == "before" else gain
         cells = [MODEL_ROWS[row], mean_and_deviation(values["miou"]), gain]
         rows.append(cells + ([str(reported.get(row, "–"))] if reported else []))
-    head = ["model", "mIoU", "gain over before"] + ([title] if reported else [])
+    head = ["model", "mIoU", "gain over before"]
+    head += ["paper (DTST, GTA → Cityscapes)"] if reported else []
     return {"head": head, "rows": rows}
 
 
+def tables_of(results: dict, reported: dict[str, float] | None = None) -> list[dict]:
+    """All tables of results.json. reported: of models, the paper's figures, in a last column."""
+    costs, names = results["stages"], ", ".join(map(str, results["seeds"]))
+    total = {
+        "seconds": sum(cost["seconds"] for cost in costs.values()),
+        "peak_memory_mb": max(cost["peak_memory_mb"] for cost in costs.values()),
+    }
+    labels = label_table(results["labels"])
+    models = model_table(results["models"], reported)
+    return [
+        {"text": f"Seeds: {names}. Figures in %, mean ± standard deviation over the seeds."},
+        {"heading": "Pseudo-labels of the target's training images", **labels},
+        {"heading": "Target validation mIoU (last checkpoint)", **models},
+        {"heading": "Cost of each stage", **cost_table({**costs, "total": total})},
+    ]
+
+
 def sweep_tables(results: dict) -> list[dict]:
-    """Of scripts/lib/sweep.py's results."""
-    return [label_table(rows, name) for name, rows in results.items() if name != "seeds"]
+    """Of sweep.json (scripts/lib/sweep.py)."""
+    return [
+        {"heading": f"Pseudo-labels at other {name}", **label_table(rows, name)}
+        for name, rows in results.items()
+        if name != "seeds"
+    ]
 
 
 # ----------------------------------------------------------------------------------------- pictures
@@ -145,31 +165,13 @@ def main(argv: list[str] | None = None) -> None:
     labels = [row for row in LABEL_ROWS if row in options.labels]
     models = [row for row in MODEL_ROWS if row in options.models]
     stages = [seed_folders(seed, labels, models) for seed in seeds]
-    costs = stage_costs(stages)
     results = {
         "seeds": options.seeds,
         "labels": gather(seeds, labels, "quality_", LABEL_FIGURES),
         "models": gather(seeds, models, "", ("miou",)),
-        "stages": costs,
+        "stages": stage_costs(stages),
     }
     write_json(run / "results.json", results)
-    total = {
-        "seconds": sum(cost["seconds"] for cost in costs.values()),
-        "peak_memory_mb": max(cost["peak_memory_mb"] for cost in costs.values()),
-    }
-    names = ", ".join(map(str, options.seeds))
-    tables = [
-        {"text": f"Seeds: {names}. Figures in %, mean ± standard deviation over the seeds."},
-        {
-            "heading": "Pseudo-labels of the target's training images",
-            **label_table(results["labels"]),
-        },
-        {
-            "heading": "Target validation mIoU (last checkpoint)",
-            **model_table(results["models"]),
-        },
-        {"heading": "Cost of each stage", **cost_table({**costs, "total": total})},
-    ]
     draw(run, stages[0], classes, results["models"])
     folders = {
         f"{seed.name}/{stage}": folder
@@ -180,7 +182,7 @@ def main(argv: list[str] | None = None) -> None:
     if "scc_paper" in labels:
         more = sweep_tables(sweep(run, stages, classes.count))
         write_text(run / "sweep.md", markdown(more))
-    write_results(run, tables, more, folders)
+    write_results(run, tables_of(results), more, folders)
 
 
 if __name__ == "__main__":
