@@ -71,14 +71,7 @@ from model.scc import (
     noise_posterior,
     within_memory,
 )
-from util.labels import (
-    IGNORE,
-    check_files,
-    check_pairs,
-    write_classes,
-    write_label,
-    write_list,
-)
+from util.labels import IGNORE, check_files, check_pairs, write_classes, write_label, write_list
 from util.options import (
     Bounds,
     ClassOptions,
@@ -94,14 +87,7 @@ from util.options import (
     parse_options,
     settings_of,
 )
-from util.outputs import (
-    Outputs,
-    atomic_path,
-    check_writable,
-    made_from,
-    read_json,
-    write_json,
-)
+from util.outputs import Outputs, atomic_path, check_writable, made_from, read_json, write_json
 from util.run import (
     UserError,
     ahead,
@@ -296,6 +282,11 @@ def train(job: Job, device: torch.device) -> None:
     recipe, amp = RECIPES[options.recipe], options.amp == "bf16"
     batches = recipe.batches(job, done, options.iterations)
     total, saved = EPOCHS * batches_per_epoch(job), time.monotonic()
+
+    def save(path: Path, **state) -> None:
+        with atomic_path(path) as temporary:
+            torch.save({"model": model.state_dict(), **state}, temporary)
+
     bar = progress(batches, "SCC training", options.iterations, "it", initial=done)
     for t, batch in enumerate(bar, start=done + 1):
         for group, lr in zip(optimizer.param_groups, base):
@@ -312,13 +303,10 @@ def train(job: Job, device: torch.device) -> None:
         if t % 20 == 0:
             bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
         if time.monotonic() - saved > SAVE_SECONDS:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            with atomic_path(stopped) as temporary:
-                torch.save({**state, "iteration": t, "losses": list(recent)}, temporary)
+            save(stopped, optimizer=optimizer.state_dict(), iteration=t, losses=list(recent))
             saved = time.monotonic()
-    state = {"model": model.state_dict(), "iteration": options.iterations}
-    with atomic_path(job.out / "checkpoint.pth") as temporary:
-        torch.save({**state, "loss": sum(recent) / max(len(recent), 1)}, temporary)
+    loss = sum(recent) / max(len(recent), 1)
+    save(job.out / "checkpoint.pth", iteration=options.iterations, loss=loss)
     stopped.unlink(missing_ok=True)
 
 

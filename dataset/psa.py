@@ -17,15 +17,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from util.labels import (
-    COLOURS,
-    IGNORE,
-    ClassSet,
-    Experiment,
-    in_experiment,
-    read_label,
-    write_list,
-)
+from util.labels import COLOURS, IGNORE, ClassSet, Experiment, in_experiment, read_label, write_list
 from util.outputs import read_json, write_json
 from util.pictures import colour_label, contact_sheet, overlay
 from util.run import UserError, process_rank, progress, sha256

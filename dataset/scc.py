@@ -101,14 +101,9 @@ class Job(Experiment):
         """(loss float64, score float64, predicted uint8) of all connectivities, in the index's
         order.
         """
-        count = len(self.index)
-        loss, score, predicted = np.empty(count), np.empty(count), np.empty(count, np.uint8)
-        for image in range(len(self.rows)):
-            part = self.part(image)
-            with np.load(self.score_path(image)) as scores:
-                loss[part], score[part] = scores["loss"], scores["score"]
-                predicted[part] = scores["predicted"]
-        return loss, score, predicted
+        parts = [dict(np.load(self.score_path(image))) for image in range(len(self.rows))]
+        names = ("loss", "score", "predicted")
+        return tuple(np.concatenate([part[name] for part in parts]) for name in names)
 
 
 def batches_per_epoch(job: Job) -> int:

@@ -82,14 +82,14 @@ def tell(report: dict, class_num: int) -> None:
 def write_connectivities(path: Path, job, verdicts) -> None:
     """connectivities.csv: one line each, numbers at full precision."""
     columns = ("image", "id", "class", "area", "x", "y", "width", "height", "loss", "score")
-    numbers = (verdicts.loss, verdicts.score, verdicts.predicted, verdicts.eta)
-    judged = zip(*(values.tolist() for values in (*numbers, verdicts.decision, verdicts.final)))
+    names = ("loss", "score", "predicted", "eta", "decision", "final")
+    values = (getattr(verdicts, name).tolist() for name in names)
     with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow([*columns, "prediction", "eta", "decision", "final"])
-        for (image, *place), (loss, score, predicted, eta, *end) in zip(job.index.tolist(), judged):
+        for (image, *place), *numbers, eta, decision, final in zip(job.index.tolist(), *values):
             eta = "" if np.isnan(eta) else eta
-            writer.writerow([job.rows[image][0], *place, loss, score, predicted, eta, *end])
+            writer.writerow([job.rows[image][0], *place, *numbers, eta, decision, final])
 
 
 # ------------------------------------------------------------------------------------------ figures
@@ -171,21 +171,15 @@ def compare_with_ground_truth(job, verdicts) -> dict:
 
 
 def loss_histogram(job, verdicts):
-    """The losses by decision; paper: normalised, with both Gaussians and the loss at tau_ns (the
-    paper's Figure 4). A matplotlib Figure.
+    """The losses by decision; paper: normalised, with both Gaussians (the paper's Figure 4). A
+    matplotlib Figure.
     """
-    noise, decision, thresholds = verdicts.noise, verdicts.decision, verdicts.thresholds
-    losses = np.where(np.isfinite(verdicts.loss), verdicts.loss, 0)
-    threshold, name = thresholds.get("global"), "mean of the classes' thresholds"
+    noise, losses = verdicts.noise, np.where(np.isfinite(verdicts.loss), verdicts.loss, 0)
     if noise:
         losses = (losses - noise.low) / max(noise.high - noise.low, 1e-12)
-        below = losses[job.judged][noise.eta < thresholds["tau_ns"]]
-        threshold, name = None if noise.fallback else below.max(initial=0), "tau_ns"
-    elif job.options.filter == "score":
-        threshold = None
     x_label = ("normalised " if noise else "") + "cross-entropy against the label"
     axes = new_chart("SCC: losses of the connectivities", x_label, "connectivities")
-    groups = [losses[job.judged & (decision == name)] for name in DECISIONS]
+    groups = [losses[job.judged & (verdicts.decision == name)] for name in DECISIONS]
     axes.hist(groups, BINS, stacked=True, color=[*DECISIONS.values()], label=[*DECISIONS])
     if noise and not noise.fallback:
         grid = np.linspace(0, 1, 300)
@@ -193,8 +187,6 @@ def loss_histogram(job, verdicts):
             density = noise.weights[k] * norm.pdf(grid, noise.means[k], noise.deviations[k])
             height = np.minimum(density / BINS, 1) * len(noise.eta)
             axes.plot(grid, height, color=colour, linewidth=3, label=title)
-    if threshold is not None:
-        axes.axvline(threshold, color="black", linestyle="--", label=name)
     return axes.figure
 
 

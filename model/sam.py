@@ -93,22 +93,6 @@ def files_digest(files: list[Path]) -> str:
 # ---------------------------------------------------------------- segment_anything, MobileSAM, tiny
 
 
-def check_file(path: Path, sam_type: str) -> None:
-    """UserError where a weight file is missing, with the way to it."""
-    if path.is_file():
-        return
-    place = WEIGHTS[sam_type]
-    if sam_type.startswith("tiny"):
-        remedy = f"restore model/{place.name}, or train with scripts/dev/sam_tiny.py"
-    elif sam_type == "vit_t":
-        remedy = f"download them from {MOBILE_URL} to {place}, or name another file of them"
-    else:
-        remedy = (
-            f"`bash scripts/download.sh sam {sam_type}` fetches them from {SAM_URL}{place.name}"
-        )
-    raise UserError(f"{path}: no such file of the weights of --sam-type {sam_type}; {remedy}")
-
-
 def sam_builder(sam_type: str) -> Callable[[], Sam]:
     """What makes a `Sam` with random weights. UserError where its package is absent."""
     if sam_type in ("tiny", "tiny_photo"):
@@ -135,7 +119,16 @@ def build_sam(
     """
     path = Path(checkpoint or WEIGHTS[sam_type])
     builder = sam_builder(sam_type)
-    check_file(path, sam_type)
+    if not path.is_file():
+        place = WEIGHTS[sam_type]
+        if sam_type.startswith("tiny"):
+            remedy = f"restore model/{place.name}, or train with scripts/dev/sam_tiny.py"
+        elif sam_type == "vit_t":
+            remedy = f"download them from {MOBILE_URL} to {place}, or name another file of them"
+        else:
+            fetch = f"bash scripts/download.sh sam {sam_type}"
+            remedy = f"`{fetch}` fetches them from {SAM_URL}{place.name}"
+        raise UserError(f"{path}: no such file of the weights of --sam-type {sam_type}; {remedy}")
     sam = builder()
     try:
         sam.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))

@@ -29,14 +29,7 @@ from model.sam import build_sam
 from model.sam_fast import FastSam
 from model.segmenter import ProposalSettings
 from tests.oracle_psa import components, oracle_psa, paper_prompt, release_prompt
-from util.labels import (
-    CITYSCAPES_19,
-    IGNORE,
-    read_image,
-    read_label,
-    write_label,
-    write_list,
-)
+from util.labels import CITYSCAPES_19, IGNORE, read_image, read_label, write_label, write_list
 from util.options import help_texts
 from util.run import UserError, run_main
 
