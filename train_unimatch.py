@@ -103,11 +103,13 @@ class Trainer:
     """UniMatch's iteration, and all that a run works with: its samples and their order, the network
     with its optimizer, where it stands. Sets torch's precision.
 
-    network: what forward goes through, the model or the compiled one. group: samples that share the
-    losses' pixel counts (OHEM's, the means'), as within one of the authors' four processes; fewer
-    where a process has fewer at a time. weights: of classes, or None. state: the next iteration,
-    the best mIoU, sums of the running epoch's losses; the metrics of every evaluation and the mean
-    loss, by epoch; seconds of the starts before this one. logs: on process 0 alone.
+    network: what forward and backward go through (DistributedDataParallel where there are several
+    processes); plain: the same without averages of gradients, the model or the compiled one. group:
+    samples that share the losses' pixel counts (OHEM's, the means'), as within one of the authors'
+    four processes; fewer where a process has fewer at a time. weights: of classes, or None. state:
+    the next iteration, the best mIoU, sums of the running epoch's losses; the metrics of every
+    evaluation and the mean loss, by epoch; seconds of the starts before this one. logs: on process
+    0 alone.
     """
 
     logs: train_logs.Logs | None = None
@@ -121,7 +123,10 @@ class Trainer:
             model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self.model = model.train()
         self.optimizer = training.optimizer_of(model, args)
-        self.network = torch.compile(model) if args.compile else model
+        self.plain = self.network = model
+        if args.compile:
+            self.plain = self.network = torch.compile(model)
+            torch._dynamo.config.optimize_ddp = False  # its splitter fails on `fp_from`, a number
         self.group = math.gcd(args.global_batch // args.loss_groups, args.batch_per_process)
         self.weights = None
         if args.class_balance:
@@ -194,7 +199,7 @@ class Trainer:
         if needed.any():
             self.model.eval()
             with torch.no_grad(), self.amp():
-                found = losses.with_confidence(self.network(self.images(w_mix[needed.cpu()])))
+                found = losses.with_confidence(self.plain(self.images(w_mix[needed.cpu()])))
             self.model.train()
             for name, values in found.items():
                 mix[name][needed] = values
@@ -230,14 +235,16 @@ class Trainer:
         values: dict[str, torch.Tensor] = {}
         for number in range(sampler.steps):
             batch = next(loader)
-            if args.supervised:
-                loss, found, shown = self.supervised_losses(batch)
-            else:
-                slot = sampler.slot(number)
-                mine = np.s_[:, slot : slot + sampler.batch]
-                factors = [f[mine].flatten(0, 1) for f in perturbation_factors(*which)]
-                loss, found, shown = self.unimatch_losses(batch, factors)
-            (loss / sampler.steps).backward()
+            whole = number == sampler.steps - 1 or self.network is self.plain
+            with contextlib.nullcontext() if whole else self.network.no_sync():
+                if args.supervised:
+                    loss, found, shown = self.supervised_losses(batch)
+                else:
+                    slot = sampler.slot(number)
+                    mine = np.s_[:, slot : slot + sampler.batch]
+                    factors = [f[mine].flatten(0, 1) for f in perturbation_factors(*which)]
+                    loss, found, shown = self.unimatch_losses(batch, factors)
+                (loss / sampler.steps).backward()
             for name, value in found.items():
                 values[name] = values.get(name, 0) + value.detach() / sampler.steps
         stacked = torch.stack(list(values.values())).float()
@@ -248,7 +255,6 @@ class Trainer:
                 f"iteration {iteration}: a loss is not finite ({logged}); lower --lr, or check the"
                 " labels; latest.pth holds the last saved state"
             )
-        training.average_over_processes([p.grad for p in self.model.parameters()])
         self.optimizer.step()
         if self.device.type != "cuda":  # GPUs synchronise batch norm by themselves
             buffers = self.model.buffers()
@@ -281,9 +287,9 @@ class Trainer:
 # ---------------------------------------------------------------------------------------- main loop
 
 
-def train(run: Trainer) -> None:
-    """From state.iteration to the end."""
-    args, sampler, state, logs = run.args, run.sampler, run.state, run.logs
+def train(run: Trainer) -> list[float]:
+    """From state.iteration to the end; returns the seconds of each iteration."""
+    args, sampler, state, logs, seconds = run.args, run.sampler, run.state, run.logs, []
     length, workers = sampler.per_epoch, loading_processes(args.workers)
     every = max(length // 8, 1)  # UniMatch's rows: eight or nine an epoch
     loader = iter(batches(run.samples, sampler, workers, run.device))
@@ -296,7 +302,9 @@ def train(run: Trainer) -> None:
                 if logs:
                     lr = learning_rate(state.iteration, sampler.total, args.lr)
                     logs.epoch(epoch, lr, state.best)
+            start = time.perf_counter()
             values, shown = run.iteration(state.iteration, loader)
+            seconds.append(time.perf_counter() - start)
             for name, value in values.items():
                 state.sums[name] = state.sums.get(name, 0.0) + value
             if logs:
@@ -312,6 +320,7 @@ def train(run: Trainer) -> None:
                 finish_epoch(run, epoch, shown)
             elif logs and args.checkpoint_every and state.iteration % args.checkpoint_every == 0:
                 run.save("latest.pth", epoch)
+    return seconds
 
 
 def finish_epoch(run: Trainer, epoch: int, shown: dict) -> None:
@@ -493,6 +502,7 @@ def main(argv: list[str] | None = None) -> None:
             out.accept(settings_of(args), inputs, begun)
             write_classes(args.save_path, classes)
         with process_group(device):
+            run.network = training.distributed(run.plain, device)
             if args.dry_run:
                 dry_run(run)
             else:
@@ -546,9 +556,9 @@ def adapt(run: Trainer) -> None:
         train_logs.announce(run)
         with contextlib.closing(train_logs.Logs(run, content.get("logs"))) as run.logs:
             train_logs.write_manifest(run)
-            train(run)
+            seconds = train(run)
         train_logs.write_manifest(run)
-        train_logs.summarise(run)
+        train_logs.summarise(run, seconds)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import math
 import os
 import pprint
 import re
+import statistics
 import time
 from collections.abc import Callable
 from itertools import islice
@@ -206,17 +207,24 @@ def write_manifest(run) -> None:
     write_json(args.save_path / "manifest.json", record)
 
 
-def summarise(run) -> None:
-    """summary.json and curves.png; the headline is the last epoch."""
+def summarise(run, seconds: list[float]) -> None:
+    """summary.json and curves.png; the headline is the last epoch. seconds: of iterations."""
     args, state, iterations = run.args, run.state, run.sampler.total
     miou = {epoch: metrics["miou"] for epoch, metrics in state.evaluations.items()}
     curves_picture(args.save_path / "curves.png", miou, state.losses)
-    m = {**best_and_last(miou), "eval_mode": args.eval_mode} if miou else None
+    m = None
+    if miou:
+        m = best_and_last(miou)
+        if args.class_num == 16:
+            m["best_13"] = state.evaluations[m["best_epoch"]]["miou_13"]
+        m["eval_mode"] = args.eval_mode
     shares = state.sums.get("mask_ratio")  # of an epoch's iterations
     record = {
         "epochs": args.epochs,
         "iterations": iterations,
         "mIoU": m,
+        "seconds_per_iteration": statistics.median(seconds) if seconds else None,
+        "peak_memory": peak_memory_mb(run.device),
         "above_conf_thresh": None if shares is None else 100 * shares / run.sampler.per_epoch,
     }
     write_json(args.save_path / "summary.json", record)

@@ -3,9 +3,12 @@ perturbation; several processes. args: options of train_unimatch.py."""
 
 from __future__ import annotations
 
+import inspect
+
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from model.deeplabv3plus import DeepLabV3Plus
 from model.resnet import load_backbone, load_exactly, read_checkpoint, state_dict_in
@@ -66,6 +69,22 @@ def perturbation_factors(seed: int, iteration: int, global_batch: int, channels:
     generator = torch.Generator().manual_seed(int(state) >> 1)
     drawn = (torch.rand(2, global_batch, c, 1, 1, generator=generator) for c in channels)
     return tuple((values >= FEATURE_DROPOUT) / (1 - FEATURE_DROPOUT) for values in drawn)
+
+
+def distributed(model: nn.Module, device) -> nn.Module:
+    """The model, whose gradients are averaged over processes if there are several. Buffers are not
+    broadcast: their means over processes and synchronised batch norm keep them equal.
+    """
+    if process_rank()[1] == 1:
+        return model
+    ddp = nn.parallel.DistributedDataParallel
+    # newer versions of torch name that option otherwise
+    new = "forward_sync_buffers" in inspect.signature(ddp).parameters
+    return ddp(
+        model,
+        device_ids=[device.index] if device.type == "cuda" else None,
+        **{"forward_sync_buffers" if new else "broadcast_buffers": False},
+    )
 
 
 def average_over_processes(tensors: list[torch.Tensor]) -> None:

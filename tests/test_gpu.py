@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from conftest import ROOT
 from PIL import Image
+from torch import nn
 
 import seco_scc
 from dataset.scc import mask_shares
@@ -103,13 +104,15 @@ def test_evaluation_has_the_cpu_s_confusion(mode, tmp_path):
 
 
 @pytest.mark.gpu
-def test_nccl_sums(tmp_path):
+def test_nccl_sums_and_averages(tmp_path):
     how = {"init_method": f"file://{tmp_path}/store", "rank": 0, "world_size": 1}
     dist.init_process_group("nccl", **how)
     try:
         ones = torch.ones(1000, device="cuda")
         dist.all_reduce(ones)
-        assert int(ones.sum()) == 1000
+        model = nn.parallel.DistributedDataParallel(nn.Linear(1000, 1).cuda(), [0])
+        model(ones).sum().backward()
+        assert int(ones.sum()) == 1000 and bool((model.module.weight.grad == 1).all())
     finally:
         dist.destroy_process_group()
 
