@@ -39,7 +39,7 @@ import contextlib
 import sys
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -129,25 +129,15 @@ def center_square(height: int, width: int, size: int) -> tuple[slice, slice]:
     return slice(top, top + size), slice(left, left + size)
 
 
-def predict(
-    model: Callable, images: torch.Tensor, mode: str, crop_size: int | None, window_batch: int = 4
+def sliding_scores(
+    model: Callable, images: torch.Tensor, crop_size: int, window_batch: int = 4
 ) -> torch.Tensor:
-    """Normalised images, B x 3 x H x W → class scores, float32 B x K x H x W: softmax
-    probabilities, of sliding windows their sums. `center_crop` returns the central square alone.
-
-    Windows of one shape go through the network `window_batch` at a time.
+    """Normalised images, B x 3 x H x W → the windows' softmax probabilities, summed, float32
+    B x K x H x W. Windows of one shape go through the network `window_batch` at a time.
     """
-    height, width = images.shape[-2:]
-    if mode == "center_crop":
-        images = images[(..., *center_square(height, width, crop_size))]
-    if mode == "square_windows":
-        from model.network import square_window_logits
-
-        return square_window_logits(model, images).softmax(dim=1)
-    if mode != "sliding_window":
-        return model(images).float().softmax(dim=1)
     import torch
 
+    height, width = images.shape[-2:]
     by_shape, scores = defaultdict(list), None
     for window in sliding_windows(height, width, crop_size):
         by_shape[images[(..., *window)].shape].append(window)
@@ -174,11 +164,15 @@ def label_map(
     from model.resnet import to_tensor
 
     with torch.inference_mode():
-        if mode == network.mode:
-            scores = network.logits(image).softmax(dim=1)
+        if mode in ("original", "square_windows"):
+            scores = replace(network, mode=mode).logits(image).softmax(dim=1)
         else:
-            device = next(network.model.parameters()).device
-            scores = predict(network.model, to_tensor(image)[None].to(device), mode, crop_size)
+            images = to_tensor(image)[None].to(next(network.model.parameters()).device)
+            if mode == "sliding_window":
+                scores = sliding_scores(network.model, images, crop_size)
+            else:
+                square = images[(..., *center_square(*image.shape[:2], crop_size))]
+                scores = network.model(square).float().softmax(dim=1)
         label = scores.argmax(dim=1)[0].to(torch.uint8).cpu().numpy()
     if mode != "center_crop":
         return label

@@ -273,10 +273,11 @@ def check_labels(
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         results = list(progress(pool.map(attempt, pairs), title, len(pairs)))
     tell("note", [f"{result}; left out" for result in results if isinstance(result, LeftOut)])
-    kept = [pair for pair, result in zip(pairs, results) if not isinstance(result, LeftOut)]
+    kept = [(p, result) for p, result in zip(pairs, results) if not isinstance(result, LeftOut)]
+    problems = [str(result) for _, result in kept if isinstance(result, UserError)]
     histogram = np.zeros(256, dtype=np.int64)
     histogram += sum(result for result in results if isinstance(result, np.ndarray))
-    return kept, histogram, [str(result) for result in results if type(result) is UserError]
+    return [pair for pair, _ in kept], histogram, problems
 
 
 def check_list(path: Path, root: Path, classes: ClassSet) -> None:

@@ -11,7 +11,7 @@ from PIL import Image
 from processes import beside_a_second
 from torch.nn.functional import pad
 
-from eval import confusion_matrix, main, metrics_of, predict, sliding_windows, table
+from eval import confusion_matrix, main, metrics_of, sliding_scores, sliding_windows, table
 from model.deeplabv3plus import DeepLabV3Plus
 from model.network import load_network
 from model.resnet import to_tensor
@@ -70,7 +70,7 @@ def test_sliding_window_equals_the_plain_loop(height, width, size, window_batch)
     with torch.no_grad():
         expected = sliding_slowly(model, image, size)
         model.shapes.clear()
-        scores = predict(model, image, "sliding_window", size, window_batch)
+        scores = sliding_scores(model, image, size, window_batch)
     torch.testing.assert_close(scores, expected)
     windows = sliding_windows(height, width, size)
     assert sum(shape[0] for shape in model.shapes) == len(windows)

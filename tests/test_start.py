@@ -1,17 +1,15 @@
 """However a script is started, and whatever its terminal can show: by file or by module, from any
-folder, in a locale without Unicode, by `sh`."""
+folder, in a locale without Unicode."""
 
 import contextlib
 import io
 import json
 import os
-import shutil
 import subprocess
 import sys
 
 import pytest
 from conftest import ROOT
-from processes import warm_python
 
 from scripts import compare_logs
 from util.run import run_main
@@ -80,24 +78,6 @@ def test_a_stream_in_the_place_of_stdout_may_be_of_any_kind():
     with contextlib.redirect_stdout(io.StringIO()) as text:
         assert run_main(lambda: print("→")) == 0
     assert text.getvalue() == "→\n"
-
-
-@pytest.mark.skipif(not shutil.which("sh"), reason="there is no sh")
-@pytest.mark.parametrize(
-    "script",
-    [*ROOT.glob("scripts/*.sh"), *ROOT.glob("scripts/dev/*.sh")],
-    ids=lambda path: path.name,
-)
-def test_sh_hands_a_script_on_to_bash(script):
-    of_python = script.name == "gpu.sh"  # whose --help is
-    python = warm_python() if of_python else "false"
-    result = subprocess.run(
-        ["sh", str(script), "--help"], env={**os.environ, "PYTHON": python}, capture_output=True
-    )
-    if of_python:
-        assert result.returncode == 0 and b"--out" in result.stdout
-    else:
-        assert result.returncode == 0 and b"Environment variables" in result.stdout
 
 
 def test_a_reader_that_has_seen_enough_is_no_error():

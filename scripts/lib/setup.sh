@@ -14,20 +14,18 @@ setup_files=("$setup_repo/requirements.txt")
 
 setup_satisfied() { # setup_satisfied PYTHON: whether it has every package in the version asked for
     command -v "$1" >/dev/null 2>&1 && "$1" - "${setup_files[@]}" <<'CHECK' 2>/dev/null
-import re
 import sys
 from importlib.metadata import version
 
-if sys.version_info < (3, 10):
-    sys.exit(1)
-numbers = lambda text: [int(part) for part in re.findall(r"\d+", text.split("+")[0])[:3]]
+from packaging.requirements import Requirement  # which matplotlib brings; a missing package raises: exit code 1 as well
+
 for name in sys.argv[1:]:
     for line in open(name, encoding="utf-8"):
-        need = line.split("#")[0].strip()
-        if need:
-            package, least = need.split(">=")
-            if numbers(version(package)) < numbers(least):  # a missing package raises, which is exit code 1 as well
+        if need := line.split("#")[0].strip():
+            need = Requirement(need)
+            if not need.specifier.contains(version(need.name), prereleases=True):
                 sys.exit(1)
+sys.exit(sys.version_info < (3, 10))
 CHECK
 }
 
