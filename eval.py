@@ -107,6 +107,7 @@ if TYPE_CHECKING:  # else where they are used: seconds that a finished evaluatio
 Mode = Literal["original", "sliding_window", "center_crop", "square_windows"]
 Values = Literal["train-ids", "label-ids", "colour"]
 RESULTS = ("confusion.csv", "confusion.png", "metrics.json")
+WINDOW_BATCH = 4
 CropSize = Annotated[int, Bounds(least=33), "PIXELS"]  # 33: the least that DeepLabV3+ takes
 
 
@@ -129,11 +130,9 @@ def center_square(height: int, width: int, size: int) -> tuple[slice, slice]:
     return slice(top, top + size), slice(left, left + size)
 
 
-def sliding_scores(
-    model: Callable, images: torch.Tensor, crop_size: int, window_batch: int = 4
-) -> torch.Tensor:
+def sliding_scores(model: Callable, images: torch.Tensor, crop_size: int) -> torch.Tensor:
     """Normalised images, B x 3 x H x W → the windows' softmax probabilities, summed, float32
-    B x K x H x W. Windows of one shape go through the network `window_batch` at a time.
+    B x K x H x W. Windows of one shape go through the network WINDOW_BATCH at a time.
     """
     import torch
 
@@ -142,8 +141,8 @@ def sliding_scores(
     for window in sliding_windows(height, width, crop_size):
         by_shape[images[(..., *window)].shape].append(window)
     for windows in by_shape.values():
-        for start in range(0, len(windows), window_batch):
-            share = windows[start : start + window_batch]
+        for start in range(0, len(windows), WINDOW_BATCH):
+            share = windows[start : start + WINDOW_BATCH]
             batch = torch.cat([images[(..., *window)] for window in share])
             probabilities = model(batch).float().softmax(dim=1)
             if scores is None:
@@ -161,13 +160,11 @@ def label_map(
     """
     import torch
 
-    from model.resnet import to_tensor
-
     with torch.inference_mode():
         if mode in ("original", "square_windows"):
             scores = replace(network, mode=mode).logits(image).softmax(dim=1)
         else:
-            images = to_tensor(image)[None].to(next(network.model.parameters()).device)
+            images = network.pixels(image, None)
             if mode == "sliding_window":
                 scores = sliding_scores(network.model, images, crop_size)
             else:
@@ -198,9 +195,7 @@ def write_prediction(path: Path, label: np.ndarray, classes: ClassSet, values: V
 # --------------------------------------------------------------------------------------- evaluation
 
 
-def evaluate(
-    rows, root: Path, class_num: int, label_of: Callable[[str], np.ndarray], bar: str | None = None
-) -> np.ndarray:
+def evaluate(rows, root: Path, class_num: int, label_of: Callable[[str], np.ndarray]) -> np.ndarray:
     """The confusion matrix of label maps, to which every process adds its share of the rows.
 
     Args:
@@ -209,11 +204,10 @@ def evaluate(
         class_num: number of classes.
         label_of: image path → uint8 label map; one of another size than its ground truth is brought
             to it by nearest neighbour.
-        bar: title of the progress bar of process 0.
     """
     rank, world = process_rank()
     confusion = np.zeros((class_num, class_num + 1), dtype=np.int64)
-    for image, *truths in progress(rows[rank::world], bar or "", quiet=bar is None or rank > 0):
+    for image, *truths in progress(rows[rank::world], "evaluation", quiet=rank > 0):
         label = label_of(image)
         if truths:
             truth = read_label(root / truths[0], class_num)
@@ -236,7 +230,6 @@ def evaluate_checkpoint(
     root: Path,
     mode: Mode,
     crop_size: int,
-    bar: str | None = None,
     keep: Callable[[str, np.ndarray], None] | None = None,
 ) -> np.ndarray:
     """`evaluate` of a network (in eval mode). Ground truth has its image's size
@@ -251,7 +244,7 @@ def evaluate_checkpoint(
             keep(image, label)
         return label
 
-    confusion = evaluate(rows, root, network.class_num, label_of, bar)
+    confusion = evaluate(rows, root, network.class_num, label_of)
     confusion[:, -1] = 0  # pixels around the square of center_crop
     return confusion
 
@@ -450,12 +443,11 @@ def measure(task: Evaluation, first: bool) -> None:
     with process_group(device):
         wait_for_all()  # before the first prediction is written
         if network:
-            how = (args.root_path, args.mode, args.crop_size, "evaluation")
+            how = (args.root_path, args.mode, args.crop_size)
             keep = task.keep if args.predictions else None
             confusion = evaluate_checkpoint(network, rows, *how, keep)
         else:
-            count = task.classes.count
-            confusion = evaluate(rows, args.root_path, count, task.label_map, "labels")
+            confusion = evaluate(rows, args.root_path, task.classes.count, task.label_map)
     if not first:
         return
     metrics = metrics_of(confusion, task.classes.names) if task.labeled else None

@@ -278,7 +278,7 @@ class Trainer:
 
         args = self.args
         network = Network(self.model.eval(), "DeepLabV3+", self.classes.count)
-        how = (args.root_path, args.eval_mode, args.crop_size, "evaluation")
+        how = (args.root_path, args.eval_mode, args.crop_size)
         confusion = evaluate_checkpoint(network, rows, *how)
         self.model.train()
         return confusion

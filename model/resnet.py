@@ -116,7 +116,6 @@ class ResNet(nn.Module):
         else:
             inputs = base
             self.conv1 = nn.Conv2d(3, base, 7, stride=2, padding=3, bias=False)
-        self.stem_channels = inputs
         self.bn1, self.relu = nn.BatchNorm2d(inputs), nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
         channels = []
@@ -135,7 +134,7 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward_stem(self, images: torch.Tensor) -> torch.Tensor:
-        """B x 3 x H x W → B x stem_channels x H/2 x W/2, before max-pooling."""
+        """B x 3 x H x W → B x C x H/2 x W/2, before max-pooling."""
         return self.relu(self.bn1(self.conv1(images)))
 
     def forward_from_stem(self, activations: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -63,7 +63,7 @@ def test_every_backbone_gives_logits_at_the_images_size(depth, width, stem):
         plain = backbone.forward_from_stem(activations)
     assert model.classifier.in_channels == width
     assert c1.shape[-2:] == (24, 40) and c3.shape[-2:] == c4.shape[-2:] == (6, 10)
-    assert activations.shape == (2, backbone.stem_channels, 48, 80)
+    assert activations.shape == (2, backbone.bn1.num_features, 48, 80)
     assert plain[3].shape[-2:] == (3, 5)
     assert tuple(f.shape[1] for f in plain) == model.backbone.channels
 
