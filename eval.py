@@ -314,8 +314,8 @@ class Evaluation:
     """What the options ask for; lists and label maps are checked.
 
     rows: (image path, ground-truth path), or of images alone. maps: {image path: its label map}, of
-    --labels. predictions: {image path: where its prediction goes}. named: {name: file} of the
-    options; files: of all that is read.
+    --labels. predictions: {image path: where its prediction goes}. files: {name: file}
+    of all that is read.
     """
 
     def __init__(self, args: Options):
@@ -348,8 +348,8 @@ class Evaluation:
             raise UserError(f"{args.checkpoint}: no such checkpoint")
         self.settings = {**settings_of(args), "names": self.classes.names}
         named = {"list": args.id_list_path, "checkpoint": args.checkpoint, "labels": args.labels}
-        self.named = {name: path for name, path in named.items() if path and not path.is_dir()}
-        self.files = self.named | {name: root / name for name in names}
+        self.files = {name: path for name, path in named.items() if path and not path.is_dir()}
+        self.files |= {name: root / name for name in names}
         self.files |= {f"of {image}": root / path for image, path in self.maps.items()}
 
     @cached_property
@@ -452,7 +452,7 @@ def measure(task: Evaluation, first: bool) -> None:
         return
     metrics = metrics_of(confusion, task.classes.names) if task.labeled else None
     task.show(metrics)
-    record = manifest(vars(args), task.named, device)
+    record = manifest(vars(args), device)
     if args.predictions:
         write_json(args.predictions / "run.json", record)
     if args.out:

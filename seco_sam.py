@@ -514,8 +514,7 @@ def main(argv: list[str] | None = None) -> None:
         if rank == 0:
             done = set(job.rows[::world]).difference(todo)
             earlier = sum(read_json(job.record(row))["total_seconds"] for row in done)
-            inputs = {"list": options.id_list_path, "sam": sam.files[0]}
-            made = manifest(vars(options), inputs, device, earlier)
+            made = manifest(vars(options), device, earlier)
             if not todo and job.summary.is_file():  # nothing was made
                 made = read_json(job.summary)["manifest"]
             write_summary(job, made)

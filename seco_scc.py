@@ -156,8 +156,7 @@ def correct(job: Job, device: torch.device) -> None:
         write_report(job, verdicts, pixels, loss)
         print(f"labels: {out}\nlist: {job.list_path}\nreport: {out / 'report/index.html'}")
     seconds = before.get("cost", {}).get("seconds", 0)
-    inputs = {"list": job.options.id_list_path}
-    write_json(record, manifest(vars(job.options), inputs, device, seconds) | decided)
+    write_json(record, manifest(vars(job.options), device, seconds) | decided)
 
 
 def corrected_before(job: Job, old: dict | None, now: dict) -> bool:

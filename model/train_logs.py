@@ -202,7 +202,7 @@ def named_files(args) -> dict[str, Path]:
 def write_manifest(run) -> None:
     """manifest.json of a run, with what it has cost so far."""
     args = run.args
-    record = manifest(vars(args), named_files(args), run.device, run.state.seconds)
+    record = manifest(vars(args), run.device, run.state.seconds)
     record["iterations_per_epoch"] = run.sampler.per_epoch
     write_json(args.save_path / "manifest.json", record)
 

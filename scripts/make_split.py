@@ -5,7 +5,7 @@ Input:   --id-list-path, the list that seco_scc.py wrote (or any list `<image> <
          connectivities.csv in the labels' experiment folder, where there is one.
 Output:  in --out (default: the list's folder) labeled.txt (`<image> <label>`) and unlabeled.txt
          (`<image>`), best first, and split.json: manifest, what they were made from (of the
-         same, they are not made again), images and pixels of each class.
+         same, they are not made again), images of each class.
 
     python -m scripts.make_split --id-list-path splits/cityscapes/HRDA_seco_vit_h_scc/all.txt \\
         --root-path data/cityscapes --class-num 19
@@ -162,8 +162,6 @@ def make_split(options: Options, rows: list[tuple[str, str]], classes: ClassSet,
             name: {
                 "images": int((pixels[:, c] > 0).sum()),
                 "labeled_images": int((pixels[labeled, c] > 0).sum()),
-                "pixels": int(pixels[:, c].sum()),
-                "labeled_pixels": int(pixels[labeled, c].sum()),
             }
             for c, name in enumerate(classes.names)
         },
@@ -190,7 +188,7 @@ def main(argv: list[str] | None = None) -> None:
         split = read_json(record)
     else:
         split = make_split(options, rows, classes, out)
-        split["manifest"] = manifest(vars(options), {"list": source})
+        split["manifest"] = manifest(vars(options))
         write_json(record, {**split, "made_from": made})
     if without := split["images_without_labels"]:
         count, first = len(without), without[0]

@@ -8,7 +8,8 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-from util.charts import bar_chart, confusion_chart, line_chart, save_chart
+from scripts.lib.report import ablation_chart
+from util.charts import confusion_chart, line_chart, save_chart
 
 NAN = float("nan")
 LONG = "UniMatch on PSA, pixel label where no mask reaches, and some more words to make it long"
@@ -39,7 +40,8 @@ def test_a_legend_is_below_the_chart_and_within_its_width(tmp_path, count, name)
 
 
 def test_bars_have_figures_and_whiskers():
-    axes = bar_chart({"a": 50.0, LONG: 60.04}, "%", {"a": 1.0, LONG: 2.0}).axes[0]
+    models = {"before": {"miou": [49, 50, 51]}, "seco": {"miou": [58.04, 60.04, 62.04]}}
+    axes = ablation_chart(models).axes[0]
     assert [text.get_text() for text in axes.texts] == ["50.0", "60.0"]
     ((whiskers,),) = (bars.errorbar.lines[2] for bars in axes.containers[1:])
     ends = [x for segment in whiskers.get_segments() for x, _ in segment]

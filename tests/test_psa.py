@@ -360,7 +360,7 @@ def test_outputs(finished):
     label = read_label(finished / "pix/0.png", 19)
     record = json.loads((finished / "pix_tiny/stats/0.png.json").read_text())
     assert record["labeled_before"] == (label != IGNORE).sum() < record["pixels"] == label.size
-    assert summary["manifest"]["inputs"]["sam"]["sha256"]
+    assert json.loads((finished / "pix_tiny/settings.json").read_text())["sam_sha256"]
     assert summary["proposals_per_image"] > 0 < summary["seconds_per_image"]
     assert (finished / "pix_tiny/vis/0.png").is_file()
 

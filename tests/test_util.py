@@ -3,14 +3,12 @@
 import contextlib
 import errno
 import re
-import subprocess
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
 from PIL import Image, PngImagePlugin
-from processes import beside_a_second, warm_python
 
 from util import run as shown
 from util.labels import (
@@ -24,7 +22,6 @@ from util.labels import (
 )
 from util.run import (
     PACKAGES,
-    RENDEZVOUS_SECONDS,
     WORK_SECONDS,
     UserError,
     manifest,
@@ -243,31 +240,6 @@ def test_a_log_gets_plain_lines_now_and_then(capsys, monkeypatch):
     assert len(lines) == 5 and lines[0] == "PSA: 3/12 img, 10.00s/img, 01:30 left"
 
 
-PROCESSES = """
-import time, torch
-from util import run
-run.RENDEZVOUS_SECONDS = 3
-with run.process_group(torch.device("cpu")) as (rank, world):
-    time.sleep(4 * rank)  # slower than the rendezvous may take
-    total = torch.ones(1)
-    torch.distributed.all_reduce(total)
-    assert total.item() == world == 2
-    store = torch.distributed.distributed_c10d._get_default_store()  # NCCL meets in it
-    if rank == 0:
-        store.wait(["late"])
-    else:
-        time.sleep(4)
-        store.set("late", "")
-"""
-
-
 def test_the_docs_say_how_long_processes_wait():
     text = (ROOT / "scripts/README.md").read_text(encoding="utf-8")
-    assert "two minutes" in text and RENDEZVOUS_SECONDS == 2 * 60
     assert "up to a day" in text and WORK_SECONDS == 24 * 3600
-
-
-def test_a_slow_process_is_waited_for(monkeypatch):
-    monkeypatch.setattr(shown, "RENDEZVOUS_SECONDS", RENDEZVOUS_SECONDS)  # afterwards
-    subprocess.run([warm_python(), "-c", ""], check=True)  # so that the second starts at once
-    beside_a_second(monkeypatch, lambda: exec(PROCESSES, {}), "-c", PROCESSES)

@@ -1,5 +1,5 @@
-"""Charts, drawn by matplotlib without a display: curves, bars, a confusion matrix. Each
-function but the last gives a Figure, to which more may be drawn; save_chart writes it.
+"""Charts, drawn by matplotlib without a display: axes and curves to draw on, a confusion matrix.
+save_chart writes a Figure.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ DPI = 100
 INK, GRID = "#282828", "#e1e1e1"
 CYCLE = tuple(f"#{red:02x}{green:02x}{blue:02x}" for red, green, blue in COLOURS)
 DASHES = ("-", "--", ":", "-.")  # of the first seven series, of the next seven …
-LEGEND_CHARACTERS, NAME_CHARACTERS = 45, 60  # in a line of the legend, of a bar's name
+LEGEND_CHARACTERS = 45  # in a line of the legend
 
 
 def new_axes(heights: list[int], width: int = 860):
@@ -64,21 +64,6 @@ def line_chart(series: dict[str, tuple[list, list]], title: str, x_label: str, y
     """See draw_lines."""
     axes = new_chart(title, x_label, y_label)
     draw_lines(axes, series)
-    return axes.figure
-
-
-def bar_chart(values: dict[str, float], x_label: str, deviations: dict[str, float] | None = None):
-    """One horizontal bar per name with its figure beside it, and whiskers of one standard deviation
-    where given.
-    """
-    names = [textwrap.fill(name, NAME_CHARACTERS) for name in values]
-    axes = new_chart("", x_label, "", 90 + 30 * max(4, len(names)))
-    spread = [deviations[name] for name in values] if deviations else None
-    bars = axes.barh(names, values.values(), xerr=spread, capsize=4, color=CYCLE[0])
-    axes.bar_label(bars, fmt="%.1f", padding=3)
-    axes.margins(x=0.08)  # room for the figures
-    axes.invert_yaxis()
-    axes.grid(False, axis="y")
     return axes.figure
 
 

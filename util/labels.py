@@ -375,18 +375,6 @@ def read_list(path: str | Path, columns: tuple[int, ...] = (2,)) -> list[tuple[s
     return rows
 
 
-def ground_truth_of(path: Path, rows: list[tuple[str, str]]) -> dict[str, str]:
-    """{image path: ground-truth path} of a list --gt, which must name every image of `rows`."""
-    truth = dict(read_list(path))
-    for image, _ in rows:
-        if image not in truth:
-            raise UserError(
-                f"{path}: names no ground truth for {image}; --gt needs every image of"
-                " --id-list-path"
-            )
-    return truth
-
-
 def write_list(path: Path, rows: list[tuple[str, ...]]) -> None:
     write_text(path, "".join(" ".join(row) + "\n" for row in rows))
 
@@ -503,7 +491,8 @@ class Experiment:
     """
 
     def __init__(self, options, suffix: str, limit: int | None = None):
-        """UserError for labels of several experiments, and for a name that inputs have.
+        """UserError for labels of several experiments, for a name that inputs have, and where --gt
+        lacks an image.
 
         options: ListOptions and ClassOptions with exp and gt; limit: of the rows.
         """
@@ -522,7 +511,13 @@ class Experiment:
             raise UserError(f"--exp {name}: give a plain folder name that no input has")
         self.out = self.root / name
         self.classes = chosen_classes(options, self.root / old)
-        self.truth = options.gt and ground_truth_of(options.gt, self.rows)
+        self.truth = dict(read_list(options.gt)) if options.gt else None
+        for image, _ in self.rows:
+            if options.gt and image not in self.truth:
+                raise UserError(
+                    f"{options.gt}: names no ground truth for {image}; --gt needs every image of"
+                    f" {path}"
+                )
         self.results = [(image, in_experiment(label, name)) for image, label in self.rows]
         beside = path.parent.parent if path.parent.name == old else path.parent
         self.list_path = beside / name / path.name

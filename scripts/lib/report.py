@@ -29,7 +29,7 @@ from scripts.lib.run_folder import (
     truth_of,
 )
 from scripts.lib.sweep import sweep
-from util.charts import bar_chart, line_chart, save_chart
+from util.charts import CYCLE, line_chart, new_chart, save_chart
 from util.labels import ClassSet, chosen_classes
 from util.options import Argument, ClassOptions, Folder, parse_options
 from util.outputs import read_json, write_json, write_text
@@ -125,11 +125,17 @@ def sweep_tables(results: dict) -> list[dict]:
 
 def ablation_chart(models: dict):
     """Validation mIoU of every model as bars; with standard deviations where there are seeds."""
-    titles = {row: MODEL_ROWS[row].replace("UniMatch on ", "").split(" (")[0] for row in models}
-    values = {title: models[row]["miou"] for row, title in titles.items()}
-    means = {title: statistics.mean(found) for title, found in values.items()}
-    deviations = {t: statistics.stdev(found) for t, found in values.items() if len(found) > 1}
-    return bar_chart(means, "target validation mIoU (%)", deviations)
+    names = [MODEL_ROWS[row].replace("UniMatch on ", "").split(" (")[0] for row in models]
+    seeds = [found["miou"] for found in models.values()]
+    spread = [statistics.stdev(mious) for mious in seeds] if len(seeds[0]) > 1 else None
+    axes = new_chart("", "target validation mIoU (%)", "", 90 + 30 * max(4, len(names)))
+    means = [statistics.mean(mious) for mious in seeds]
+    bars = axes.barh(names, means, xerr=spread, capsize=4, color=CYCLE[0])
+    axes.bar_label(bars, fmt="%.1f", padding=3)
+    axes.margins(x=0.08)  # room for the figures
+    axes.invert_yaxis()
+    axes.grid(False, axis="y")
+    return axes.figure
 
 
 def draw(run: Path, folders: dict[str, Path], classes: ClassSet, models: dict) -> None:
