@@ -4,6 +4,8 @@ segments at once, and the objects of a street.
 
 from __future__ import annotations
 
+from itertools import chain
+
 import numpy as np
 from PIL import Image, ImageDraw
 
@@ -76,7 +78,6 @@ ROUGH = {VEGETATION: 0.30, TERRAIN: 0.24, WALL: 0.14}
 ROUGH |= {POLE: 0.06, LIGHT: 0.04, SIGN: 0.04, SKY: 0.05}
 ROUGH |= {CAR: 0.05, TRUCK: 0.05, BUS: 0.05, TRAIN: 0.05, MOTORCYCLE: 0.08, BICYCLE: 0.08}
 ROUGHNESS = np.array([ROUGH.get(class_id, 0.10) for class_id in range(19)], np.float32)
-COLOUR_JITTER = {"source": 24, "target": 24, "random": 40}
 GLASS, TYRE, HUB = (58, 70, 84), (30, 30, 32), (140, 140, 144)
 
 
@@ -97,13 +98,13 @@ class Painter:
 
     def pick(self, class_id: int) -> tuple[int, int, int]:
         """A colour for an object of the class, in the scene's style."""
-        rng = self.rng
-        if self.style == "random" and rng.random() < 0.5:
-            return tuple(int(v) for v in rng.integers(10, 246, 3))
-        tables = {"source": SOURCE_COLOURS, "target": TARGET_COLOURS}
-        table = tables.get(self.style) or (SOURCE_COLOURS, TARGET_COLOURS)[rng.integers(2)]
-        colour = table[class_id][rng.integers(len(table[class_id]))]
-        jitter = COLOUR_JITTER[self.style]
+        rng, style, jitter = self.rng, self.style, 24
+        if style == "random":
+            if rng.random() < 0.5:
+                return tuple(int(v) for v in rng.integers(10, 246, 3))
+            style, jitter = STYLES[rng.integers(2)], 40
+        colours = (SOURCE_COLOURS if style == "source" else TARGET_COLOURS)[class_id]
+        colour = colours[rng.integers(len(colours))]
         return tuple(int(np.clip(c + rng.integers(-jitter, jitter + 1), 0, 255)) for c in colour)
 
     def start(self, class_id: int) -> tuple[int, int, int]:
@@ -112,20 +113,20 @@ class Painter:
         return self.pick(class_id)
 
     def _draw(self, method: str, shape, colour, **how) -> None:
-        """Into all layers, at whole pixels."""
-        shape = [int(round(value)) for value in np.ravel(shape)]
+        """Into all layers, at whole pixels. shape: x, y, x, y …"""
+        shape = [round(value) for value in shape]
         for layer, fill in zip(self.layers, (colour, self.class_id, self.number)):
             getattr(layer, method)(shape, fill=fill, **how)
 
     def polygon(self, points, colour) -> None:
-        self._draw("polygon", points, colour)
+        self._draw("polygon", chain(*points), colour)
 
     def trapezium(self, x, y0, half0, y1, half1, colour) -> None:
         """Centred on x, with half a width at each of two heights."""
         self.polygon([(x - half0, y0), (x + half0, y0), (x + half1, y1), (x - half1, y1)], colour)
 
     def box(self, x0, y0, x1, y1, colour) -> None:
-        x0, y0, x1, y1 = (int(round(v)) for v in (x0, y0, x1, y1))
+        x0, y0, x1, y1 = map(round, (x0, y0, x1, y1))
         if x1 > x0 and y1 > y0:
             self._draw("rectangle", (x0, y0, x1 - 1, y1 - 1), colour)
 
@@ -134,7 +135,7 @@ class Painter:
         self._draw("ellipse", around, colour)
 
     def line(self, points, width, colour) -> None:
-        self._draw("line", points, colour, width=max(1, int(round(width))))
+        self._draw("line", chain(*points), colour, width=max(1, round(width)))
 
 
 def shade(colour, factor):

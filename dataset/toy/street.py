@@ -46,16 +46,14 @@ class Street:
     def ground(self, t):
         return self.horizon + (self.H - self.horizon) * t
 
-    def road_left(self, t):
-        return self.vanishing - self.far - self.half * t
-
-    def road_right(self, t):
-        return self.vanishing + self.far + self.half * t
+    def edge(self, t, side):
+        """x of the road's left (-1) or right (1) edge."""
+        return self.vanishing + side * self.far + side * self.half * t
 
     def on_road(self, t):
         """A random x on the road."""
         margin = self.W * 0.04 * t
-        return self.p.rng.uniform(self.road_left(t) + margin, self.road_right(t) - margin)
+        return self.p.rng.uniform(self.edge(t, -1) + margin, self.edge(t, 1) - margin)
 
     def beside(self, t):
         """A random x beside the road."""
@@ -145,8 +143,8 @@ def paint_road(s: Street) -> None:
     """Asphalt and its middle line."""
     p, vanishing, ground = s.p, s.vanishing, s.ground
     asphalt = p.start(objects.ROAD)
-    top = [(s.road_left(0), s.horizon + 1), (s.road_right(0), s.horizon + 1)]
-    p.polygon([*top, (s.road_right(1), s.H), (s.road_left(1), s.H)], asphalt)
+    top = [(s.edge(0, -1), s.horizon + 1), (s.edge(0, 1), s.horizon + 1)]
+    p.polygon([*top, (s.edge(1, 1), s.H), (s.edge(1, -1), s.H)], asphalt)
     for index in range(9):
         t0, t1 = (index / 9) ** 1.8 + 0.02, ((index + 0.45) / 9) ** 1.8 + 0.02
         half0, half1 = 5 * t0 * p.unit, 6 * t1 * p.unit
@@ -158,6 +156,7 @@ def choose_things(s: Street) -> list[tuple]:
     rng, uniform, things = s.p.rng, s.p.rng.uniform, []
 
     def scatter(count, kind, far, near, where):
+        """So many of a kind, each at a t between far and near, and there at x = where(t)."""
         for _ in range(count):
             t = uniform(far, near)
             things.append((t, kind, where(t)))
