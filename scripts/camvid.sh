@@ -15,21 +15,14 @@
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source scripts/lib/common.sh
+source scripts/lib/rows.sh
 CAMVID_ROOT="${CAMVID_ROOT:-data/camvid}"   # folder of CamVid
-SEEDS="${SEEDS:-0}"                         # of training: one or several
-RECIPE="${RECIPE:-release}"                 # release, paper or both
-CONTROLS="${CONTROLS:-0}"                   # 1: the paper's ablation and the upper bound too
 SAM_TYPE="${SAM_TYPE:-tiny}"                # tiny, vit_h, vit_l, vit_b, vit_t, or a model of the Hub
 OUT="${OUT:-runs/camvid_$RECIPE}"           # folder of the run
-arguments "$@"
 numbers SEEDS 4294967295
-one_of RECIPE release paper both
-one_of CONTROLS 0 1
 sam_type
 show CAMVID_ROOT SEEDS RECIPE CONTROLS SAM_TYPE OUT
 source scripts/lib/setup.sh
-source scripts/lib/rows.sh
 for folder in train trainannot val valannot; do
     [ -d "$CAMVID_ROOT/$folder" ] ||
         die "$CAMVID_ROOT/$folder: no such folder; set CAMVID_ROOT, or fetch CamVid: bash scripts/download.sh camvid"

@@ -12,20 +12,13 @@
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source scripts/lib/common.sh
-SEEDS="${SEEDS:-0}"              # of data, training and evaluation: one or several
-RECIPE="${RECIPE:-release}"      # release, paper or both
-CONTROLS="${CONTROLS:-0}"        # 1: the paper's ablation and the upper bound too
+source scripts/lib/rows.sh
 SMALLEST="${SMALLEST:-0}"        # 1: everything in miniature
 OUT="${OUT:-runs/toy_$RECIPE}"   # folder of the run
-arguments "$@"
 numbers SEEDS 99
-one_of RECIPE release paper both
-one_of CONTROLS 0 1
 one_of SMALLEST 0 1
 show SEEDS RECIPE CONTROLS SMALLEST OUT
 source scripts/lib/setup.sh
-source scripts/lib/rows.sh
 
 # The recipes' constants stay as they are. Smaller than in the real tasks, for images of 384 x 192 and a CPU:
 CLASSES=(--class-num 19)

@@ -1,10 +1,18 @@
-# The commands of a seed, shared by toy.sh and camvid.sh, which source this file after setting:
+# What toy.sh and camvid.sh share: values that are the same in both, and the commands of a seed, for which they set:
 #
-#   OUT  RECIPE  CONTROLS    as their heads say; everything of a seed goes to $W, which is $OUT/seed<n>
+#   OUT         folder of the run; everything of a seed goes to $W, which is $OUT/seed<n>
 #   CLASSES SOURCE PIXEL PSA SCC_RELEASE SCC_PAPER SPLIT ADAPT EVAL   arrays: options of the commands
 #   SAM         SAM's type in the names of outputs
 #   DATA        folder that the lists' image paths start from, linked into the seed's folder
 #   SOURCE_LIST TARGET_LIST TARGET_GT VAL_LIST   the seed's lists
+
+source scripts/lib/common.sh
+SEEDS="${SEEDS:-0}"           # of training, in toy.sh of the data too: one or several; the tables are over these
+RECIPE="${RECIPE:-release}"   # release, paper or both
+CONTROLS="${CONTROLS:-0}"     # 1: the paper's ablation and the upper bound too
+arguments "$@"
+one_of RECIPE release paper both
+one_of CONTROLS 0 1
 
 validate() { # validate NAME CHECKPOINT
     MODELS="$MODELS $1"

@@ -64,13 +64,14 @@ def sweep(run: Path, stages: list[dict[str, Path]], class_num: int) -> dict:
     """
     of_seeds = [sweep_seed(folders, class_num) for folders in stages]
     results, series = {"seeds": [folders["source"].parent.name for folders in stages]}, {}
-    for name, value in of_seeds[0]:
-        found = {f: [of_seed[name, value][f] for of_seed in of_seeds] for f in LABEL_FIGURES}
-        results.setdefault(name, {})[str(value)] = found
-        for figure, of_all in found.items():
-            points = series.setdefault(f"{figure}, {name}", ([], []))
-            points[0].append(value)
-            points[1].append(statistics.mean(of_all))
+    for name, values in SWEEPS.items():
+        results[name] = {
+            str(value): {f: [found[name, value][f] for found in of_seeds] for f in LABEL_FIGURES}
+            for value in values
+        }
+        for figure in LABEL_FIGURES:
+            means = [statistics.mean(found[figure]) for found in results[name].values()]
+            series[f"{figure}, {name}"] = values, means
     chart = line_chart(series, "", "threshold", "labels after SCC (%)")
     chart.axes[0].set_ylim(0, 100)
     save_chart(run / "pictures/sweep.png", chart)
