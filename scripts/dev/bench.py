@@ -37,7 +37,7 @@ from model.sam import WEIGHTS, load_segmenter, sam_builder
 from model.sam_fast import FastSam
 from model.segmenter import MASK_THRESHOLD, Segmenter
 from model.training import perturbation_factors
-from scripts.lib.page import markdown_table
+from scripts.lib.page import markdown
 from seco_sam import aggregate
 from seco_scc import parse_args as scc_options
 from tests import oracle_psa, reference_data, reference_scc, reference_train
@@ -309,7 +309,8 @@ def train(options: Options, device: torch.device) -> dict[str, dict]:
         ratio = results["plain fp32"]["seconds"] / found["seconds"]
         memory = f"{found['device_mb'] / 1000:.1f}" if cuda else "–"
         rows.append([variant, f"{found['seconds']:.3f}", f"{ratio:.2f}x", memory])
-    print(markdown_table(["variant", "s / iteration", "against plain", "GPU memory, GB"], rows))
+    head = ["variant", "s / iteration", "against plain", "GPU memory, GB"]
+    print(markdown([{"head": head, "rows": rows}]))
     return results
 
 

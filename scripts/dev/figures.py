@@ -24,7 +24,7 @@ from PIL import Image
 
 from dataset.scc import numbered
 from scripts.lib import report
-from scripts.lib.page import markdown, markdown_table
+from scripts.lib.page import markdown
 from scripts.lib.run_folder import LABEL_FIGURES, manifest_of, seed_folders
 from util.charts import line_chart, save_chart
 from util.labels import CITYSCAPES_19, IGNORE, read_image, read_label, read_list
@@ -167,7 +167,7 @@ def ours_table() -> str:
     )
     head = [f"{title} (seeds {', '.join(map(str, run['seeds']))})" for title, run in runs.items()]
     cells = [[title, *(cell(run, *place) for run in runs.values())] for title, *place in rows]
-    return markdown_table(["", *head], cells)
+    return markdown([{"head": ["", *head], "rows": cells}])
 
 
 def toy_output() -> str:

@@ -29,7 +29,7 @@ from dataset.toy import draw_scene
 from model.sam import load_segmenter
 from model.scc import LABEL_SMOOTHING, gradients, make_classifier, make_optimizer
 from scripts.dev import bench
-from scripts.lib.page import markdown_table
+from scripts.lib.page import markdown
 from seco_sam import aggregate
 from util import run
 from util.labels import CITYSCAPES_19
@@ -141,7 +141,7 @@ def table(figures: dict[str, dict], size: dict) -> str:
             memory = f"{found.pop('GB'):.1f}" if "GB" in found else ""
             shown = found.get("error") or ", ".join(f"{x:.5g} {unit}" for unit, x in found.items())
             rows.append([what.format_map(size), case, shown, memory])
-    return markdown_table(["what", "case", "figure", "peak memory, GB"], rows)
+    return markdown([{"head": ["what", "case", "figure", "peak memory, GB"], "rows": rows}])
 
 
 def settings_of(device: torch.device) -> dict:

@@ -45,11 +45,6 @@ PANELS = 4  # shown of each folder that PSA made
 # ------------------------------------------------------------------------------- tables, any run's
 
 
-def markdown_table(head: list[str], rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows]) + "\n"
-
-
 def markdown(parts: list[dict]) -> str:
     """Headings, texts and tables of a page's parts (util/page.py) as Markdown."""
     blocks = []
@@ -59,7 +54,9 @@ def markdown(parts: list[dict]) -> str:
         if "text" in part:
             blocks.append(f"{part['text']}\n")
         if "head" in part:
-            blocks.append(markdown_table(part["head"], part["rows"]))
+            rows = ["| " + " | ".join(row) + " |\n" for row in (part["head"], *part["rows"])]
+            rows.insert(1, "|" + "---|" * len(part["head"]) + "\n")
+            blocks.append("".join(rows))
     return "\n".join(blocks)
 
 
@@ -223,8 +220,8 @@ def draw_task(run: Path, folders: dict[str, Path]) -> None:
     if not adapted.is_file():
         return
     options = manifest_of(run / "adapt")["options"]
-    root, how = Path(options["root_path"]), (options["eval_mode"], options["crop_size"])
-    how = read_classes(run / "adapt/classes.txt"), *how
+    root, classes = Path(options["root_path"]), read_classes(run / "adapt/classes.txt")
+    how = classes, options["eval_mode"], options["crop_size"]
     lists = [options[f"{name}_id_path"] for name in ("labeled", "unlabeled")]
     images = spread([row[0] for path in lists if path for row in read_list(path, (1, 2))], 4)
     titles = {"starting labels": "pixel", "PSA": "psa", "SCC": "scc"}
