@@ -3,6 +3,7 @@ first is the test itself."""
 
 import functools
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -32,6 +33,33 @@ def warm_python() -> str:
     script.write_text(f'#!/bin/sh\nexec {sys.executable} -IS {program} {address} "$@"\n')
     script.chmod(0o755)
     return str(script)
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, "tests")
+import {script}
+{first}
+calls = {calls}
+def wrapped(*arguments, original={script}.{name}, **options):
+    global calls
+    calls -= 1
+    if calls < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*arguments, **options)
+{script}.{name} = wrapped
+{script}.main(sys.argv[1:])
+"""
+
+
+def killed(script: str, name: str, calls: int, argv: list[str], first: str = "") -> None:
+    """Run a script's main in a process that is killed (SIGKILL) when it calls the function `name`
+    of its module once more than `calls` times. first: a line of Python that is run before.
+    """
+    code = KILLED.format(script=script, name=name, calls=calls, first=first)
+    command = [warm_python(), "-c", code, *argv]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == -signal.SIGKILL, process.stderr
 
 
 def beside_a_second(monkeypatch, first: Callable[[], object], *second: str) -> str:

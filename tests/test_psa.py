@@ -3,10 +3,7 @@
 import contextlib
 import io
 import json
-import os
 import shutil
-import signal
-import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
@@ -17,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from processes import warm_python
+from processes import beside_a_second, killed
 from scipy import ndimage
 from torch.nn import functional as F
 
@@ -287,42 +284,7 @@ def run(root: Path, *more: str, **how) -> SimpleNamespace:
     return SimpleNamespace(code=code, out=out.getvalue(), error=error.getvalue())
 
 
-IN_A_PROCESS = """
-import os, signal, sys
-sys.path.insert(0, sys.argv.pop(1))
-import seco_sam, test_psa
-from util.run import run_main
-
-count, kill = 0, sys.argv.pop(1)
-
-def write_and_die(*arguments):
-    global count
-    count += 1
-    if kill == f"before {count}":
-        os.kill(os.getpid(), signal.SIGKILL)
-    write_label(*arguments)
-    if kill == f"after {count}":
-        os.kill(os.getpid(), signal.SIGKILL)
-
-write_label, seco_sam.write_label = seco_sam.write_label, write_and_die
-seco_sam.load_segmenter = test_psa.load_few
-sys.exit(run_main(seco_sam.main))
-"""
-
-
-def start(root: Path, *more: str, rank: int = 0, world: int = 1, kill: str = "never"):
-    """The command in a process of its own. kill: it kills itself before or after it writes its
-    n-th label (`before 2`).
-    """
-    tests = str(ROOT / "tests")
-    return subprocess.Popen(
-        [warm_python(), "-c", IN_A_PROCESS, tests, kill, *command(root, *more)],
-        env={**os.environ, "RANK": f"{rank}", "WORLD_SIZE": f"{world}", "PYTHONUNBUFFERED": "1"},
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+FEW_POINTS = "import seco_sam, test_psa; seco_sam.load_segmenter = test_psa.load_few"
 
 
 def outputs(root: Path) -> dict[str, bytes]:
@@ -380,21 +342,18 @@ def test_a_finished_list_is_not_computed_again(finished):
 
 def test_two_processes_give_the_same_bytes(finished, tmp_path, monkeypatch):
     """The first waits for the second before it writes the list."""
-    root = make_root(tmp_path)
-    first = start(root, rank=0, world=2)
-    assert any("waiting for the other processes" in line for line in first.stdout)
-    assert not (root / "splits/pix_tiny/all.txt").exists()
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert run(root).code == 0
-    assert first.wait(timeout=300) == 0, first.stderr.read()
+    root, results = make_root(tmp_path), []
+    code = f"import sys; sys.path.insert(0, 'tests'); {FEW_POINTS}; seco_sam.main()"
+    first = lambda: results.append(run(root))
+    beside_a_second(monkeypatch, first, "-c", code, *command(root))
+    assert results[0].code == 0 and "waiting for the other processes" in results[0].out
     assert outputs(root) == outputs(finished) and summary_of(root)["images"] == 4
 
 
 def test_killed_and_started_again_gives_the_same_bytes(finished, tmp_path):
     root = make_root(tmp_path)
-    for kill, labels in (("before 1", 0), ("after 2", 2), ("before 2", 3)):
-        assert start(root, kill=kill).wait(timeout=300) == -signal.SIGKILL
+    for name, calls, labels in (("write_label", 0, 0), ("write_json", 2, 2), ("write_label", 1, 3)):
+        killed("seco_sam", name, calls, command(root), FEW_POINTS)
         assert len(list((root / "pix_tiny").glob("[0-9].png"))) == labels
     assert run(root).code == 0
     assert outputs(root) == outputs(finished)

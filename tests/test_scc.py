@@ -4,7 +4,6 @@ ground truth."""
 import csv
 import json
 import shutil
-import subprocess
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,9 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from PIL import Image
-from processes import beside_a_second, warm_python
+from processes import beside_a_second, killed
 from torch.nn import functional as F
 
 import seco_scc as scc
@@ -416,34 +414,12 @@ def test_two_thresholds_side_by_side(root_done):
     assert (root_done / "splits/loose/all.txt").read_text().count(" loose/train/") == 5
 
 
-KILLED = """
-import os, signal, sys
-import seco_scc as scc
-scc.SAVE_SECONDS = 0
-name, calls = sys.argv[1], int(sys.argv[2])
-def wrapped(*arguments, original=getattr(scc, name), **options):
-    global calls
-    calls -= 1
-    if calls < 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return original(*arguments, **options)
-setattr(scc, name, wrapped)
-scc.main(sys.argv[3:])
-"""
-
-
 def test_killed_in_every_stage_and_started_again(finished, root):
     """SIGKILL in training after three iterations, in scoring after two images, in correction after
     two labels.
     """
     for name, calls in (("gradients", 3), ("score_image", 2), ("corrected_label", 2)):
-        killed = subprocess.run(
-            [warm_python(), "-c", KILLED, name, str(calls), *command(root, "release")],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-        )
-        assert killed.returncode == -9, killed.stderr
+        killed("seco_scc", name, calls, command(root, "release"), "seco_scc.SAVE_SECONDS = 0")
         out = root / "pix_scc"
         state = {
             "gradients": (out / "training.pth").is_file(),
