@@ -171,10 +171,6 @@ class TransformersSam(Segmenter):
         if isinstance(embeddings, tuple):  # SAM-HQ
             self.embeddings = dict(zip(("image_embeddings", "intermediate_embeddings"), embeddings))
 
-    def to_input(self, points: np.ndarray) -> np.ndarray:
-        (height, width), (rows, columns) = self.size, self.input_size
-        return points * np.array([columns / width, rows / height])
-
     def decode(
         self, points: Tensor, boxes: Tensor | None, several: bool, above: float = -np.inf
     ) -> Callable[[int, int], tuple[Tensor, Tensor]]:

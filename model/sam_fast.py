@@ -84,9 +84,6 @@ class FastSam(Segmenter):
         # Pixels of SAM's square, a side, that one low-resolution mask pixel covers.
         self.pixels_per_cell = encoder.img_size // (4 * prompts.image_embedding_size[0])
 
-    def to_input(self, points: np.ndarray) -> np.ndarray:
-        return self.transform.apply_coords(points, self.size)
-
     def decode(
         self, points: Tensor, boxes: Tensor | None, several: bool, above: float = -np.inf
     ) -> Callable[[int, int], tuple[Tensor, Tensor]]:

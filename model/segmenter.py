@@ -101,10 +101,9 @@ class Segmenter:
     # ------------------------------------------------------------------------- what a backend gives
 
     def encode(self, image: np.ndarray) -> None:
-        """Keep what `decode` needs of an image, uint8 H x W x 3, RGB. `self.size` is set."""
-
-    def to_input(self, points: np.ndarray) -> np.ndarray:
-        """Points ... x 2 (x, y), from the image's pixels to those of the network's input."""
+        """Keep what `decode` needs of an image, uint8 H x W x 3, RGB, whose `size` is set; set
+        `input_size`, that of the image in the network's input.
+        """
 
     def decode(
         self, points: Tensor, boxes: Tensor | None, several: bool, above: float = -np.inf
@@ -151,8 +150,8 @@ class Segmenter:
         tensor = lambda x: torch.as_tensor(x, dtype=torch.float, device=self.device)
         for count in np.unique(counts):
             chosen = np.flatnonzero(counts == count)
-            coords = self.to_input(np.stack([points[i] for i in chosen]).astype(np.float64))
-            corners = self.to_input(boxes[chosen].astype(np.float64).reshape(-1, 2, 2))
+            coords = self.to_input(np.stack([points[i] for i in chosen]))
+            corners = self.to_input(boxes[chosen].reshape(-1, 2, 2))
             decode = self.decode(tensor(coords), tensor(corners.reshape(-1, 4)), several=False)
 
             def masks(start: int, stop: int) -> Tensor:
@@ -164,6 +163,11 @@ class Segmenter:
         return result
 
     # ------------------------------------------------------------------------- shared by all models
+
+    def to_input(self, points: np.ndarray) -> np.ndarray:
+        """Points ... x 2 (x, y), from the image's pixels to those of the network's input."""
+        (height, width), (rows, columns) = self.size, self.input_size
+        return points * np.array([columns / width, rows / height])
 
     def autocast(self) -> torch.autocast:
         """In bf16 with `amp`."""
