@@ -125,7 +125,7 @@ def difference(folder: Path, before: dict, now: dict, inputs: Mapping[str, Path]
 
 def made_from(settings: dict, inputs: Mapping[str, Path]) -> dict:
     """What results depend on: the settings and the SHA-256 of the input files. A command that makes
-    a few files in seconds notes it in the record that it writes last, under "made_from".
+    again what has changed notes it in the record that it writes last, under "made_from".
     """
     return json.loads(json.dumps({"settings": settings, "inputs": digests(inputs)}))
 
