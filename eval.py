@@ -47,7 +47,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import numpy as np
 from PIL import Image
 
-from util.charts import confusion_chart, save_chart
+from util.charts import GRID, new_chart, save_chart
 from util.labels import (
     CITYSCAPES_19,
     IGNORE,
@@ -417,6 +417,28 @@ def checked_network(task: Evaluation, device) -> Network:
     if task.labeled:
         check_pairs(args.root_path, task.rows, args.id_list_path, count, same_size=True)
     return network
+
+
+def confusion_chart(confusion: np.ndarray, names: tuple[str, ...]):
+    """A confusion matrix (K x K or K x (K + 1), rows ground truth; the last column of the latter:
+    no prediction), each row in percent of its sum, empty rows grey.
+    """
+    columns = [*names, "none"][: confusion.shape[1]]
+    sums = confusion.sum(axis=1, keepdims=True)
+    shares = confusion / np.where(sums > 0, sums, np.nan)
+    side = 100 + 8 * max(map(len, columns)) + 30 * max(6, len(columns))
+    axes = new_chart("", "prediction, in % of each row", "ground truth", side, side + 60)
+    axes.imshow(shares, "Blues", aspect="auto", vmin=0, vmax=1)
+    axes.set_facecolor(GRID)
+    for row, column in np.argwhere(shares >= 0.005):
+        share = shares[row, column]
+        colour = "white" if share > 0.6 else "black"
+        where = {"ha": "center", "va": "center", "fontsize": 8}
+        axes.text(column, row, f"{100 * share:.0f}", color=colour, **where)
+    axes.set_xticks(range(len(columns)), columns, rotation=90)
+    axes.set_yticks(range(len(names)), names)
+    axes.grid(False)
+    return axes.figure
 
 
 def write_results(folder: Path, confusion: np.ndarray, metrics: dict, record: dict) -> None:

@@ -8,8 +8,9 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
+from eval import confusion_chart
 from scripts.lib.report import ablation_chart
-from util.charts import confusion_chart, line_chart, save_chart
+from util.charts import line_chart, save_chart
 
 NAN = float("nan")
 LONG = "UniMatch on PSA, pixel label where no mask reaches, and some more words to make it long"

@@ -1,6 +1,4 @@
-"""Charts, drawn by matplotlib without a display: axes and curves to draw on, a confusion matrix.
-save_chart writes a Figure.
-"""
+"""Charts, drawn by matplotlib without a display: axes to draw on, curves, a file of them."""
 
 from __future__ import annotations
 
@@ -13,7 +11,7 @@ from util.labels import COLOURS
 from util.outputs import atomic_path
 
 DPI = 100
-INK, GRID = "#282828", "#e1e1e1"
+GRID = "#e1e1e1"
 CYCLE = tuple(f"#{red:02x}{green:02x}{blue:02x}" for red, green, blue in COLOURS)
 DASHES = ("-", "--", ":", "-.")  # of the first seven series, of the next seven …
 LEGEND_CHARACTERS = 45  # in a line of the legend
@@ -64,28 +62,6 @@ def line_chart(series: dict[str, tuple[list, list]], title: str, x_label: str, y
     """See draw_lines."""
     axes = new_chart(title, x_label, y_label)
     draw_lines(axes, series)
-    return axes.figure
-
-
-def confusion_chart(confusion: np.ndarray, names: tuple[str, ...]):
-    """A confusion matrix (K x K or K x (K + 1), rows ground truth; the last column of the latter:
-    no prediction), each row in percent of its sum, empty rows grey.
-    """
-    columns = [*names, "none"][: confusion.shape[1]]
-    sums = confusion.sum(axis=1, keepdims=True)
-    shares = confusion / np.where(sums > 0, sums, np.nan)
-    side = 100 + 8 * max(map(len, columns)) + 30 * max(6, len(columns))
-    axes = new_chart("", "prediction, in % of each row", "ground truth", side, side + 60)
-    axes.imshow(shares, "Blues", aspect="auto", vmin=0, vmax=1)
-    axes.set_facecolor(GRID)
-    for row, column in np.argwhere(shares >= 0.005):
-        share = shares[row, column]
-        colour = "white" if share > 0.6 else INK
-        where = {"ha": "center", "va": "center", "fontsize": 8}
-        axes.text(column, row, f"{100 * share:.0f}", color=colour, **where)
-    axes.set_xticks(range(len(columns)), columns, rotation=90)
-    axes.set_yticks(range(len(names)), names)
-    axes.grid(False)
     return axes.figure
 
 
