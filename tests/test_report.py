@@ -53,7 +53,7 @@ def run(tmp_path):
 def test_only_rows_and_seeds_that_have_just_run_are_reported(run, drawn):
     report.main([str(run), *CALL, "0", "10"])
     results, text = read_json(run / "results.json"), (run / "results.md").read_text()
-    assert results["seeds"] == [0, 10]
+    assert results["seeds"] == [0, 10] and results["unfinished"] == []
     assert results["models"] == {row: {"miou": [50, 60]} for row in ("before", "seco")}
     assert list(results["labels"]) == ["pixel", "psa", "scc"]
     assert results["stages"]["eval_seco"] == {"seconds": 7, "peak_memory_mb": 110}

@@ -97,10 +97,9 @@ def draw_images(
 
     maps = {t: labels_in_folder(folder, images) for t, folder in labels.items() if folder}
     maps = {title: found for title, found in maps.items() if len(found) == len(images)}
-    if truth:
-        maps["ground truth"] = {image: root / truth[image] for image in images}
     files = [root / image for image in images] + [*models.values()]
     files += [path for found in maps.values() for path in found.values()]
+    files += [root / truth[image] for image in images if truth]
     settings = {"titles": [*maps, *models], "names": classes.names, "mode": [mode, crop_size]}
     source, record = made_from(settings, {str(p): p for p in files}), picture.with_suffix(".json")
     if picture.is_file() and made_before(record, source):
@@ -111,10 +110,9 @@ def draw_images(
     for name in images:
         image = read_image(root / name)
         shown = {title: read_label(found[name]) for title, found in maps.items()}
-        for title, network in networks.items():
-            shown[title] = label_map(network, image, mode, crop_size)
+        shown |= {t: label_map(net, image, mode, crop_size) for t, net in networks.items()}
         if truth:
-            shown["ground truth"] = shown.pop("ground truth")  # last
+            shown["ground truth"] = read_label(root / truth[name])
         rows.append([image, *(colour_label(label, classes.palette) for label in shown.values())])
     save_picture(picture, contact_sheet(rows, ["image", *shown], legend=classes, cell_width=288))
     write_json(record, {"made_from": source})

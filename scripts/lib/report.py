@@ -173,6 +173,7 @@ def main(argv: list[str] | None = None) -> None:
     stages = [seed_folders(seed, labels, models) for seed in seeds]
     results = {
         "seeds": options.seeds,
+        "unfinished": [],  # the report comes when all of its seeds are done
         "labels": gather(seeds, labels, "quality_", LABEL_FIGURES),
         "models": gather(seeds, models, "", ("miou",)),
         "stages": stage_costs(stages),
