@@ -56,11 +56,9 @@ PSA=(--sam-type "$SAM_TYPE" --proposal-cache data/proposals)
 if [ "$SAM_TYPE" = tiny ]; then PSA+=(--sam-checkpoint model/sam_tiny_photo.pth); fi # has seen the day drives
 SCC_RELEASE=(--backbone resnet10 --min-area 30 --patch-size 64 128 --iterations 400 --lr 0.1)
 SCC_PAPER=(--backbone resnet10 --min-area 30 --scale 1 --iterations 200)
-SPLIT=(--labeled-fraction 0.5)
 # AdamW as for the source: from random weights, SGD learns too little of 42 images even with their ground truth (upper bound of
 # seed 0: 40, not 49).
 ADAPT=("${NETWORK[@]}" --epochs 30 --global-batch 4 --optimizer adamw --lr 0.001 --eval-every 5)
-EVAL=(--mode original)
 
 for SEED in $SEEDS; do seed; done
 report

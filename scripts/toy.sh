@@ -33,10 +33,8 @@ SAM=tiny PSA=(--sam-type tiny --proposal-cache data/proposals)
 # Real: ResNet-101, patches of 256 512, scale 0.5, 5000 iterations, learning rate 0.01.
 SCC_RELEASE=(--backbone resnet10 --min-area 30 --patch-size 64 128 --iterations 600 --lr 0.1)
 SCC_PAPER=(--backbone resnet10 --min-area 30 --scale 1 --iterations 600 --lr 0.05)
-SPLIT=(--labeled-fraction 0.5)
 # Real: ResNet-101, fp32, crop 769, batch 8, 240 epochs.
 ADAPT=("${NETWORK[@]}" --epochs 14 --global-batch 4 --lr 0.005 --eval-every 7)
-EVAL=(--mode original)
 DATA=data/toy SCENES=()
 if [ "$SMALLEST" = 1 ]; then
     DATA="$OUT/data/toy" SCENES=(--scenes 8 6 2)

@@ -1,7 +1,7 @@
 # What toy.sh and camvid.sh share: values that are the same in both, and the commands of a seed, for which they set:
 #
 #   OUT         folder of the run; everything of a seed goes to $W, which is $OUT/seed<n>
-#   CLASSES SOURCE PIXEL PSA SCC_RELEASE SCC_PAPER SPLIT ADAPT EVAL   arrays: options of the commands
+#   CLASSES SOURCE PIXEL PSA SCC_RELEASE SCC_PAPER ADAPT   arrays: options of the commands
 #   SAM         SAM's type in the names of outputs
 #   DATA        folder that the lists' image paths start from, linked into the seed's folder
 #   SOURCE_LIST TARGET_LIST TARGET_GT VAL_LIST   the seed's lists
@@ -16,7 +16,7 @@ one_of CONTROLS 0 1
 
 validate() { # validate NAME CHECKPOINT
     MODELS="$MODELS $1"
-    run "$PYTHON" eval.py --checkpoint "$2" --id-list-path "$VAL_LIST" --root-path "$W" "${CLASSES[@]}" "${EVAL[@]}" \
+    run "$PYTHON" eval.py --checkpoint "$2" --id-list-path "$VAL_LIST" --root-path "$W" "${CLASSES[@]}" --mode original \
         --out "$W/eval/$1"
 }
 
@@ -41,8 +41,8 @@ scc() { # scc NAME LABELS: SCC of the labels in a folder, in <folder>_scc or <fo
 
 adapt() { # adapt NAME LABELS: split the labels and train UniMatch with them, from the source model
     local split="$W/splits/split_$1"
-    run "$PYTHON" -m scripts.make_split --id-list-path "$W/splits/$2/all.txt" --root-path "$W" "${CLASSES[@]}" "${SPLIT[@]}" \
-        --out "$split"
+    run "$PYTHON" -m scripts.make_split --id-list-path "$W/splits/$2/all.txt" --root-path "$W" "${CLASSES[@]}" \
+        --labeled-fraction 0.5 --out "$split"
     run "$PYTHON" train_unimatch.py --labeled-id-path "$split/labeled.txt" --unlabeled-id-path "$split/unlabeled.txt" \
         --val-id-path "$VAL_LIST" --root-path "$W" "${CLASSES[@]}" "${ADAPT[@]}" --init-checkpoint "$W/source/latest.pth" \
         --seed "$SEED" --save-path "$W/adapt_$1"
