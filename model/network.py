@@ -35,7 +35,6 @@ from model.resnet import (
     read_checkpoint,
     state_dict_in,
     to_tensor,
-    without_prefixes,
 )
 from util.run import UserError
 
@@ -137,21 +136,19 @@ def load_network(path: str | Path, device, class_num: int) -> Network:
 
 def network_in(content, path: str | Path) -> Network:
     """The network in a checkpoint's content, on the CPU; `path` is for messages."""
-    parts = content if isinstance(content, dict) else {}
-    if all(isinstance(parts.get(name), dict) for name in ("feature_extractor", "classifier")):
-        return dtst(content, path)
     state = state_dict_in(content, path)
-    if {"backbone.stem.0.weight", "head.conv2d_list.0.weight"} <= state.keys():
-        return cma(state, path)
-    if "layer5.head.1.weight" in state:
-        return proda(state, path)
-    if {"bot_aspp.0.weight", "final2.0.weight"} <= state.keys():
-        return shade(state, path)
-    if {"classifier.weight", "head.project.0.weight"} <= state.keys():
-        return deeplabv3plus(state, path)
+    for weights, network_of in (
+        ({"feature_extractor.backbone.conv1.weight", "classifier.conv2d_list.0.weight"}, dtst),
+        ({"backbone.stem.0.weight", "head.conv2d_list.0.weight"}, cma),
+        ({"layer5.head.1.weight"}, proda),
+        ({"bot_aspp.0.weight", "final2.0.weight"}, shade),
+        ({"classifier.weight", "head.project.0.weight"}, deeplabv3plus),
+    ):
+        if weights <= state.keys():
+            return network_of(state, path)
     raise UserError(
         f"{path}: not a network of train_unimatch.py, UniMatch, DT-ST, CMA, ProDA or SHADE "
-        f"(first weight: {next(iter(state))})"
+        f"(first weight: {next(iter(state), 'none')})"
     )
 
 
@@ -203,19 +200,12 @@ def shade(state: dict[str, torch.Tensor], path: str | Path) -> Network:
     return deeplabv3plus(state, path, shades=True)
 
 
-def dtst(content: dict, path: str | Path) -> Network:
+def dtst(state: dict[str, torch.Tensor], path: str | Path) -> Network:
     """Of DT-ST's `{'feature_extractor', 'classifier', 'iteration'}`, two tables of weights."""
-    state = {
-        f"{part}.{name}": value
-        for part in ("feature_extractor", "classifier")
-        for name, value in without_prefixes(content[part]).items()
-    }
-    weight = state.get("classifier.conv2d_list.0.weight")
-    if weight is None:
-        raise UserError(f"{path}: not DT-ST's DeepLabV2: no conv2d_list.0.weight in its classifier")
-    model, size = DeepLabV2(len(weight)), DTST_SIZE.get(len(weight))
+    class_num = len(state["classifier.conv2d_list.0.weight"])
+    model, size = DeepLabV2(class_num), DTST_SIZE.get(class_num)
     load_exactly(model, state, path, "DT-ST's DeepLabV2")
-    return Network(model, "DT-ST", len(weight), size, Image.Resampling.BICUBIC)
+    return Network(model, "DT-ST", class_num, size, Image.Resampling.BICUBIC)
 
 
 def cma(state: dict[str, torch.Tensor], path: str | Path) -> Network:

@@ -218,6 +218,7 @@ def load_backbone(backbone: ResNet, weights: str | Path) -> None:
 PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and of torch.compile
 # Where a table of weights lies in a checkpoint: ProDA's `ResNet101` holds a `model_state`.
 TABLES = ("ResNet101", "model_state", "model", "state_dict")
+DTST_TABLES = ("feature_extractor", "classifier")  # two of one network
 
 
 def numpy_scalars() -> list:
@@ -258,11 +259,14 @@ def without_prefixes(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def state_dict_in(content, path: str | Path) -> dict[str, torch.Tensor]:
     """The weights in a checkpoint's content, without prefixes: under `model` (ours, UniMatch's),
     `state_dict` (SHADE's, mmsegmentation's) or `ResNet101`, `model_state` (ProDA's), or the content
-    itself.
+    itself. Of DT-ST's two tables the names begin with the table's.
     """
     for key in TABLES:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
+    if isinstance(content, dict) and all(isinstance(content.get(x), dict) for x in DTST_TABLES):
+        tables = {table: without_prefixes(content[table]) for table in DTST_TABLES}
+        content = {f"{table}.{x}": value for table in tables for x, value in tables[table].items()}
     is_table = isinstance(content, dict) and all(torch.is_tensor(v) for v in content.values())
     if not is_table or not content:
         raise UserError(f"{path}: holds no table of weights (a state_dict, alone or under 'model')")

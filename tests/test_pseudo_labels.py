@@ -484,5 +484,5 @@ def test_labels_and_evaluation_from_a_dtst_checkpoint(data, monkeypatch, capsys)
 
 
 def test_an_empty_dtst_checkpoint():
-    with pytest.raises(UserError, match="no conv2d_list.0.weight"):
+    with pytest.raises(UserError, match="holds no table of weights"):
         network_in({"feature_extractor": {}, "classifier": {}}, "x.pth")
