@@ -164,7 +164,7 @@ def label_map(
         if mode in ("original", "square_windows"):
             scores = replace(network, mode=mode).logits(image).softmax(dim=1)
         else:
-            images = network.pixels(image, None)
+            images = network.pixels(image)
             if mode == "sliding_window":
                 scores = sliding_scores(network.model, images, crop_size)
             else:

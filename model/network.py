@@ -89,13 +89,13 @@ class Network:
     scaled_only: bool = False
     mode: str = "original"
 
-    def logits(self, image: np.ndarray, test_size: tuple[int, int] | None = None) -> torch.Tensor:
-        """uint8 H x W x 3 → float32 1 x K x H x W on the network's device. test_size: another."""
-        return self.logits_at(self.pixels(image, test_size), image.shape[:2])
+    def logits(self, image: np.ndarray) -> torch.Tensor:
+        """uint8 H x W x 3 → float32 1 x K x H x W on the network's device."""
+        return self.logits_at(self.pixels(image), image.shape[:2])
 
-    def multi_scale(self, image: np.ndarray, test_size: tuple[int, int] | None) -> torch.Tensor:
+    def multi_scale(self, image: np.ndarray) -> torch.Tensor:
         """Instead CMA's mean softmax of image and mirror image at SCALES, for its pixel labels."""
-        pixels, size, total = self.pixels(image, test_size), image.shape[:2], 0
+        pixels, size, total = self.pixels(image), image.shape[:2], 0
         for scale in SCALES:
             scaled_size = [int(length * scale + 0.5) for length in pixels.shape[-2:]]
             scaled = interpolate(pixels, scaled_size, mode="bilinear", antialias=True)
@@ -103,11 +103,10 @@ class Network:
             total += self.logits_at(scaled.flip(-1), size).flip(-1).softmax(dim=1)
         return total / (2 * len(SCALES))
 
-    def pixels(self, image: np.ndarray, test_size: tuple[int, int] | None) -> torch.Tensor:
+    def pixels(self, image: np.ndarray) -> torch.Tensor:
         """uint8 H x W x 3 → the network's input, float32 1 x 3 x h x w on its device."""
-        test_size = test_size or self.test_size
-        if test_size and test_size[::-1] != image.shape[:2]:
-            image = np.array(Image.fromarray(image).resize(test_size, self.resample))
+        if self.test_size and self.test_size[::-1] != image.shape[:2]:
+            image = np.array(Image.fromarray(image).resize(self.test_size, self.resample))
         pixels = to_tensor(image)
         if self.scaled_only:
             pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255

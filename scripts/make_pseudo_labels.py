@@ -32,7 +32,7 @@ import math
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
 
@@ -232,7 +232,6 @@ def load_source(
     of a smaller array; float32 K x height x width.
     """
     root, class_num = options.root_path, options.class_num
-    test_size = options.test_size and tuple(options.test_size)
     sizes = {image: image_size(root / image) for image in images}
     files = {"list": options.id_list_path, **{image: root / image for image in images}}
     if options.probabilities:
@@ -244,15 +243,17 @@ def load_source(
         files["checkpoint"] = options.checkpoint
         exact_mode()
         network = load_network(options.checkpoint, device, class_num)
+        if options.test_size:
+            network = replace(network, test_size=tuple(options.test_size))
 
     @torch.no_grad()
     def probabilities(image: str) -> np.ndarray:
         if options.probabilities:
             found = read_probabilities(files[image], class_num)
         elif options.multi_scale:
-            found = network.multi_scale(read_image(files[image]), test_size)[0].cpu().numpy()
+            found = network.multi_scale(read_image(files[image]))[0].cpu().numpy()
         else:
-            scores = network.logits(read_image(files[image]), test_size).softmax(dim=1)
+            scores = network.logits(read_image(files[image])).softmax(dim=1)
             found = scores[0].cpu().numpy()
         grid = [min(-(-n // options.pixel_step), m) for n, m in zip(sizes[image], found.shape[1:])]
         return resized_nearest(found, tuple(grid))

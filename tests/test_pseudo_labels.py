@@ -20,7 +20,7 @@ from processes import beside_a_second
 
 import eval as evaluation
 from model.deeplabv3plus import DeepLabV3Plus
-from model.network import DTST_SIZE, DeepLabV2, network_in
+from model.network import DTST_SIZE, network_in
 from scripts import make_pseudo_labels as stage0
 from util.labels import class_set, read_label
 from util.run import STARTED, UserError
@@ -444,13 +444,6 @@ def test_the_recipe_for_mmsegmentation(data, modules, monkeypatch):
 # -------------------------------------------------------------------------------------------- DT-ST
 
 
-def test_frozen_batch_norm_has_no_epsilon():
-    norm, values = DeepLabV2(2).feature_extractor.backbone.bn1, (2, 3, 1, 1e-8)
-    for name, value in zip(("weight", "bias", "running_mean", "running_var"), values):
-        getattr(norm, name).fill_(value)
-    assert norm(torch.full((1, 64, 1, 1), 1.5))[0, 0].item() == pytest.approx(0.5 * 2 / 1e-4 + 3)
-
-
 def test_labels_and_evaluation_from_a_dtst_checkpoint(data, monkeypatch, capsys):
     """Its input size and filter come with the format; eval.py sees the same predictions. Trained by
     several processes its weights have a prefix.
@@ -468,7 +461,7 @@ def test_labels_and_evaluation_from_a_dtst_checkpoint(data, monkeypatch, capsys)
     image = Image.open(root / IMAGE.format(0)).resize((96, 64), Image.Resampling.BICUBIC)
     network = network_in(content, "x")
     with torch.no_grad():
-        raw = network.model.eval()(network.pixels(np.array(image), None))
+        raw = network.model.eval()(network.pixels(np.array(image)))
         logits = torch.nn.functional.interpolate(raw, SIZE, mode="bilinear", align_corners=True)
     assert np.array_equal(read_label(root / name, 16), logits[0].argmax(0).numpy())
 
@@ -481,8 +474,3 @@ def test_labels_and_evaluation_from_a_dtst_checkpoint(data, monkeypatch, capsys)
         evaluation.main([*evaluate, "--device", "cpu", "--mode", "sliding_window"])
     with pytest.raises(UserError, match="predicts 16 classes"):
         stage0.main([*options, "--class-num", "11", "--stuff", "0", "--things", "1"])
-
-
-def test_an_empty_dtst_checkpoint():
-    with pytest.raises(UserError, match="holds no table of weights"):
-        network_in({"feature_extractor": {}, "classifier": {}}, "x.pth")
