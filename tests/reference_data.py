@@ -102,7 +102,7 @@ def made_files(root: Path, count: int) -> list[tuple[str, str]]:
         for _ in range(90):
             x, y, w, h = random.integers((0, 200, 6, 6), (width, height - 60, 160, 120))
             label[y : y + h, x : x + w] = random.choice([2, 5, 7, 11, 13, 18])
-        rows.append((f"{number}.png", f"{number}_label.png"))
+        rows.append((f"{number}.png", f"pixel/{number}.png"))
         Image.fromarray(np.clip(image, 0, 255).astype(np.uint8)).save(root / rows[-1][0])
         write_label(root / rows[-1][1], label, CITYSCAPES_19.palette)
     return rows

@@ -601,12 +601,16 @@ def test_a_damaged_image_is_told_in_one_line(data, tmp_path, monkeypatch, capsys
 
 
 @pytest.mark.slow
-def test_benchmarks_run_and_print_ratios(capsys):
+def test_benchmarks_run_and_print_ratios(capsys, monkeypatch):
     how, cpu = {"backbone": "resnet18", "crop_size": 64, "batch": 2}, torch.device("cpu")
     variants = bench.train(bench.Options(part="train", steps=1, **how), cpu)
     seconds = bench.data(bench.Options(part="data", samples=6), cpu)
+    for name, small in {"FILES": 1, "TIMES": 20, "CUTS": 2, "BATCHES": 2}.items():
+        monkeypatch.setattr(bench, name, small)
+    bench.scc(bench.Options(part="scc"), cpu)
     out = capsys.readouterr().out
-    for row in ("| plain fp32 |", "| bf16 channels-last |", "| ours, --image-cache |"):
+    rows = ("| plain fp32 |", "| bf16 channels-last |", "| ours, --image-cache |", "in 20 images")
+    for row in rows:
         assert row in out
     assert seconds["plain"] > 4 * seconds["ours, --image-cache"]
     assert len(variants) == 4
