@@ -413,7 +413,7 @@ def test_bad_input_is_told_in_one_line(data, tmp_path, capsys):
         ((*model, "--out", tmp_path / "file/out"), None, "file/out: cannot write there"),
         (model, "gone", "gt/gone.png: no such file, named in"),
         (model, "bad", "bad.png: holds the value 33"),
-        (model, "small", "small.png: 35x25 pixels, but its image"),
+        (model, "small", "small.png: 35x25 pixels do not show the same as the 70x50"),
         (model, "turned", "turned.png: 50x70 pixels do not show the same as the 70x50"),
         ((*predictions, "--out", tmp_path), "columns", "line 1: 1 columns where 2 are wanted"),
         (predictions, "mixed", "some lines lack a ground truth"),

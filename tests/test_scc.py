@@ -595,7 +595,7 @@ def test_maps_that_do_not_fit_are_told_before_the_training(root, monkeypatch):
     monkeypatch.setattr(scc, "train", refuse)
     truth, label = read_label(root / "gt/train/2.png"), read_label(root / "pix/train/2.png")
     for path, wrong, words in (
-        ("gt/train/2.png", truth[::2, ::2], "gt/train/2.png: 64x32 pixels, but .*128x64"),
+        ("gt/train/2.png", truth[::2, ::2], "gt/train/2.png: 64x32 pixels .*128x64"),
         ("pix/train/2.png", label.T, "pix/train/2.png: .*64x128"),
     ):
         write_label(root / path, wrong, CITYSCAPES_19.palette)

@@ -402,18 +402,23 @@ def check_one_each(files: dict[str, str | Path], what: str) -> None:
 
 
 def check_same_shape(
-    path_a: str | Path, size_a: tuple[int, int], path_b: str | Path, size_b: tuple[int, int]
+    path_a: Path,
+    size_a: tuple[int, int],
+    path_b: Path,
+    size_b: tuple[int, int],
+    same_size: bool = False,
 ) -> None:
-    """Fail if two maps of one scene differ in aspect ratio. sizes: (height, width).
-
-    Allowed is another resolution, with each side of the smaller map off by up to one pixel.
+    """Fail if two maps of one scene, of (height, width), differ in aspect ratio, or with
+    `same_size` in size. Another resolution may have each side of the smaller map off by up to one
+    pixel.
     """
     (small_h, small_w), (large_h, large_w) = sorted((size_a, size_b))
-    if abs(small_w * large_h - large_w * small_h) > large_h + large_w:
+    turned = abs(small_w * large_h - large_w * small_h) > large_h + large_w
+    if turned or (same_size and size_a != size_b):
         raise UserError(
             f"{path_a}: {size_a[1]}x{size_a[0]} pixels do not show the same as the"
-            f" {size_b[1]}x{size_b[0]} of {path_b} (turned or cropped?); give both in one aspect"
-            " ratio"
+            f" {size_b[1]}x{size_b[0]} of {path_b} (turned, cropped, scaled?); give both in one"
+            f" {'size' if same_size else 'aspect ratio'}"
         )
 
 
@@ -435,13 +440,8 @@ def check_pairs(
 
     def check(row: tuple[str, str]) -> np.ndarray:
         image, label = root / row[0], root / row[1]
-        size, values = image_size(image), read_label(label, class_num)
-        check_same_shape(label, values.shape, image, size)
-        if same_size and values.shape != size:
-            raise UserError(
-                f"{label}: {values.shape[1]}x{values.shape[0]} pixels, but its image {image} has"
-                f" {size[1]}x{size[0]}; both must have one size here"
-            )
+        values = read_label(label, class_num)
+        check_same_shape(label, values.shape, image, image_size(image), same_size)
         return pixels_of_values(values)
 
     with ThreadPoolExecutor() as pool:

@@ -31,14 +31,10 @@ details pre { white-space: pre-wrap }
 {% if part.text %}<p>{{ part.text }}</p>{% endif %}
 {% if part.head or part.rows %}
 <table>
-{% if part.head %}
-<thead><tr>{% for cell in part.head %}<th>{{ cell }}</th>{% endfor %}</tr></thead>
-{% endif %}
-<tbody>
+{% if part.head %}<tr>{% for cell in part.head %}<th>{{ cell }}</th>{% endfor %}</tr>{% endif %}
 {% for row in part.rows %}
 <tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}
-</tbody>
 </table>
 {% endif %}
 {% if part.verbatim %}<pre>{{ part.verbatim }}</pre>{% endif %}
