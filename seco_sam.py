@@ -152,10 +152,8 @@ def aggregate(
         masks = cached_proposals(sam, image, cache)
         if keep_masks:
             result.masks = masks = list(masks)
-        with sam.watch("align"):
-            painted, result.aligned = semantic_alignment(masks, pixel, stuff, classes.count, recipe)
-    with sam.watch("make prompts"):
-        result.prompts = thing_prompts(label, things, recipe)
+        painted, result.aligned = semantic_alignment(masks, pixel, stuff, classes.count, recipe)
+    result.prompts = thing_prompts(label, things, recipe)
     if result.prompts:
         over = prompt_things(sam, result.prompts, pixel, recipe)
         painted = torch.where(over == IGNORE, painted, over)  # things lie over stuff

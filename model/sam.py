@@ -165,7 +165,7 @@ class TransformersSam(Segmenter):
         reshaped = inputs.get("reshaped_input_sizes")
         self.padded = reshaped is not None
         self.input_size = tuple(reshaped[0].tolist()) if self.padded else self.square
-        with self.watch("encode"), self.autocast():
+        with self.autocast():
             embeddings = self.model.get_image_embeddings(pixels)
         self.embeddings = {"image_embeddings": embeddings}
         if isinstance(embeddings, tuple):  # SAM-HQ

@@ -70,7 +70,7 @@ class FastSam(Segmenter):
             rows, columns = (-(-side // TINY_MULTIPLE) * TINY_MULTIPLE for side in self.input_size)
             padded = padded[..., :rows, :columns]
         encoder, prompts = self.sam.image_encoder, self.sam.prompt_encoder
-        with self.watch("encode"), self.autocast():
+        with self.autocast():
             embedding = encoder(padded).float()
         rows, columns = self.tokens = embedding.shape[-2:]  # that show the image
         # No prompt is a mask: the embedding of "no mask" is added to the image once.

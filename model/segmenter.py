@@ -9,10 +9,6 @@ of the low-resolution masks, P counts prompts, k points of a prompt, M masks.
 
 from __future__ import annotations
 
-import contextlib
-import threading
-import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -52,31 +48,12 @@ class ProposalSettings:
     box_nms: float = 0.7  # IoU of boxes
 
 
-class Stopwatch:
-    """Seconds spent per named stage: `with watch("encode"): …`; `watch.seconds` is the table."""
-
-    def __init__(self):
-        self.seconds: dict[str, float] = defaultdict(float)
-        self._lock = threading.Lock()
-
-    @contextlib.contextmanager
-    def __call__(self, stage: str, threads: int = 1):
-        """threads: how many do this stage side by side; each of them counts that part of its
-        time.
-        """
-        start = time.perf_counter()
-        yield
-        with self._lock:
-            self.seconds[stage] += (time.perf_counter() - start) / threads
-
-
 class Segmenter:
     """One network and the image it has encoded.
 
     device: of all tensors that come out. prompt_batch: prompts decoded at a time (default: 4 on a
     CPU, whose caches like few, 64 on a GPU), halved for good when memory runs out. amp: compute in
-    bf16; may be set anew before `set_image`. `watch`: seconds of each stage. `files`: what
-    `load_segmenter` made it from.
+    bf16; may be set anew before `set_image`. `files`: what `load_segmenter` made it from.
     """
 
     files: list[Path]
@@ -90,13 +67,11 @@ class Segmenter:
     ):
         self.device, self.amp, self.settings = device, amp, settings or ProposalSettings()
         self.prompt_batch = prompt_batch or (64 if device.type == "cuda" else 4)
-        self.watch = Stopwatch()
         self.size: Size = (0, 0)  # of the image
-        self.threads, self._map = 1, map
+        self._map = map
         if device.type == "cpu" and torch.get_num_threads() > 1:
-            self.threads = torch.get_num_threads()
             one_core = {"initializer": torch.set_num_threads, "initargs": (1,)}
-            self._map = ThreadPoolExecutor(self.threads, **one_core).map
+            self._map = ThreadPoolExecutor(torch.get_num_threads(), **one_core).map
 
     # ------------------------------------------------------------------------- what a backend gives
 
@@ -157,8 +132,7 @@ class Segmenter:
             def masks(start: int, stop: int) -> Tensor:
                 return self.full_size(decode(start, stop)[0]) > MASK_THRESHOLD
 
-            with self.watch("prompts"):
-                batches = self._in_batches(masks, len(chosen))
+            batches = self._in_batches(masks, len(chosen))
             result[torch.as_tensor(chosen, device=self.device)] = torch.cat(batches)
         return result
 
@@ -189,18 +163,15 @@ class Segmenter:
 
         def good_masks(start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
             """Those that pass both tests: their logits, boxes and predicted IoU."""
-            with self.watch("decode proposals", self.threads):
-                low, iou = decode(start, stop)
-            with self.watch("upscale and filter", self.threads):
-                stable, boxes = self._stable(low)
-                return low[stable], boxes, iou[stable]
+            low, iou = decode(start, stop)
+            stable, boxes = self._stable(low)
+            return low[stable], boxes, iou[stable]
 
         batches = self._in_batches(good_masks, len(points))
-        with self.watch("nms"):
-            low, boxes, iou = (torch.cat(part) for part in zip(*batches))
-            one_class = torch.zeros(len(boxes), device=device)
-            keep = batched_nms(boxes.float(), iou, one_class, settings.box_nms)
-            return low[keep], boxes[keep], iou[keep]
+        low, boxes, iou = (torch.cat(part) for part in zip(*batches))
+        one_class = torch.zeros(len(boxes), device=device)
+        keep = batched_nms(boxes.float(), iou, one_class, settings.box_nms)
+        return low[keep], boxes[keep], iou[keep]
 
     @torch.inference_mode()
     def full_size(self, low: Tensor) -> Tensor:

@@ -188,8 +188,7 @@ def test_batches_decoded_side_by_side_give_what_one_thread_gives(sam):
             torch.set_num_threads(threads)
             fast = few(sam, prompt_batch=5)
             results.append(psa(image, label, fast))
-            assert fast.threads == threads == torch.get_num_threads()
-            assert all(0 < seconds < 60 for seconds in fast.watch.seconds.values())
+            assert (fast._map is map) == (threads == 1) and torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
     assert results[0].aligned == results[1].aligned and results[0].prompts

@@ -14,7 +14,6 @@ from PIL import Image
 import seco_sam
 from model.sam import load_segmenter
 from model.sam_fast import TINY_CHECKPOINT
-from model.segmenter import Stopwatch
 from util.labels import CITYSCAPES_19, SYNTHIA_16, connectivities, write_label
 from util.run import sha256
 
@@ -62,7 +61,7 @@ class RuleSam:
     12 rows or columns away from all its points.
     """
 
-    device, prompt_batch, watch = torch.device("cpu"), 4, Stopwatch()
+    device, prompt_batch = torch.device("cpu"), 4
 
     def __init__(self, masks: np.ndarray):
         self.masks = masks

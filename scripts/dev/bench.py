@@ -10,6 +10,7 @@ in one run. scripts/README.md has the figures.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import statistics
 import sys
@@ -20,6 +21,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
+from unittest import mock
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # for `python scripts/dev/NAME.py`
 
@@ -29,6 +31,7 @@ import torch
 from scipy.ndimage import gaussian_filter
 from segment_anything.utils.amg import calculate_stability_score
 
+import seco_sam
 import train_unimatch
 from dataset.samples import Key, Lists, TrainingSamples
 from dataset.scc import BUFFER, Job, index_image, patch_batches
@@ -38,7 +41,6 @@ from model.sam_fast import FastSam
 from model.segmenter import MASK_THRESHOLD, Segmenter
 from model.training import perturbation_factors
 from scripts.lib.page import markdown
-from seco_sam import aggregate
 from seco_scc import parse_args as scc_options
 from tests import oracle_psa, reference_data, reference_scc, reference_train
 from util import run
@@ -162,7 +164,7 @@ def data(options: Options, device: torch.device) -> dict[str, float]:
 
 def psa(options: Options, device: torch.device) -> None:
     """PSA stage by stage on scenes of the embedded benchmark, for SAMs beside tests/oracle_psa.py.
-    Seconds an image, MB. On a GPU the stages' own seconds need CUDA_LAUNCH_BLOCKING=1.
+    Seconds an image, MB.
     """
     run.exact_mode()
     run.tune_cpu()  # for both: the ratio is that of the algorithms
@@ -181,21 +183,35 @@ def measure_psa(options: Options, device: torch.device) -> dict:
     pairs = [(scene.image, pixel_labels(scene.label, i)) for i, scene in enumerate(scenes)]
     sam = prepared_segmenter(options, device, *pairs[0])
 
+    spent: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def watch(stage: str):
+        start = clock(device)
+        yield
+        spent[stage] = spent.get(stage, 0) + (clock(device) - start) / len(pairs)
+
     def measured(work) -> tuple[list, dict]:
-        sam.watch.seconds.clear()
+        spent.clear()
         count_memory_anew(device)
         start = clock(device)
         results = [work(*pair) for pair in pairs]
         seconds = (clock(device) - start) / len(pairs)
-        stages = {stage: value / len(pairs) for stage, value in sam.watch.seconds.items()}
         memory = run.peak_memory_mb(device)
-        return results, {"seconds": seconds, "stages": stages, "memory": memory}
+        return results, {"seconds": seconds, "stages": dict(spent), "memory": memory}
 
     def plain(image: np.ndarray, label: np.ndarray) -> np.ndarray:
-        how = (CITYSCAPES_19.stuff, CITYSCAPES_19.things, "release", sam.settings, sam.watch)
+        how = (CITYSCAPES_19.stuff, CITYSCAPES_19.things, "release", sam.settings, watch)
         return oracle_psa.oracle_psa(image, label, sam.sam, *how)
 
-    found, seconds = measured(lambda image, label: aggregate(image, label, sam, CITYSCAPES_19))
+    stages = [(sam, name) for name in ("encode", "find_proposals", "predict")]
+    stages += [(seco_sam, name) for name in ("semantic_alignment", "thing_prompts")]
+    with contextlib.ExitStack() as stack:
+        for owner, name in stages:
+            timed = watch(name)(getattr(owner, name))
+            stack.enter_context(mock.patch.object(owner, name, timed))
+        how = (sam, CITYSCAPES_19)
+        found, seconds = measured(lambda *pair: seco_sam.aggregate(*pair, *how))
     figures = {"psa": seconds}
     figures["proposals"] = statistics.mean(len(result.aligned) for result in found)
     figures["prompts"] = statistics.mean(len(result.prompts) for result in found)
@@ -243,7 +259,7 @@ def prepared_segmenter(
         sam.settings = replace(sam.settings, predicted_iou=iou, stability=limit)
         print(f"no weights of {sam_type} here: random ones, no box NMS, {sam.settings}")
     if device.type == "cuda":
-        aggregate(image, label, sam, CITYSCAPES_19)
+        seco_sam.aggregate(image, label, sam, CITYSCAPES_19)
     return sam
 
 
