@@ -207,7 +207,7 @@ def evaluate(rows, root: Path, class_num: int, label_of: Callable[[str], np.ndar
     """
     rank, world = process_rank()
     confusion = np.zeros((class_num, class_num + 1), dtype=np.int64)
-    for image, *truths in progress(rows[rank::world], "evaluation", quiet=rank > 0):
+    for image, *truths in progress(rows[rank::world], "evaluation"):
         label = label_of(image)
         if truths:
             truth = read_label(root / truths[0], class_num)

@@ -385,7 +385,7 @@ def aggregate_list(
     """PSA of this process's rows; the next images are read while the device works. how: recipe,
     only and fill. proposals: folder of this SAM's mask proposals.
     """
-    classes, quiet = job.classes, process_rank()[0] > 0
+    classes = job.classes
 
     def read(row: Row):
         return *read_pair(job.root, row, classes.count), job.digests(row)
@@ -400,7 +400,7 @@ def aggregate_list(
         print(f"bf16 gives {share:.2f} % of {rows[0][0]} the labels of fp32")
     with ThreadPoolExecutor(1) as reader:
         inputs = ahead(reader, read, rows, READ_AHEAD)
-        for row in progress(rows, "PSA", quiet=quiet):
+        for row in progress(rows, "PSA"):
             start, shown = time.perf_counter(), row[1] in job.shown
             image, label, digests = next(inputs)
             result = aggregate(image, label, sam, classes, **how, cache=proposals, keep_masks=shown)

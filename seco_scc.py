@@ -343,8 +343,7 @@ def score(job: Job, device: torch.device) -> None:
     recipe, count = RECIPES[job.options.recipe], job.options.workers
     with ThreadPoolExecutor(count) as readers, ThreadPoolExecutor(count) as cutters:
         coming = ahead(readers, lambda image: recipe.read(job, image), todo, count)
-        images = progress(zip(todo, coming), "SCC scoring", len(todo), quiet=rank > 0)
-        for image, content in images:
+        for image, content in progress(zip(todo, coming), "SCC scoring", len(todo)):
             scores = score_image(model, job, image, content, device, cutters)
             with atomic_path(job.score_path(image)) as temporary, open(temporary, "wb") as file:
                 np.savez(file, **scores)

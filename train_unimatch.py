@@ -293,7 +293,7 @@ def train(run: Trainer) -> list[float]:
     length, workers = sampler.per_epoch, loading_processes(args.workers)
     every = max(length // 8, 1)  # UniMatch's rows: eight or nine an epoch
     loader = iter(batches(run.samples, sampler, workers, run.device))
-    where = {"total": sampler.total, "initial": state.iteration, "quiet": logs is None}
+    where = {"total": sampler.total, "initial": state.iteration}
     with progress(desc="training", unit="it", **where) as bar:
         while state.iteration < sampler.total:
             epoch, within = divmod(state.iteration, length)

@@ -84,7 +84,7 @@ class Job(Experiment):
         rows = self.rows[rank::world]
         with ThreadPoolExecutor() as pool:
             done = pool.map(self.is_done, rows)
-            done = list(progress(done, "looking for earlier results", len(rows), quiet=rank > 0))
+            done = list(progress(done, "looking for earlier results", len(rows)))
         if any(done) and rank == 0:
             print(f"{sum(done)} of {len(rows)} images are done already")
         return [row for row, there in zip(rows, done) if not there]

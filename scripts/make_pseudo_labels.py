@@ -329,7 +329,7 @@ def store(rows, folder: Path, stage: str, arrays_of: Callable) -> None:
     rank, world = process_rank()
     share = [(image, stored_path(folder, label, stage)) for image, label in rows[rank::world]]
     share = [(image, path) for image, path in share if not path.exists()]
-    for image, path in progress(share, stage, quiet=rank > 0):
+    for image, path in progress(share, stage):
         arrays = arrays_of(image)
         with atomic_path(path) as temporary:
             np.savez(temporary, *arrays)
@@ -387,7 +387,7 @@ def make_labels(
     earlier = read_json(record)["cost"]["seconds"] if first and record.exists() else 0
 
     def predictions():
-        for _, label in progress(rows, "ranking", quiet=not first):
+        for _, label in progress(rows, "ranking"):
             yield stored(folder, label)
 
     try:

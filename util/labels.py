@@ -446,9 +446,7 @@ def check_pairs(
 
     with ThreadPoolExecutor() as pool:
         jobs = pool.map(check, rows)
-        quiet = process_rank()[0] > 0
-        bar = progress(jobs, "checking images and labels", len(rows), quiet=quiet)
-        pixels = np.array(list(bar))
+        pixels = np.array(list(progress(jobs, "checking images and labels", len(rows))))
     check_classes(pixels.sum(axis=0), class_num, list_path)
     return pixels
 

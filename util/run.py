@@ -304,16 +304,15 @@ def progress(
     desc: str = "",
     total: int | None = None,
     unit: str = "img",
-    quiet: bool = False,
     initial: int = 0,
 ):
     """Iterate over `iterable` and say on stderr how far it is; without one, a bar to `update()`.
 
-    A tqdm bar on a terminal; elsewhere at most one plain line in SECONDS_BETWEEN_LINES. quiet: say
-    nothing (other processes than the first). initial: items that an earlier run did.
+    A tqdm bar on a terminal; elsewhere at most one plain line in SECONDS_BETWEEN_LINES. Of several
+    processes the first alone says it. initial: items that an earlier run did.
     """
     how = {"desc": desc, "total": total, "unit": unit, "initial": initial}
-    if quiet or sys.stderr.isatty():
+    if (quiet := process_rank()[0] > 0) or sys.stderr.isatty():
         return tqdm(iterable, disable=quiet, leave=False, **how)
     return _Lines(
         iterable,
