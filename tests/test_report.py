@@ -3,18 +3,19 @@
 import pytest
 
 from scripts.lib import report
+from util.labels import CITYSCAPES_19, write_classes
 from util.outputs import read_json, write_json
 from util.run import UserError
 
 ROWS = ("before", "seco", "fill", "quality_pixel", "quality_psa", "quality_scc")
-CALL = "--class-num 19 --labels scc pixel psa --models seco before --seeds".split()
+CALL = "--labels scc pixel psa --models seco before --seeds".split()
 EVALUATION = "===> Epoch: {}\n***** Evaluation ***** >>>> MeanIoU: {:.2f}\n"
 
 
 def seed(run, number):
     """A seed's folder with evaluations of ROWS, and a log of two epochs for each."""
     folder = run / f"seed{number}"
-    (folder / "source").mkdir(parents=True)
+    write_classes(folder / "source", CITYSCAPES_19)
     for row in ROWS:
         figures = {"coverage": 90.0, "accuracy": 80.0, "miou": 50.0 + number}
         write_json(folder / f"eval/{row}/metrics.json", figures)

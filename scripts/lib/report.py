@@ -1,7 +1,6 @@
 """Tables, pictures and the page of a pipeline run (scripts/toy.sh, scripts/camvid.sh), over seeds.
 
-    python -m scripts.lib.report runs/toy_release --seeds 0 1 --labels pixel psa scc --models \
-        before seco
+    python -m scripts.lib.report runs/x --seeds 0 1 --labels pixel psa scc --models before seco
 
 Reads what the commands left in `<run>/seed<n>/`. Seeds and rows are named by the script that has
 just run them all, so that nothing is shown whose inputs have changed since. Writes results.json,
@@ -30,15 +29,15 @@ from scripts.lib.run_folder import (
 )
 from scripts.lib.sweep import sweep
 from util.charts import CYCLE, line_chart, new_chart, save_chart
-from util.labels import ClassSet, chosen_classes
-from util.options import Argument, ClassOptions, Folder, parse_options
+from util.labels import ClassSet, read_classes
+from util.options import Argument, Folder, parse_options
 from util.outputs import read_json, write_json, write_text
 from util.run import run_main
 from util.training_log import read_training_log
 
 
 @dataclass(kw_only=True)
-class Options(ClassOptions):
+class Options:
     run: Argument[Folder]
     "folder of the run, with seed<n> in it"
     seeds: Annotated[list[int], "N"]
@@ -166,7 +165,7 @@ def draw(run: Path, folders: dict[str, Path], classes: ClassSet, models: dict) -
 
 def main(argv: list[str] | None = None) -> None:
     options = parse_options(Options, __doc__, argv)
-    run, classes = options.run, chosen_classes(options)
+    run = options.run
     seeds = [run / f"seed{number}" for number in options.seeds]
     labels = [row for row in LABEL_ROWS if row in options.labels]
     models = [row for row in MODEL_ROWS if row in options.models]
@@ -179,6 +178,7 @@ def main(argv: list[str] | None = None) -> None:
         "stages": stage_costs(stages),
     }
     write_json(run / "results.json", results)
+    classes = read_classes(stages[0]["source"] / "classes.txt")
     draw(run, stages[0], classes, results["models"])
     folders = {
         f"{seed.name}/{stage}": folder

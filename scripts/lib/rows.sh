@@ -92,7 +92,7 @@ seed() { # everything of a seed: source model, pixel-level labels, the recipes t
 }
 
 report() { # tables, pictures and the page over all seeds, of the rows that have just run
-    run "$PYTHON" -m scripts.lib.report "$OUT" "${CLASSES[@]}" --seeds $SEEDS --labels $LABELS --models $MODELS
+    run "$PYTHON" -m scripts.lib.report "$OUT" --seeds $SEEDS --labels $LABELS --models $MODELS
     cat "$OUT/results.md"
     printf '\nThe same with pictures, in a browser: %s\n' "$OUT/index.html"
 }
