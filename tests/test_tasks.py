@@ -220,7 +220,7 @@ def test_gpus_that_cuda_sees(monkeypatch, tmp_path, count, visible, expected):
     assert preflight.gpus_found() == expected
 
 
-EVENLY = "give one of 1, 2, 4, or leave it out"
+EVENLY = "for GPUS one of 1, 2, 4, or leave it out"
 
 
 @pytest.mark.parametrize(
@@ -233,8 +233,8 @@ EVENLY = "give one of 1, 2, 4, or leave it out"
         (7, {}, 4, "note: 4 of 7 GPUs are used"),
         (8, {"batch": 4}, 4, "note: 4 of 8 GPUs are used"),
         (0, {}, None, "an NVIDIA GPU (nvidia-smi shows none, or CUDA_V"),
-        (2, {"asked": "4"}, None, "GPUS=4: 2 GPUs are here"),
-        *((8, {"asked": x}, None, f"GPUS={x}: 8 GPUs are here") for x in ("0", "08", "two", "16")),
+        (2, {"asked": "4"}, None, "GPUS=4: the GPUs here are cuda:0 to cuda:1"),
+        *((8, {"asked": x}, None, f"GPUS={x}: the GPUs here") for x in ("0", "08", "two", "16")),
         *((6, {"asked": x}, None, EVENLY) for x in ("6", "3")),
         (8, {"device": "cuda:1"}, 1, ""),
         (8, {"device": "cuda:1", "asked": "1"}, 1, ""),
@@ -251,7 +251,7 @@ def test_processes_fit_the_gpus_and_the_global_batch(capsys, found, settings, pr
         assert len(missing) == 1 and said in " ".join(missing[0])
     else:
         assert (count, missing) == (processes, [])
-        assert capsys.readouterr().err.startswith(said)
+        assert (note := capsys.readouterr().err).startswith(said) and bool(note) == bool(said)
 
 
 STUB = """#!/bin/sh

@@ -81,30 +81,19 @@ def gpus_to_use(device: str, asked: str, batch: int, found: int) -> tuple[int, M
     if not found:
         what = "an NVIDIA GPU (nvidia-smi shows none, or CUDA_VISIBLE_DEVICES hides them)"
         return 0, [(what, "the authors used four; on a CPU, try REHEARSE=1 with the same command")]
-    if device.startswith("cuda:"):
-        if asked in ("", "1") and int(device[5:]) < found:
-            return 1, []
-        what = f"DEVICE={device} GPUS={asked}: the GPUs here are cuda:0 to cuda:{found - 1}"
-        return 0, [(what, "give one of these and no GPUS, or no DEVICE")]
     fitting = [count for count in range(1, found + 1) if batch % count == 0]
-    if asked:
-        if asked in map(str, fitting):
-            return int(asked), []
-        what = f"GPUS={asked}: {found} GPUs are here, and the processes share a global batch of"
-        give = ", ".join(map(str, fitting))
-        return 0, [(f"{what} {batch} evenly", f"give one of {give}, or leave it out")]
-    if fitting[-1] != found:
+    allowed = fitting
+    if device.startswith("cuda:"):
+        allowed = [1] if int(device[5:]) < found else []
+    elif not asked and fitting[-1] != found:
         note = f"{fitting[-1]} of {found} GPUs are used; they share a global batch of {batch}"
         print(f"note: {note} evenly", file=sys.stderr)
-    return fitting[-1], []
-
-
-def missing_disk() -> Missing:
-    free = shutil.disk_usage(".").free // 10**9
-    if free >= DISK_GB:
-        return []
-    what = f"{DISK_GB} GB of free disk here ({free} are free)"
-    return [(what, "make room, or set OUT and DATA_ROOT elsewhere")]
+    if allowed and asked in ("", *map(str, allowed)):
+        return int(asked or allowed[-1]), []
+    what = f"DEVICE={device} GPUS={asked}: the GPUs here are cuda:0 to cuda:{found - 1}, and the"
+    what += f" processes share a global batch of {batch} evenly"
+    give = ", ".join(map(str, fitting))
+    return 0, [(what, f"give no DEVICE, and for GPUS one of {give}, or leave it out")]
 
 
 def main(given: Mapping[str, str] = os.environ) -> int:
@@ -112,7 +101,10 @@ def main(given: Mapping[str, str] = os.environ) -> int:
         given["DEVICE"], given["GPUS"], int(given["GLOBAL_BATCH"]), gpus_found()
     )
     missing = missing_data(given["DATA"], Path(given["DATA_ROOT"])) + missing_inputs(given)
-    missing += wrong + missing_disk()
+    missing += wrong
+    if (free := shutil.disk_usage(".").free // 10**9) < DISK_GB:
+        get = "make room, or set OUT and DATA_ROOT elsewhere"
+        missing.append((f"{DISK_GB} GB of free disk here ({free} are free)", get))
     if not missing:
         print(gpus)
         return 0
