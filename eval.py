@@ -314,8 +314,8 @@ class Evaluation:
     """What the options ask for; lists and label maps are checked.
 
     rows: (image path, ground-truth path), or of images alone. maps: {image path: its label map}, of
-    --labels. predictions: {image path: where its prediction goes}. files: {name: file}
-    of all that is read.
+    --labels. predictions: {image path: where its prediction goes}. files: {name: file} of all that
+    is read.
     """
 
     def __init__(self, args: Options):

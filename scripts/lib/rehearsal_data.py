@@ -53,13 +53,9 @@ RIDGE = 1e-3  # relative to the mean square of a feature
 # Keeps the activations of 33 residual blocks with random weights in bounds.
 LAST_NORM_WEIGHT = 0.1
 LOGIT_SCALE = 10  # scores of 0 to 1 become logits
-
-
-def label_ids(train_ids: np.ndarray) -> np.ndarray:
-    """uint8 train IDs of 19 classes → official label IDs; no label becomes 4, `static`."""
-    table = np.full(256, 4, dtype=np.uint8)
-    table[:19] = LABEL_IDS_OF_19
-    return table[train_ids]
+# uint8 256: train ID of 19 classes → official label ID; no label becomes 4, `static`.
+LABEL_IDS = np.full(256, 4, dtype=np.uint8)
+LABEL_IDS[:19] = LABEL_IDS_OF_19
 
 
 def write_data(root: Path, layout: str, counts: dict[str, int]) -> None:
@@ -83,7 +79,7 @@ def write_data(root: Path, layout: str, counts: dict[str, int]) -> None:
             scene = draw_scene(seed, "target", *OFFICIAL[layout].size)
             save(image, scene.image)
             if split not in OFFICIAL[layout].unlabeled:
-                save(label, label_ids(scene.label) if layout == "cityscapes" else scene.label)
+                save(label, LABEL_IDS[scene.label] if layout == "cityscapes" else scene.label)
 
 
 def save(path: Path, array: np.ndarray) -> None:

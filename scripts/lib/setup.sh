@@ -30,17 +30,15 @@ CHECK
 }
 
 setup_install() {
-    local name need=() bar=off
+    local name
     if [ ! -x "$PYTHON" ]; then
         name="$(first_python)"
         echo "setup: making .venv with $("$name" --version)"
         "$name" -m venv "$setup_repo/.venv" ||
             die "'$name -m venv' failed; on Debian and Ubuntu install python3-venv, then run this command again"
     fi
-    for name in "${setup_files[@]}"; do need+=(-r "$name"); done
     echo "setup: installing packages into .venv (once; about 6 GB, some minutes)"
-    [ ! -t 1 ] || bar=on
-    "$PYTHON" -m pip install --disable-pip-version-check --progress-bar "$bar" "${need[@]}" ||
+    "$PYTHON" -m pip install --disable-pip-version-check "${setup_files[@]/#/-r}" ||
         die "pip could not install the packages above; check the network and the free disk space (6 GB)," \
             "then run this command again: it goes on where it stopped"
 }
