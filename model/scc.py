@@ -5,7 +5,7 @@ how they are trained, and the two rules that tell noisy labels by the losses: th
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -227,21 +227,20 @@ def noise_posterior(loss: np.ndarray, seed: int) -> NoiseModel:
     )
     order = mixture.means_[:, 0].argsort()
     means, variances = mixture.means_[order, 0], mixture.covariances_[order, 0, 0]
-    found = (means, np.sqrt(variances), mixture.weights_[order])
-    model = NoiseModel(eta, low, high, *(tuple(map(float, pair)) for pair in found))
     at_clean_mean = float(mixture.predict_proba(means[:1, None])[0, order[1]])
-    distance = np.diff(means)[0] / np.sqrt(variances.mean())
+    distance, why = np.diff(means)[0] / np.sqrt(variances.mean()), None
     if single.bic(x) <= mixture.bic(x) or distance < MIN_SEPARATION or at_clean_mean >= 0.5:
         why = (
             f"the mixture's components do not separate (means {means[0]:.3f} and {means[1]:.3f},"
             f" {distance:.2f} deviations apart): the labels are kept"
         )
-        return replace(model, fallback=why)
-    posterior = mixture.predict_proba(x)[:, order[1]]
-    # Below the clean mean a wide noisy component would take over again.
-    below = x[:, 0] < means[0]
-    eta[finite] = np.where(below, np.minimum(posterior, at_clean_mean), posterior)
-    return model
+    else:
+        posterior = mixture.predict_proba(x)[:, order[1]]
+        # Below the clean mean a wide noisy component would take over again.
+        below = x[:, 0] < means[0]
+        eta[finite] = np.where(below, np.minimum(posterior, at_clean_mean), posterior)
+    found = (means, np.sqrt(variances), mixture.weights_[order])
+    return NoiseModel(eta, low, high, *(tuple(pair.tolist()) for pair in found), why)
 
 
 def decide(

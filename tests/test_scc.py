@@ -582,15 +582,6 @@ def test_a_lost_classifier_takes_its_scores_with_it_and_lost_results_come_back(r
     assert results(root_done, "release") == before
 
 
-def test_labels_of_another_program_are_not_overwritten_nor_joined(root):
-    other = root / "pix_scc/train/of_another_list.png"
-    other.parent.mkdir(parents=True)
-    shutil.copy(root / "gt/train/1.png", other)
-    with pytest.raises(UserError, match="pix_scc: .* no settings.json that says what made"):
-        scc.main(command(root, "release"))
-    assert other.read_bytes() == (root / "gt/train/1.png").read_bytes()
-
-
 def test_maps_that_do_not_fit_are_told_before_the_training(root, monkeypatch):
     monkeypatch.setattr(scc, "train", refuse)
     truth, label = read_label(root / "gt/train/2.png"), read_label(root / "pix/train/2.png")
