@@ -80,7 +80,7 @@ class TrainingLog:
 
 _NUMBER = r"\d+(?:\.\d*)?(?:[eE][+-]?\d+)?"
 _CONFIG = re.compile(r"(?m)^\[?\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d[^{\n]*(\{.*(?:\n.*\S.*)*)")
-_EPOCH = re.compile(r"=+> Epoch:? *(\d+)")
+_EPOCH = re.compile(r"=> Epoch:? *(\d+)")
 _ROW = re.compile(r"\bIters?: *(\d+)(?:/\d+)?, *(.*)$", re.IGNORECASE)
 _LOSS = re.compile(rf"([A-Za-z][\w ]*?) *: *({_NUMBER}|nan|inf)(?=,|\s|$)")
 _CLASS = re.compile(rf"\*+ Evaluation .*Class \[\d+ (.+)\] IoU: ({_NUMBER}|nan)", re.IGNORECASE)
@@ -97,9 +97,9 @@ def read_text_log(path: str | Path) -> TrainingLog:
     of all later ones.
     """
     text, epochs = read_text(path, "log", errors="replace").rpartition("\n")[0], {}
-    for chunk in re.split(r"(?m)^(?=.*=> Epoch:? *\d)", text)[1:]:
-        number = int(_EPOCH.search(chunk)[1])
-        epochs = {epoch: text for epoch, text in epochs.items() if epoch < number}
+    _, *parts = _EPOCH.split(text)
+    for number, chunk in zip(map(int, parts[::2]), parts[1::2]):
+        epochs = {epoch: earlier for epoch, earlier in epochs.items() if epoch < number}
         epochs[number] = chunk
     if not epochs:
         raise UserError(
