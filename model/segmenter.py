@@ -106,12 +106,16 @@ class Segmenter:
         self.size = image.shape[:2]
         self.encode(image)
 
+    @torch.inference_mode()
     def proposals(self) -> Iterator[ProposalMask]:
-        """Automatic masks of the image in descending predicted IoU, on the device: found at once,
-        made at full size while they are taken, few at a time.
+        """Automatic masks of the image in descending predicted IoU, on the device: found when the
+        first is taken, made at full size few at a time.
         """
         low, boxes, _ = self.find_proposals()
-        return self._full_size_masks(low, boxes)
+        for some, their_boxes in zip(low.split(self.prompt_batch), boxes.split(self.prompt_batch)):
+            masks = self.full_size(some) > MASK_THRESHOLD
+            for mask, (x0, y0, x1, y1) in zip(masks, their_boxes.tolist()):
+                yield mask[y0 : y1 + 1, x0 : x1 + 1], (x0, y0, x1, y1)
 
     @torch.inference_mode()
     def predict(self, boxes: np.ndarray, points: list[np.ndarray]) -> Tensor:
@@ -181,13 +185,6 @@ class Segmenter:
             masks = F.interpolate(masks, size, mode="bilinear", align_corners=False)
             masks = masks[..., :rows, :columns]
         return masks[:, 0]
-
-    @torch.inference_mode()
-    def _full_size_masks(self, low: Tensor, boxes: Tensor) -> Iterator[ProposalMask]:
-        for some, their_boxes in zip(low.split(self.prompt_batch), boxes.split(self.prompt_batch)):
-            masks = self.full_size(some) > MASK_THRESHOLD
-            for mask, (x0, y0, x1, y1) in zip(masks, their_boxes.tolist()):
-                yield mask[y0 : y1 + 1, x0 : x1 + 1], (x0, y0, x1, y1)
 
     def _in_batches(self, function: Callable[[int, int], Any], count: int) -> list:
         """`function(start, stop)` over 0..count in prompt batches; on out-of-memory the batch is
