@@ -103,13 +103,12 @@ class Trainer:
     """UniMatch's iteration, and all that a run works with: its samples and their order, the network
     with its optimizer, where it stands. Sets torch's precision.
 
-    network: what forward and backward go through (DistributedDataParallel where there are several
-    processes); plain: the same without averages of gradients, the model or the compiled one. group:
-    samples that share the losses' pixel counts (OHEM's, the means'), as within one of the authors'
-    four processes; fewer where a process has fewer at a time. weights: of classes, or None. state:
-    the next iteration, the best mIoU, sums of the running epoch's losses; the metrics of every
-    evaluation and the mean loss, by epoch; seconds of the starts before this one. logs: on process
-    0 alone.
+    network: what forward and backward go through, the model or the compiled one, within
+    DistributedDataParallel where there are several processes. group: samples that share the losses'
+    pixel counts (OHEM's, the means'), as within one of the authors' four processes; fewer where a
+    process has fewer at a time. weights: of classes, or None. state: the next iteration, the best
+    mIoU, sums of the running epoch's losses; the metrics of every evaluation and the mean loss, by
+    epoch; seconds of the starts before this one. logs: on process 0 alone.
     """
 
     logs: train_logs.Logs | None = None
@@ -123,9 +122,9 @@ class Trainer:
             model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self.model = model.train()
         self.optimizer = training.optimizer_of(model, args)
-        self.plain = self.network = model
+        self.network = model
         if args.compile:
-            self.plain = self.network = torch.compile(model)
+            self.network = torch.compile(model)
             torch._dynamo.config.optimize_ddp = False  # its splitter fails on `fp_from`, a number
         self.group = math.gcd(args.global_batch // args.loss_groups, args.batch_per_process)
         self.weights = None
@@ -199,7 +198,7 @@ class Trainer:
         if needed.any():
             self.model.eval()
             with torch.no_grad(), self.amp():
-                found = losses.with_confidence(self.plain(self.images(w_mix[needed.cpu()])))
+                found = losses.with_confidence(self.network(self.images(w_mix[needed.cpu()])))
             self.model.train()
             for name, values in found.items():
                 mix[name][needed] = values
@@ -235,7 +234,7 @@ class Trainer:
         values: dict[str, torch.Tensor] = {}
         for number in range(sampler.steps):
             batch = next(loader)
-            whole = number == sampler.steps - 1 or self.network is self.plain
+            whole = number == sampler.steps - 1 or sampler.world == 1
             with contextlib.nullcontext() if whole else self.network.no_sync():
                 if args.supervised:
                     loss, found, shown = self.supervised_losses(batch)
@@ -291,7 +290,6 @@ def train(run: Trainer) -> list[float]:
     """From state.iteration to the end; returns the seconds of each iteration."""
     args, sampler, state, logs, seconds = run.args, run.sampler, run.state, run.logs, []
     length, workers = sampler.per_epoch, loading_processes(args.workers)
-    every = max(length // 8, 1)  # UniMatch's rows: eight or nine an epoch
     loader = iter(batches(run.samples, sampler, workers, run.device))
     where = {"total": sampler.total, "initial": state.iteration}
     with progress(desc="training", unit="it", **where) as bar:
@@ -299,19 +297,13 @@ def train(run: Trainer) -> list[float]:
             epoch, within = divmod(state.iteration, length)
             if within == 0:
                 state.sums = {}
-                if logs:
-                    lr = learning_rate(state.iteration, sampler.total, args.lr)
-                    logs.epoch(epoch, lr, state.best)
             start = time.perf_counter()
             values, shown = run.iteration(state.iteration, loader)
             seconds.append(time.perf_counter() - start)
             for name, value in values.items():
                 state.sums[name] = state.sums.get(name, 0.0) + value
             if logs:
-                lr = run.optimizer.param_groups[0]["lr"]
-                logs.train(state.iteration, {**values, "lr": lr})
-                if within % every == 0:
-                    logs.row(within, state.sums)
+                logs.iteration(run, values)
                 loss, best = values["loss_all"], state.best
                 bar.set_postfix_str(f"epoch {epoch}, loss {loss:.3f}, best {best:.2f}", False)
                 bar.update()
@@ -502,7 +494,7 @@ def main(argv: list[str] | None = None) -> None:
             out.accept(settings_of(args), inputs, begun)
             write_classes(args.save_path, classes)
         with process_group(device):
-            run.network = training.distributed(run.plain, device)
+            run.network = training.distributed(run.network, device)
             if args.dry_run:
                 dry_run(run)
             else:

@@ -98,18 +98,24 @@ class Logs:
         parameters = sum(values.numel() for values in run.model.parameters())
         self.text.info(f"Total params: {parameters / 1e6:.1f}M\n")
 
-    def epoch(self, epoch: int, lr: float, best: float) -> None:
-        self.text.info(f"===========> Epoch: {epoch}, LR: {lr:.5f}, Previous best: {best:.2f}")
-
-    def train(self, iteration: int, values: dict[str, float]) -> None:
-        for name, value in values.items():
-            self.events.add_scalar(f"train/{name}", value, iteration)
-
-    def row(self, within: int, sums: dict[str, float]) -> None:
-        """The means since the start of the epoch, of their sums after iteration `within`."""
-        shown = [(title, sums[name]) for name, title in TEXT_LOSSES.items() if name in sums]
-        means = [f"{title}: {total / (within + 1):.3f}" for title, total in shown]
-        self.text.info(f"Iters: {within}, {', '.join(means)}")
+    def iteration(self, run, values: dict[str, float]) -> None:
+        """Losses and learning rate of an iteration; at the start of an epoch its head, and eight or
+        nine times in it, as UniMatch, the means of its losses so far.
+        """
+        state, length, lr = run.state, run.sampler.per_epoch, run.optimizer.param_groups[0]["lr"]
+        epoch, within = divmod(state.iteration, length)
+        if within == 0:
+            start = f"Epoch: {epoch}, LR: {lr:.5f}, Previous best: {state.best:.2f}"
+            self.text.info(f"===========> {start}")
+        for name, value in {**values, "lr": lr}.items():
+            self.events.add_scalar(f"train/{name}", value, state.iteration)
+        if within % max(length // 8, 1) == 0:
+            means = [
+                f"{title}: {state.sums[name] / (within + 1):.3f}"
+                for name, title in TEXT_LOSSES.items()
+                if name in state.sums
+            ]
+            self.text.info(f"Iters: {within}, {', '.join(means)}")
 
     def evaluation(self, epoch: int, mode: str, metrics: dict) -> None:
         ious = {name: value or 0.0 for name, value in metrics["iou"].items()}
