@@ -52,10 +52,10 @@ from dataset.copy_paste import RARE_CLASSES
 from dataset.samples import (
     AUTHORS_PROCESSES,
     Lists,
-    MicroBatches,
     TrainingSamples,
     batches,
     loading_processes,
+    places,
     read_lists,
 )
 from eval import CropSize, Mode, evaluate_checkpoint, metrics_of
@@ -135,8 +135,8 @@ class Trainer:
             iteration=0, best=0.0, best_epoch=-1, sums={}, evaluations={}, losses={}, seconds=0.0
         )
         self.samples = TrainingSamples(args, lists)
-        share = (args.global_batch, args.batch_per_process, *process_rank(), args.seed)
-        self.sampler = MicroBatches(len(self.samples), args.epochs, *share)
+        self.places = places(args)
+        self.total = self.samples.per_epoch * args.epochs
 
     def unimatch_losses(self, batch: dict, factors) -> tuple[torch.Tensor, dict, dict]:
         """UniMatch's losses of one batch, as its released code has them.
@@ -225,27 +225,27 @@ class Trainer:
         return images if self.args.channels_last else images.contiguous()
 
     def iteration(self, iteration: int, loader: Iterator[dict]) -> tuple[dict, dict]:
-        """An optimizer step from `sampler.steps` batches: logged values, what the pictures show."""
-        args, sampler = self.args, self.sampler
+        """A step of the optimizer, from one batch of each of `places`. Gives the logged values and
+        what the pictures show.
+        """
+        args, steps = self.args, len(self.places)
         for group, factor in zip(self.optimizer.param_groups, (1.0, args.lr_multi)):
-            group["lr"] = learning_rate(iteration, sampler.total, args.lr) * factor
+            group["lr"] = learning_rate(iteration, self.total, args.lr) * factor
         self.optimizer.zero_grad()
         which = (args.seed, iteration, args.global_batch, self.model.backbone.channels[::3])
         values: dict[str, torch.Tensor] = {}
-        for number in range(sampler.steps):
+        for step, mine in enumerate(self.places):
             batch = next(loader)
-            whole = number == sampler.steps - 1 or sampler.world == 1
+            whole = step == steps - 1 or process_rank()[1] == 1
             with contextlib.nullcontext() if whole else self.network.no_sync():
                 if args.supervised:
                     loss, found, shown = self.supervised_losses(batch)
                 else:
-                    slot = sampler.slot(number)
-                    mine = np.s_[:, slot : slot + sampler.batch]
-                    factors = [f[mine].flatten(0, 1) for f in perturbation_factors(*which)]
+                    factors = [f[:, mine].flatten(0, 1) for f in perturbation_factors(*which)]
                     loss, found, shown = self.unimatch_losses(batch, factors)
-                (loss / sampler.steps).backward()
+                (loss / steps).backward()
             for name, value in found.items():
-                values[name] = values.get(name, 0) + value.detach() / sampler.steps
+                values[name] = values.get(name, 0) + value.detach() / steps
         stacked = torch.stack(list(values.values())).float()
         training.average_over_processes([stacked])
         logged = dict(zip(values, stacked.tolist()))
@@ -288,12 +288,12 @@ class Trainer:
 
 def train(run: Trainer) -> list[float]:
     """From state.iteration to the end; returns the seconds of each iteration."""
-    args, sampler, state, logs, seconds = run.args, run.sampler, run.state, run.logs, []
-    length, workers = sampler.per_epoch, loading_processes(args.workers)
-    loader = iter(batches(run.samples, sampler, workers, run.device))
-    where = {"total": sampler.total, "initial": state.iteration}
+    args, state, logs, seconds = run.args, run.state, run.logs, []
+    length, workers = run.samples.per_epoch, loading_processes(args.workers)
+    loader = iter(batches(run.samples, range(state.iteration, run.total), workers, run.device))
+    where = {"total": run.total, "initial": state.iteration}
     with progress(desc="training", unit="it", **where) as bar:
-        while state.iteration < sampler.total:
+        while state.iteration < run.total:
             epoch, within = divmod(state.iteration, length)
             if within == 0:
                 state.sums = {}
@@ -319,7 +319,7 @@ def finish_epoch(run: Trainer, epoch: int, shown: dict) -> None:
     """Evaluation, picture and checkpoints at the end of an epoch."""
     args, state, logs = run.args, run.state, run.logs
     last = epoch == args.epochs - 1
-    state.losses[epoch] = state.sums["loss_all"] / run.sampler.per_epoch
+    state.losses[epoch] = state.sums["loss_all"] / run.samples.per_epoch
     if run.lists.validation and ((epoch + 1) % args.eval_every == 0 or last):
         metrics = metrics_of(run.evaluate(run.lists.validation), run.classes.names)
         state.evaluations[epoch] = metrics
@@ -537,9 +537,8 @@ def adapt(run: Trainer) -> None:
         load_exactly(run.model, content["model"], latest, "this run's network")
         run.optimizer.load_state_dict(content["optimizer"])
         vars(state).update(content["progress"])
-        run.sampler.start = state.iteration
     rank = process_rank()[0]
-    if state.iteration == run.sampler.total and (save_path / "summary.json").is_file():
+    if state.iteration == run.total and (save_path / "summary.json").is_file():
         if rank == 0:
             print(f"{save_path}: this run is complete ({run.args.epochs} epochs)")
     elif rank > 0:

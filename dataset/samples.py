@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,7 +31,7 @@ from util.labels import (
     read_picture,
 )
 from util.outputs import atomic_path
-from util.run import UserError
+from util.run import UserError, process_rank
 
 AUTHORS_PROCESSES = 4  # whose sampler pads the order of images to a multiple of four
 LABELED, UNLABELED, UNLABELED_MIX, PASTE, PHOTOMETRIC = range(5)  # streams of random numbers
@@ -84,20 +82,6 @@ def iterations_per_epoch(samples: int, global_batch: int) -> int:
     return max(padded // global_batch, 1)
 
 
-def epoch_order(samples: int, seed: int, epoch: int, length: int) -> np.ndarray:
-    """The indices visited in an epoch: a permutation, wrapped around or cut to `length`."""
-    generator = torch.Generator().manual_seed(seed + epoch)
-    return np.resize(torch.randperm(samples, generator=generator).numpy(), length)
-
-
-class Key(NamedTuple):
-    """One training sample: its epoch, its position in the epoch's order, the index there."""
-
-    epoch: int
-    position: int
-    index: int
-
-
 def read_cached(path: Path, folder: Path) -> Image.Image:
     """The image of a file, kept decoded in `folder`: to decode a large PNG takes longer than all
     the rest. An entry is named by path, size and time of change, so that it is never outdated.
@@ -112,7 +96,8 @@ def read_cached(path: Path, folder: Path) -> Image.Image:
 
 
 class TrainingSamples(Dataset):
-    """Item `Key` → dict of uint8 / bool arrays of side --crop-size (S).
+    """All samples of a run by number: an iteration takes the next --global-batch of them. Item →
+    dict of uint8 / bool arrays of side --crop-size (S).
 
     x (S x S x 3), mask_x (S x S, train IDs and 255); with an unlabeled list also w, w_mix (weak
     views), s1, s2 (strong views, already pasted from w_mix's strong views inside box1, box2), box1,
@@ -124,41 +109,51 @@ class TrainingSamples(Dataset):
         if args.copy_paste:
             where = (lists.labeled, lists.pixels, args.root_path)
             self.rare = RareClassPool(*where, args.copy_paste_classes)
+        # The unlabeled list sets the length of an epoch; the labeled one is repeated or cut.
+        self.images = len(lists.unlabeled) or len(lists.labeled)
+        self.per_epoch = iterations_per_epoch(self.images, args.global_batch)
 
-    def __len__(self) -> int:
-        """The unlabeled list sets the length of an epoch; the labeled one is repeated or cut."""
-        return len(self.lists.unlabeled) or len(self.lists.labeled)
+    def place(self, number: int) -> tuple[int, int]:
+        """The epoch of a sample, and its position there."""
+        return divmod(number, self.per_epoch * self.args.global_batch)
+
+    def index(self, number: int) -> int:
+        """Of a sample's image: an epoch has a permutation of all, cut or begun again at its end."""
+        epoch, position = self.place(number)
+        generator = torch.Generator().manual_seed(self.args.seed + epoch)
+        return int(torch.randperm(self.images, generator=generator)[position % self.images])
+
+    def generator(self, stream: int, number: int) -> np.random.Generator:
+        return np.random.default_rng((self.args.seed, stream, *self.place(number)))
 
     def read(self, path: str) -> Image.Image:
         file, cache = self.args.root_path / path, self.args.image_cache
         return read_cached(file, cache) if cache else read_picture(file)
 
-    def generator(self, stream: int, key: Key) -> np.random.Generator:
-        return np.random.default_rng((self.args.seed, stream, key.epoch, key.position))
-
-    def __getitem__(self, key: Key) -> dict[str, np.ndarray]:
-        x, mask_x = self.labeled_crop(key)
+    def __getitem__(self, number: int) -> dict[str, np.ndarray]:
+        x, mask_x = self.labeled_crop(number)
         sample = {"x": x, "mask_x": mask_x}
         if self.lists.unlabeled:
-            sample.update(self.unlabeled_views(key))
+            sample.update(self.unlabeled_views(number))
         return sample
 
-    def labeled_crop(self, key: Key) -> tuple[np.ndarray, np.ndarray]:
-        image_path, label_path = self.lists.labeled[key.index % len(self.lists.labeled)]
+    def labeled_crop(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        image_path, label_path = self.lists.labeled[self.index(number) % len(self.lists.labeled)]
         image, label = self.read(image_path), read_label(self.args.root_path / label_path)
         how = (image.height, image.width, self.args.crop_size, self.args.scales)
-        crop = augment.draw_crop(self.generator(LABELED, key), *how)
+        crop = augment.draw_crop(self.generator(LABELED, number), *how)
         x, mask_x = augment.cropped_image(image, crop), augment.cropped_label(label, crop, IGNORE)
         if self.rare is not None:
-            x, mask_x = self.rare.paste(self.generator(PASTE, key), x, mask_x)
+            x, mask_x = self.rare.paste(self.generator(PASTE, number), x, mask_x)
         if self.args.photometric:
-            x = augment.strong_view(self.generator(PHOTOMETRIC, key), x)
+            x = augment.strong_view(self.generator(PHOTOMETRIC, number), x)
         return x, mask_x
 
-    def unlabeled_views(self, key: Key) -> dict[str, np.ndarray]:
+    def unlabeled_views(self, number: int) -> dict[str, np.ndarray]:
         """The image pasted from is the same one in another crop, as in UniMatch's loaders."""
-        image = self.read(self.lists.unlabeled[key.index])
-        random, random_mix = self.generator(UNLABELED, key), self.generator(UNLABELED_MIX, key)
+        image = self.read(self.lists.unlabeled[self.index(number)])
+        random = self.generator(UNLABELED, number)
+        random_mix = self.generator(UNLABELED_MIX, number)
         how = (image.height, image.width, self.args.crop_size, self.args.scales)
         crop, crop_mix = augment.draw_crop(random, *how), augment.draw_crop(random_mix, *how)
         w, w_mix = augment.cropped_image(image, crop), augment.cropped_image(image, crop_mix)
@@ -169,49 +164,21 @@ class TrainingSamples(Dataset):
             "ignore_mix": augment.padding_mask(crop_mix),
         }
         boxes = [augment.cutmix_box(random, self.args.crop_size) for _ in range(2)]
-        for number, box in enumerate(boxes, start=1):
+        for which, box in enumerate(boxes, start=1):
             view = augment.strong_view(random, w)
             if box.any():
                 view = np.where(box[..., None], augment.strong_view(random_mix, w_mix), view)
-            sample[f"s{number}"], sample[f"box{number}"] = view, box
+            sample[f"s{which}"], sample[f"box{which}"] = view, box
         return sample
 
 
-@dataclass
-class MicroBatches:
-    """Sampler of a run's batches for one process: lists of Keys, from iteration `start` to the end.
-
-    Iteration i of an epoch takes positions [i G, (i + 1) G) of its order, G the global batch; its
-    step m (of gradient accumulation) on process r the b of them from (m x processes + r) b.
+def places(args) -> list[range]:
+    """Which of an iteration's samples, 0 to --global-batch - 1, this process takes: in step m of
+    gradient accumulation, on process r, the b of them from (m x processes + r) b.
     """
-
-    samples: int
-    epochs: int
-    global_batch: int
-    batch: int
-    rank: int
-    world: int
-    seed: int
-    start: int = 0
-
-    def __post_init__(self):
-        self.per_epoch = iterations_per_epoch(self.samples, self.global_batch)
-        self.total = self.per_epoch * self.epochs
-        self.steps = self.global_batch // (self.batch * self.world)
-
-    def __iter__(self) -> Iterator[list[Key]]:
-        for iteration in range(self.start, self.total):
-            epoch, within = divmod(iteration, self.per_epoch)
-            if within == 0 or iteration == self.start:
-                length = self.per_epoch * self.global_batch
-                order = epoch_order(self.samples, self.seed, epoch, length)
-            for step in range(self.steps):
-                first = within * self.global_batch + self.slot(step)
-                yield [Key(epoch, p, int(order[p])) for p in range(first, first + self.batch)]
-
-    def slot(self, step: int) -> int:
-        """Where this process's share of accumulation step `step` starts within the global batch."""
-        return (step * self.world + self.rank) * self.batch
+    (rank, world), batch = process_rank(), args.batch_per_process
+    firsts = range(rank * batch, args.global_batch, world * batch)
+    return [range(first, first + batch) for first in firsts]
 
 
 def loading_processes(wanted: int | None) -> int:
@@ -222,11 +189,14 @@ def loading_processes(wanted: int | None) -> int:
     return min(os.cpu_count() if on_macos else len(os.sched_getaffinity(0)), 4)
 
 
-def batches(samples: TrainingSamples, sampler: MicroBatches, workers: int, device) -> DataLoader:
-    """Batches as dicts of tensors (B x …), of a whole run, so that no epoch waits for its first."""
+def batches(samples: TrainingSamples, iterations: range, workers: int, device) -> DataLoader:
+    """This process's batches of the iterations, one a step, as dicts of tensors (B x …). Of a whole
+    run, so that no epoch waits for its first.
+    """
+    count, steps = samples.args.global_batch, places(samples.args)
     return DataLoader(
         samples,
-        batch_sampler=sampler,
+        batch_sampler=([i * count + place for place in step] for i in iterations for step in steps),
         num_workers=workers,
         pin_memory=device.type == "cuda",
     )

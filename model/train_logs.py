@@ -23,7 +23,7 @@ from util.charts import line_chart, save_chart
 from util.labels import IGNORE
 from util.outputs import write_json
 from util.pictures import colour_label, contact_sheet, save_picture
-from util.run import manifest, peak_memory_mb
+from util.run import manifest, peak_memory_mb, process_rank
 
 # Losses as UniMatch's text log names them, by their TensorBoard tags below train/.
 TEXT_LOSSES = {
@@ -65,7 +65,7 @@ class Logs:
         self.text.addHandler(self.handler)
         self.events = SummaryWriter(str(self.folder), purge_step=iteration)
         if iteration:
-            print(f"resuming at iteration {iteration} of {run.sampler.total}")
+            print(f"resuming at iteration {iteration} of {run.total}")
         else:
             self.header(run)
 
@@ -83,13 +83,13 @@ class Logs:
         same = "backbone conf_thresh crop_size epochs global_batch lr lr_multi seed stem".split()
         configuration = {
             **{name: getattr(args, name) for name in same},
-            "batch_size": run.sampler.batch,
+            "batch_size": args.batch_per_process,
             "criterion": {"kwargs": ohem, "name": "OHEM"},
             "data_root": str(args.root_path),
             "dilations": list(DILATIONS),
             "labeled_id_path": str(args.labeled_id_path),
             "nclass": args.class_num,
-            "ngpus": run.sampler.world,
+            "ngpus": process_rank()[1],
             "replace_stride_with_dilation": [False, False, True],
             "save_path": str(args.save_path),
             "unlabeled_id_path": args.unlabeled_id_path and str(args.unlabeled_id_path),
@@ -102,7 +102,7 @@ class Logs:
         """Losses and learning rate of an iteration; at the start of an epoch its head, and eight or
         nine times in it, as UniMatch, the means of its losses so far.
         """
-        state, length, lr = run.state, run.sampler.per_epoch, run.optimizer.param_groups[0]["lr"]
+        state, length, lr = run.state, run.samples.per_epoch, run.optimizer.param_groups[0]["lr"]
         epoch, within = divmod(state.iteration, length)
         if within == 0:
             start = f"Epoch: {epoch}, LR: {lr:.5f}, Previous best: {state.best:.2f}"
@@ -133,7 +133,8 @@ class Logs:
 
 def announce(run) -> None:
     """What a run is, and what differs from the authors'."""
-    args, batch, world, steps = run.args, run.sampler.batch, run.sampler.world, run.sampler.steps
+    args, world, steps = run.args, process_rank()[1], len(run.places)
+    batch = args.batch_per_process
     groups = args.global_batch // run.group
     together = batch * (world if run.device.type == "cuda" else 1)
     print(
@@ -209,13 +210,13 @@ def write_manifest(run) -> None:
     """manifest.json of a run, with what it has cost so far."""
     args = run.args
     record = manifest(vars(args), run.device, run.state.seconds)
-    record["iterations_per_epoch"] = run.sampler.per_epoch
+    record["iterations_per_epoch"] = run.samples.per_epoch
     write_json(args.save_path / "manifest.json", record)
 
 
 def summarise(run, seconds: list[float]) -> None:
     """summary.json and curves.png; the headline is the last epoch. seconds: of iterations."""
-    args, state, iterations = run.args, run.state, run.sampler.total
+    args, state, iterations = run.args, run.state, run.total
     miou = {epoch: metrics["miou"] for epoch, metrics in state.evaluations.items()}
     curves_picture(args.save_path / "curves.png", miou, state.losses)
     m = None
@@ -231,7 +232,7 @@ def summarise(run, seconds: list[float]) -> None:
         "mIoU": m,
         "seconds_per_iteration": statistics.median(seconds) if seconds else None,
         "peak_memory": peak_memory_mb(run.device),
-        "above_conf_thresh": None if shares is None else 100 * shares / run.sampler.per_epoch,
+        "above_conf_thresh": None if shares is None else 100 * shares / run.samples.per_epoch,
     }
     write_json(args.save_path / "summary.json", record)
     if shares is not None:
@@ -266,8 +267,7 @@ def measure(run) -> dict:
     seconds of loading and computing an iteration and of the image.
     """
     times = [time.perf_counter()]
-    loader = batches(run.samples, run.sampler, 0, run.device)
-    micro_batches = list(islice(loader, run.sampler.steps))
+    micro_batches = list(batches(run.samples, range(1), 0, run.device))
     times.append(time.perf_counter())
     for iteration in range(2):
         losses, _ = run.iteration(iteration, iter(micro_batches))
@@ -314,12 +314,12 @@ def room_for(run, measured: Callable[[int], dict]) -> bool:
 
 def report(run, found: dict) -> None:
     """What `measure` has found, on the terminal, and the hours of the whole run."""
-    args, sampler, workers = run.args, run.sampler, loading_processes(run.args.workers)
+    args, workers = run.args, loading_processes(run.args.workers)
     computing, loading, image = (found[name] for name in ("computing", "loading", "image"))
     each = max(computing, loading / workers) if workers else computing + loading
     evaluations = math.ceil(args.epochs / args.eval_every)
-    images = math.ceil(len(run.lists.validation) / sampler.world) * evaluations
-    hours = (sampler.total * each + images * image) / 3600
+    images = math.ceil(len(run.lists.validation) / process_rank()[1]) * evaluations
+    hours = (run.total * each + images * image) / 3600
     values = ", ".join(f"{name} {value:.3f}" for name, value in found["losses"].items())
     memory = found["memory"].items()
     peaks = ", ".join(f"{n.removesuffix('_mb')} {value:.0f} MB" for n, value in memory)
@@ -327,7 +327,7 @@ def report(run, found: dict) -> None:
         f"losses after two iterations: {values}\n"
         f"an iteration: {computing:.2f} s computing; loading its samples takes {loading:.2f} s in"
         f" one process (--workers {workers})\n"
-        f"projected time of {sampler.total} iterations and {images} images to evaluate"
+        f"projected time of {run.total} iterations and {images} images to evaluate"
         f" ({args.eval_mode}, {image:.2f} s each): {hours:.1f} h\n"
         f"peak memory of process 0: {peaks}"
     )

@@ -23,7 +23,7 @@ from dataset.augment import (
     cutmix_box,
     draw_crop,
 )
-from dataset.samples import LABELED, UNLABELED, UNLABELED_MIX, Key, TrainingSamples
+from dataset.samples import LABELED, UNLABELED, UNLABELED_MIX, TrainingSamples
 from model.resnet import IMAGENET_MEAN, IMAGENET_STD
 from util.labels import CITYSCAPES_19, IGNORE, write_label
 
@@ -63,15 +63,15 @@ def pillow_strong_view(random: np.random.Generator, image: np.ndarray) -> np.nda
     return np.asarray(view)
 
 
-def plain_sample(samples: TrainingSamples, key: Key) -> int:
+def plain_sample(samples: TrainingSamples, number: int) -> int:
     """Loads one sample as UniMatch's three loaders do; returns the bytes made (so that nothing is
     optimised away).
     """
     made = 0
     for stream in (LABELED, UNLABELED, UNLABELED_MIX):
-        random = samples.generator(stream, key)
+        random = samples.generator(stream, number)
         labeled, args = samples.lists.labeled, samples.args
-        image_path, label_path = labeled[key.index % len(labeled)]
+        image_path, label_path = labeled[samples.index(number) % len(labeled)]
         image = Image.open(args.root_path / image_path).convert("RGB")
         label = np.asarray(Image.open(args.root_path / label_path))
         crop = draw_crop(random, image.height, image.width, args.crop_size)

@@ -4,6 +4,7 @@ copy-paste."""
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,12 +16,11 @@ from dataset import augment
 from dataset.augment import Crop, cropped_image, cropped_label, cutmix_box, draw_crop, strong_view
 from dataset.copy_paste import RARE_CLASSES, RareClassPool
 from dataset.samples import (
-    Key,
     Lists,
-    MicroBatches,
     TrainingSamples,
     batches,
     iterations_per_epoch,
+    places,
 )
 from tests.reference_data import (
     label_resized_then_cropped,
@@ -169,8 +169,9 @@ def same(one: dict, other: dict) -> bool:
 @pytest.fixture(scope="module")
 def samples(data):
     root, rows = data
-    needed = "--labeled-id-path - --unlabeled-id-path - --save-path - --crop-size 48 --root-path"
-    args = parse_args([*needed.split(), str(root)])
+    needed = "--labeled-id-path - --unlabeled-id-path - --save-path - --crop-size 48"
+    needed += f" --global-batch 2 --batch-per-process 2 --root-path {root}"
+    args = parse_args(needed.split())
     lists = Lists(rows[:2], [image for image, _ in rows], [], np.zeros((2, 19)))
     return TrainingSamples(args, lists)
 
@@ -180,9 +181,11 @@ def changed(samples, **options) -> TrainingSamples:
 
 
 def test_samples_depend_on_seed_epoch_and_position_alone(samples):
-    key, sample = Key(epoch=3, position=4, index=1), samples[Key(3, 4, 1)]
-    assert same(sample, changed(samples)[key])
-    for other in (samples[Key(3, 5, 1)], samples[Key(2, 4, 1)], changed(samples, seed=1)[key]):
+    """An epoch has the five images and the first three of its order again."""
+    sample = samples[14]
+    assert samples.place(14) == (1, 6) and samples.index(14) == samples.index(9)
+    assert same(sample, changed(samples)[14])
+    for other in (samples[9], samples[6], changed(samples, seed=1)[14]):
         assert not same(sample, other)
     assert not np.array_equal(sample["w"], sample["w_mix"])  # the same image, another crop
     shapes = {name: (value.shape, value.dtype.name) for name, value in sample.items()}
@@ -195,16 +198,15 @@ def test_samples_depend_on_seed_epoch_and_position_alone(samples):
 
 def test_strong_views_are_pasted_inside_their_box_alone(samples):
     pasted = 0
-    for position in range(12):
-        key = Key(0, position, position % 5)
-        sample = samples[key]
-        random, random_mix = samples.generator(1, key), samples.generator(2, key)
+    for number in range(12):
+        sample = samples[number]
+        random, random_mix = samples.generator(1, number), samples.generator(2, number)
         draw_crop(random, 60, 90, 48)
         draw_crop(random_mix, 60, 90, 48)
         boxes = [cutmix_box(random, 48), cutmix_box(random, 48)]
-        for number, box in enumerate(boxes, start=1):
-            view, made = strong_view(random, sample["w"]), sample[f"s{number}"]
-            assert np.array_equal(box, sample[f"box{number}"])
+        for which, box in enumerate(boxes, start=1):
+            view, made = strong_view(random, sample["w"]), sample[f"s{which}"]
+            assert np.array_equal(box, sample[f"box{which}"])
             assert np.array_equal(made[~box], view[~box])
             if box.any():
                 pasted += 1
@@ -214,12 +216,12 @@ def test_strong_views_are_pasted_inside_their_box_alone(samples):
 
 
 def test_workers_and_image_cache_change_nothing(samples, tmp_path):
-    sampler, cpu = MicroBatches(5, 2, 2, 2, 0, 1, seed=0), torch.device("cpu")
-    plain = list(batches(samples, sampler, 0, cpu))
+    iterations, cpu = range(8), torch.device("cpu")
+    plain = list(batches(samples, iterations, 0, cpu))
     cached = changed(samples, image_cache=tmp_path)
     for _ in range(2):  # filling the cache, and reading it
-        others = list(batches(cached, sampler, 2, cpu))
-        assert len(plain) == len(others) == sampler.total
+        others = list(batches(cached, iterations, 2, cpu))
+        assert len(plain) == len(others) == 8
         assert all(same(a, b) for a, b in zip(plain, others))
     assert len(list(tmp_path.glob("*.npy"))) == 5
 
@@ -227,11 +229,10 @@ def test_workers_and_image_cache_change_nothing(samples, tmp_path):
 def test_labels_alone_and_photometric_which_changes_colours_alone(samples):
     plain, different = TrainingSamples(samples.args, replace(samples.lists, unlabeled=[])), 0
     strong = changed(plain, photometric=True)
-    for position in range(8):
-        key = Key(0, position, position % 5)
-        before, after = plain[key], strong[key]
+    for number in range(8):
+        before, after = plain[number], strong[number]
         assert before.keys() == after.keys() == {"x", "mask_x"}
-        assert np.array_equal(before["mask_x"], after["mask_x"]) and same(after, strong[key])
+        assert np.array_equal(before["mask_x"], after["mask_x"]) and same(after, strong[number])
         different += not np.array_equal(before["x"], after["x"])
     assert different > 4
 
@@ -247,25 +248,15 @@ def test_iterations_per_epoch_fit_the_shipped_logs():
 
 
 @pytest.mark.parametrize("world, batch", [(1, 4), (2, 2), (4, 1), (1, 2), (2, 1)])
-def test_every_distribution_takes_the_same_samples_an_iteration(world, batch):
-    """Processes' accumulation steps of an iteration together are one process's global batch."""
-    samples, epochs, global_batch = 13, 2, 4
-    reference = list(MicroBatches(samples, epochs, global_batch, 4, 0, 1, seed=5))
-    assert len(reference) == 2 * (16 // 4)
-    resumed = MicroBatches(samples, epochs, global_batch, 4, 0, 1, seed=5, start=6)
-    assert list(resumed) == reference[6:]
-    share = (samples, epochs, global_batch, batch)
-    samplers = [MicroBatches(*share, rank, world, seed=5) for rank in range(world)]
-    streams = [list(sampler) for sampler in samplers]
-    steps = samplers[0].steps
-    assert steps == global_batch // world // batch
-    for iteration, expected in enumerate(reference):
-        keys = [None] * global_batch
-        for sampler, stream in zip(samplers, streams):
-            for step in range(steps):
-                slot = sampler.slot(step)
-                keys[slot : slot + batch] = stream[iteration * steps + step]
-        assert keys == expected
+def test_every_distribution_takes_the_same_samples_an_iteration(monkeypatch, world, batch):
+    """Processes' accumulation steps of an iteration together are its global batch, in order."""
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    steps = []
+    for rank in range(world):
+        monkeypatch.setenv("RANK", str(rank))
+        steps.append(places(SimpleNamespace(global_batch=4, batch_per_process=batch)))
+    assert [len(own) for own in steps] == world * [4 // world // batch]
+    assert [place for step in zip(*steps) for own in step for place in own] == [0, 1, 2, 3]
 
 
 def test_copy_paste_pastes_a_rare_class_and_its_partners(tmp_path):

@@ -504,7 +504,7 @@ frozen, found = lambda model: type(model).train(model, False), {{}}
 def first_steps():
     run = t.Trainer(args, chosen_classes(args), lists, cpu)
     run.network = t.training.distributed(run.network, cpu)
-    loader = iter(t.batches(run.samples, run.sampler, 0, cpu))
+    loader = iter(t.batches(run.samples, range(2), 0, cpu))
     step, run.optimizer.step, model = run.optimizer.step, lambda: None, run.model
     model.train = lambda mode=True: frozen(model)  # batch norm frozen
     model.eval()

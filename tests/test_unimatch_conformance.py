@@ -13,7 +13,7 @@ from conformance import DATA, formula_state, hashed, read_keys
 from torch.utils.data import DistributedSampler
 
 import train_unimatch
-from dataset.samples import Lists, MicroBatches
+from dataset.samples import Lists, TrainingSamples
 from model.losses import ohem_cross_entropy
 from model.resnet import IMAGENET_MEAN, IMAGENET_STD
 from model.training import learning_rate
@@ -90,7 +90,7 @@ def iterations():
     lists = Lists([], ["-"], [], np.zeros((0, 19)))
     trainer = train_unimatch.Trainer(args, CITYSCAPES_19, lists, torch.device("cpu"))
     trainer.model.double().load_state_dict(formula_state(read_keys("unimatch_r50")))
-    trainer.sampler.total = ITERATIONS
+    trainer.total = ITERATIONS
     found = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_unimatch, "perturbation_factors", factors_of)
@@ -148,17 +148,21 @@ def test_the_learning_rate_is_set_after_the_step(total, base):
         rate = base * (1 - iteration / total) ** 0.9
 
 
-@pytest.mark.parametrize("samples, batch", [(37, 2), (40, 2), (9, 1)])
-def test_an_iteration_has_the_images_of_four_processes(samples, batch):
+@pytest.mark.parametrize("images, batch", [(37, 2), (40, 2), (9, 1)])
+def test_an_iteration_has_the_images_of_four_processes(images, batch):
     """The loaders drop an epoch's last, incomplete batch."""
-    keys = iter(MicroBatches(samples, 3, 4 * batch, 4 * batch, 0, 1, seed=0))
+    args = train_unimatch.parse_args([*OPTIONS.split(), "--global-batch", str(4 * batch)])
+    samples = TrainingSamples(args, Lists([], images * ["-"], [], np.zeros((0, 19))))
+    iteration = 0
     for epoch in range(3):
         shares = []
         for rank in range(4):
-            sampler = DistributedSampler(range(samples), 4, rank, shuffle=True, seed=0)
+            sampler = DistributedSampler(range(images), 4, rank, shuffle=True, seed=0)
             sampler.set_epoch(epoch)
             shares.append(list(sampler))
         for start in range(0, len(shares[0]) - batch + 1, batch):
             together = [index for share in shares for index in share[start : start + batch]]
-            assert sorted(key.index for key in next(keys)) == sorted(together)
-    assert next(keys, None) is None
+            numbers = range(4 * batch * iteration, 4 * batch * (iteration + 1))
+            assert sorted(map(samples.index, numbers)) == sorted(together)
+            iteration += 1
+    assert iteration == 3 * samples.per_epoch

@@ -33,7 +33,7 @@ from segment_anything.utils.amg import calculate_stability_score
 
 import seco_sam
 import train_unimatch
-from dataset.samples import Key, Lists, TrainingSamples
+from dataset.samples import Lists, TrainingSamples
 from dataset.scc import BUFFER, Job, index_image, patch_batches
 from dataset.toy import draw_scene
 from model.sam import WEIGHTS, load_segmenter, sam_builder
@@ -146,15 +146,15 @@ def data(options: Options, device: torch.device) -> dict[str, float]:
             for more in ([], ["--image-cache", str(root / "cache")])
         )
         ways = {
-            "plain": lambda key: reference_data.plain_sample(fast, key),
-            "ours": lambda key: fast[key],
-            "ours, --image-cache": lambda key: cached[key],
+            "plain": lambda number: reference_data.plain_sample(fast, number),
+            "ours": lambda number: fast[number],
+            "ours, --image-cache": lambda number: cached[number],
         }
-        keys = [Key(0, i, i % len(rows)) for i in range(max(options.samples, len(rows)))]
+        numbers = range(max(options.samples, len(rows)))
         seconds = {}
         for what, way in ways.items():
-            cpu_seconds(way, keys[: len(rows)])  # fills the cache; warms the others up
-            seconds[what] = value = cpu_seconds(way, keys[: options.samples])
+            cpu_seconds(way, numbers[: len(rows)])  # fills the cache; warms the others up
+            seconds[what] = value = cpu_seconds(way, numbers[: options.samples])
             print(f"| {what} | {1000 * value:.1f} ms CPU | {seconds['plain'] / value:.1f}x |")
     return seconds
 
