@@ -40,6 +40,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Literal
@@ -490,8 +491,7 @@ def main(argv: list[str] | None = None) -> None:
     with contextlib.nullcontext() if args.dry_run else Outputs(args.save_path) as out:
         if out and rank == 0:
             begun = any((args.save_path / name).is_file() for name in RESULTS)
-            inputs = train_logs.named_files(args) | lists.files(args.root_path)
-            out.accept(settings_of(args), inputs, begun)
+            out.accept(settings_of(args), inputs_of(args, lists), begun)
             write_classes(args.save_path, classes)
         with process_group(device):
             run.network = training.distributed(run.network, device)
@@ -499,6 +499,21 @@ def main(argv: list[str] | None = None) -> None:
                 dry_run(run)
             else:
                 adapt(run)
+
+
+def inputs_of(args: Options, lists: Lists) -> dict[str, Path]:
+    """{name: file} of what the options and the lists name."""
+    files = {
+        "labeled": args.labeled_id_path,
+        "unlabeled": args.unlabeled_id_path,
+        "val": args.val_id_path,
+        "init_checkpoint": args.init_checkpoint,
+    }
+    if args.backbone_weights not in ("none", "imagenet"):
+        files["backbone_weights"] = Path(args.backbone_weights)
+    listed = (*chain(*lists.labeled, *lists.validation), *lists.unlabeled)
+    files = {name: path for name, path in files.items() if path}
+    return files | {name: args.root_path / name for name in listed}
 
 
 def dry_run(run: Trainer) -> None:

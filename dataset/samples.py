@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import os
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -47,10 +46,6 @@ class Lists:
     unlabeled: list[str]
     validation: list[tuple[str, str]]
     pixels: np.ndarray
-
-    def files(self, root: Path) -> dict[str, Path]:
-        names = [*chain(*self.labeled, *self.validation), *self.unlabeled]
-        return {name: root / name for name in names}
 
 
 def read_lists(args) -> Lists:

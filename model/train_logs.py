@@ -193,19 +193,6 @@ def best_and_last(miou: dict[int, float], last: int = 20) -> dict:
     }
 
 
-def named_files(args) -> dict[str, Path]:
-    """{name: file} of what the options name."""
-    files = {
-        "labeled": args.labeled_id_path,
-        "unlabeled": args.unlabeled_id_path,
-        "val": args.val_id_path,
-        "init_checkpoint": args.init_checkpoint,
-    }
-    if args.backbone_weights not in ("none", "imagenet"):
-        files["backbone_weights"] = Path(args.backbone_weights)
-    return {name: path for name, path in files.items() if path}
-
-
 def write_manifest(run) -> None:
     """manifest.json of a run, with what it has cost so far."""
     args = run.args
