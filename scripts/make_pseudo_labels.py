@@ -45,6 +45,7 @@ from model.network import load_network
 from util.labels import (
     IGNORE,
     ClassSet,
+    check_experiment,
     check_one_each,
     check_same_shape,
     chosen_classes,
@@ -295,19 +296,14 @@ def label_rows(options: Options) -> list[tuple[str, str]]:
     """
     labels = {}
     for image, *_ in read_list(options.id_list_path, columns=(1, 2)):
-        folder, below, _ = image.partition("/")
-        if not below:
+        if "/" not in image:
             raise UserError(
                 f"image path {image}: give the folder above the images' as --root-path, so that"
                 f" the list has {options.root_path.resolve().name}/{image}"
             )
-        if folder == options.exp:
-            raise UserError(
-                f"image path {image}: --exp {options.exp} takes the place of its first folder in"
-                " the label's path; give another name"
-            )
         label = PurePosixPath(in_experiment(image, options.exp)).with_suffix(".png")
         labels[image] = str(label)
+    check_experiment(options.exp, labels)
     check_one_each(labels, "label")
     if options.out_list.resolve() == options.id_list_path.resolve():
         raise UserError(f"--out-list {options.out_list}: is the list that is read; name another")
@@ -464,8 +460,6 @@ class Options(ListOptions, ClassOptions, DeviceOptions):
 def parse_args(argv: list[str] | None = None) -> Options:
     options = parse_options(Options, __doc__.split("\n\n")[0], argv)
     one_of(options, "checkpoint", "probabilities")
-    if not options.exp or "/" in options.exp or options.exp.startswith("."):
-        raise UserError(f"--exp {options.exp}: give a plain folder name")
     if options.multi_scale and not options.checkpoint:
         raise UserError("--multi-scale: is for --checkpoint; arrays are taken as they are")
     if options.rule == "cbst":

@@ -66,6 +66,7 @@ from util.labels import (
     SYNTHIA_16,
     ClassSet,
     check_classes,
+    check_experiment,
     check_files,
     check_label_values,
     check_one_each,
@@ -313,6 +314,7 @@ def take_labels(options: LabelOptions) -> None:
     if missing := [path for path in sources.values() if not path.is_file()]:
         count = f"{len(missing)} of {len(images)} images lack theirs"
         raise UserError(f"{missing[0]}: no such label map ({count}); it is named as its image")
+    check_experiment(exp, images)
     check_one_each(sources, "label map")
     rows = []
     for image, source in progress(sources.items(), "labels"):

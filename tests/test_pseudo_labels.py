@@ -238,7 +238,7 @@ def test_bad_input_is_one_clear_line(data, spoil, told):
         (("--multi-scale",), "--multi-scale: is for --checkpoint"),
         (("--test-size", "64", "16"), "--test-size 16"),
         (("--exp", "a/b"), "--exp a/b"),
-        (("--exp", "leftImg8bit"), "--exp leftImg8bit takes the place"),
+        (("--exp", "leftImg8bit"), "--exp leftImg8bit: give a plain"),
         (("--out-list", "list.txt"), "is the list that is read"),
     ],
 )

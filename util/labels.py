@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import posixpath
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -478,6 +478,13 @@ def in_experiment(label_path: str, experiment: str) -> str:
     return f"{experiment}/{label_path.partition('/')[2]}"
 
 
+def check_experiment(name: str, inputs: Iterable[str]) -> None:
+    """Fail if --exp is no plain folder name, or the first folder of an input's path."""
+    taken = {path.partition("/")[0] for path in inputs}
+    if not name or "/" in name or name.startswith(".") or name in taken:
+        raise UserError(f"--exp {name}: give a plain folder name that no input has")
+
+
 class Experiment:
     """What is made of the labels of a list, and where it goes.
 
@@ -504,9 +511,7 @@ class Experiment:
             )
         [old] = experiments
         self.name = name = f"{old}_{suffix}" if options.exp is None else options.exp
-        taken = experiments | {image.partition("/")[0] for image, _ in self.rows}
-        if not name or "/" in name or name.startswith(".") or name in taken:
-            raise UserError(f"--exp {name}: give a plain folder name that no input has")
+        check_experiment(name, [path for row in self.rows for path in row])
         self.out = self.root / name
         self.classes = chosen_classes(options, self.root / old)
         self.truth = dict(read_list(options.gt)) if options.gt else None
