@@ -91,8 +91,8 @@ def test_help_is_the_head_of_the_script_and_its_values(script, shell, argument):
     head = takewhile(lambda line: line.startswith("#"), text.splitlines()[1:])
     head = [line[1:].removeprefix(" ") for line in head]
     assert result.stdout.startswith("\n".join(head) + "\n\nEnvironment variables")
-    if script in SCRIPTS_OF_TASKS:
-        text += (ROOT / "scripts/lib/task.sh").read_text(encoding="utf-8")
+    for shared in re.findall(r"^source (scripts/lib/(?:task|rows)\.sh)", text, re.M):
+        text += (ROOT / shared).read_text(encoding="utf-8")
     shown = result.stdout.rpartition("Environment variables")[2]
     assert re.findall("^  ([A-Z_]+)=", shown, re.M) == VALUE.findall(text)
 
