@@ -26,6 +26,7 @@ util/{labels,options,outputs,pictures,run}.py and, for the tiny SAM, model/sam_t
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import sys
 import time
@@ -105,12 +106,21 @@ class Prompt:
 
 @dataclass
 class Aggregation:
-    """aligned: class of each proposal, or IGNORE; masks: the proposals, if they were asked for."""
+    """aligned: class of each proposal, or IGNORE; masks: the proposals, if they were asked for;
+    seconds: of each stage.
+    """
 
     label: np.ndarray
     prompts: list[Prompt] = field(default_factory=list)
     aligned: list[int] = field(default_factory=list)
     masks: list[ProposalMask] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def watch(self, stage: str):
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] = round(time.perf_counter() - start, 4)
 
 
 # ---------------------------------------------------------------------------------------------- PSA
@@ -145,17 +155,22 @@ def aggregate(
     if only:
         every = tuple(sorted(stuff + things))
         stuff, things = (every, ()) if only == "alignment" else ((), every)
-    sam.set_image(image)
+    result = Aggregation(label)
+    with result.watch("encode"):
+        sam.set_image(image)
     pixel = torch.as_tensor(label, device=sam.device)
-    result, painted = Aggregation(label), torch.full_like(pixel, IGNORE)
+    painted = torch.full_like(pixel, IGNORE)
     if stuff:
-        masks = cached_proposals(sam, image, cache)
-        if keep_masks:
-            result.masks = masks = list(masks)
-        painted, result.aligned = semantic_alignment(masks, pixel, stuff, classes.count, recipe)
-    result.prompts = thing_prompts(label, things, recipe)
+        with result.watch("find and align proposals"):
+            masks = cached_proposals(sam, image, cache)
+            if keep_masks:
+                result.masks = masks = list(masks)
+            painted, result.aligned = semantic_alignment(masks, pixel, stuff, classes.count, recipe)
+    with result.watch("make prompts"):
+        result.prompts = thing_prompts(label, things, recipe)
     if result.prompts:
-        over = prompt_things(sam, result.prompts, pixel, recipe)
+        with result.watch("decode prompts"):
+            over = prompt_things(sam, result.prompts, pixel, recipe)
         painted = torch.where(over == IGNORE, painted, over)  # things lie over stuff
     if fill == "pixel":
         painted = torch.where(painted == IGNORE, pixel, painted)
@@ -385,7 +400,7 @@ def aggregate_list(
     """PSA of this process's rows; the next images are read while the device works. how: recipe,
     only and fill. proposals: folder of this SAM's mask proposals.
     """
-    classes = job.classes
+    classes, agreement = job.classes, {}
 
     def read(row: Row):
         return *read_pair(job.root, row, classes.count), job.digests(row)
@@ -398,6 +413,7 @@ def aggregate_list(
             labels.append(aggregate(image, label, sam, classes, **how).label)
         share = 100 * float((labels[0] == labels[1]).mean())
         print(f"bf16 gives {share:.2f} % of {rows[0][0]} the labels of fp32")
+        agreement[rows[0]] = {"bf16_agreement": share}
     with ThreadPoolExecutor(1) as reader:
         inputs = ahead(reader, read, rows, READ_AHEAD)
         for row in progress(rows, "PSA"):
@@ -406,7 +422,7 @@ def aggregate_list(
             result = aggregate(image, label, sam, classes, **how, cache=proposals, keep_masks=shown)
             if shown:
                 save_picture(job.picture(row), panel(image, label, result, classes))
-            record = digests | image_record(label, result)
+            record = digests | image_record(row, label, result) | agreement.get(row, {})
             record["total_seconds"] = round(time.perf_counter() - start, 4)
             write_json(job.record(row), record)  # before the label: one without it is made again
             write_label(job.label(row), result.label, classes.palette)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,7 +18,16 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from util.labels import COLOURS, IGNORE, ClassSet, Experiment, in_experiment, read_label, write_list
+from util.labels import (
+    COLOURS,
+    IGNORE,
+    ClassSet,
+    Experiment,
+    connectivities,
+    in_experiment,
+    read_label,
+    write_list,
+)
 from util.outputs import read_json, write_json
 from util.pictures import colour_label, contact_sheet, overlay
 from util.run import UserError, process_rank, progress, sha256
@@ -93,27 +103,45 @@ class Job(Experiment):
 # ------------------------------------------------------------------------------- records, summary
 
 
-def image_record(label: np.ndarray, result) -> dict:
-    """The counts of an image, for `summarise`. label: the pixel label, uint8 H x W."""
+def image_record(row: Row, label: np.ndarray, result) -> dict:
+    """The record of an image, for `summarise`. label: the pixel label, uint8 H x W."""
+    made = connectivities(result.label, np.unique(result.label[result.label != IGNORE]))
     before, after = label != IGNORE, result.label != IGNORE
     return {
+        "image": row[0],
+        "label": row[1],
         "pixels": int(label.size),
         "labeled_before": int(np.count_nonzero(before)),
         "labeled_after": int(np.count_nonzero(after)),
         "kept": int(np.count_nonzero(before & (result.label == label))),
         "lost": int(np.count_nonzero(before & ~after)),
         "proposals": len(result.aligned),
+        "aligned": sum(c != IGNORE for c in result.aligned),
+        "prompts": dict(sorted(Counter(p.class_id for p in result.prompts).items())),
+        "connectivities": dict(sorted(Counter(c.class_id for c in made).items())),
+        "seconds": result.seconds,
     }
 
 
-def summarise(records: list[dict]) -> dict:
+def summarise(records: list[dict], classes: ClassSet) -> dict:
     """The summary of a list from its images' records: shares in percent, times in seconds."""
     total = lambda key: sum(record[key] for record in records)
+    per_class = lambda key: {
+        name: sum(record[key].get(str(i), 0) for record in records)
+        for i, name in enumerate(classes.names)
+    }
+    seconds: dict[str, float] = Counter()
+    for record in records:
+        seconds.update(record["seconds"])
     summary = {
         "images": len(records),
         "coverage_before": 100 * total("labeled_before") / total("pixels"),
         "coverage_after": 100 * total("labeled_after") / total("pixels"),
         "proposals_per_image": total("proposals") / len(records),
+        "proposals_with_a_class_per_image": total("aligned") / len(records),
+        "prompts_per_class": per_class("prompts"),
+        "connectivities_per_class": per_class("connectivities"),
+        "seconds_per_stage": {stage: round(value, 2) for stage, value in seconds.items()},
         "seconds_per_image": round(total("total_seconds") / len(records), 3),
     }
     if total("labeled_before"):
@@ -124,7 +152,8 @@ def summarise(records: list[dict]) -> dict:
             "get_another": share(total("labeled_before") - kept - lost),
             "lose_it": share(lost),
         }
-    return summary
+    agreement = {r["image"]: r["bf16_agreement"] for r in records if "bf16_agreement" in r}
+    return summary | ({"bf16_agreement": agreement} if agreement else {})
 
 
 def write_summary(job: Job, made: dict) -> None:
@@ -135,11 +164,12 @@ def write_summary(job: Job, made: dict) -> None:
     while not all(path.is_file() for path in results):
         time.sleep(0.5)
     write_list(job.list_path, job.results)
-    summary = summarise([read_json(job.record(row)) for row in job.rows])
+    summary = summarise([read_json(job.record(row)) for row in job.rows], job.classes)
     if job.truth:
         summary |= accuracies(job)
     summary["warnings"] = doubts(summary)
-    write_json(job.summary, summary | {"manifest": made})
+    peak = {name: made["cost"][name] for name in made["cost"] if name != "seconds"}
+    write_json(job.summary, summary | {"peak_memory": peak, "manifest": made})
     print(
         f"{len(job.rows)} images: {summary['coverage_before']:.1f} % of the pixels labeled before,"
         f" {summary['coverage_after']:.1f} % after; {summary['proposals_per_image']:.0f}"

@@ -3,12 +3,14 @@
 import contextlib
 import errno
 import re
+import subprocess
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
 from PIL import Image, PngImagePlugin
+from processes import beside_a_second, warm_python
 
 from util import run as shown
 from util.labels import (
@@ -22,6 +24,7 @@ from util.labels import (
 )
 from util.run import (
     PACKAGES,
+    RENDEZVOUS_SECONDS,
     WORK_SECONDS,
     UserError,
     manifest,
@@ -71,11 +74,16 @@ def saved(path, array, **options):
     return path
 
 
-@pytest.mark.parametrize("kind", [np.float32, np.int32, np.uint16])
-def test_floating_point_and_16_bit_images_are_refused(tmp_path, kind):
-    path = saved(tmp_path / "f.tif", np.zeros((4, 4), kind))
-    with pytest.raises(UserError, match=r"f\.tif: an image of 16-bit or floating-point values"):
+def test_floating_point_images_are_refused(tmp_path):
+    path = saved(tmp_path / "f.tif", np.zeros((4, 4), np.float32))
+    with pytest.raises(UserError, match=r"f\.tif: an image of floating-point values"):
         read_image(path)
+
+
+def test_16_bit_grey_is_scaled(tmp_path):
+    values = np.array([[0, 257, 32896, 65535]], dtype=np.uint16)
+    image = read_image(saved(tmp_path / "g.png", values))
+    assert image[..., 0].tolist() == [[0, 1, 128, 255]] and image.shape == (1, 4, 3)
 
 
 def test_exif_turned_pictures_are_turned(tmp_path):
@@ -133,11 +141,11 @@ def test_maps_of_one_scene_have_one_aspect_ratio(other, same):
             check_same_shape("a", pair[0], "b", pair[1])
 
 
-@pytest.mark.parametrize("kind", [bool, np.uint8])
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
 @pytest.mark.parametrize("suffix", ["png", "tif"])
-def test_greyscale_labels_hold_train_ids(tmp_path, kind, suffix):
-    label = np.arange(12 * 16).reshape(12, 16) % (2 if kind is bool else 19)
-    found = read_label(saved(tmp_path / f"l.{suffix}", label.astype(kind)), 19)
+def test_greyscale_labels_of_every_depth_hold_train_ids(bits, suffix):
+    label = np.arange(12 * 16).reshape(12, 16) % min(2**bits, 19)
+    found = read_label(ROOT / f"tests/data/grey/{bits}.{suffix}", 19)
     assert (found == label).all() and found.flags.writeable
 
 
@@ -240,6 +248,31 @@ def test_a_log_gets_plain_lines_now_and_then(capsys, monkeypatch):
     assert len(lines) == 5 and lines[0] == "PSA: 3/12 img, 10.00s/img, 01:30 left"
 
 
+PROCESSES = """
+import time, torch
+from util import run
+run.RENDEZVOUS_SECONDS = 3
+with run.process_group(torch.device("cpu")) as (rank, world):
+    time.sleep(4 * rank)  # slower than the rendezvous may take
+    total = torch.ones(1)
+    torch.distributed.all_reduce(total)
+    assert total.item() == world == 2
+    store = torch.distributed.distributed_c10d._get_default_store()  # NCCL meets in it
+    if rank == 0:
+        store.wait(["late"])
+    else:
+        time.sleep(4)
+        store.set("late", "")
+"""
+
+
 def test_the_docs_say_how_long_processes_wait():
     text = (ROOT / "scripts/README.md").read_text(encoding="utf-8")
+    assert "two minutes" in text and RENDEZVOUS_SECONDS == 2 * 60
     assert "up to a day" in text and WORK_SECONDS == 24 * 3600
+
+
+def test_a_slow_process_is_waited_for(monkeypatch):
+    monkeypatch.setattr(shown, "RENDEZVOUS_SECONDS", RENDEZVOUS_SECONDS)  # afterwards
+    subprocess.run([warm_python(), "-c", ""], check=True)  # so that the second starts at once
+    beside_a_second(monkeypatch, lambda: exec(PROCESSES, {}), "-c", PROCESSES)

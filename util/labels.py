@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import posixpath
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -214,12 +215,17 @@ def read_image(path: str | Path) -> np.ndarray:
 
 
 def read_picture(path: str | Path) -> Image.Image:
-    """RGB image, decoded and turned, as Pillow's: for what Pillow goes on with."""
+    """RGB image, decoded and turned, as Pillow's: for what Pillow goes on with.
+
+    16-bit grey is scaled to 8 bits by value / 257, so that 65535 is white.
+    """
     with _reading(path, "image"), Image.open(path) as image:
-        if image.mode[0] in "IF":  # which Pillow would turn into white
-            raise UserError(
-                f"{path}: an image of 16-bit or floating-point values; write 8 bits a channel"
-            )
+        image.load()
+        if image.mode.startswith("I;16") or image.mode == "I":
+            values = np.asarray(image).clip(0, 65535)
+            image = Image.fromarray((values / 257 + 0.5).astype(np.uint8))
+        if image.mode == "F":
+            raise UserError(f"{path}: an image of floating-point values; write 8 bits a channel")
         turned = ImageOps.exif_transpose(image)
         return turned if turned.mode == "RGB" else turned.convert("RGB")
 
@@ -227,8 +233,9 @@ def read_picture(path: str | Path) -> Image.Image:
 def read_label(path: str | Path, class_num: int | None = None) -> np.ndarray:
     """Label map as a writable uint8 H x W array of train IDs and IGNORE.
 
-    With `class_num`, values other than 0 .. class_num - 1 and 255 are an error that names the file
-    and the value. A lossy format and colours are refused.
+    Greyscale of 1, 2 or 4 bits a pixel holds the train IDs themselves. With `class_num`, values
+    other than 0 .. class_num - 1 and 255 are an error that names the file and the value. A lossy
+    format and colours are refused.
     """
     with _reading(path, "label map"), Image.open(path) as image:
         if image.format in ("JPEG", "JPEG2000", "MPO"):
@@ -241,10 +248,20 @@ def read_label(path: str | Path, class_num: int | None = None) -> np.ndarray:
                 f"{path}: a label map has one 8-bit channel, this one is {image.mode} (a colour"
                 " picture?); give the PNG of train IDs"
             )
-        label = np.array(image, dtype=np.uint8)
+        step = _grey_step(image)
+        label = np.array(image, dtype=np.uint8) // step
     if class_num is not None:
         check_label_values(label, class_num, path)
     return label
+
+
+def _grey_step(image: Image.Image) -> int:
+    """What Pillow multiplies the stored values of an opened file by, to spread them over 0 .. 255:
+    85 and 17 for greyscale of 2 and 4 bits a pixel, else 1.
+    """
+    stored = image.tile[0][3] if image.tile else ""  # as `L;4`; of TIFF the first of several values
+    bits = re.match("L;([24])", stored if isinstance(stored, str) else str(stored[0]))
+    return 255 // (2 ** int(bits[1]) - 1) if bits else 1
 
 
 def check_label_values(label: np.ndarray, class_num: int, path: str | Path) -> None:

@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+RENDEZVOUS_SECONDS = 120  # for the processes of a run to find each other
 WORK_SECONDS = 24 * 3600  # that one process may take longer than another
 SECONDS_BETWEEN_LINES = 30  # of progress, in a log file
 STARTED = time.time()  # of this process
@@ -145,17 +146,28 @@ def process_rank() -> tuple[int, int]:
 
 @contextlib.contextmanager
 def process_group(device):
-    """Join torchrun's process group for the block (nccl on CUDA, gloo elsewhere); a slow process is
-    waited for during WORK_SECONDS. Nothing under plain python.
+    """Join torchrun's process group for the block (nccl on CUDA, gloo elsewhere).
+
+    Nothing under plain python. Processes that do not find each other give up after
+    RENDEZVOUS_SECONDS; afterwards a slow one is waited for during WORK_SECONDS.
     """
     rank, world = process_rank()
     if world == 1:
         yield rank, world
         return
     import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
 
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=WORK_SECONDS))
+    work = timedelta(seconds=WORK_SECONDS)
+    store = next(rendezvous("env://", timeout=timedelta(seconds=RENDEZVOUS_SECONDS)))[0]
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=dist.PrefixStore("process_group", store),
+        rank=rank,
+        world_size=world,
+        timeout=work,
+    )
+    store.set_timeout(work)  # in it NCCL's first collective waits for the others
     try:
         yield rank, world
     finally:
@@ -250,8 +262,9 @@ def commit() -> str | None:
 
 
 def manifest(options: dict, device=None, earlier: float = 0) -> dict:
-    """What a run was made by: command, options, versions, commit, hardware; and what it has cost so
-    far. earlier: seconds of starts of the same run that were stopped.
+    """What a run was made by: command, options, versions, commit, hardware, the files that the
+    options name with their SHA-256; and what it has cost so far. earlier: seconds of starts of the
+    same run that were stopped.
     """
     return {
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
@@ -265,6 +278,11 @@ def manifest(options: dict, device=None, earlier: float = 0) -> dict:
         "hardware": hardware(),
         "started": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(STARTED)),
         "cost": {"seconds": round(earlier + time.time() - STARTED, 1), **peak_memory_mb(device)},
+        "inputs": {
+            name: {"path": str(path), "sha256": sha256(path)}
+            for name, path in options.items()
+            if isinstance(path, Path) and path.is_file()
+        },
     }
 
 
