@@ -161,10 +161,11 @@ def aggregate(
     pixel = torch.as_tensor(label, device=sam.device)
     painted = torch.full_like(pixel, IGNORE)
     if stuff:
-        with result.watch("find and align proposals"):
+        with result.watch("find proposals"):
             masks = cached_proposals(sam, image, cache)
             if keep_masks:
                 result.masks = masks = list(masks)
+        with result.watch("align"):
             painted, result.aligned = semantic_alignment(masks, pixel, stuff, classes.count, recipe)
     with result.watch("make prompts"):
         result.prompts = thing_prompts(label, things, recipe)

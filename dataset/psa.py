@@ -78,7 +78,7 @@ class Job(Experiment):
         if not (self.record(row).is_file() and self.label(row).is_file()):
             return False
         record = read_json(self.record(row))
-        if "kept" not in record:  # of an older form
+        if not {"kept", "seconds"} <= record.keys():  # of an older form
             return False
         for path, (name, digest) in zip(row, self.digests(row).items()):
             if record[name] != digest:

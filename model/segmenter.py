@@ -106,12 +106,14 @@ class Segmenter:
         self.size = image.shape[:2]
         self.encode(image)
 
-    @torch.inference_mode()
     def proposals(self) -> Iterator[ProposalMask]:
-        """Automatic masks of the image in descending predicted IoU, on the device: found when the
-        first is taken, made at full size few at a time.
+        """Automatic masks of the image in descending predicted IoU, on the device, made at full
+        size few at a time.
         """
-        low, boxes, _ = self.find_proposals()
+        return self._at_full_size(*self.find_proposals()[:2])
+
+    @torch.inference_mode()
+    def _at_full_size(self, low: Tensor, boxes: Tensor) -> Iterator[ProposalMask]:
         for some, their_boxes in zip(low.split(self.prompt_batch), boxes.split(self.prompt_batch)):
             masks = self.full_size(some) > MASK_THRESHOLD
             for mask, (x0, y0, x1, y1) in zip(masks, their_boxes.tolist()):

@@ -4,7 +4,8 @@ labels are.
 Input:   --id-list-path, the list that seco_scc.py wrote (or any list `<image> <label>`);
          connectivities.csv in the labels' experiment folder, where there is one.
 Output:  in --out (default: the list's folder) labeled.txt (`<image> <label>`) and unlabeled.txt
-         (`<image>`), best first, and split.json: manifest, images of each class.
+         (`<image>`), best first, and split.json: manifest, images of each class, what they
+         were made from (of the same, they are not made again).
 
     python -m scripts.make_split --id-list-path splits/cityscapes/HRDA_seco_vit_h_scc/all.txt \\
         --root-path data/cityscapes --class-num 19
@@ -33,17 +34,27 @@ import numpy as np
 from util.labels import (
     IGNORE,
     ClassSet,
+    check_files,
     check_pairs,
     chosen_classes,
     label_folder,
     read_list,
     write_list,
 )
-from util.options import ClassOptions, Folder, ListOptions, ShareAbove0, parse_options
-from util.outputs import write_json
+from util.options import (
+    ClassOptions,
+    Folder,
+    ListOptions,
+    Setting,
+    ShareAbove0,
+    parse_options,
+    settings_of,
+)
+from util.outputs import made_before, made_from, read_json, write_json
 from util.run import UserError, manifest, run_main
 
 LISTS = ("labeled.txt", "unlabeled.txt")
+TRUST = "connectivities.csv"  # SCC's table, in the labels' experiment folder
 
 
 def labeled_size(fraction: float, images: int) -> int:
@@ -108,7 +119,7 @@ def reliabilities(
     coverage = pixels.sum(axis=1) / values.sum(axis=1)
     if not coverage.any():
         raise UserError(f"{list_path}: no label map of it has a labeled pixel; nothing to split by")
-    table = label_folder(root, rows) / "connectivities.csv"
+    table = label_folder(root, rows) / TRUST
     trusts = mean_trust(table)
     for row, covered in zip(rows, coverage):
         if trusts and covered and row[0] not in trusts:
@@ -123,7 +134,7 @@ def reliabilities(
 class Options(ListOptions, ClassOptions):
     """split"""
 
-    labeled_fraction: ShareAbove0 = 0.5
+    labeled_fraction: Setting[ShareAbove0] = 0.5
     "of the images, above 0 and below 1; the authors' logs imply about 3/8 (GTA), 1/2 (SYNTHIA),"
     "1/4 (BDD100K)"
     out: Folder | None = None
@@ -167,8 +178,16 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--labeled-fraction {fraction}: leaves no unlabeled image of {len(rows)}")
     if source.resolve() in [(out / name).resolve() for name in LISTS]:
         raise UserError(f"{source}: would be overwritten; choose another folder with --out")
-    split = make_split(options, rows, classes, out)
-    write_json(out / "split.json", {**split, "manifest": manifest(vars(options))})
+    record, table = out / "split.json", label_folder(root, rows) / TRUST
+    check_files(root, [label for _, label in rows], source)
+    inputs = {"list": source, **{label: root / label for _, label in rows}}
+    inputs |= {TRUST: table} if table.is_file() else {}
+    made = made_from({**settings_of(options), "classes": classes.names}, inputs)
+    if made_before(record, made) and all((out / name).is_file() for name in LISTS):
+        split = read_json(record)
+    else:
+        split = make_split(options, rows, classes, out)
+        write_json(record, {**split, "manifest": manifest(vars(options)), "made_from": made})
     if without := split["images_without_labels"]:
         count, first = len(without), without[0]
         print(f"note: {count} images without a labeled pixel are unlabeled, first {first}")

@@ -124,6 +124,28 @@ def test_files(root, recipe):
     assert (summary["trust"] == "SCC") == (recipe is not None)
 
 
+def test_a_finished_split_is_not_made_again(root, monkeypatch, capsys):
+    """Of the same list, labels, table and options, while its lists are as they were written."""
+    write_csv(root, "paper")
+    empty_labels(root, 20)
+    first, said, calls = split(root), capsys.readouterr().out, []
+    real = make_split.make_split
+    monkeypatch.setattr(make_split, "make_split", lambda *a: calls.append(1) or real(*a))
+    assert split(root) == first and capsys.readouterr().out == said and not calls
+    changes = [
+        lambda: (root / "out/labeled.txt").unlink(),
+        lambda: write_csv(root, "release"),
+        lambda: empty_labels(root, 19),
+        lambda: (root / "out/split.json").write_text("{"),
+    ]
+    for count, change in enumerate(changes, start=1):
+        change()
+        split(root)
+        assert len(calls) == count
+    split(root, "--labeled-fraction", "0.25")
+    assert len(calls) == 1 + len(changes)
+
+
 def test_the_default_folder_is_that_of_the_list_which_is_not_overwritten(root):
     train, labeled = root / "splits/pix_scc/train.txt", root / "splits/pix_scc/labeled.txt"
     rows, expected = read_list(train), split(root)[0]
