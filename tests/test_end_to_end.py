@@ -59,10 +59,8 @@ def results(out: Path) -> dict[str, bytes]:
 
 
 def times(out: Path) -> dict[str, int]:
-    """When what takes long was made."""
-    patterns = ("seed0/**/*.pth", "seed0/pix*/s0/**/*.png", "seed0/eval/*/metrics.json")
-    files = [path for pattern in patterns for path in out.glob(pattern)]
-    files += [out / "pictures/side_by_side.png", *out.glob("seed0/splits/split_seco/*")]
+    """When each file was made."""
+    files = [path for path in out.rglob("*") if path.is_file() and path.name != ".lock"]
     return {str(path.relative_to(out)): path.stat().st_mtime_ns for path in files}
 
 

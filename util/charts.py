@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import textwrap
 from pathlib import Path
 
 import numpy as np
 
 from util.labels import COLOURS
-from util.outputs import atomic_path
+from util.outputs import write_bytes
 
 DPI = 100
 GRID = "#e1e1e1"
@@ -65,11 +66,12 @@ def line_chart(series: dict[str, tuple[list, list]], title: str, x_label: str, y
     return axes.figure
 
 
-def save_chart(path: str | Path, figure) -> None:
+def save_chart(path: Path, figure) -> None:
     """Write a chart as PNG, with the legend of its first axes below it."""
     handles, names = figure.axes[0].get_legend_handles_labels()
     if names:
         names = [textwrap.fill(name, LEGEND_CHARACTERS) for name in names]
         figure.legend(handles, names, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", bbox_inches="tight")
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", bbox_inches="tight")
+    write_bytes(path, picture.getvalue())

@@ -176,11 +176,15 @@ def check_writable(folder: str | Path) -> None:
         ) from None
 
 
-def write_text(path: Path, text: str) -> None:
+def write_bytes(path: Path, content: bytes) -> None:
     """A file that is equal is left alone."""
-    if not path.is_file() or path.read_bytes() != text.encode():
+    if not path.is_file() or path.read_bytes() != content:
         with atomic_path(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+            temporary.write_bytes(content)
+
+
+def write_text(path: Path, text: str) -> None:
+    write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value) -> None:
