@@ -108,3 +108,17 @@ def test_a_head_lists_what_the_file_needs(file):
         f"{file}: its head lacks {sorted(missing)}, lists for nothing {sorted(too_many)}, names"
         f" files that are not there {sorted(absent)}; it needs: {sorted(files)}"
     )
+
+
+@pytest.mark.parametrize(
+    "folder, below",
+    [
+        ("util", ("util/",)),
+        ("dataset", ("util/", "dataset/")),
+        ("model", ("util/", "dataset/", "model/")),
+    ],
+)
+def test_a_folder_imports_nothing_that_stands_above_it(folder, below):
+    files = [path.relative_to(ROOT).as_posix() for path in (ROOT / folder).rglob("*.py")]
+    above = {file: {name for name in imports(file) if not name.startswith(below)} for file in files}
+    assert files and not {file: names for file, names in above.items() if names}
