@@ -38,7 +38,7 @@ BDD100K is published with gaps: some images lack a label, some are portrait. A t
 without a label is listed. Left out, with a note, are validation images without a label and images
 whose label has another size. Up to 1 % of a split, or ten images, may be short or left out.
 
-Copied away, this file needs util/ and scripts/lib/layouts.py.
+Copied away, this file needs util/, scripts/lib/layouts.py and splits/camvid/classes.txt.
 """
 
 from __future__ import annotations

@@ -8,10 +8,15 @@ folders of data must exist.
 
 import ast
 import re
+import shutil
+import subprocess
 from functools import cache
 
 import pytest
 from conftest import ROOT
+from processes import warm_python
+
+from dataset.toy import SPLITS, make_toy
 
 HEAD = re.compile(
     r"(?:Needs when copied away:|Copied away, this file needs)(.*?)(?:\n\s*\n|\Z)", re.S
@@ -122,3 +127,35 @@ def test_a_folder_imports_nothing_that_stands_above_it(folder, below):
     files = [path.relative_to(ROOT).as_posix() for path in (ROOT / folder).rglob("*.py")]
     above = {file: {name for name in imports(file) if not name.startswith(below)} for file in files}
     assert files and not {file: names for file, names in above.items() if names}
+
+
+COMMANDS = {  # on drawn scenes, one after the other
+    "scripts/prepare_data.py": "list --id-list-path toy/s0/lists/target_train_gt.txt --root-path .",
+    "train_unimatch.py": "--supervised --labeled-id-path toy/s0/lists/source_train.txt"
+    " --val-id-path toy/s0/lists/target_val.txt --root-path . --backbone resnet10"
+    " --stem torchvision --crop-size 33 --global-batch 2 --epochs 1 --workers 0 --save-path run",
+    "scripts/make_pseudo_labels.py": "--id-list-path toy/s0/lists/target_train.txt --root-path ."
+    " --checkpoint run/latest.pth --exp pix --out-list splits/pix/all.txt",
+    "seco_sam.py": "--id-list-path splits/pix/all.txt --root-path . --sam-type tiny --vis 1"
+    " --only-prompting",
+    "seco_scc.py": "--id-list-path splits/pix/all.txt --root-path . --backbone resnet10"
+    " --backbone-weights none --patch-size 32 64 --iterations 1 --batch-size 4",
+    "scripts/make_split.py": "--id-list-path splits/pix_scc/all.txt --root-path .",
+    "eval.py": "--checkpoint run/latest.pth --id-list-path toy/s0/lists/target_val.txt"
+    " --root-path . --out evaluation",
+    "scripts/compare_logs.py": "run run --picture compare.png",
+}
+
+
+def test_a_script_runs_with_the_files_of_its_head_alone(tmp_path):
+    data = tmp_path / "data"
+    make_toy(data, 0, dict(zip(SPLITS, (2, 2, 1))))
+    for file, command in COMMANDS.items():
+        for name in {file, *listed(heads()[file])}:
+            target = tmp_path / file / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copyfile
+            copy(ROOT / name, target)
+        program = [warm_python(), str(tmp_path / file / file), *command.split()]
+        run = subprocess.run(program, cwd=data, capture_output=True, text=True)
+        assert run.returncode == 0, f"{file}: {run.stderr}"

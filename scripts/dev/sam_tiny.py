@@ -12,7 +12,7 @@ prompt stands for, but a proposal is good if it is any object.
 The record beside the weights has the "recipe". The shipped files came of earlier states of this
 code. A stopped training goes on with the same command. Same threads and versions: same weights.
 
-Needs when copied away: model/, dataset/scc.py, dataset/toy/, util/.
+Needs when copied away: model/, dataset/scc.py, dataset/toy/, util/, splits/camvid/.
 """
 
 from __future__ import annotations
