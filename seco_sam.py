@@ -522,7 +522,8 @@ def main(argv: list[str] | None = None) -> None:
     kinds = {"stuff": list(job.classes.stuff), "things": list(job.classes.things)}
     with Outputs(job.out) as out:
         # Every process: the first one notes the settings before it writes a label.
-        out.accept(how | segmenter | kinds | {"amp": options.amp})
+        begun = any(job.label(row).is_file() for row in job.rows)  # in any format
+        out.accept(how | segmenter | kinds | {"amp": options.amp}, begun=begun)
         write_classes(job.out, job.classes)
         todo, (rank, world) = job.rows_to_do(), process_rank()
         aggregate_list(job, todo, sam, how, proposals)

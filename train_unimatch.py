@@ -234,6 +234,7 @@ class Trainer:
             group["lr"] = learning_rate(iteration, self.total, args.lr) * factor
         self.optimizer.zero_grad()
         which = (args.seed, iteration, args.global_batch, self.model.backbone.channels[::3])
+        factors = None if args.supervised else perturbation_factors(*which)
         values: dict[str, torch.Tensor] = {}
         for step, mine in enumerate(self.places):
             batch = next(loader)
@@ -242,8 +243,8 @@ class Trainer:
                 if args.supervised:
                     loss, found, shown = self.supervised_losses(batch)
                 else:
-                    factors = [f[:, mine].flatten(0, 1) for f in perturbation_factors(*which)]
-                    loss, found, shown = self.unimatch_losses(batch, factors)
+                    own = tuple(f[:, mine].flatten(0, 1) for f in factors)
+                    loss, found, shown = self.unimatch_losses(batch, own)
                 (loss / steps).backward()
             for name, value in found.items():
                 values[name] = values.get(name, 0) + value.detach() / steps

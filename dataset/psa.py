@@ -105,7 +105,7 @@ class Job(Experiment):
 
 def image_record(row: Row, label: np.ndarray, result) -> dict:
     """The record of an image, for `summarise`. label: the pixel label, uint8 H x W."""
-    made = connectivities(result.label, np.unique(result.label[result.label != IGNORE]))
+    made = connectivities(result.label, range(IGNORE))
     before, after = label != IGNORE, result.label != IGNORE
     return {
         "image": row[0],

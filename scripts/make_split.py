@@ -50,7 +50,7 @@ from util.options import (
     parse_options,
     settings_of,
 )
-from util.outputs import made_before, made_from, read_json, write_json
+from util.outputs import check_writable, made_before, made_from, read_json, write_json
 from util.run import UserError, manifest, run_main
 
 LISTS = ("labeled.txt", "unlabeled.txt")
@@ -180,6 +180,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{source}: would be overwritten; choose another folder with --out")
     record, table = out / "split.json", label_folder(root, rows) / TRUST
     check_files(root, [label for _, label in rows], source)
+    check_writable(out)
     inputs = {"list": source, **{label: root / label for _, label in rows}}
     inputs |= {TRUST: table} if table.is_file() else {}
     made = made_from({**settings_of(options), "classes": classes.names}, inputs)

@@ -30,7 +30,6 @@ import torch
 from scipy.ndimage import gaussian_filter
 from segment_anything.utils.amg import calculate_stability_score
 
-import seco_sam
 import train_unimatch
 from dataset.samples import Lists, TrainingSamples
 from dataset.scc import BUFFER, Job, index_image, patch_batches
@@ -40,6 +39,7 @@ from model.sam_fast import FastSam
 from model.segmenter import MASK_THRESHOLD, Segmenter
 from model.training import perturbation_factors
 from scripts.lib.page import markdown
+from seco_sam import aggregate
 from seco_scc import parse_args as scc_options
 from tests import oracle_psa, reference_data, reference_scc, reference_train
 from util import run
@@ -191,7 +191,7 @@ def measure_psa(options: Options, device: torch.device) -> dict:
         return results, {"seconds": seconds, "memory": run.peak_memory_mb(device)}
 
     figures: dict = {}
-    found, figures["psa"] = measured(lambda *pair: seco_sam.aggregate(*pair, sam, CITYSCAPES_19))
+    found, figures["psa"] = measured(lambda *pair: aggregate(*pair, sam, CITYSCAPES_19))
     figures["psa"]["stages"] = {
         stage: statistics.mean(result.seconds.get(stage, 0) for result in found)
         for stage in found[0].seconds
@@ -254,7 +254,7 @@ def prepared_segmenter(
         sam.settings = replace(sam.settings, predicted_iou=iou, stability=limit)
         print(f"no weights of {sam_type} here: random ones, no box NMS, {sam.settings}")
     if device.type == "cuda":
-        seco_sam.aggregate(image, label, sam, CITYSCAPES_19)
+        aggregate(image, label, sam, CITYSCAPES_19)
     return sam
 
 
